@@ -1,0 +1,189 @@
+"""What every measurement needs: kernelspecs in a directory of its own, kernels, clients, medians."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.manager import AsyncKernelManager
+
+from gateway_slurm.adminconfig import FILE_NAME
+from gateway_slurm.service import SlurmService
+
+ARGV = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+FIELDS = {"project": "demo", "partition": "batch", "nodes": 1, "runtime": 30, "kernel_argv": ARGV}
+
+
+def write_kernelspec(directory: Path, name: str, *, jobid: str | None = None, connect: str | None = None) -> str:
+    """A kernelspec as users have it; ``connect=None`` is the local one without a provisioner."""
+    spec: dict[str, Any] = {"display_name": name, "language": "python", "argv": ARGV}
+    if connect is not None:
+        config = {**FIELDS, "jobid": jobid, "connect": connect}
+        provisioner = {"provisioner_name": "slurm-provisioner", "config": config}
+        spec["metadata"] = {"kernel_provisioner": provisioner, "supported_encryption": ["curve"]}
+    target = directory / "kernels" / name
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "kernel.json").write_text(json.dumps(spec))
+    return name
+
+
+@contextlib.contextmanager
+def admin_settings(directory: Path, settings: dict[str, object]) -> Iterator[SlurmService]:
+    """The process's service, by these settings of the admin's; afterwards there are none, and it is closed."""
+    if SlurmService._instance is not None:
+        SlurmService._instance.close()
+    SlurmService._instance = None  # one that was never used does not count as closed
+    file = directory / "config" / FILE_NAME
+    file.parent.mkdir(exist_ok=True)
+    lines = [f"c.SlurmService.{name} = {value!r}" for name, value in settings.items()]
+    file.write_text("\n".join(["c = get_config()  # noqa", *lines, ""]))
+    service = SlurmService.instance()
+    try:
+        yield service
+    finally:
+        service.close()
+        file.unlink()
+
+
+class Kernel:
+    """A started kernel and a client of it."""
+
+    def __init__(self, manager: AsyncKernelManager, client: Any) -> None:
+        self.manager, self.client = manager, client
+
+    @property
+    def provisioner(self) -> Any:
+        """The kernel's provisioner."""
+        return self.manager.provisioner
+
+    async def info(self) -> None:
+        """One kernel_info request and its reply."""
+        message_id = self.client.kernel_info()
+        while True:
+            reply = await self.client.get_shell_msg(timeout=60)
+            if reply["parent_header"].get("msg_id") == message_id:
+                return
+
+    async def subscribe(self) -> None:
+        """Return once the iopub subscription has reached the kernel: what it sent before is not seen."""
+        while True:
+            await self.info()
+            with contextlib.suppress(queue.Empty):
+                await self.client.get_iopub_msg(timeout=0.2)
+                return
+
+    async def run(self, code: str) -> tuple[int, float]:
+        """Execute; return the bytes of output received and the seconds until idle."""
+        began = time.perf_counter()
+        message_id = self.client.execute(code)
+        size = 0
+        while True:
+            message = await self.client.get_iopub_msg(timeout=120)
+            if message["parent_header"].get("msg_id") != message_id:
+                continue
+            content = message["content"]
+            if message["msg_type"] == "stream":
+                size += len(content["text"])
+            elif message["msg_type"] == "display_data":
+                size += len(content["data"]["text/plain"])
+            elif message["msg_type"] == "status" and content["execution_state"] == "idle":
+                break
+        await self.client.get_shell_msg(timeout=120)
+        return size, time.perf_counter() - began
+
+    async def evaluate(self, expression: str) -> str:
+        """The repr of an expression in the kernel."""
+        message_id = self.client.execute("", user_expressions={"value": expression})
+        while True:
+            reply = await self.client.get_shell_msg(timeout=60)
+            if reply["parent_header"].get("msg_id") == message_id:
+                return str(reply["content"]["user_expressions"]["value"]["data"]["text/plain"])
+
+
+async def start(name: str) -> tuple[Kernel, float]:
+    """Start a kernel; seconds from ``start_kernel`` to the ``kernel_info_reply``."""
+    manager = AsyncKernelManager(kernel_name=name)
+    began = time.perf_counter()
+    await manager.start_kernel()
+    client = manager.client()
+    client.start_channels(hb=False)
+    kernel = Kernel(manager, client)
+    await kernel.info()
+    return kernel, time.perf_counter() - began
+
+
+async def stop(kernel: Kernel) -> None:
+    """Shut it down, as a user does."""
+    kernel.client.stop_channels()
+    await kernel.manager.shutdown_kernel()
+
+
+@contextlib.asynccontextmanager
+async def running(name: str) -> AsyncIterator[Kernel]:
+    """A kernel for the time of a measurement."""
+    kernel, _seconds = await start(name)
+    await kernel.subscribe()
+    try:
+        yield kernel
+    finally:
+        await stop(kernel)
+
+
+class Ticker:
+    """The longest time that the caller's event loop was held up, beyond a tick of 10 ms."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+        self._task = asyncio.ensure_future(self._tick())
+
+    async def _tick(self) -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(0.01)
+            self.worst = max(self.worst, time.perf_counter() - began - 0.01)
+
+    async def stop(self) -> float:
+        """End it; seconds."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        return self.worst
+
+
+class Table:
+    """Rows of medians with the reference they are held against."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, list[float]] = {}
+
+    def add(self, name: str, value: float) -> None:
+        """One sample."""
+        self._samples.setdefault(name, []).append(value)
+
+    def median(self, name: str) -> float:
+        """The middle of the samples."""
+        return statistics.median(self._samples[name])
+
+    def row(self, name: str, unit: str, *, reference: str | None = None, scale: float = 1.0) -> None:
+        """Print a row: median, least and most, and the ratio to the reference's median."""
+        samples = [value * scale for value in self._samples[name]]
+        ratio = f"{self.median(name) / self.median(reference):6.2f} × {reference}" if reference in self._samples else ""
+        spread = f"({min(samples):.3g} … {max(samples):.3g}, n={len(samples)})"
+        print(f"{name:<42} {statistics.median(samples):9.4g} {unit:<5} {spread:<32} {ratio}", flush=True)
+
+
+def environment(directory: Path) -> None:
+    """Kernelspecs, configuration and connection files of the bench only."""
+    os.environ["JUPYTER_PATH"] = str(directory)
+    os.environ["JUPYTER_CONFIG_DIR"] = str(directory / "config")
+    os.environ["JUPYTER_RUNTIME_DIR"] = str(directory / "runtime")
+    os.environ["PYTHONWARNINGS"] = "ignore"

@@ -1,0 +1,160 @@
+"""Settings of the shared gateway, each with its default, to be uncommented where it is to change.
+
+Goes into a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
+/etc/jupyter, and beside it jupyter_slurm_config.py, which has the settings of Slurm and of allocations. Drawn
+from the code by scripts/draw_docs.py.
+"""
+
+c = get_config()  # noqa: F821
+
+## -- SlurmGatewayApp -----------------------------------------------------------------------------------------
+
+## Address on which clients are served; `0.0.0.0` or `::` for all. Behind a reverse proxy on the same machine the
+## default is right.
+# c.SlurmGatewayApp.ip = "localhost"
+
+## TCP port on which clients are served.
+# import os
+# c.SlurmGatewayApp.port = int(os.environ.get("JUPYTER_PORT", "8888"))
+
+## How many ports after that one are tried if it is taken; a service sets 0.
+# c.SlurmGatewayApp.port_retries = 50
+
+## Path before all others, such as `/services/gateway/` behind a JupyterHub.
+# c.SlurmGatewayApp.base_url = "/"
+
+## File with the TLS certificate, for a gateway without a reverse proxy before it.
+# c.SlurmGatewayApp.certfile = ""
+
+## File with its private key.
+# c.SlurmGatewayApp.keyfile = ""
+
+## Path of a Unix socket to listen on in place of TCP, for a reverse proxy on the same machine; `trusted_proxies`
+## calls it `unix`.
+# c.SlurmGatewayApp.sock = ""
+
+## Permissions of that socket.
+# c.SlurmGatewayApp.sock_mode = "0600"
+
+## Believe X-Forwarded-For and X-Forwarded-Proto, for the log and for redirects: only behind a proxy that sets
+## them. Nobody is known by them.
+# c.SlurmGatewayApp.trust_xheaders = False
+
+## A web page's origin that may use the gateway from a browser. Default: only pages of its own.
+# c.SlurmGatewayApp.allow_origin = ""
+
+## Bytes that a request's body may have.
+# c.SlurmGatewayApp.max_body_size = 536870912
+
+## Whether `/metrics` is for known users only.
+# c.SlurmGatewayApp.authenticate_prometheus = True
+
+## URL, with the base URL, at which the other gateways of the deployment reach this very process: not that of a
+## load balancer, which may lead to another one, and with https a name that its certificate has. Default: made
+## from `ip` (this machine's name where that is all addresses), `port` and `certfile`; empty with `sock`, where
+## none can pass requests on to it.
+# c.SlurmGatewayApp.peer_url = ""
+
+## File with the certificates of the authorities that sign the other gateways'. Default: the system's
+## authorities.
+# c.SlurmGatewayApp.peer_cafile = ""
+
+## -- GatewayIdentityProvider ---------------------------------------------------------------------------------
+
+## Path of the file with the hashes of the users' tokens, which `jupyter slurm token` writes; only the gateway's
+## user may read it. Default: none, no tokens of the gateway's own.
+# c.GatewayIdentityProvider.tokens_file = ""
+
+## URL of a JupyterHub's API, such as `https://hub.example/hub/api`, which says whose a token is. Default:
+## JUPYTERHUB_API_URL, which a hub sets for its services; empty: no hub is asked.
+# import os
+# c.GatewayIdentityProvider.hub_api_url = os.environ.get("JUPYTERHUB_API_URL", "")
+
+## Seconds that the hub may take; then the request fails with status 503, and its client may repeat it.
+# c.GatewayIdentityProvider.hub_timeout = 10.0
+
+## Seconds for which the hub's answer about a token is used again; as long a token that was revoked still works.
+# c.GatewayIdentityProvider.hub_cache_seconds = 60.0
+
+## Scopes of which a hub's token must have one, such as `access:services!service=NAME`; else a token that its
+## user gave to another service will do here, too. Default: those that a hub sets for its services
+## (JUPYTERHUB_OAUTH_ACCESS_SCOPES), or none.
+# import json, os
+# c.GatewayIdentityProvider.hub_scopes = json.loads(os.environ.get("JUPYTERHUB_OAUTH_ACCESS_SCOPES") or "[]")
+
+## Names of hub services that may start kernels for other users. Default: none; a service's token is refused.
+# c.GatewayIdentityProvider.hub_services = []
+
+## Header in which a reverse proxy names the user, such as `X-Remote-User`; the proxy must remove it from what
+## clients send. Default: none.
+# c.GatewayIdentityProvider.trusted_header = ""
+
+## Addresses and networks of the proxies whose `trusted_header` counts, `unix` for a Unix socket. From anybody
+## else a request with the header is refused.
+# c.GatewayIdentityProvider.trusted_proxies = []
+
+## Users who may see and end everybody's kernels, besides those with an admin's token. A hub's admins are not
+## among them by themselves.
+# c.GatewayIdentityProvider.admins = []
+
+## Accept `?token=` when a websocket is opened, for clients that can set no headers there: browsers and VS Code.
+## A proxy before the gateway may write it to its log.
+# c.GatewayIdentityProvider.allow_token_in_url = False
+
+## -- GatewayKernelSpecManager --------------------------------------------------------------------------------
+
+## Names of the only kernelspecs to be served. Default: all.
+# c.GatewayKernelSpecManager.allowed_kernelspecs = set()
+
+## Directory with a directory of kernelspecs for each project. Default: none, there are no projects.
+# c.GatewayKernelSpecManager.projects_root = ""
+
+## Serve the kernelspecs that are installed on Jupyter's path, too, to everybody.
+# c.GatewayKernelSpecManager.serve_installed = True
+
+## Serve kernelspecs of other provisioners than Slurm's, too: their kernels run on the gateway's own host, as the
+## gateway's user, and can read its tokens. For trying things out.
+# c.GatewayKernelSpecManager.allow_local = False
+
+## Request fields that clients may set by `KERNEL_SLURM_<FIELD>`, for kernelspecs whose project does not say.
+## Slurm's own limits hold besides.
+# c.GatewayKernelSpecManager.allowed_client_fields = [
+#     "jobid", "node", "nodes", "gpus", "cpus", "memory", "runtime", "time", "share", "isolate"
+# ]
+
+## Names (`LC_*` for several) of a client's environment variables that its kernels get, besides `KERNEL_*`.
+# c.GatewayKernelSpecManager.allowed_envs = []
+
+## Seconds for which it is remembered who is in which Unix group or Slurm account.
+# c.GatewayKernelSpecManager.membership_age = 300.0
+
+## -- SlurmMappingKernelManager -------------------------------------------------------------------------------
+
+## The kernelspec for clients that name none.
+# c.SlurmMappingKernelManager.default_kernel_name = "python3"
+
+## Seconds without activity after which a kernel is shut down. Default 0: never. A kernel that waits in the queue
+## is not idle.
+# c.SlurmMappingKernelManager.cull_idle_timeout = 0
+
+## Seconds between looks for idle kernels.
+# c.SlurmMappingKernelManager.cull_interval = 300
+
+## Also shut down idle kernels that a frontend is connected to.
+# c.SlurmMappingKernelManager.cull_connected = False
+
+## Also shut down kernels that compute, when nothing was heard of them for that long.
+# c.SlurmMappingKernelManager.cull_busy = False
+
+## Kernels, starting ones included, that there may be. 0: any number.
+# c.SlurmMappingKernelManager.max_kernels = 0
+
+## Kernels, starting ones included, that one user may have. 0: any number.
+# c.SlurmMappingKernelManager.max_kernels_per_user = 0
+
+## Seconds for which a kernel that died, or did not start, is still shown with its reason.
+# c.SlurmMappingKernelManager.dead_kernel_linger = 600.0
+
+## Whether kernels on Slurm end with the server. Default: they run on, and the server that is started next has
+## them again; without one they end after SlurmService.orphan_timeout.
+# c.SlurmMappingKernelManager.kill_kernels_on_exit = False

@@ -1,0 +1,1 @@
+"""The shared gateway: one deployment for many users, an application on jupyter_server."""

@@ -1,0 +1,248 @@
+"""``jupyter slurm gateway``: the shared deployment, an application on jupyter_server.
+
+It serves kernels, sessions, kernelspecs and allocations to Jupyter servers with ``--gateway-url``, to
+notebooks' clients and to editors; no contents, no terminals, no files. Its settings are in
+``jupyter_slurm_gateway_config.py`` on Jupyter's config path, or on the command line; those of Slurm and
+of allocations are in ``jupyter_slurm_config.py``, as everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from jupyter_server.serverapp import ServerApp
+from traitlets import Dict, TraitError, Unicode, default, validate
+from traitlets.config import Configurable
+
+from gateway_slurm import __version__
+from gateway_slurm.errors import StoreError
+from gateway_slurm.gateway.identity import GatewayIdentityProvider
+from gateway_slurm.gateway.kernels import SlurmMappingKernelManager
+from gateway_slurm.gateway.kernelspecs import GatewayKernelSpecManager
+from gateway_slurm.gateway.metrics import GatewayCollector
+from gateway_slurm.gateway.peerlife import default_peer_url, make_passing
+from gateway_slurm.gateway.sessions import GatewaySessionManager, NoContents
+from gateway_slurm.gateway.websocket import SlurmWebsocketConnection
+from gateway_slurm.service import SlurmService
+
+SERVICES = ["gateway_slurm.gateway.handlers", "gateway_slurm.gateway.state"]
+DEPLOYMENT = "gateway"  # unless SlurmService.deployment says otherwise
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 256 << 10  # malloc.h; bytes
+ALIASES = {
+    "ip": "SlurmGatewayApp.ip",
+    "port": "SlurmGatewayApp.port",
+    "tokens": "GatewayIdentityProvider.tokens_file",
+    "kernelspecs": "GatewayKernelSpecManager.projects_root",
+    "certfile": "SlurmGatewayApp.certfile",
+    "keyfile": "SlurmGatewayApp.keyfile",
+    "base-url": "SlurmGatewayApp.base_url",
+    "config": "JupyterApp.config_file",
+    "log-level": "Application.log_level",
+}
+CLASSES: list[type[Configurable]] = [
+    SlurmMappingKernelManager,
+    GatewayKernelSpecManager,
+    GatewayIdentityProvider,
+    SlurmWebsocketConnection,
+]
+FLAGS = {
+    "debug": ({"Application": {"log_level": 10}}, "log everything but secrets"),
+    "generate-config": ({"JupyterApp": {"generate_config": True}}, "write a config file with every setting"),
+    "allow-root": ({"SlurmGatewayApp": {"allow_root": True}}, "run as root, for trying things out"),
+    "kill-kernels": (
+        {"SlurmMappingKernelManager": {"kill_kernels_on_exit": True}},
+        "end kernels and their jobs with the gateway; else they run on, and the next gateway has them again",
+    ),
+    "y": ({"JupyterApp": {"answer_yes": True}}, "answer yes to questions instead of asking"),
+}
+
+
+def give_back_large_blocks() -> None:
+    """Let glibc take each large block from the system and give it back when it is freed (mallopt(3)).
+
+    By itself it raises that threshold to the largest block it has met: messages of a megabyte, made by
+    ZMQ's thread and freed by ours, then leave holes, and two frontends that read nothing of 400 MB cost
+    1.4 GB where 0.3 GB are in use. Another C library has no such function, and no need of it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+class SlurmGatewayApp(ServerApp):
+    """Serves kernels on Slurm's nodes to many users."""
+
+    name = "jupyter-slurm-gateway"
+    version = __version__
+    description = "The shared gateway: Jupyter kernels on Slurm's compute nodes, for many users."
+    examples = """
+    jupyter slurm token add alice --tokens=tokens.json
+    jupyter slurm gateway --ip=0.0.0.0 --port=8888 --tokens=tokens.json --kernelspecs=/srv/projects
+    """
+    aliases = ALIASES
+    flags = FLAGS
+    subcommands = Dict()
+    classes = CLASSES
+    default_services = ()  # type: ignore[assignment] # mypy sees one of that many
+    load_other_extensions = False
+    raise_config_file_errors = True
+    restores_kernels = True  # by itself, while it listens already
+    _exit_status = 0
+
+    peer_url = Unicode(
+        "",
+        config=True,
+        help="""URL, with the base URL, at which the other gateways of the deployment reach this very process:
+        not that of a load balancer, which may lead to another one, and with https a name that its certificate
+        has. Default: made from ``ip`` (this machine's name where that is all addresses), ``port`` and
+        ``certfile``; empty with ``sock``, where none can pass requests on to it.""",
+    )
+    peer_cafile = Unicode(
+        "",
+        config=True,
+        help="""File with the certificates of the authorities that sign the other gateways'. Default: the
+        system's authorities.""",
+    )
+
+    @validate("peer_url")
+    def _valid_peer_url(self, proposal: Any) -> str:
+        url = str(proposal["value"])
+        if url and not url.startswith(("http://", "https://")):
+            raise TraitError(f"SlurmGatewayApp.peer_url must begin with http:// or https://, not {url!r}")
+        return url
+
+    # What a gateway is made of; nothing of it is the admin's to choose, but how they are set up is.
+
+    @default("kernel_manager_class")
+    def _default_kernel_manager_class(self) -> Any:
+        return SlurmMappingKernelManager
+
+    @default("kernel_spec_manager_class")
+    def _default_kernel_spec_manager_class(self) -> Any:
+        return GatewayKernelSpecManager
+
+    @default("session_manager_class")
+    def _default_session_manager_class(self) -> Any:
+        return GatewaySessionManager
+
+    @default("contents_manager_class")
+    def _default_contents_manager_class(self) -> Any:
+        return NoContents
+
+    @default("identity_provider_class")
+    def _default_identity_provider_class(self) -> Any:
+        return GatewayIdentityProvider
+
+    @default("kernel_websocket_connection_class")
+    def _default_kernel_websocket_connection_class(self) -> Any:
+        return SlurmWebsocketConnection
+
+    @default("extra_services")
+    def _default_extra_services(self) -> list[str]:
+        return SERVICES
+
+    @default("open_browser")
+    def _default_open_browser(self) -> bool:
+        return False
+
+    @default("allow_remote_access")
+    def _default_allow_remote_access(self) -> bool:
+        return True  # every request carries its own proof; what a browser sends by itself is none
+
+    @default("default_url")
+    def _default_url(self) -> str:
+        return f"{self.base_url}api/spec.json"
+
+    def load_config_file(self, suppress_errors: bool = False) -> None:  # type: ignore[override] # as JupyterApp's
+        """A mistake in it is the end: limits, and who is trusted, may be in what was not read."""
+        named = self.config_file and Path(self.config_file).expanduser()
+        if named and not any(named.with_suffix(suffix).is_file() for suffix in (".py", ".json")):
+            self.exit(f"{self.config_file} is no configuration file: --config names one that ends in .py or .json")
+        try:
+            super().load_config_file(suppress_errors=suppress_errors)
+        except Exception as error:  # noqa: BLE001 - whatever the file does
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = "" if isinstance(error, SyntaxError) else f"{where.filename}, line {where.lineno}: "
+            self.exit(f"a configuration file has a mistake: {place}{type(error).__name__}: {error}")
+
+    def init_resources(self) -> None:
+        """Also how memory is given back."""
+        super().init_resources()
+        give_back_large_blocks()
+
+    def init_configurables(self) -> None:
+        """Also the service, so that a mistake in its settings is found now and not at the first kernel."""
+        super().init_configurables()
+        self._collector = GatewayCollector(self.kernel_manager)
+        SlurmService.instance(self.log).leave_at_exit = not self._kernels.kill_kernels_on_exit
+        # The first thing that the loop does.
+        self.io_loop.add_callback(self._restore)
+
+    @property
+    def _kernels(self) -> SlurmMappingKernelManager:
+        manager = self.kernel_manager
+        assert isinstance(manager, SlurmMappingKernelManager)
+        return manager
+
+    async def _restore(self) -> None:
+        """Have the kernels of the gateway before; without a store there is no gateway."""
+        restorer = self._kernels.restorer
+        await restorer.restore(DEPLOYMENT)
+        if isinstance(restorer.failure, StoreError):
+            self.log.critical("the gateway cannot be started: %s", restorer.failure)
+            self._exit_status = 1
+            self.stop()
+
+    def start(self) -> None:
+        """Serve until told to end."""
+        gc.freeze()  # what is imported by now stays: no full collection, 20 to 50 ms of everybody's, need look at it
+        super().start()
+        if self._exit_status:
+            self.exit(self._exit_status)
+
+    def init_signal(self) -> None:
+        """Also SIGINT ends in good order where nobody can be asked."""
+        super().init_signal()
+        if not (sys.stdin and sys.stdin.isatty()):
+            signal.signal(signal.SIGINT, self._signal_stop)
+
+    async def cleanup_kernels(self) -> None:
+        """They are left running, or not, as is configured."""
+        await self._kernels.shutdown_all()
+
+    def init_webapp(self) -> None:
+        """Also what passes requests on to other gateways."""
+        super().init_webapp()
+        self.passing = make_passing(self)
+
+    def init_httpserver(self) -> None:
+        """Also what the other gateways are told of where this one is: its port is known from here."""
+        super().init_httpserver()
+        SlurmService.instance().url = self.peer_url or default_peer_url(self)
+
+    def find_server_extensions(self) -> None:
+        """None that is merely installed: each would be one more thing that many users can reach."""
+
+    async def cleanup_extensions(self) -> None:
+        """What is the gateway's own ends with it."""
+        await super().cleanup_extensions()
+        self._collector.close()
+        self.passing.close()
+        if isinstance(self.identity_provider, GatewayIdentityProvider):
+            self.identity_provider.close()
+
+    def running_server_info(self, kernel_count: bool = True) -> str:
+        """For the log."""
+        return f"gateway_slurm {__version__} is at {self.connection_url}"
+
+    def write_browser_open_files(self) -> None:
+        """No browser opens a gateway."""
+
+    def write_server_info_file(self) -> None:
+        """``jupyter server list`` is about servers of this user's."""

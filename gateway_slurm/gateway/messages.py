@@ -1,0 +1,177 @@
+"""Kernel messages on a websocket: jupyter_server's two formats, to and from ZMQ's parts. Pure.
+
+Parts are those of the wire protocol behind the signature: header, parent header, metadata, content
+(JSON texts), then buffers. What comes from a client is untrusted: every count is checked against what
+is there before anything is made of it.
+
+Source: jupyter_server, "WebSocket kernel wire protocols" (the JSON one, and
+``v1.kernel.websocket.jupyter.org``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+V1 = "v1.kernel.websocket.jupyter.org"
+CHANNELS = ("shell", "control", "stdin", "iopub")
+_JSON_PARTS = ("header", "parent_header", "metadata", "content")
+MAX_PARTS = 4096
+# As kernels write it: in the header there is nothing else of that name, and in an id nothing to escape.
+_ID = re.compile(rb'"msg_id"\s*:\s*"([!#-\[\]-~]{1,200})"')
+# Between identities and signature (jupyter_client, "The wire protocol").
+DELIMITER = b"<IDS|MSG>"
+
+
+class MessageError(ValueError):
+    """A frame that is no kernel message."""
+
+
+def encode(protocol: str, channel: str, parts: Sequence[bytes]) -> bytes | str:
+    """A message for the websocket: bytes for a binary frame, str for a text frame."""
+    if protocol == V1:
+        return _encode_v1(channel, parts)
+    text = _as_json(channel, parts)
+    buffers = parts[len(_JSON_PARTS) :]
+    return _with_buffers(text, buffers) if buffers else text.decode()
+
+
+def decode(protocol: str, frame: bytes | str) -> tuple[str, list[bytes]]:
+    """Channel and parts of a client's frame; raises MessageError for one that is not well formed."""
+    try:
+        channel, parts = _decode_v1(frame) if protocol == V1 else _decode_json(frame)
+    except (ValueError, struct.error, RecursionError) as error:
+        raise MessageError(f"a frame of {len(frame)} bytes is no kernel message: {error}") from error
+    if channel not in CHANNELS:
+        raise MessageError(f"there is no channel {channel[:40]!r}")
+    return channel, parts
+
+
+def parts_of(frames: list[bytes]) -> list[bytes]:
+    """The parts of what ZMQ brought: identities, delimiter and signature go first."""
+    try:
+        return frames[frames.index(DELIMITER) + 2 :]
+    except ValueError:
+        return []
+
+
+def signed_parts(frames: list[bytes]) -> tuple[bytes, list[bytes]]:
+    """Signature and parts of what ZMQ brought; both empty for what is no message."""
+    try:
+        start = frames.index(DELIMITER) + 1
+        return frames[start], frames[start + 1 :]
+    except (ValueError, IndexError):
+        return b"", []
+
+
+def id_of(parts: Sequence[bytes]) -> str:
+    """The message's id, without reading all of its header where that can be helped; empty for none."""
+    found = _ID.search(parts[0]) if parts else None
+    return found[1].decode() if found else str(header_of(parts).get("msg_id", ""))
+
+
+def header_of(parts: Sequence[bytes]) -> dict[str, Any]:
+    """The message's header; empty where it is none."""
+    return _object(parts, 0)
+
+
+def parent_header_of(parts: Sequence[bytes]) -> dict[str, Any]:
+    """The header of the request that the message belongs to; empty where there is none."""
+    return _object(parts, 1)
+
+
+def parent_id(parts: Sequence[bytes]) -> str:
+    """The id of the request that a message belongs to; empty for none."""
+    return str(parent_header_of(parts).get("msg_id", ""))
+
+
+def content_of(parts: Sequence[bytes]) -> dict[str, Any]:
+    """The message's content; empty where it is none."""
+    return _object(parts, 3)
+
+
+def _object(parts: Sequence[bytes], number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(bytes(parts[number]))
+    except (ValueError, IndexError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# -- v1: offsets, channel, parts -----------------------------------------------------------------
+
+
+def _encode_v1(channel: str, parts: Sequence[bytes]) -> bytes:
+    pieces = [channel.encode(), *parts]
+    offsets = [8 * (len(pieces) + 2)]
+    for piece in pieces:
+        offsets.append(offsets[-1] + len(piece))
+    return b"".join([struct.pack(f"<{len(offsets) + 1}Q", len(offsets), *offsets), *pieces])
+
+
+def _decode_v1(frame: bytes | str) -> tuple[str, list[bytes]]:
+    if isinstance(frame, str):
+        raise MessageError("a text frame, where the protocol has binary ones")
+    (count,) = struct.unpack_from("<Q", frame)
+    if not 6 <= count <= MAX_PARTS or len(frame) < 8 * (count + 1):
+        raise MessageError(f"{count} offsets")
+    offsets = struct.unpack_from(f"<{count}Q", frame, 8)
+    if list(offsets) != sorted(offsets) or offsets[0] < 8 * (count + 1) or offsets[-1] > len(frame):
+        raise MessageError("offsets that are not in order, or lie outside the frame")
+    pieces = [frame[low:high] for low, high in pairwise(offsets)]
+    for piece in pieces[1:5]:
+        if not isinstance(json.loads(piece), dict):
+            raise MessageError("a part that is no JSON object")
+    return pieces[0].decode(), pieces[1:]
+
+
+# -- JSON: one text, or a binary frame with offsets, the text and buffers --------------------------
+
+
+def _as_json(channel: str, parts: Sequence[bytes]) -> bytes:
+    """The parts are JSON already: they are put together, not read and written again."""
+    header = header_of(parts)
+    ids = json.dumps({"channel": channel, "msg_id": header.get("msg_id"), "msg_type": header.get("msg_type")})
+    named = [b'"%s":%s' % (name.encode(), bytes(part)) for name, part in zip(_JSON_PARTS, parts, strict=False)]
+    return b"{" + b",".join([*named, ids[1:-1].encode()]) + b"}"
+
+
+def _with_buffers(text: bytes, buffers: Sequence[bytes]) -> bytes:
+    pieces = [text, *buffers]
+    offsets = [4 * (len(pieces) + 1)]
+    for piece in pieces[:-1]:
+        offsets.append(offsets[-1] + len(piece))
+    return b"".join([struct.pack(f"!{len(offsets) + 1}I", len(pieces), *offsets), *pieces])
+
+
+def _decode_json(frame: bytes | str) -> tuple[str, list[bytes]]:
+    buffers: list[bytes] = []
+    if isinstance(frame, bytes):
+        text, buffers = _take_buffers(frame)
+        message = json.loads(text)
+    else:
+        message = json.loads(frame)
+    if not isinstance(message, dict):
+        raise MessageError("no JSON object")
+    parts = []
+    for name in _JSON_PARTS:
+        part = message.get(name, {} if name != "header" else None)
+        if not isinstance(part, dict):
+            raise MessageError(f"{name} is no object")
+        parts.append(json.dumps(part).encode())
+    return str(message.get("channel") or "shell"), [*parts, *buffers]
+
+
+def _take_buffers(frame: bytes) -> tuple[bytes, list[bytes]]:
+    (count,) = struct.unpack_from("!I", frame)
+    if not 1 <= count <= MAX_PARTS or len(frame) < 4 * (count + 1):
+        raise MessageError(f"{count} buffers")
+    offsets = [*struct.unpack_from(f"!{count}I", frame, 4), len(frame)]
+    if offsets != sorted(offsets) or offsets[0] < 4 * (count + 1):
+        raise MessageError("offsets that are not in order, or lie outside the frame")
+    pieces = [frame[low:high] for low, high in pairwise(offsets)]
+    return pieces[0], pieces[1:]

@@ -1,0 +1,200 @@
+"""The gateway's API as OpenAPI 3.1: what the handlers take and answer, in one table of paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway_slurm import __version__
+
+_UUID = {"type": "string", "format": "uuid"}
+_TEXT = {"type": "string"}
+
+
+def _object(properties: dict[str, Any], required: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _list(name: str) -> dict[str, Any]:
+    return {"type": "array", "items": _ref(name)}
+
+
+SCHEMAS: dict[str, Any] = {
+    "Error": _object({"message": _TEXT, "reason": _TEXT}, ("message",)),
+    "Kernel": _object(
+        {
+            "id": _UUID,
+            "name": _TEXT,
+            "last_activity": _TEXT,
+            "execution_state": _TEXT,
+            "connections": {"type": "integer"},
+            "reason": {**_TEXT, "description": "where it waits, or why it is dead"},
+            "slurm": {
+                "type": "object",
+                "description": "jobid, node; while it waits: state, reason, place and so on",
+                "properties": {
+                    "connect": {
+                        "type": ["object", "null"],
+                        "description": "how clients get to it, once it has started",
+                        "properties": {"mode": {"enum": ["direct", "tunnel"]}, "why": _TEXT},
+                    }
+                },
+            },
+        },
+        ("id", "name", "last_activity", "execution_state", "connections"),
+    ),
+    "NewKernel": _object({"name": _TEXT, "kernel_id": _UUID, "env": {"type": "object", "additionalProperties": _TEXT}}),
+    "Session": _object(
+        {"id": _UUID, "path": _TEXT, "name": _TEXT, "type": _TEXT, "kernel": _ref("Kernel")}, ("id", "path", "kernel")
+    ),
+    "NewSession": _object(
+        {
+            "path": {**_TEXT, "minLength": 1},
+            "name": _TEXT,
+            "type": _TEXT,
+            "kernel": _object({"id": _UUID, "name": _TEXT}),
+            "env": {"type": "object", "additionalProperties": _TEXT},
+        },
+        ("path",),
+    ),
+    "SessionChange": _object(
+        {"path": _TEXT, "name": _TEXT, "type": _TEXT, "kernel": _object({"id": _UUID, "name": _TEXT})}
+    ),
+    "KernelSpec": _object(
+        {"name": _TEXT, "spec": {"type": "object"}, "resources": {"type": "object"}}, ("name", "spec")
+    ),
+    "KernelSpecs": _object(
+        {"default": _TEXT, "kernelspecs": {"type": "object", "additionalProperties": _ref("KernelSpec")}},
+        ("default", "kernelspecs"),
+    ),
+    "Allocation": _object(
+        {"jobid": _TEXT, "state": _TEXT, "kernel_ids": {"type": "array", "items": _TEXT}}, ("jobid",)
+    ),
+    "Status": _object(
+        {
+            "started": _TEXT,
+            "last_activity": _TEXT,
+            "kernels": {"type": "integer"},
+            "connections": {"type": "integer"},
+        },
+        ("started", "kernels"),
+    ),
+    "Health": _object({"status": _TEXT, "reason": _TEXT}, ("status",)),
+    "Version": _object({"version": _TEXT}, ("version",)),
+    "Me": _object({"identity": {"type": "object"}, "permissions": {"type": "object"}}, ("identity",)),
+}
+
+_PARAMETERS = {
+    "kernel_id": _UUID,
+    "session_id": _UUID,
+    "kernel_name": {"type": "string", "pattern": r"^[A-Za-z0-9_.\-]+$"},
+    "jobid": {"type": "string", "pattern": "^[0-9]{1,10}$"},
+    "path": {"type": "string", "pattern": r"^(kernel\.js|kernel\.css|logo-[A-Za-z0-9_.\-]+)$"},
+}
+_QUERIES = {
+    "/api/kernelspecs": {
+        "user": {
+            "schema": _TEXT,
+            "description": "whose they are, if a service asks; anybody else may name themselves only",
+        }
+    }
+}
+
+# Path and method: what it does, the body's schema or "", the status of success and its answer: "" for none, a schema
+# of JSON, or the media type of what is something else.
+OPERATIONS: dict[str, dict[str, tuple[str, str, int, str | dict[str, Any]]]] = {
+    "/api": {"get": ("The version of the server", "", 200, "Version")},
+    "/api/status": {"get": ("When it started, and what the user has", "", 200, "Status")},
+    "/api/me": {"get": ("Who the user is", "", 200, "Me")},
+    "/api/kernels": {
+        "get": ("The user's kernels", "", 200, _list("Kernel")),
+        "post": ("Start a kernel; answers at once", "NewKernel", 201, "Kernel"),
+    },
+    "/api/kernels/{kernel_id}": {
+        "get": ("One kernel", "", 200, "Kernel"),
+        "delete": ("End it, or give up its start", "", 204, ""),
+    },
+    "/api/kernels/{kernel_id}/interrupt": {"post": ("Interrupt it", "", 204, "")},
+    "/api/kernels/{kernel_id}/restart": {"post": ("Restart it in its allocation", "", 200, "Kernel")},
+    "/api/kernels/{kernel_id}/channels": {
+        "get": ("Its channels: a websocket, with v1.kernel.websocket.jupyter.org or without a subprotocol", "", 101, "")
+    },
+    "/api/sessions": {
+        "get": ("The user's sessions", "", 200, _list("Session")),
+        "post": ("The document's session, new or as it is", "NewSession", 201, "Session"),
+    },
+    "/api/sessions/{session_id}": {
+        "get": ("One session", "", 200, "Session"),
+        "patch": ("Rename it, or give it another kernel", "SessionChange", 200, "Session"),
+        "delete": ("End it, and its kernel", "", 204, ""),
+    },
+    "/api/kernelspecs": {"get": ("The kernelspecs that the user may start", "", 200, "KernelSpecs")},
+    "/api/kernelspecs/{kernel_name}": {"get": ("One kernelspec", "", 200, "KernelSpec")},
+    "/kernelspecs/{kernel_name}/{path}": {"get": ("A logo of it, kernel.js or kernel.css", "", 200, "*/*")},
+    "/api/allocations": {"get": ("The user's allocations", "", 200, _list("Allocation"))},
+    "/api/allocations/{jobid}": {
+        "get": ("One allocation", "", 200, "Allocation"),
+        "delete": ("End it now, with its kernels", "", 204, ""),
+    },
+    "/api/allocations/{jobid}/keep": {"post": ("Let it stay after its last kernel", "", 204, "")},
+    "/api/allocations/{jobid}/release": {"post": ("Take that back", "", 204, "")},
+    "/metrics": {"get": ("What Prometheus is told", "", 200, "text/plain")},
+    "/health/live": {"get": ("Whether the process answers", "", 200, "Health")},
+    "/health/ready": {"get": ("Whether kernels can be started", "", 200, "Health")},
+}
+# Answered by handlers of Jupyter's, which say what is wrong on a page.
+_PAGES = ("/metrics", "/api/kernels/{kernel_id}/channels")
+_OPEN = ("/health/live", "/health/ready", "/api")
+
+
+def description(base_url: str) -> dict[str, Any]:
+    """The whole description, for a gateway at ``base_url``."""
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "gateway_slurm", "version": __version__},
+        "servers": [{"url": base_url.rstrip("/") or "/"}],
+        "security": [{"token": []}],
+        "paths": {path: _path(path, methods) for path, methods in OPERATIONS.items()},
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {
+                "token": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "token TOKEN"}
+            },
+        },
+    }
+
+
+def _path(path: str, methods: dict[str, tuple[str, str, int, str | dict[str, Any]]]) -> dict[str, Any]:
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": schema}
+        for name, schema in _PARAMETERS.items()
+        if f"{{{name}}}" in path
+    ]
+    parameters += [{"name": name, "in": "query", **query} for name, query in _QUERIES.get(path, {}).items()]
+    operations = {method: _operation(path, *operation) for method, operation in methods.items()}
+    return {**({"parameters": parameters} if parameters else {}), **operations}
+
+
+def _operation(path: str, summary: str, body: str, status: int, answer: str | dict[str, Any]) -> dict[str, Any]:
+    success: dict[str, Any] = {"description": "done"}
+    if isinstance(answer, str) and "/" in answer:
+        success["content"] = {answer: {"schema": _TEXT}}
+    elif answer:
+        schema = _ref(answer) if isinstance(answer, str) else answer
+        success["content"] = {"application/json": {"schema": schema}}
+    said = {"application/json": {"schema": _ref("Error")}}
+    if path in _PAGES:
+        said["text/html"] = {"schema": _TEXT}
+    failure = {"description": "it says why", "content": said}
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "responses": {str(status): success, "4XX": failure, "5XX": failure},
+    }
+    if body:
+        operation["requestBody"] = {"content": {"application/json": {"schema": _ref(body)}}}
+    if path in _OPEN:
+        operation["security"] = []
+    return operation

@@ -1,0 +1,76 @@
+"""The launcher as one program text, to be carried to a node inside a job script.
+
+The modules are carried verbatim, each as a raw string, and registered under their own names before
+``launchers.main`` runs: what runs on the node is what the tests and the type checker saw.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+LINK_MODULES = ("wire", "flow", "envelope", "zmtpframe", "steps")
+LAUNCHER_MODULES = (
+    "reactor",
+    "dialling",
+    "uplink",
+    "listening",
+    "probes",
+    "guard",
+    "stderr",
+    "commandline",
+    "subscriber",
+    "curve",
+    "kept",
+    "kernels",
+    "channels",
+    "slurmd",
+    "logs",
+    "others",
+    "walltime",
+    "steps",
+    "main",
+)
+_QUOTES = "'''"
+
+_LOADER = """\
+import importlib.abc, importlib.util, sys
+sys.modules["cffi"] = None  # pycryptodome then binds by ctypes, which is there: 20 ms sooner
+class Carried(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name in SOURCES:
+            return importlib.util.spec_from_loader(name, self, is_package=not SOURCES[name])
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        exec(compile(SOURCES[module.__name__], module.__name__, "exec"), module.__dict__)
+sys.meta_path.insert(0, Carried())
+from launchers.main import main
+main()
+"""
+
+
+def launchers_directory() -> Path:
+    """Where the launcher's sources are: in the wheel inside the package, in a checkout beside it."""
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (package / "launchers", package.parent / "launchers"):
+        if (candidate / "main.py").is_file():
+            return candidate
+    raise FileNotFoundError(f"the launcher's sources are neither in {package} nor beside it: reinstall gateway-slurm")
+
+
+@cache
+def launcher_program() -> str:
+    """The launcher's program text (Python >= 3.9)."""
+    link = Path(__file__).resolve().parent
+    sources = {"gateway_slurm": "", "gateway_slurm.link": "", "launchers": ""}
+    sources |= {f"gateway_slurm.link.{name}": (link / f"{name}.py").read_text() for name in LINK_MODULES}
+    directory = launchers_directory()
+    sources |= {f"launchers.{name}": (directory / f"{name}.py").read_text() for name in LAUNCHER_MODULES}
+    return "SOURCES = {\n" + "".join(map(_entry, sources, sources.values())) + "}\n" + _LOADER
+
+
+def _entry(name: str, source: str) -> str:
+    if _QUOTES in source or source.endswith("\\"):
+        raise ValueError(f"{name} holds {_QUOTES}, which would end its quotation in the job script")
+    return f"{name!r}: r{_QUOTES}{source}{_QUOTES},\n"

@@ -1,0 +1,315 @@
+"""The server's end of the tunnel: Unix sockets that stand for a kernel's channels.
+
+Clients connect to ``<prefix>-<n>`` (transport ``ipc``); each connection is a stream over the
+launcher's link to the same channel on the node. The sockets lie in a 0700 directory, and their
+paths stay the same for a kernel's life, restarts included. A connection outlives the link: without
+one it waits, and on the next it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from gateway_slurm.errors import LinkError
+from gateway_slurm.link import flow, wire, zmtp
+from gateway_slurm.link.server import Link
+
+_DIRECTORY = re.compile(r"gs-server(\d+)-\w+")
+
+
+def make_socket_directory(parent: str) -> str:
+    """A new 0700 directory for this process's sockets in ``parent`` ("": the temporary directory).
+
+    Those of the user's servers that are gone without a farewell are removed.
+    """
+    parent = parent or tempfile.gettempdir()
+    for stale in stale_socket_directories(parent):
+        shutil.rmtree(stale, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"gs-server{os.getpid()}-", dir=parent)
+
+
+def stale_socket_directories(parent: str) -> list[str]:
+    """Those in ``parent`` ("": the temporary directory) of servers of this user's that are gone."""
+    with os.scandir(parent or tempfile.gettempdir()) as entries:
+        return [
+            entry.path
+            for entry in entries
+            if (match := _DIRECTORY.fullmatch(entry.name))
+            and not os.path.exists(f"/proc/{match[1]}")
+            and _is_ours(entry)
+        ]
+
+
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.getuid()
+
+
+class StreamEnd(Protocol):
+    """Whose a stream is, at the server."""
+
+    paused: bool
+
+    def from_kernel(self, data: bytes) -> None:
+        """Bytes came; ``Streams.took`` gives credit for more."""
+
+    def read_on(self) -> None:
+        """More may be sent again."""
+
+    def end(self) -> None:
+        """The launcher's side closed."""
+
+    def abort(self) -> None:
+        """The launcher sent what it may not."""
+
+
+class Streams:
+    """All tunnel streams of one launcher, whatever link carries them. ``end()`` closes them for good."""
+
+    def __init__(self, link: Callable[[], Link | None]) -> None:
+        self._link = link
+        self._numbers = itertools.count(1)
+        self._clients: dict[int, StreamEnd] = {}
+        self._over = False
+        # By this the launcher knows that the numbers of its streams are ours, not those of an earlier server.
+        self._session = secrets.token_hex(8)
+        self._outbox = flow.Outbox()
+
+    # -- links come and go ------------------------------------------------------------------
+
+    def attach(self, link: Link) -> dict[str, Any]:
+        """Let ``link`` carry the streams once REPORT is there; return what WELCOME says of them."""
+        self.hold()
+        link.outbox = self._outbox
+        return {"session": self._session, "streams": self._outbox.positions()}
+
+    def resume(self, report: dict[str, Any]) -> None:
+        """Go on from where the launcher is; what it says is checked here."""
+        for number in self._outbox.resume(report.get("streams"), report.get("opened")):
+            self._end(number)
+        self._flush()
+        self.read_on()
+
+    def hold(self) -> None:
+        """The link is gone: streams wait, and their clients once they have sent a little more."""
+        self._outbox.hold()
+
+    def end(self) -> None:
+        """The launcher is gone for good, and what its kernels were."""
+        self._over = True
+        for number in list(self._clients):
+            self._end(number)
+        self._outbox.forget_streams()
+
+    def _flush(self) -> None:
+        link = self._link()
+        if link is not None:
+            link.flush()
+
+    # -- what the launcher says -------------------------------------------------------------
+
+    def message(self, name: str, number: int, payload: bytes) -> None:
+        """DATA, CREDIT or CLOSE from the launcher."""
+        if name == "CREDIT":
+            self._outbox.credit(number, flow.credit_of(payload))
+            self._flush()
+        elif name == "DATA":
+            self._data(number, payload)
+        else:
+            self._outbox.closed(number)
+            self._end(number)
+            self._flush()
+
+    def _data(self, number: int, payload: bytes) -> None:
+        client = self._clients.get(number)
+        if client is None:
+            return
+        try:
+            self._outbox.arrived(number, len(payload))
+        except wire.WireError:
+            client.abort()
+            return
+        client.from_kernel(payload)
+
+    def _end(self, number: int) -> None:
+        client = self._clients.pop(number, None)
+        if client is not None:
+            client.end()
+
+    # -- what clients do --------------------------------------------------------------------
+
+    def open(self, client: StreamEnd, kernel_id: str, channel: str) -> int | None:
+        """Open a stream for ``client``; None when the launcher is gone for good."""
+        if self._over:
+            return None
+        number = next(self._numbers)
+        self._clients[number] = client
+        self._outbox.open(number, f"{kernel_id}\0{channel}".encode())
+        self._flush()
+        return number
+
+    def send(self, number: int, data: bytes) -> bool:
+        """Queue what a client wrote; True while it may be read on."""
+        more = self._outbox.data(number, data)
+        self._flush()
+        return more
+
+    def took(self, number: int, count: int) -> None:
+        """The client's socket took what came for it."""
+        self._outbox.took(number, count)
+        self._flush()
+
+    def close(self, number: int) -> None:
+        """The client went."""
+        self._clients.pop(number, None)
+        self._outbox.close(number)
+        self._flush()
+
+    def read_on(self) -> None:
+        """The link took data: read on where reading had stopped."""
+        for number, client in list(self._clients.items()):
+            if client.paused and self._outbox.may_read(number):
+                client.read_on()
+
+
+class Client(asyncio.Protocol):
+    """One client's connection to one channel's Unix socket."""
+
+    def __init__(self, tunnel: KernelTunnel, channel: str) -> None:
+        self._tunnel = tunnel
+        self._channel = channel
+        self._number: int | None = None
+        self._writable = True
+        self._untaken = 0
+        self.paused = False
+        # Messages of ours go into iopub only; the other channels are question and answer.
+        self.iopub = zmtp.Iopub(tunnel.last_cell) if channel == "iopub" else None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=flow.CREDIT_STEP)
+        self._tunnel.clients.add(self)
+        self._number = self._tunnel.streams.open(self, self._tunnel.kernel_id, self._channel)
+        if self._number is None:
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self.iopub is not None:
+            self.iopub.from_client(data)
+        if self._number is not None and not self._tunnel.streams.send(self._number, data):
+            self.paused = True
+            self._transport.pause_reading()
+
+    def read_on(self) -> None:
+        self.paused = False
+        self._transport.resume_reading()
+
+    def from_kernel(self, data: bytes) -> None:
+        """Bytes for the client; credit goes back once its socket has taken them."""
+        self._transport.write(data if self.iopub is None else self.iopub.from_kernel(data))
+        self._untaken += len(data)
+        if self._writable:
+            self._took()
+
+    def insert(self, build: zmtp.Build) -> bool:
+        """Put a message of ours between two of the kernel's; False when this client takes none.
+
+        It is no part of the kernel's window: a few hundred bytes, however slow the client reads.
+        """
+        message = self.iopub.insert(build) if self.iopub is not None and self._number is not None else None
+        if message:
+            self._transport.write(message)
+        return message is not None
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._took()
+
+    def _took(self) -> None:
+        taken, self._untaken = self._untaken, 0
+        if self._number is not None:
+            self._tunnel.streams.took(self._number, taken)
+
+    def end(self) -> None:
+        """The kernel's side closed; what it sent before still reaches the client."""
+        self._number = None
+        self._transport.close()
+
+    def abort(self) -> None:
+        """The kernel's side sent what it may not."""
+        self._transport.abort()
+
+    def leave(self) -> None:
+        """Our side closes; what came before still reaches the client, and what it sent the kernel."""
+        self._close_stream()
+        self._transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._tunnel.clients.discard(self)
+        self._close_stream()
+
+    def _close_stream(self) -> None:
+        number, self._number = self._number, None
+        if number is not None:
+            self._tunnel.streams.close(number)
+
+
+class KernelTunnel:
+    """The five Unix sockets of one kernel. ``close()`` ends them and their connections."""
+
+    def __init__(self, streams: Streams, kernel_id: str, prefix: str) -> None:
+        self.streams = streams
+        self.kernel_id = kernel_id
+        self.prefix = prefix
+        self.clients: set[Client] = set()
+        self.last_cell = zmtp.LastCell()
+        self._servers: list[asyncio.AbstractServer] = []
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The numbers that Jupyter joins to the prefix with a hyphen (transport ``ipc``)."""
+        return {channel: number for number, channel in enumerate(wire.CHANNELS, 1)}
+
+    async def listen(self) -> None:
+        """Listen (again) on all five paths: the kernel manager unlinks them on a restart."""
+        if len(os.fsencode(self.prefix)) > 100:
+            raise LinkError(f"{self.prefix} is too long for Unix sockets: shorten SlurmService.tunnel_directory")
+        self._close_servers()
+        self.last_cell.header = b""
+        for channel, number in self.ports.items():
+            self._servers.append(await self._listen(channel, f"{self.prefix}-{number}"))
+
+    async def _listen(self, channel: str, path: str) -> asyncio.AbstractServer:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return await loop.create_unix_server(lambda: Client(self, channel), path)
+
+    def publish(self, build: zmtp.Build) -> int:
+        """Put a message into every client's iopub; return how many clients get it."""
+        return sum([client.insert(build) for client in list(self.clients)])
+
+    def close(self) -> None:
+        self._close_servers()
+        for client in list(self.clients):
+            client.leave()
+        for number in self.ports.values():
+            with contextlib.suppress(FileNotFoundError):  # the kernel manager may have been first
+                os.unlink(f"{self.prefix}-{number}")
+
+    def _close_servers(self) -> None:
+        servers, self._servers = self._servers, []
+        for server in servers:
+            server.close()

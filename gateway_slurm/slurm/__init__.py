@@ -1,0 +1,1 @@
+"""Talking to Slurm: commands and their answers, the runner, the driver, the watcher."""

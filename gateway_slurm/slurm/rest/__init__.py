@@ -1,0 +1,1 @@
+"""Slurm's REST interface: slurmrestd with JSON web tokens, in place of Slurm's commands."""

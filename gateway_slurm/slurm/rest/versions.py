@@ -1,0 +1,189 @@
+"""The versions of Slurm's REST interface that are spoken, as one table, and a job in the words of each: pure.
+
+A version (OpenAPI plugin, later data_parser) is stable over Slurm's releases; each release serves the last few.
+Sources: slurm.schedmd.com/rest_api.html and openapi_release_notes.html. The tests speak v0.0.38, v0.0.42 and v0.0.45,
+with Slurm 22.05, 24.11 and 26.05; the others from v0.0.40 on were tried with these, v0.0.39 is as documented.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gateway_slurm.errors import SlurmUnavailable, SubmitRefused
+from gateway_slurm.request import memory_in_mebibytes
+from gateway_slurm.slurm.model import JobSpec
+from gateway_slurm.slurm.times import minutes
+
+# How a number stands in a job: as it is, or with word on whether there is one.
+PLAIN, STRUCT = "number or null", "{set, infinite, number}"
+OBJECT, LIST, TEXT = "object", "list", "text"
+WAIT, PARTS = "wait(2) status", "{status, return_code, signal}"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version: how it has what other versions have in another way."""
+
+    name: str
+    slurm: str
+    """The first release that serves it."""
+    numbers: str
+    environment: str
+    """An object of names and values, or a list of ``NAME=value``."""
+    state: str
+    exit_code: str
+    gres: str
+    """What stands before each generic resource."""
+    options: str
+    """Whose names a job's options have: ``sbatch``'s, or those of the structure in the API (``job_desc_msg_t``)."""
+
+
+VERSIONS: Final[tuple[Version, ...]] = (
+    Version("v0.0.38", "22.05", PLAIN, OBJECT, TEXT, WAIT, "", "sbatch"),
+    Version("v0.0.39", "23.02", STRUCT, LIST, TEXT, WAIT, "gres:", "job_desc_msg_t"),
+    Version("v0.0.40", "23.11", STRUCT, LIST, LIST, PARTS, "gres/", "job_desc_msg_t"),
+    Version("v0.0.41", "24.05", STRUCT, LIST, LIST, PARTS, "gres/", "job_desc_msg_t"),
+    Version("v0.0.42", "24.11", STRUCT, LIST, LIST, PARTS, "gres/", "job_desc_msg_t"),
+    Version("v0.0.43", "25.05", STRUCT, LIST, LIST, PARTS, "gres/", "job_desc_msg_t"),
+    Version("v0.0.44", "25.11", STRUCT, LIST, LIST, PARTS, "gres/", "job_desc_msg_t"),
+    Version("v0.0.45", "26.05", STRUCT, LIST, LIST, PARTS, "gres/", "job_desc_msg_t"),
+)
+
+_SUBMIT_PATH: Final = re.compile(r"/slurm/(v[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,4})/job/submit/?", re.ASCII)
+# A job's environment is what it is submitted with, and nothing more: without a PATH no shell finds anything.
+_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
+# A job gets no login environment, as it would have from sbatch's own: what the launcher and kernels need of it
+# is in the node's user database.
+_LOGIN: Final = """\
+if [ -z "${HOME:-}" ]; then
+  IFS=: read -r USER _ _ _ _ HOME SHELL <<GATEWAY_SLURM_USER
+$(getent passwd "$(id -u)")
+GATEWAY_SLURM_USER
+  LOGNAME=$USER
+  export HOME USER LOGNAME SHELL
+fi
+"""
+
+
+def announced(document: Mapping[str, Any]) -> list[str]:
+    """Return the versions by which a server says, in its OpenAPI document, that it takes jobs; the oldest first."""
+    paths = document.get("paths")
+    found = (_SUBMIT_PATH.fullmatch(str(path)) for path in (paths if isinstance(paths, dict) else ()))
+    return sorted({match[1] for match in found if match}, key=_order)
+
+
+def choose(names: Iterable[str]) -> Version:
+    """Return the newest of these versions that is in the table; raise SlurmUnavailable where none is."""
+    served = list(names)
+    for version in reversed(VERSIONS):
+        if version.name in served:
+            return version
+    raise SlurmUnavailable(
+        f"slurmrestd serves {', '.join(served) or 'no version that takes jobs'}, and this gateway_slurm speaks "
+        f"{VERSIONS[0].name} to {VERSIONS[-1].name}: have slurmrestd load one of these (its options -s and -d)"
+    )
+
+
+def _order(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in name[1:].split("."))
+
+
+def submission(spec: JobSpec, version: Version) -> dict[str, Any]:
+    """Return the body of a ``job/submit`` request for ``spec``.
+
+    Raises SubmitRefused for what cannot be asked for in this way: options of sbatch's that are only its own.
+    """
+    if spec.extra:
+        raise SubmitRefused(
+            f"the options {' '.join(spec.extra)} are sbatch's, and Slurm is reached by its REST interface "
+            "(SlurmService.cluster): leave them out"
+        )
+    # Half a surrogate pair, which JSON can hold and Slurm cannot, has been refused in the request.
+    script = with_login_environment(spec.script)
+    job = {
+        **_common(spec, version),
+        **(_by_sbatch(spec) if version.options == "sbatch" else _by_structure(spec, version)),
+    }
+    job = {name: value for name, value in job.items() if value is not None}
+    return {"script": script, "job": job} if version.options == "sbatch" else {"job": {**job, "script": script}}
+
+
+def with_login_environment(script: str) -> str:
+    """Return the script with lines that set HOME, USER, LOGNAME and SHELL where the job lacks them."""
+    first, _end, rest = script.partition("\n")
+    return f"{first}\n{_LOGIN}{rest}" if first.startswith("#!") else script
+
+
+def _common(spec: JobSpec, version: Version) -> dict[str, Any]:
+    environment = {"PATH": _PATH, **spec.env}
+    as_list = [f"{name}={value}" for name, value in environment.items()]
+    return {
+        "name": spec.name,
+        "comment": spec.comment or None,
+        "environment": as_list if version.environment == LIST else environment,
+        "current_working_directory": "/",
+        "standard_output": spec.output,
+        "standard_error": spec.output,
+        "partition": spec.partition or None,
+        "account": spec.account or None,
+        "qos": spec.qos or None,
+        "reservation": spec.reservation or None,
+        "constraints": spec.constraint or None,
+        "nodes": None if spec.nodes is None else str(spec.nodes),
+        "tasks": spec.nodes or 1,
+        "tasks_per_node": 1,
+        "cpus_per_task": spec.cpus,
+    }
+
+
+def _by_sbatch(spec: JobSpec) -> dict[str, Any]:
+    return {
+        # "requeue": false means true (slurm_opt.c, arg_set_data_requeue).
+        "no_requeue": True,
+        "nodelist": spec.nodelist or None,
+        "gres": ",".join(spec.gres) or None,
+        "memory_per_node": str(memory_in_mebibytes(spec.memory)) if spec.memory else None,
+        "time_limit": None if spec.time is None else str(spec.time),
+        # No "signal": that it is for the batch step alone ("B:") is understood in sbatch only (proc_args.c,
+        # get_signal_opts), and else it would hit kernels. The launcher warns by its own clock.
+    }
+
+
+def _by_structure(spec: JobSpec, version: Version) -> dict[str, Any]:
+    warned = spec.signal_seconds or None
+    limit = minutes(str(spec.time)) if spec.time is not None else 0
+    return {
+        "requeue": False,
+        "required_nodes": [spec.nodelist] if spec.nodelist else None,
+        "tres_per_node": ",".join(version.gres + item for item in spec.gres) or None,
+        "memory_per_node": _struct(memory_in_mebibytes(spec.memory)) if spec.memory else None,
+        "time_limit": None if spec.time is None else _struct(limit),
+        "kill_warning_signal": warned and "USR1",
+        "kill_warning_delay": warned and _struct(warned),
+        "kill_warning_flags": warned and ["BATCH_JOB"],
+    }
+
+
+def _struct(number: int | None) -> dict[str, Any]:
+    """Write a number; None is infinite."""
+    return {"set": True, "infinite": number is None, "number": number or 0}
+
+
+def versions_table() -> str:
+    """Draw the table as markdown, one line per version."""
+    lines = ["| version | first in Slurm | numbers | environment | job_state | exit_code | gres | options of |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for one in VERSIONS:
+        gres = f"`tres_per_node`: `{one.gres}gpu:1`" if one.gres else "`gres`: `gpu:1`"
+        cells = (one.name, one.slurm, one.numbers, one.environment, one.state, one.exit_code, gres, one.options)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def encode(document: Mapping[str, Any]) -> bytes:
+    """Return a request's body."""
+    return json.dumps(document, separators=(",", ":")).encode()

@@ -1,0 +1,41 @@
+"""What must outlive the process: which jobs, launchers, kernels and sessions it has, and who owns them now.
+
+The database itself (``store.database``: ``Store``, ``open_store``) is imported late, off the loop: SQLAlchemy is large.
+"""
+
+from gateway_slurm.store.drawing import EXPORT_NAME, by_job
+from gateway_slurm.store.processes import ProcessInfo, this_process
+from gateway_slurm.store.records import (
+    LEASE_SECONDS,
+    RENEW_SECONDS,
+    AllocationRecord,
+    Claimed,
+    Found,
+    KernelRecord,
+    LauncherRecord,
+    Lost,
+    Rows,
+    ServerRecord,
+    SessionRecord,
+)
+from gateway_slurm.store.registry import Registry, state_directory
+
+__all__ = [
+    "EXPORT_NAME",
+    "LEASE_SECONDS",
+    "RENEW_SECONDS",
+    "AllocationRecord",
+    "Claimed",
+    "Found",
+    "KernelRecord",
+    "LauncherRecord",
+    "Lost",
+    "ProcessInfo",
+    "Registry",
+    "Rows",
+    "ServerRecord",
+    "SessionRecord",
+    "by_job",
+    "state_directory",
+    "this_process",
+]

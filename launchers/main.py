@@ -1,0 +1,391 @@
+"""The launcher's main program: what each message does, Slurm's signals, the end.
+
+Called as ``python -I - LAUNCHER_ID ADDRESS[,ADDRESS…] ORPHAN_TIMEOUT ROLE`` with this program on standard input, the
+launch token in GATEWAY_SLURM_TOKEN and Slurm's own variables in the environment. ROLE is ``step`` for a job step,
+``job`` for a job's own script, with which it ends, and ``keep`` for one that is to be kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from gateway_slurm.link import wire
+from launchers.channels import Channels
+from launchers.guard import Guard
+from launchers.kernels import Kernel
+from launchers.logs import remove_old_logs
+from launchers.others import others_work
+from launchers.probes import Probes
+from launchers.reactor import Reactor
+from launchers.slurmd import find_slurmd, is_slurmd
+from launchers.steps import Steps
+from launchers.uplink import Uplink
+from launchers.walltime import Walltime
+
+TOKEN_VARIABLE = "GATEWAY_SLURM_TOKEN"  # noqa: S105 - a variable's name, not a token
+# Set by the server for Slurm's commands only, or for this program only: not the kernel's business.
+NOT_FOR_KERNELS = (TOKEN_VARIABLE, "LC_ALL", "SLURM_TIME_FORMAT")
+FIRST_ORPHAN_TIMEOUT = 900.0
+# Between SIGTERM and SIGKILL: shorter than the shortest KillWait that sites set (slurm.conf: 30 s).
+TERM_GRACE = 3.0
+# When a launcher without a server looks for others in its job again, and how often in vain.
+OTHERS_FIRST, OTHERS_LONGEST, OTHERS_ATTEMPTS = 3.0, 30.0, 10
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Launcher:
+    """Everything this process does, as reactions to the link, to signals and to time."""
+
+    def __init__(self, launcher_id: str, addresses: str, orphan_timeout: float, role: str) -> None:
+        self.directory = _runtime_directory()
+        self._guard = Guard(self.directory)
+        self._reactor = Reactor()
+        self._kernels: dict[str, Kernel] = {}
+        self._old: list[Kernel] = []
+        self._heartbeat = 10.0
+        self._kept_output = 0  # bytes a kernel, until WELCOME says it
+        # Until WELCOME: a job whose server never answers must end, also where orphans may live for ever.
+        self._orphan_timeout = orphan_timeout or FIRST_ORPHAN_TIMEOUT
+        self._holds_job = role != "step"
+        self._keep = role == "keep"  # stay, and with it the job, when there is no server
+        self._orphaned = False
+        self._others_again = 0.0  # when to look for others in the job again, by the monotonic clock
+        self._others_pause = OTHERS_FIRST
+        self._unanswered = 0
+        self._leaving = False
+        self._terminated = False
+        self._signalled = False  # Slurm's SIGUSR1 came, and the server has not heard of it
+        self._node = os.environ.get("SLURMD_NODENAME", "")
+        self._slurmd = find_slurmd(self._node)
+        self._slurmd_missing = False
+        token = bytes.fromhex(os.environ.pop(TOKEN_VARIABLE))
+        self._base_env = {k: v for k, v in os.environ.items() if k not in NOT_FOR_KERNELS}
+        self._uplink = Uplink(
+            self._reactor,
+            launcher_id=launcher_id,
+            jobid=os.environ.get("SLURM_JOB_ID", ""),
+            token=token,
+            addresses=[endpoint for endpoint in map(wire.parse_endpoint, addresses.split(",")) if endpoint],
+            hello=self._hello,
+            on_message=self._on_message,
+            on_down=self._on_down,
+            on_writable=lambda: self._channels.read_on(),
+        )
+        self._walltime = Walltime(self._reactor, say=self._uplink.send, is_linked=lambda: self._uplink.live)
+        self._channels = Channels(self._reactor, self._uplink, self._kernels.get)
+        self._probes = Probes(self._reactor, self._uplink.send)
+        self._steps = Steps(self._reactor, os.environ.get("SLURM_JOB_ID", ""), self._uplink.send)
+
+    def run(self) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._reactor.on_signal(signal.SIGCHLD, self._reap)
+        self._reactor.on_signal(signal.SIGTERM, self._on_sigterm)
+        self._reactor.on_signal(signal.SIGINT, lambda: None)
+        self._reactor.on_signal(signal.SIGHUP, lambda: None)
+        # The job script ignores it until now; a signal with a handler is an exec'd kernel's default again.
+        self._reactor.on_signal(signal.SIGUSR1, self._on_sigusr1)
+        self._uplink.dial()
+        self._beat()
+        try:
+            self._reactor.run()
+        finally:
+            self._clean_up()
+
+    # -- messages ---------------------------------------------------------------------------
+
+    def _hello(self) -> dict[str, Any]:
+        facts = ("SLURMD_NODENAME", "SLURM_STEP_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_END_TIME")
+        return {
+            "hostname": socket.gethostname(),
+            "pid": os.getpid(),
+            "ip": self._uplink.local_ip(),
+            "probes": True,  # PROBE is understood
+            "dialled": self._uplink.dialled(),
+            "started": self._walltime.started,
+            "end_time": self._walltime.end_time,
+            "python": sys.version.split()[0],
+            "executable": sys.executable[:500],
+            **{name.lower(): os.environ.get(name, "") for name in facts},
+        }
+
+    def _on_message(self, name: str, payload: Any) -> None:
+        if name in ("OPEN", "DATA", "CREDIT", "CLOSE"):
+            self._on_stream(name, *payload)
+            return
+        action = {
+            "WELCOME": self._welcome,
+            "REDIRECT": self._uplink.redirected,
+            "PROBE": lambda fields: self._probes.listen(fields, self._address(fields)),
+            "START": self._start,
+            "SIGNAL": self._signal,
+            "STOP": self._stop,
+            "TELL": self._tell,
+            "ACK": self._acknowledged,
+            "RELEASE": self._release,
+            "UNTIL": self._walltime.until,
+            "HEARTBEAT": self._heard,
+            "STEP": self._steps.start,
+            "STEP_END": self._steps.end,
+            "STEP_SEEN": self._steps.forget,
+            "LIST_STEPS": self._steps.listing,
+        }.get(name)
+        if action:
+            action(payload)
+
+    def _on_stream(self, name: str, number: int, payload: bytes) -> None:
+        if name == "OPEN":
+            self._channels.open(number, payload)
+        elif name == "DATA":
+            self._channels.data(number, payload)
+        elif name == "CREDIT":
+            self._channels.credit(number, payload)
+        else:
+            self._channels.close(number)
+
+    def _on_down(self) -> None:
+        self._channels.read_on()
+        for kernel in self._kernels.values():
+            kernel.kept.link_down()
+
+    def _welcome(self, fields: dict[str, Any]) -> None:
+        if not self._uplink.welcome(fields):
+            return
+        self._heartbeat = float(fields["heartbeat"])
+        self._orphan_timeout = float(fields["orphan_timeout"])
+        self._keep, self._orphaned, self._others_again = bool(fields["keep"]), False, 0.0
+        same_server = self._channels.is_same_server(fields)
+        self._kept_output = int(fields.get("kept_output", 0))
+        streams = self._channels.link_up(fields)
+        for kernel in self._kernels.values():
+            kernel.kept.link_up(same_server=same_server, limit=self._kept_output)
+        kernels = [kernel.report() for kernel in self._kernels.values()]
+        self._uplink.send("REPORT", kernels=kernels, steps=self._steps.report(), **streams)
+        self._next_beat.cancel()  # it was planned before the server's interval was known
+        self._plan_beat()
+        self._walltime.link_up(fields, same_server=same_server)
+        if self._terminated:
+            self._uplink.send("NOTICE", kind="sigterm")
+        if self._slurmd_missing:
+            self._uplink.send("NOTICE", kind="slurmd", missing=True)
+        if self._signalled:
+            self._on_sigusr1()
+
+    def _heard(self, fields: dict[str, Any]) -> None:
+        self._keep = bool(fields.get("keep"))
+        self._uplink.learn(fields)
+
+    def _start(self, fields: dict[str, Any]) -> None:
+        kernel_id = fields["kernel_id"]
+        if not self._kernels:
+            # Once the kernel is up; a slow home must not keep it waiting.
+            self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"]))
+        self._probes.close(kernel_id)
+        old = self._kernels.pop(kernel_id, None)
+        if old is not None:
+            old.stop()
+            old.kept.close()
+            self._old.append(old)
+        kernel = Kernel(
+            self._reactor,
+            self._guard,
+            directory=os.path.join(self.directory, str(fields["slot"])),
+            spec=fields,
+            ip=self._address(fields),
+            base_env=self._base_env,
+            say=self._uplink.send,
+            linked=lambda: self._uplink.live,
+            kept_output=self._kept_output,
+        )
+        self._kernels[kernel_id] = kernel
+        kernel.start()
+
+    def _address(self, fields: dict[str, Any]) -> str:
+        """Where a direct kernel is to listen: as before, where it is started again, whatever the link's address now."""
+        return str(fields.get("ip") or self._uplink.local_ip())
+
+    def _signal(self, fields: dict[str, Any]) -> None:
+        kernel = self._kernels.get(fields["kernel_id"])
+        if kernel:
+            kernel.signal(int(fields["signum"]))
+
+    def _tell(self, fields: dict[str, Any]) -> None:
+        kernel = self._kernels.get(fields["kernel_id"])
+        if kernel:
+            kernel.tell(str(fields["line"]))
+
+    def _stop(self, fields: dict[str, Any]) -> None:
+        self._probes.close(fields["kernel_id"])
+        kernel = self._kernels.pop(fields["kernel_id"], None)
+        if kernel:
+            kernel.stop()
+            kernel.kept.close()
+            self._old.append(kernel)
+            shutil.rmtree(kernel.directory, ignore_errors=True)
+
+    def _acknowledged(self, fields: dict[str, Any]) -> None:
+        kernel = self._kernels.get(fields["kernel_id"])
+        if kernel:
+            kernel.kept.acknowledged(fields)
+
+    def _release(self, _fields: dict[str, Any]) -> None:
+        self._leave("released")
+
+    # -- signals and time -------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        for kernel in [*self._kernels.values(), *self._old]:
+            kernel.reaped()
+        for kernel in [old for old in self._old if old.state in ("exited", "failed")]:
+            kernel.close()
+            self._old.remove(kernel)
+        self._steps.reaped()
+        ours = {kernel.process.pid for kernel in self._all() if kernel.process} | self._steps.pids()
+        _reap_strangers(ours | {self._guard.pid})
+        if self._leaving and not self._running():
+            self._reactor.stop()
+
+    def _all(self) -> list[Kernel]:
+        return [*self._kernels.values(), *self._old]
+
+    def _running(self) -> list[Kernel]:
+        return [k for k in self._all() if k.process is not None and k.process.returncode is None]
+
+    def _on_sigterm(self) -> None:
+        """Slurm ends the job (scancel, walltime, preemption): pass it on and say goodbye."""
+        if not self._terminated:
+            self._terminated = True
+            self._uplink.send("NOTICE", kind="sigterm")
+            self._leave("SIGTERM")
+
+    def _on_sigusr1(self) -> None:
+        """Slurm says that the end, as it is now, is near (sbatch(1), --signal): the server looks at it again."""
+        self._signalled = not self._uplink.live
+        self._uplink.send("NOTICE", kind="signal")
+
+    def _leave(self, reason: str) -> None:
+        print(f"launcher: leaving, {reason}", file=sys.stderr, flush=True)
+        self._leaving = True
+        if self._running():
+            self._terminate_kernels(lambda: self._reactor.later(1.0, self._reactor.stop))
+        else:
+            self._reactor.stop()
+
+    def _terminate_kernels(self, then: Callable[[], object]) -> None:
+        """SIGTERM for all, later SIGKILL for those still there, and then what is to follow."""
+        running = self._running()
+        for kernel in running:
+            kernel.signal(signal.SIGTERM)
+
+        def kill() -> None:
+            for kernel in [kernel for kernel in self._running() if self._leaving or kernel in running]:
+                kernel.stop()
+            then()
+
+        self._reactor.later(TERM_GRACE, kill)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        self._look_for_slurmd()
+        if self._uplink.live:
+            self._uplink.send("HEARTBEAT")
+            if now - self._uplink.last_heard > 3 * self._heartbeat:
+                self._uplink.drop(f"nothing heard for {now - self._uplink.last_heard:.0f} s")
+        elif self._orphan_timeout and now - self._uplink.last_live > self._orphan_timeout:
+            reason = f"no server for {self._orphan_timeout:g} s"
+            if not self._stays(now, reason):
+                self._leave(reason)
+                return
+        self._plan_beat()
+
+    def _stays(self, now: float, reason: str) -> bool:
+        """Whether the job lives on without a server; the kernels, which nobody reaches any more, do not."""
+        if not self._orphaned:
+            self._orphaned = True
+            self._terminate_kernels(lambda: None)
+            if self._keep:
+                print(f"launcher: {reason}; the job is kept", file=sys.stderr, flush=True)
+        return self._keep or (self._holds_job and self._others_work(now))
+
+    def _others_work(self, now: float) -> bool:
+        """Ask Slurm, now and then; while it does not say, a few times."""
+        if now < self._others_again:
+            return True
+        self._others_again = now + self._others_pause
+        self._others_pause = min(2 * self._others_pause, OTHERS_LONGEST)
+        answer = others_work(os.environ.get("SLURM_JOB_ID", ""))
+        self._unanswered = self._unanswered + 1 if answer is None else 0
+        if answer:
+            print("launcher: no server, but others work in the job", file=sys.stderr, flush=True)
+        return bool(answer) or 0 < self._unanswered < OTHERS_ATTEMPTS
+
+    def _look_for_slurmd(self) -> None:
+        """Say when this node's slurmd is gone, and when there is one again."""
+        if self._slurmd is None or is_slurmd(self._slurmd):
+            return
+        other = find_slurmd(self._node)
+        if other is not None:
+            self._slurmd = other
+        if (other is None) != self._slurmd_missing:
+            self._slurmd_missing = other is None
+            self._uplink.send("NOTICE", kind="slurmd", missing=self._slurmd_missing)
+
+    def _plan_beat(self) -> None:
+        self._next_beat = self._reactor.later(min(self._heartbeat, 10.0), self._beat)
+
+    def _clean_up(self) -> None:
+        for kernel in self._running():
+            kernel.stop()
+        self._uplink.finish(1.0)
+        _kill_children(except_pid=self._guard.pid)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._guard.close()
+
+
+def _runtime_directory() -> str:
+    """A new 0700 directory on the node, its path short enough for Unix sockets (unix(7): 108 bytes)."""
+    for parent in (os.environ.get("TMPDIR", ""), "/tmp"):  # noqa: S108 - mkdtemp is made for it
+        if parent and len(parent) < 64 and os.access(parent, os.W_OK | os.X_OK):
+            return tempfile.mkdtemp(prefix="gs-", dir=parent)
+    return tempfile.mkdtemp(prefix="gs-")
+
+
+def _reap_strangers(known: set[int]) -> None:
+    """Collect children that a kernel left to us, and leave ours to their owners."""
+    while True:
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if found is None or found.si_pid in known:
+            return
+        os.waitpid(found.si_pid, 0)
+
+
+def _kill_children(except_pid: int) -> None:
+    """What kernels started and left behind has us as its parent now (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    me = str(os.getpid())
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == except_pid:
+            continue
+        try:
+            with open(f"/proc/{entry}/stat", errors="replace") as stat:
+                parent = stat.read().rpartition(")")[2].split()[1]
+            if parent == me:
+                os.kill(int(entry), signal.SIGKILL)
+        except OSError:  # it ended meanwhile
+            continue
+
+
+def main() -> None:
+    """Run the launcher until it is released, orphaned or ended by Slurm."""
+    launcher_id, addresses, orphan_timeout, role = sys.argv[1:5]
+    Launcher(launcher_id, addresses, float(orphan_timeout), role).run()

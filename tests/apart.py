@@ -1,0 +1,182 @@
+"""A network of the tests' own beside this machine's: a namespace that nothing leads into but what a test lets through.
+
+Root only. See ip-netns(8), setns(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_CLONE_NEWNET = 0x40000000
+# Changes what passes towards the server, or returns it as it is.
+Change = Callable[[bytes], bytes]
+
+
+def run(*argv: str) -> None:
+    """Run a command that must not fail."""
+    subprocess.run(argv, check=True, capture_output=True, timeout=30)
+
+
+class Apart:
+    """A namespace with loopback alone, until a test gives it more; ``inside`` begins commands that run in it."""
+
+    def __init__(self) -> None:
+        self.name = f"gs-apart-{os.getpid()}"
+        self.inside = ("ip", "netns", "exec", self.name)
+
+    def up(self) -> None:
+        """Make it."""
+        run("ip", "netns", "add", self.name)
+        self.ip("link", "set", "lo", "up")
+
+    def down(self) -> None:
+        """Remove it, with what was joined to it."""
+        run("ip", "netns", "del", self.name)
+
+    def ip(self, *arguments: str) -> None:
+        """Have the namespace's links and addresses changed."""
+        run("ip", "-n", self.name, *arguments)
+
+    @contextmanager
+    def joined(self, here: str, there: str) -> Iterator[str]:
+        """A cable between this machine and it, with an address at each end (``address/length``); gives its interface.
+
+        Nothing is forwarded, on either side.
+        """
+        near, far = (f"gs-{end}-{os.getpid()}" for end in ("h", "t"))
+        run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", self.name)
+        try:
+            run("ip", "address", "add", here, "dev", near, "nodad")
+            self.ip("address", "add", there, "dev", far, "nodad")
+            run("ip", "link", "set", near, "up")
+            self.ip("link", "set", far, "up")
+            yield far
+        finally:
+            run("ip", "link", "del", near)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call it in the namespace: sockets that it makes are there."""
+
+        def within() -> T:
+            _enter(f"/run/netns/{self.name}")
+            return function()
+
+        # The thread stays in the namespace, and ends.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(within).result()
+
+
+def _enter(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {path}")
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def apart() -> Iterator[Apart]:
+    """One, up."""
+    made = Apart()
+    made.up()
+    try:
+        yield made
+    finally:
+        made.down()
+
+
+class Forwarder:
+    """Passes connections that are made to ``listener`` on by ``connect``, as a NAT does; ``change`` may spoil them."""
+
+    def __init__(self, listener: socket.socket, connect: Callable[[], socket.socket], change: Change) -> None:
+        self.port = int(listener.getsockname()[1])
+        self.passed = 0
+        self._listener, self._connect, self._change = listener, connect, change
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more."""
+        # Closing alone would leave accept() waiting.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _peer = self._listener.accept()
+            except OSError:
+                return
+            try:
+                far = self._connect()
+            except OSError:
+                near.close()
+                continue
+            self.passed += 1
+            for source, sink, change in ((near, far, self._change), (far, near, bytes)):
+                threading.Thread(target=_carry, args=(source, sink, change), daemon=True).start()
+
+
+def _carry(source: socket.socket, sink: socket.socket, change: Change) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 18):
+            sink.sendall(change(data))
+    for sock in (source, sink):
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def into(
+    network: Apart, port: int, *, at: tuple[str, int] = ("127.0.0.1", 0), change: Change = bytes
+) -> Iterator[Forwarder]:
+    """From this machine to a port of the namespace's own loopback."""
+    forwarder = Forwarder(
+        _listen(at), lambda: network.call(lambda: socket.create_connection(("127.0.0.1", port), 5)), change
+    )
+    try:
+        yield forwarder
+    finally:
+        forwarder.close()
+
+
+@contextmanager
+def out_of(network: Apart, port: int) -> Iterator[Forwarder]:
+    """From the namespace's loopback to a port of this machine's."""
+    listener = network.call(lambda: _listen(("127.0.0.1", 0)))
+    forwarder = Forwarder(listener, lambda: socket.create_connection(("127.0.0.1", port), 5), bytes)
+    try:
+        yield forwarder
+    finally:
+        forwarder.close()
+
+
+def _listen(where: tuple[str, int]) -> socket.socket:
+    return socket.create_server(where, family=socket.AF_INET6 if ":" in where[0] else socket.AF_INET)
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    """A port of this machine's loopback whose queue is full: whoever dials hears nothing (listen(2))."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        yield int(listener.getsockname()[1])
+        for one in waiting:
+            one.close()

@@ -1,0 +1,223 @@
+"""Fixtures for all tests: one private Slurm for the session, and nobody leaves a job behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from jupyter_client import KernelManager
+
+import kernels
+from gateway_slurm.cluster import PrivateCluster
+from gateway_slurm.cluster.processes import job_processes
+from gateway_slurm.service import SlurmService
+from postgres import PrivatePostgres, private_postgres
+
+# Two cores are shared with a whole Slurm: how long an example takes says nothing.
+# Where a submission is judged the examples are the same each time; everywhere else new ones are looked for.
+hypothesis.settings.register_profile("shared", deadline=None, derandomize=os.environ.get("CI") == "true")
+hypothesis.settings.load_profile("shared")
+
+# They make Unix users and what serves these, a firewall or networks of their own, or mount something: root only.
+_ROOT_ONLY = [
+    "test_firewalled_nodes.py",
+    "test_gateway_as_user.py",
+    "test_matrix.py",
+    "test_matrix_failures.py",
+    "test_rest_users.py",
+    "test_run_as_user.py",
+    "test_slurm_rootfs.py",
+    "test_ssh_prompts.py",
+    "test_where_the_server_stands.py",
+]
+collect_ignore = [] if os.geteuid() == 0 else _ROOT_ONLY
+
+_JOBS_GONE_WITHIN = 10.0  # seconds: KillWait is 5
+
+
+def poll(condition: Callable[[], bool], *, timeout: float, interval: float = 0.05) -> bool:
+    """Whether the condition came true within ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(interval)
+    return True
+
+
+def slurm(*argv: str, cluster: PrivateCluster, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands on the cluster."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(
+        [*cluster.prefix, *argv],
+        check=check,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        # What jobs print is to be nowhere, unless a test says where.
+        env={**environment, **cluster.environment(), "SBATCH_OUTPUT": "/dev/null"},
+    )
+
+
+def jobs_of(cluster: PrivateCluster) -> list[str]:
+    """Every job that squeue shows, one line each."""
+    output = slurm("squeue", "--noheader", "--format=%i %T %j", cluster=cluster).stdout
+    return output.splitlines()
+
+
+@contextmanager
+def private_cluster(**options: Any) -> Iterator[PrivateCluster]:
+    """A real Slurm of four nodes with two pretended GPUs each; nothing of it is left afterwards."""
+    base = Path(tempfile.mkdtemp(prefix="gst-", dir="/tmp"))
+    base.chmod(0o755)  # other users' jobs read slurm.conf, too
+    private = PrivateCluster(base / "slurm", **options)
+    private.up()
+    try:
+        yield private
+    finally:
+        private.down()
+        left = job_processes(private.slurm_conf)
+        files = list(base.iterdir())
+        base.rmdir()
+    assert left == []
+    assert files == []
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[PrivateCluster]:
+    """A private cluster for all tests; SLURM_CONF points to it."""
+    before = os.environ.get("SLURM_CONF")
+    with private_cluster() as private:
+        os.environ.update(private.environment())
+        try:
+            yield private
+        finally:
+            if before is None:
+                del os.environ["SLURM_CONF"]
+            else:
+                os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture(autouse=True)
+def no_job_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test that used the session's cluster its jobs are gone, or the test has failed.
+
+    A job that was there before, as of a kernel that a class's tests share, is the class's to end.
+    """
+    used = "cluster" in request.fixturenames
+    private: PrivateCluster | None = request.getfixturevalue("cluster") if used else None
+    before = {line.split()[0] for line in jobs_of(private)} if private is not None else set()
+    yield
+    if private is None:
+        return
+
+    def left() -> list[str]:
+        return [line for line in jobs_of(private) if line.split()[0] not in before]
+
+    if poll(lambda: left() == [], timeout=_JOBS_GONE_WITHIN):
+        return
+    remaining = left()
+    slurm("scancel", *(line.split()[0] for line in remaining), cluster=private, check=False)
+    poll(lambda: left() == [], timeout=_JOBS_GONE_WITHIN)
+    pytest.fail(f"the test left jobs in the queue: {remaining}")
+
+
+@pytest.fixture(autouse=True)
+def no_control_socket_left() -> Iterator[None]:
+    """A manager whose kernel a test leaves to the next server has one: collected with its context it waits for ever."""
+    connected: list[KernelManager] = []
+    connect = KernelManager._connect_control_socket
+
+    def connect_on_record(manager: KernelManager) -> None:
+        connect(manager)
+        connected.append(manager)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelManager, "_connect_control_socket", connect_on_record)
+        yield
+    for manager in connected:
+        manager._close_control_socket()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PrivatePostgres]:
+    """A real PostgreSQL of the test run's own; tests take a database of their own from it."""
+    with private_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest) -> str:
+    """An empty store of each kind, as ``SlurmService.store_url`` names it; SQLite's is in the state directory."""
+    return "" if request.param == "sqlite" else str(request.getfixturevalue("postgres").new_database())
+
+
+@pytest.fixture(scope="session")
+def jupyter_base() -> Iterator[Path]:
+    """A short directory for HOME and all of Jupyter's directories, for tests that ask for kernels."""
+    base = Path(tempfile.mkdtemp(prefix="gsj-", dir="/tmp"))
+    yield base
+    shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def gateway_environment(cluster: PrivateCluster, jupyter_base: Path) -> Iterator[Path]:
+    """HOME and Jupyter's directories for a module's gateways."""
+    with kernels.jupyter_files_in(jupyter_base):
+        yield jupyter_base
+
+
+@pytest.fixture
+def kernelspecs(jupyter_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An entry of JUPYTER_PATH with ``slurm`` (tunnel) and ``slurm-direct``, and nothing else; add to it."""
+    for name, value in kernels.jupyter_environment(jupyter_base).items():
+        monkeypatch.setenv(name, value)
+    directory = jupyter_base / "path"
+    kernels.install_both(directory)
+    yield directory
+    shutil.rmtree(directory / "kernels")
+
+
+@pytest.fixture
+def service(cluster: PrivateCluster, kernelspecs: Path) -> Iterator[SlurmService]:
+    """The process's service, new; closed after the test, whichever it is by then."""
+    kernels.forget_service()
+    kernels.forget_dead_servers()
+    yield SlurmService.instance()
+    kernels.forget_service()
+
+
+@pytest.fixture
+def admin_settings(service: SlurmService) -> Iterator[Callable[..., SlurmService]]:
+    """Write ``jupyter_slurm_config.py``: ``admin_settings(connect="tunnel")`` returns the service with it."""
+    written: list[Path] = []
+
+    def write(**traits: object) -> SlurmService:
+        kernels.forget_service()
+        written.append(kernels.write_admin_settings(**traits))
+        return SlurmService.instance()
+
+    yield write
+    for path in written:
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture(params=["tunnel", "direct"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """How clients reach kernels: each test that asks for it runs in both ways."""
+    return str(request.param)
+
+
+@pytest.fixture
+def kernel_name(mode: str) -> str:
+    """The kernelspec for ``mode``."""
+    return kernels.KERNEL_NAMES[mode]

@@ -1,0 +1,113 @@
+"""What the response socket is announced with: settings that are read, and how addresses are written and ordered."""
+
+from __future__ import annotations
+
+import socket
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from traitlets import TraitError
+
+from gateway_slurm import addresses
+from gateway_slurm.addresses import all_addresses, dialled_in_vain, endpoints, interface_addresses
+from gateway_slurm.errors import ConfigError
+from gateway_slurm.link import wire
+from gateway_slurm.settings import ServiceSettings
+
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("10.1.2.3:5000", ("10.1.2.3", 5000)),
+        ("login.example.org:1", ("login.example.org", 1)),
+        ("[fd00::1]:5000", ("fd00::1", 5000)),
+        ("fd00::1", None),
+        ("fd00::5000", None),
+        ("[fd00::1]", None),
+        ("[login]:5", None),
+        ("login", None),
+        (":5", None),
+        ("login:0", None),
+        ("login:65536", None),
+        ("login:²", None),
+        ("login:00000000000080", None),
+    ],
+)
+def test_an_endpoint_is_a_host_and_a_port_with_brackets_around_ipv6_only(text, endpoint):
+    """An IPv6 address without brackets is no host with a port, whatever its last group looks like."""
+    assert wire.parse_endpoint(text) == endpoint
+
+
+@pytest.mark.parametrize(
+    ("configured", "first"),
+    [
+        ("login.example.org", "login.example.org:7"),
+        ("login.example.org:99", "login.example.org:99"),
+        ("10.0.0.1", "10.0.0.1:7"),
+        ("10.0.0.1:99", "10.0.0.1:99"),
+        ("fd00::1", "[fd00::1]:7"),
+        ("[fd00::1]", "[fd00::1]:7"),
+        ("[fd00::1]:99", "[fd00::1]:99"),
+        ("", "10.9.9.9:7"),
+    ],
+)
+def test_the_configured_address_comes_first_with_its_own_port_or_the_bound_one(configured, first):
+    """The interface's addresses and the host's name follow, the name last; each can be read back."""
+    settings = ServiceSettings(response_address=configured)
+    announced = endpoints(settings.response_address, ["10.9.9.9", "fd00::9"], 7)
+    assert announced[0] == first
+    assert announced[-3:] == ["10.9.9.9:7", "[fd00::9]:7", f"{HOST}:7"]
+    assert all(map(wire.parse_endpoint, announced))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["login:99999", "a b", "a,b", "fe80::1", "[fe80::1%eth0]:5", "http://login", "-x", "[x"]
+)
+def test_what_launchers_could_not_dial_is_refused_as_a_setting(wrong):
+    """With the setting's name, and what it takes."""
+    with pytest.raises(TraitError, match=r"SlurmService.response_address must be .*\[address\]:port for IPv6"):
+        ServiceSettings(response_address=wrong)
+
+
+def interfaces(monkeypatch: pytest.MonkeyPatch, **found: list[str]) -> None:
+    """A machine with these interfaces, and these addresses on them."""
+    entries = {
+        name: [
+            SimpleNamespace(family=socket.AF_INET6 if ":" in text else socket.AF_INET, address=text) for text in texts
+        ]
+        for name, texts in found.items()
+    }
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: entries)
+
+
+def test_link_local_addresses_are_left_out(monkeypatch):
+    """With or without a scope id: on another host they mean nothing, or somebody else."""
+    interfaces(monkeypatch, lo=["127.0.0.1"], ib0=["10.0.0.1", "fe80::1%ib0", "fe80::2", "169.254.0.1", "fd00::1"])
+    assert interface_addresses("ib0") == ["10.0.0.1", "fd00::1"]
+    assert set(all_addresses()) == {"127.0.0.1", "10.0.0.1", "fd00::1"}
+
+
+def test_the_default_routes_addresses_come_first_and_loopback_last(monkeypatch):
+    """IPv4 before IPv6; docker's and the like come after."""
+    interfaces(monkeypatch, lo=["::1", "127.0.0.1"], a=["10.0.0.1", "fd00::1"], docker0=["172.17.0.1", "fd00:d::1"])
+    routes = {socket.AF_INET: "172.17.0.1", socket.AF_INET6: "fd00:d::1"}
+    monkeypatch.setattr(addresses, "_route_address", lambda family, _out: routes[family])
+    assert all_addresses() == ["172.17.0.1", "fd00:d::1", "10.0.0.1", "fd00::1", "127.0.0.1", "::1"]
+
+
+def test_an_interface_that_has_no_address_to_dial_is_the_admins_to_mend(monkeypatch):
+    """It must not mean all of them, nor none."""
+    interfaces(monkeypatch, ib0=["fe80::1%ib0"])
+    with pytest.raises(ConfigError, match="'ib0' has no IP address that other hosts can dial"):
+        interface_addresses("ib0")
+
+
+def test_why_each_address_was_dialled_in_vain_is_read_from_the_launchers_log():
+    """The last word on each; addresses that were not tried are told, and a log of something else says nothing."""
+    log = "link: 10.0.0.1:5: no answer within 3 s\nlink: 10.0.0.1:5: No route to host\nlink: [fd00::1]:5: x\nother\n"
+    said = dialled_in_vain(log, ["10.0.0.1:5", "[fd00::1]:5", "name:5"])
+    assert said == ["10.0.0.1:5: No route to host", "[fd00::1]:5: x", "name:5: not tried"]
+    assert dialled_in_vain("Traceback …", ["10.0.0.1:5"]) == []

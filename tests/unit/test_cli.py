@@ -1,0 +1,98 @@
+"""``jupyter slurm`` as a program: what is wrong is one message on standard error, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway_slurm.cli import allocations, app
+from gateway_slurm.gateway.tokens import TokenFile
+
+PROGRAM = [sys.executable, "-m", "gateway_slurm.cli.app"]
+SECONDS = 60
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """A file with a token in it."""
+    TokenFile(tmp_path / "tokens.json").add("ada")
+    return tmp_path / "tokens.json"
+
+
+def run(*arguments: str, stdout: int = subprocess.PIPE, buffered: bool = True) -> subprocess.CompletedProcess[str]:
+    """The program, with what it prints kept until its end, or not."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("command", ["--help", "token list", "token list --json"])
+def test_a_reader_who_has_enough_is_no_error_to_complain_of(tokens, command, buffered):
+    """As ``| head`` is."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = [] if command == "--help" else [f"--tokens={tokens}"]
+    try:
+        done = run(*command.split(), *options, stdout=writer, buffered=buffered)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_is_told(tokens, buffered):
+    """In the system's words."""
+    with open("/dev/full", "w") as full:
+        done = run("token", "list", f"--tokens={tokens}", stdout=full.fileno(), buffered=buffered)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["jupyter slurm: [Errno 28] No space left on device"]
+
+
+def test_ctrl_c_ends_a_command_without_a_word(monkeypatch, capsys):
+    """Its status is a shell's for it."""
+
+    def interrupted(_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(allocations, "_list", interrupted)
+    assert app.main(["allocations"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["token", "add", "ada", "--tokens=t", "--days", "soon"], "days are a number above 0"),
+        (["token", "add", "ada", "--tokens=t", "--days", "nan"], "days are a number above 0"),
+        (["doctor", "--wait", "-1"], "seconds are a number above 0"),
+        (["doctor", "--wait", "nan"], "seconds are a number above 0"),
+        (["doctor", "--wait", "long"], "seconds are a number above 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_number_that_is_none_is_told_with_what_is_one(capsys, arguments, words):
+    """Before anything is done."""
+    with pytest.raises(SystemExit) as caught:
+        app.main(arguments)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_tokens_that_cannot_be_used_are_told(tmp_path, capsys):
+    """A directory is no file of tokens; a file that is not there has none."""
+    assert app.main(["token", "list", f"--tokens={tmp_path}"]) == 1
+    assert "it is no plain file" in capsys.readouterr().err
+    assert app.main(["token", "list", f"--tokens={tmp_path / 'none'}"]) == 0
+    assert "There are no tokens" in capsys.readouterr().out

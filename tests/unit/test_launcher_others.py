@@ -1,0 +1,33 @@
+"""Whether others work in a job, as a launcher without a server reads it from Slurm."""
+
+from __future__ import annotations
+
+import pytest
+
+from launchers.others import has_others, others_work
+
+
+@pytest.mark.parametrize(
+    ("listed", "others"),
+    [
+        ("", False),
+        ("12.batch\n12.extern\n", False),
+        ("12.0\n12.batch\n", True),
+        ("  12.interactive  \n", True),
+        ("123.0\n", False),
+        ("x12.0\nrubbish\n", False),
+    ],
+)
+def test_steps_beside_the_jobs_own_are_others(listed, others):
+    """Ids are compared whole, and what is no step says nothing."""
+    assert has_others("12", listed) is others
+
+
+@pytest.mark.parametrize(("script", "answer"), [("echo 12.3", True), ("exit 1", None), ("echo", False), (None, False)])
+def test_an_answer_that_fails_is_none(tmp_path, monkeypatch, script, answer):
+    """A squeue that fails says nothing; where there is none, nobody can ever be asked."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "squeue").chmod(0o755)
+    assert others_work("12") is answer

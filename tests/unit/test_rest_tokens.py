@@ -1,0 +1,219 @@
+"""Tokens for slurmrestd: from a file that somebody keeps fresh, or from a command."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from gateway_slurm.errors import SlurmUnavailable
+from gateway_slurm.slurm.rest.tokens import CommandTokens, FileTokens, expiry, parse_token
+from gateway_slurm.slurm.runner import Runner
+
+
+def jwt(expires: object) -> str:
+    """A token with that claim; nobody here checks the signature."""
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": expires, "sun": "ann"}).encode()).decode().rstrip("=")
+    return f"eyJhbGciOiJIUzI1NiJ9.{claims}.c2ln"
+
+
+def write(path: Path, text: str, mode: int = 0o600) -> Path:
+    """A file for its owner only, unless the test wants another."""
+    path.touch(mode=0o600)
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+async def refused(tokens: FileTokens | CommandTokens, user: str = "ann") -> str:
+    """The words in which there is no token."""
+    with pytest.raises(SlurmUnavailable) as caught:
+        await tokens.token(user)
+    return str(caught.value)
+
+
+# -- what a token is --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["a.b.c", " a.b.c\n", "SLURM_JWT=a.b.c\n"])
+def test_a_token_as_files_and_scontrol_give_it(text: str) -> None:
+    """With or without the name of its variable, and a line's end."""
+    assert parse_token(text) == "a.b.c"
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a b", "a\nb", "a\r\nX-Header: b", "é", "a" * 20_000, "SLURM_JWT="])
+def test_what_is_not_one_token_is_none(text: str) -> None:
+    """Nothing that could end a header gets into one."""
+    assert parse_token(text) == ""
+
+
+def test_when_a_token_expires() -> None:
+    """By its own claim; one that does not tell does not expire, as far as is known."""
+    assert expiry(jwt(1700000000)) == 1700000000
+    for token in ("", "a.b", "a.b.c", "a.e30.c", jwt("soon"), jwt(None), "a." + "W" * 4000 + ".c"):
+        assert expiry(token) == float("inf")
+
+
+@given(some.text(max_size=200))
+def test_any_text_has_an_expiry(token: str) -> None:
+    """Whatever it is: a number, and no error."""
+    assert isinstance(expiry(token), float)
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+async def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
+    """Written in place or replaced, also by one of the same size."""
+    path = write(tmp_path / "token", "one\n")
+    tokens = FileTokens(str(path))
+    assert await tokens.token("ann") == "one"
+    path.write_text("two\n")
+    os.utime(path, ns=(1, 1))
+    assert await tokens.token("ann") == "two"
+    write(tmp_path / "new", "six\n").replace(path)
+    assert await tokens.token("ann") == "six"
+    assert await tokens.token("ann", refused="six") == "six"
+
+
+async def test_each_user_has_a_file(tmp_path: Path) -> None:
+    """Where the path says so."""
+    for user in ("ann", "bob"):
+        write(tmp_path / f"{user}.jwt", f"token-of-{user}")
+    tokens = FileTokens(str(tmp_path / "{user}.jwt"))
+    assert [await tokens.token(user) for user in ("ann", "bob", "ann")] == [
+        "token-of-ann",
+        "token-of-bob",
+        "token-of-ann",
+    ]
+    assert "carol.jwt" in await refused(tokens, "carol")
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644, 0o777])
+async def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
+    """Reading or writing, group or all; also when it was read before. The error says what to run."""
+    path = write(tmp_path / "token", "secret-token")
+    tokens = FileTokens(str(path))
+    await tokens.token("ann")
+    path.chmod(mode)
+    words = await refused(tokens)
+    assert f"chmod 600 {path}" in words
+    assert "secret-token" not in words
+
+
+def test_a_file_of_somebody_elses_is_refused() -> None:
+    """Who wrote it could choose whose jobs are made."""
+    facts = os.stat_result((0o100600, 1, 1, 1, os.geteuid() + 12345, 0, 10, 0, 0, 0))
+    with pytest.raises(SlurmUnavailable, match="belongs neither"):
+        FileTokens._check("token", facts)
+
+
+async def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    """A directory, a FIFO that nobody writes to, nothing at all: an error at once."""
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    (tmp_path / "directory").mkdir(mode=0o700)
+    for name in ("fifo", "directory", "nothing"):
+        assert name in await asyncio.wait_for(refused(FileTokens(str(tmp_path / name))), 5)
+
+
+async def test_a_file_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    """Its text stands in no message."""
+    words = await refused(FileTokens(str(write(tmp_path / "token", "user secret"))))
+    assert "does not hold one token" in words
+    assert "secret" not in words
+
+
+# -- commands ---------------------------------------------------------------------------------
+
+
+def command(tmp_path: Path, text: str, status: int = 0) -> list[str]:
+    """A command that prints ``text``, where {n} is how often it ran, and the user it was asked for on its errors."""
+    code = (
+        "import sys; path, text, status, user = sys.argv[1:]\n"
+        "file = open(path, 'a+'); file.write('x'); file.seek(0); n = len(file.read()); file.close()\n"
+        "print(text.replace('{n}', str(n))); print('for', user, file=sys.stderr); sys.exit(int(status))\n"
+    )
+    return [sys.executable, "-c", code, str(tmp_path / "ran"), text, str(status), "{user}"]
+
+
+def ran(tmp_path: Path) -> int:
+    """How often the command ran."""
+    path = tmp_path / "ran"
+    return len(path.read_text()) if path.exists() else 0
+
+
+async def test_one_is_minted_for_all_who_ask_at_once(tmp_path: Path) -> None:
+    """Per user; until it is about to expire."""
+    tokens = CommandTokens(command(tmp_path, "SLURM_JWT=token-{n}"), Runner())
+    assert set(await asyncio.gather(*(tokens.token("ann") for _ in range(5)))) == {"token-1"}
+    assert await tokens.token("bob") == "token-2"
+    assert await tokens.token("ann") == "token-1"
+    assert ran(tmp_path) == 2
+
+
+@pytest.mark.parametrize(("left", "fresh"), [(3600.0, True), (30.0, True), (0.5, True), (-5.0, False)])
+async def test_one_is_replaced_before_it_expires(tmp_path: Path, left: float, fresh: bool) -> None:
+    """A minute before, or a tenth of its life where that is less: none is sent that expires on the way."""
+    tokens = CommandTokens(command(tmp_path, jwt(time.time() + left)), Runner())
+    await tokens.token("ann")
+    await tokens.token("ann")
+    assert ran(tmp_path) == (1 if fresh else 2)
+
+
+async def test_a_token_with_little_left_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock that its claim is of."""
+    now = time.time()
+    tokens = CommandTokens(command(tmp_path, jwt(now + 3600)), Runner())
+    await tokens.token("ann")
+    for later, count in ((3500, 1), (3545, 2)):
+        monkeypatch.setattr(time, "time", lambda later=later: now + later)
+        await tokens.token("ann")
+        assert ran(tmp_path) == count
+
+
+async def test_a_refused_one_is_replaced_but_not_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a new token is refused at once the fault lies elsewhere: no second one is minted for a while."""
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    tokens = CommandTokens(command(tmp_path, "token-{n}"), Runner())
+    first = await tokens.token("ann")
+    assert await tokens.token("ann", refused=first) == first
+    clock += 10
+    second = await tokens.token("ann", refused=first)
+    assert second == "token-2"
+    # Who was refused with the one before gets the one that is there.
+    assert await tokens.token("ann", refused=first) == second
+    assert ran(tmp_path) == 2
+
+
+@pytest.mark.parametrize(("text", "status"), [("", 0), ("two words", 0), ("a.b.c", 1)])
+async def test_a_command_that_gives_none(tmp_path: Path, text: str, status: int) -> None:
+    """Its errors are shown, and never what it printed."""
+    words = await refused(CommandTokens(command(tmp_path, text, status), Runner()))
+    assert "for ann" in words
+    assert "rest_token_command" in words
+    assert not text or text not in words
+
+
+async def test_a_token_in_what_a_command_says_of_its_trouble_is_not_shown() -> None:
+    """As of a shell script that shows its commands."""
+    token = jwt(time.time())
+    code = f"echo '+ curl -H X-SLURM-USER-TOKEN:{token}' >&2; exit 1"
+    words = await refused(CommandTokens(["sh", "-c", code], Runner()))
+    assert token[:20] not in words
+    assert "curl" in words
+
+
+async def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
+    """After the runner's time; who asks next has it tried again."""
+    tokens = CommandTokens(["sleep", "600"], Runner(timeout=0.2))
+    for _ in range(2):
+        assert "did not end within" in await refused(tokens)

@@ -1,0 +1,193 @@
+"""The runner, with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable
+from gateway_slurm.slurm.runner import TAIL, Runner
+
+
+async def until(condition: Callable[[], bool], within: float = 10) -> None:
+    """Return as soon as the condition holds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        await asyncio.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def read_pid(path: Path) -> int:
+    """The number in the file, 0 while it is not there."""
+    return int(path.read_text() or 0) if path.exists() else 0
+
+
+async def test_result() -> None:
+    """Status, output, errors and time come back, and the command is counted."""
+    runner = Runner()
+    result = await runner.run(["sh", "-c", "cat; echo oops >&2; exit 3"], input="é".encode() * 100_000)
+    assert (result.exit_status, result.stdout, result.stderr) == (3, "é" * 100_000, "oops\n")
+    assert 0 < result.seconds < 10
+    assert runner.counts == {"sh": 1}
+
+
+async def test_death_by_signal() -> None:
+    """A command that a signal ended has a negative status."""
+    assert (await Runner().run(["sh", "-c", "kill -9 $$"])).exit_status == -9
+
+
+async def test_environment_is_scrubbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's Slurm variables, locale and format never reach a command; what we say does."""
+    for name in ("SLURM_JOB_ID", "SQUEUE_FORMAT", "SLURM_MEM_PER_NODE", "LANG", "PYTHONPATH"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("SLURM_CONF", "/etc/site.conf")
+    result = await Runner().run(["env"], extra_env={"FOO": "a b\nc", "SLURM_TIME_FORMAT": None})
+    names = {line.partition("=")[0] for line in result.stdout.splitlines()}
+    assert names <= {
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "TZ",
+        "KRB5CCNAME",
+        "SLURM_CONF",
+        "LC_ALL",
+        "FOO",
+        "c",
+    }
+    assert "SLURM_CONF=/etc/site.conf" in result.stdout
+    assert "SLURM_CONF=/mine" in (await Runner(slurm_conf="/mine").run(["env"])).stdout
+    assert "SLURM_TIME_FORMAT=%s" in (await Runner().run(["env"])).stdout
+
+
+async def test_working_directory() -> None:
+    """Commands run in /, which no job can have taken away."""
+    assert (await Runner().run(["pwd"])).stdout == "/\n"
+
+
+async def test_not_installed(tmp_path: Path) -> None:
+    """A command that is not there is named, with what to do."""
+    with pytest.raises(SlurmNotInstalled, match="sbatch"):
+        await Runner(search_path=str(tmp_path)).run(["sbatch"])
+
+
+async def test_path_of_the_job_is_not_ours(tmp_path: Path) -> None:
+    """A PATH for the job does not choose which command runs."""
+    fake = tmp_path / "echo"
+    fake.write_text("#!/bin/sh\necho fake\n")
+    fake.chmod(0o755)
+    assert (await Runner().run(["echo", "real"], extra_env={"PATH": str(tmp_path)})).stdout == "real\n"
+
+
+async def test_timeout_kills_the_group(tmp_path: Path) -> None:
+    """A command that takes too long is ended with its children, and is "unavailable"."""
+    pid_file = tmp_path / "pid"
+    with pytest.raises(SlurmUnavailable, match=r"within 0.5 s"):
+        await Runner(timeout=0.5).run(["sh", "-c", f"sleep 1000 & echo $! >{pid_file}; wait"])
+    await until(lambda: not alive(read_pid(pid_file)))
+
+
+async def test_timeout_of_what_a_command_left(tmp_path: Path) -> None:
+    """A command that ended but left a child on our pipes is a timeout, too, and the child is ended."""
+    pid_file = tmp_path / "pid"
+    with pytest.raises(SlurmUnavailable):
+        await Runner(timeout=0.5).run(["sh", "-c", f"sleep 1000 & echo $! >{pid_file}"])
+    await until(lambda: not alive(read_pid(pid_file)))
+
+
+async def test_cancellation_kills_the_group(tmp_path: Path) -> None:
+    """Cancelling the call ends the command and its children."""
+    pid_file = tmp_path / "pid"
+    task = asyncio.ensure_future(Runner().run(["sh", "-c", f"sleep 1000 & echo $! >{pid_file}; wait"]))
+    await until(lambda: read_pid(pid_file) > 0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: not alive(read_pid(pid_file)))
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_cancellation_while_it_is_started(tmp_path: Path, turns: int) -> None:
+    """A command that is there before its starter knows of it is ended, too, with its children."""
+    pid_file = tmp_path / "pid"
+    task = asyncio.ensure_future(Runner().run(["sh", "-c", f"sleep 1000 & echo $! >{pid_file}; wait"]))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    # The loop stands still: the command comes up meanwhile, if it was started in one of these turns.
+    deadline = time.monotonic() + 0.3
+    while not read_pid(pid_file) and time.monotonic() < deadline:
+        time.sleep(0.01)  # noqa: ASYNC251 - that is the point
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 20)
+    await until(lambda: not read_pid(pid_file) or not alive(read_pid(pid_file)))
+
+
+@pytest.mark.parametrize("redirect", ["", ">&2"])
+async def test_output_is_bounded(redirect: str) -> None:
+    """A command that prints without end is ended."""
+    with pytest.raises(SlurmUnavailable, match="more than 100000 bytes"):
+        await Runner(max_output=100_000).run(["sh", "-c", f"exec yes {redirect}"])
+
+
+async def test_input_nobody_reads() -> None:
+    """A command that ends without reading its input gives its own answer."""
+    result = await Runner().run(["sh", "-c", "exec <&-; echo no; exit 1"], input=b"x" * 10_000_000)
+    assert (result.exit_status, result.stdout) == (1, "no\n")
+
+
+async def test_loop_is_never_blocked() -> None:
+    """The loop runs on while a command does."""
+    ticks = 0
+    task = asyncio.ensure_future(Runner().run(["sleep", "0.5"]))
+    while not task.done():
+        await asyncio.sleep(0.01)
+        ticks += 1
+    assert ticks > 10
+
+
+async def test_detached(tmp_path: Path) -> None:
+    """A started command has its own session, gets all of its input, and its last words are kept."""
+    program = "import sys; n = len(sys.stdin.read()); sys.stderr.write('x' * 100000 + str(n)); sys.exit(5)"
+    process = await Runner().start([sys.executable, "-c", program], input=b"y" * 1_000_000)
+    assert await process.wait() == 5
+    assert process.stderr_tail().endswith("x1000000")
+    assert len(process.stderr_tail()) == TAIL
+
+
+async def test_detached_session() -> None:
+    """A started command is no member of our session, so it does not die with our terminal."""
+    process = await Runner().start(["sleep", "1000"])
+    assert os.getsid(process.pid) == process.pid
+    assert process.exit_status is None
+    process.terminate()
+    assert await process.wait() == -signal.SIGTERM
+    process.terminate()  # nothing is there to end
+
+
+async def test_cancelled_wait_leaves_it_running() -> None:
+    """Who stops waiting for a started command does not end it."""
+    process = await Runner().start(["sleep", "1000"])
+    waiter = asyncio.ensure_future(process.wait())
+    await asyncio.sleep(0)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert alive(process.pid)
+    process.terminate()
+    await process.wait()

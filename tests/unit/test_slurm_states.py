@@ -1,0 +1,62 @@
+"""What Slurm's job states mean."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from gateway_slurm.slurm.states import STATES, Meaning, meaning, remedy, states_table
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("PENDING", Meaning.WAITING), ("pending", Meaning.WAITING), ("PD", Meaning.WAITING),
+        ("REQUEUE_HOLD", Meaning.HELD), ("RUNNING", Meaning.USABLE), (" RUNNING \n", Meaning.USABLE),
+        ("R", Meaning.USABLE), ("SUSPENDED", Meaning.PAUSED), ("COMPLETING", Meaning.ENDING),
+        ("CANCELLED by 1000", Meaning.OVER), ("CANCELLED+", Meaning.OVER), ("OUT_OF_MEMORY", Meaning.OVER),
+        ("NODE_FAIL", Meaning.OVER), ("", Meaning.UNKNOWN), ("VAPORIZED", Meaning.UNKNOWN),
+        ("COMPLETEDISH", Meaning.UNKNOWN),
+    ],
+)  # fmt: skip
+def test_meaning(text: str, expected: Meaning) -> None:
+    """A state's word decides, in any case and with what squeue and sacct add to it."""
+    assert meaning(text) is expected
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_unheard_of_is_never_over(word: str, rest: str) -> None:
+    """A word that is neither a state nor the code of one decides nothing, whatever follows it."""
+    assume(not word.split() or meaning(word.split()[0]) is Meaning.UNKNOWN)
+    assert meaning(f"{word} {rest}" if word.split() else word) is Meaning.UNKNOWN
+
+
+@given(st.text(min_size=3))
+def test_only_the_states_own_names_are_over(text: str) -> None:
+    """A text longer than any code is final only if its first word is a final state's name."""
+    if meaning(text) is Meaning.OVER:
+        word = text.upper().split()[0].rstrip("+")
+        assert STATES.get(word) is Meaning.OVER or len(word) <= 2
+
+
+def test_table() -> None:
+    """The drawn table has every state."""
+    assert all(f"`{name}`" in states_table() for name in STATES)
+
+
+@pytest.mark.parametrize(
+    "reason", ["PartitionTimeLimit", "AssocMaxWallDurationPerJobLimit", "QOSMaxNodePerJobLimit", "QOSMinGRES"]
+)
+def test_what_can_never_start_has_a_remedy(reason):
+    """A pending job whose reason does not go by itself is the user's to change."""
+    assert remedy(reason)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["", "None", "Resources", "Priority", "ReqNodeNotAvail", "QOSMaxCpuPerUserLimit", "AssocGrpCpuLimit", "Odd"],
+)
+def test_what_may_still_start_has_none(reason):
+    """A job that others' jobs keep waiting, or whose reason nobody knows, goes on waiting."""
+    assert remedy(reason) is None
