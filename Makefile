@@ -30,11 +30,17 @@ $(STAMP): pyproject.toml scripts/setup.sh
 	scripts/setup.sh $(VENV)
 	@touch $@
 
-# ARGS is passed on: make test ARGS="-k launcher"; CI sets it to include the slow tests.
+# ARGS is passed on: make test ARGS="-k launcher". Most of a test's time is spent waiting for Slurm, so that several
+# processes share the tests, a file at a time, each with a Slurm of its own; WORKERS=0 runs them in one, as for --pdb.
 ARGS ?=
+WORKERS ?= 3
+PYTEST = $(PYTHON) -m pytest $(if $(ALL),,-m "not slow")
+# What failed, and nothing else, by itself; only where all tests were run and no more than some failed (pytest's 1).
+AGAIN_ALONE = { test $$? = 1 && echo "==> what failed is tried once more" && \
+  $(PYTEST) --last-failed --last-failed-no-failures=none $(ARGS); }
 
 test: $(STAMP)
-	$(PYTHON) -m pytest $(if $(ALL),,-m "not slow") $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS) $(if $(AGAIN),|| $(AGAIN_ALONE))
 
 test-all:
 	@$(MAKE) --no-print-directory test ALL=1
@@ -59,7 +65,8 @@ KERNELS ?= 20
 SEED ?= 1
 
 chaos: $(STAMP)
-	CHAOS_ROUNDS=$(ROUNDS) CHAOS_KERNELS=$(KERNELS) CHAOS_SEED=$(SEED) $(PYTHON) -m pytest -s tests/test_chaos.py -k whatever
+	CHAOS_ROUNDS=$(ROUNDS) CHAOS_KERNELS=$(KERNELS) CHAOS_SEED=$(SEED) $(PYTHON) -m pytest -s -o faulthandler_timeout=0 \
+		tests/test_chaos.py -k whatever
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

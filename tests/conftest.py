@@ -41,7 +41,33 @@ _ROOT_ONLY = [
 ]
 collect_ignore = [] if os.geteuid() == 0 else _ROOT_ONLY
 
+# Seconds since the epoch after which no slow test begins, where the time for a run is bounded (.ci/run).
+_SLOW_UNTIL = float(os.environ.get("SLOW_UNTIL", "inf"))
+
 _JOBS_GONE_WITHIN = 10.0  # seconds: KillWait is 5
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out slow tests for which no time is left; the summary says so."""
+    if item.get_closest_marker("slow") is not None and time.time() > _SLOW_UNTIL:
+        pytest.skip("no time is left for slow tests (SLOW_UNTIL)")
+
+
+def _encodable(value: Any) -> Any:
+    """The same with every text one that can be sent."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_encodable(item) for item in value)
+    return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[Any]:
+    """A worker's report goes to the one that collects them: a log with half a surrogate pair in it, too."""
+    return _encodable((yield))
 
 
 def poll(condition: Callable[[], bool], *, timeout: float, interval: float = 0.05) -> bool:

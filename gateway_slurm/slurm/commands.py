@@ -101,8 +101,8 @@ def submit_command(spec: JobSpec) -> list[str]:
     return ["sbatch", "--parsable", "--no-requeue", *_options(options), *spec.extra]
 
 
-def parse_submit(exit_status: int, stdout: str, stderr: str) -> str:
-    """Return the id of the submitted job; a federation's ``123;cluster`` gives ``123``.
+def parse_submit(exit_status: int, stdout: str, stderr: str, asked: str = "") -> str:
+    """Return the id of the submitted job, of ``asked``; a federation's ``123;cluster`` gives ``123``.
 
     Raises SubmitRefused with Slurm's own words, SlurmUnavailable when the controller could not be asked, and
     Unanswered when there may be a job all the same.
@@ -134,7 +134,8 @@ def parse_submit(exit_status: int, stdout: str, stderr: str) -> str:
             exit_status=exit_status,
             stderr=stderr,
         )
-    raise SubmitRefused(f"Slurm refused the job: {words}", argv=["sbatch"], exit_status=exit_status, stderr=stderr)
+    refused = f"Slurm refused the job{asked}: {words}"
+    raise SubmitRefused(refused, argv=["sbatch"], exit_status=exit_status, stderr=stderr)
 
 
 _JOB_FIELDS: Final = (
@@ -285,9 +286,7 @@ def says_unavailable(words: str) -> bool:
 
 
 def slurm_words(stderr: str) -> str:
-    """Return what Slurm said, word for word; only ``sbatch: error: `` and the like are taken off, for
-    reading.
-    """
+    """Return what Slurm said, word for word; only ``sbatch: error: `` and the like are taken off, for reading."""
     lines = (_PREFIX.sub("", line).strip() for line in stderr[:_SHOWN].splitlines())
     return "; ".join(line for line in lines if line)
 

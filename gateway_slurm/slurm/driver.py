@@ -107,7 +107,7 @@ class CommandLineSlurm:
             result = await self.runner.run(
                 commands.submit_command(spec), input=spec.script.encode(), extra_env={**_OURS, **spec.env}
             )
-            return commands.parse_submit(result.exit_status, result.stdout, result.stderr)
+            return commands.parse_submit(result.exit_status, result.stdout, result.stderr, spec.asked)
         except Unanswered as error:
             lost = isinstance(error, SshLost)
             looking = self._submitted_after_all(spec, LOST_PAUSES if lost else UNANSWERED_PAUSES)

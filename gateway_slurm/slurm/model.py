@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from gateway_slurm.slurm.states import Meaning, meaning
+
+# Of a job, what Slurm may refuse.
+_ASKED: Final = (
+    "partition",
+    "account",
+    "qos",
+    "reservation",
+    "nodes",
+    "nodelist",
+    "time",
+    "cpus",
+    "memory",
+    "constraint",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +50,14 @@ class JobSpec:
     extra: Sequence[str] = ()
     """More options, as the admin allows them; each is one whole ``--name=value``."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def asked(self) -> str:
+        """For messages, as `` (partition devel, nodes 3)``: Slurm's own do not always name what they refuse."""
+        named = ((name, getattr(self, name)) for name in _ASKED)
+        told = [f"{name} {value}" for name, value in named if value is not None]
+        told += [f"gres {one}" for one in self.gres]
+        return f" ({', '.join(told)})" if told else ""
 
 
 @dataclass(frozen=True, kw_only=True)

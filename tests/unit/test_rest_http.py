@@ -231,10 +231,10 @@ async def test_who_asks_is_said_in_headers_only() -> None:
 async def test_a_job_that_is_refused(status: int) -> None:
     """Whatever its status, an answer with Slurm's words is a refusal; it is not asked for again."""
     async with asking({"POST /slurm": (status, NO_PARTITION)}) as (driver, server):
-        error = await error_of(driver.submit(JobSpec(name="n", script="#!/bin/sh\n", comment="c")))
+        error = await error_of(driver.submit(JobSpec(name="n", script="#!/bin/sh\n", comment="c", partition="nosuch")))
         assert server.asked("POST") == 1
     assert isinstance(error, SubmitRefused)
-    assert str(error) == "Slurm refused the job: Invalid partition name specified"
+    assert str(error) == "Slurm refused the job (partition nosuch): Invalid partition name specified"
 
 
 async def test_a_submission_that_cannot_have_reached_the_controller_is_an_error_at_once() -> None:

@@ -177,7 +177,7 @@ class RestSlurm:
             return jobid, SlurmUnavailable(""), True
         if answer.is_refusal:
             words = words_of(answer.problems)
-            raise SubmitRefused(f"Slurm refused the job: {words}", argv=["slurmrestd"], stderr=words)
+            raise SubmitRefused(f"Slurm refused the job{spec.asked}: {words}", argv=["slurmrestd"], stderr=words)
         if answer.refuses_token or any(one.number == NO_CONTROLLER for one in answer.problems):
             raise self.rest.unusable(answer, self.user)
         return "", self.rest.unusable(answer, self.user), bool(answer.problems)
