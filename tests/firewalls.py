@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Below the ports that Linux gives to clients (32768 and up), which the rules must not touch.
-LOW, HIGH = 28100, 28199
+# Below the ports that Linux gives to clients (32768 and up) and the private Slurm takes (10000 and up), which the rules
+# must not touch; nor those of another run, beside this one.
+LOW = 2000 + 100 * (os.getpid() % 80)
+HIGH = LOW + 99
 KERNEL_PORTS = f"{LOW}-{HIGH}"
 
 

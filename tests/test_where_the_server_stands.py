@@ -51,7 +51,9 @@ def walk_apart(network, node, cluster, service) -> Iterator[Callable[..., Walked
     with out_of(network, node.port) as way_out:
 
         def walk_there(*, arguments: tuple[str, ...] = ASKED, **settings: object) -> Walked:
-            written.append(write_admin_settings(**{**node.settings(way_out.port), "link_timeout": 10.0, **settings}))
+            # The nodes try the server's port at addresses of their own, too: here, nobody else is to have it.
+            common = {**node.settings(way_out.port), "link_timeout": 10.0, "response_port": str(free_port())}
+            written.append(write_admin_settings(**{**common, **settings}))
             return walk(*arguments, inside=network.inside)
 
         yield walk_there
