@@ -19,8 +19,8 @@ from bench.harness import Kernel, Table, Ticker, running, start, stop, write_ker
 from bench.restart import bench_restart
 from bench.ssh import bench_ssh
 from bench.ways import bench_ways
-from gateway_slurm.cluster import PrivateCluster
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing import PrivateCluster
 
 MODES = ("direct", "tunnel")
 RUNNING_SECONDS = 60

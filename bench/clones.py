@@ -13,7 +13,7 @@ import uuid
 from dataclasses import replace
 from typing import Any
 
-from gateway_slurm.launching import new_launcher_id
+from gateway_slurm.allocations.identity import new_launcher_id
 from gateway_slurm.store import KernelRecord, LauncherRecord, Registry, Rows
 
 FIRST_JOB = 900_000  # Slurm has not come so far

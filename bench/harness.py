@@ -16,7 +16,7 @@ from typing import Any
 
 from jupyter_client.manager import AsyncKernelManager
 
-from gateway_slurm.adminconfig import FILE_NAME
+from gateway_slurm.config import FILE_NAME
 from gateway_slurm.service import SlurmService
 
 ARGV = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]

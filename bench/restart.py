@@ -18,7 +18,7 @@ import psutil
 
 from bench.gateway import Client, ask, execute
 from bench.harness import Table, write_kernelspec
-from gateway_slurm.cluster.processes import free_ports
+from gateway_slurm.testing.processes import free_ports
 from scripts.demo_gateway import GATEWAY, make_token
 
 KERNELS = 20

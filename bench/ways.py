@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Table, admin_settings, start, stop, write_kernelspec
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.line import Line, line_to
-from gateway_slurm.cluster.loginnode import USER, login_node
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.line import Line, line_to
+from gateway_slurm.testing.loginnode import USER, login_node
 
 WAYS = ("commands", "SSH", "REST")
 WARM = 2

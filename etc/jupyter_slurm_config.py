@@ -164,7 +164,7 @@ c = get_config()  # noqa: F821
 
 ## Command (argv list; `{user}` is replaced) that starts the helper as another user; what is to be run goes to
 ## its standard input. docs/security.md says how to install it.
-# from gateway_slurm.asuser import HELPER
+# from gateway_slurm.slurm.sudo import HELPER
 # c.SlurmService.as_user_command = ["sudo", "-n", "-u", "{user}", "--", HELPER]
 
 ## Lowest user id for which `run_as = "user"` runs kernels; those below are the system's accounts.

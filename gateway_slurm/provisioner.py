@@ -19,19 +19,58 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
-from gateway_slurm.dialling import choose_mode
+from gateway_slurm._util import printable
+from gateway_slurm.config import port_range
 from gateway_slurm.environment import fill_placeholders, kernel_environment, only_texts
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LinkError, RequestError
-from gateway_slurm.heldkernel import HeldKernel
-from gateway_slurm.kernellaunch import KernelLaunch
-from gateway_slurm.kernelmanagers import look_soon, start_cancelled
-from gateway_slurm.link.kept import Kept
-from gateway_slurm.phases import Phase
-from gateway_slurm.printable import printable
+from gateway_slurm.kernels.held import HeldKernel
+from gateway_slurm.kernels.model import KernelLaunch, Phase
+from gateway_slurm.kernels.restore import Restored
+from gateway_slurm.kernels.transport import choose_mode
+from gateway_slurm.link.output import Kept
 from gateway_slurm.request import KernelRequest, parse_request
-from gateway_slurm.restoring import Restored
 from gateway_slurm.service import SlurmService
-from gateway_slurm.settings import port_range
+
+
+def start_cancelled(manager: Any) -> None:
+    """What a cancelled start, or restart, leaves of itself with its manager is put right."""
+    # Whoever waits for it, as websockets do, would for ever.
+    ready = getattr(manager, "_ready", None)
+    if ready is not None and not ready.done():
+        ready.set_exception(KernelStartError("the start of the kernel was cancelled"))
+        ready.exception()  # seen: nobody has to await it
+    if manager is not None:
+        manager.stop_restarter()  # it would find no kernel, and start one: in a new job
+
+
+def look_soon(manager: Any, is_dead: Callable[[], bool]) -> None:
+    """Have the manager's restarter, if it has one that runs, look after its kernel, which it does every 3 s.
+
+    Any thread; returns at once. It looks on the loop that it runs on, and by its own rules, if ``is_dead`` says
+    so then and nobody has asked for the kernel's end, or restarted it, meanwhile.
+    """
+    periodic = _periodic(manager)
+    if periodic is None:
+        return
+    loop = periodic.io_loop
+    # By way of the loop, so that a shutdown that is to begin there goes first.
+    loop.add_callback(loop.add_callback, _look, manager, periodic, is_dead)
+
+
+def _periodic(manager: Any) -> Any:
+    """The PeriodicCallback of a restarter that runs: each restart, and the end, stops it first."""
+    return getattr(getattr(manager, "_restarter", None), "_pcallback", None)
+
+
+def _look(manager: Any, periodic: Any, is_dead: Callable[[], bool]) -> Any:
+    """Return what the restarter's poll does: an awaitable of an asynchronous manager's, which the loop awaits."""
+    if manager.shutting_down or _periodic(manager) is not periodic or not is_dead():
+        return None
+    return manager._restarter.poll()
+
+
+# -- ``slurm-provisioner``: what jupyter_client asks of a kernel provisioner, as calls to the service. --
+
 
 T = TypeVar("T")
 

@@ -10,14 +10,13 @@ else a user may write is carried as data, never through a shell.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway_slurm.errors import RequestError
-from gateway_slurm.slurm.times import FORMATS, TimeFormatError, minutes
+from gateway_slurm.slurm.formats import FORMATS, TimeFormatError, minutes
 
 MAX_ARGUMENT: Final = (128 << 10) - 1
 """Bytes of one item of kernel_argv: Linux's MAX_ARG_STRLEN, its NUL not counted."""
@@ -271,18 +270,6 @@ def parse_request(config: Mapping[str, object], *, spec_language: str | None = N
     if spec_language and "kernel_language" not in values:
         values["kernel_language"] = spec_language
     return KernelRequest(**values)
-
-
-_MEBIBYTES: Final = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
-
-
-def memory_in_mebibytes(text: str | None) -> int:
-    """Slurm's memory format as MiB, rounded up; 0 for None (sbatch(1), ``--mem``)."""
-    if not text:
-        return 0
-    digits = text.upper().removesuffix("B")
-    unit = digits[-1] if digits[-1] in _MEBIBYTES else "M"
-    return math.ceil(int(digits.rstrip("KMGT")) * _MEBIBYTES[unit])
 
 
 def fields_table() -> str:

@@ -17,33 +17,107 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from gateway_slurm.access import SlurmUsers
 from gateway_slurm.addresses import endpoints, interface_addresses
-from gateway_slurm.adminconfig import load_admin_config
-from gateway_slurm.allocation import Allocation, Place, Waiting
-from gateway_slurm.allocations import Allocations
-from gateway_slurm.assembly import assemble
-from gateway_slurm.dialling import Dialling
+from gateway_slurm.allocations.keep import Keeping
+from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.allocations.manager import Allocations
+from gateway_slurm.allocations.model import Allocation, Books, Owner, Place, Waiting
+from gateway_slurm.allocations.owners import Owners
+from gateway_slurm.allocations.recovery import recover, see_to_orphans
+from gateway_slurm.allocations.release import Leaving
+from gateway_slurm.allocations.start import LauncherSettings, Launching
+from gateway_slurm.allocations.walltime import TimeLimits
+from gateway_slurm.config import ServiceSettings, load_admin_config, port_range
 from gateway_slurm.errors import GatewaySlurmError, LinkError
-from gateway_slurm.failover import FailOver
-from gateway_slurm.heldkernel import HeldKernel
-from gateway_slurm.hubreports import HubReports, start_report
-from gateway_slurm.keeping import Keeping
-from gateway_slurm.kernellaunch import KernelLaunch
-from gateway_slurm.launcher import Launcher
+from gateway_slurm.kernels.held import HeldKernel
+from gateway_slurm.kernels.hub_report import HubReports, start_report
+from gateway_slurm.kernels.model import KernelLaunch
+from gateway_slurm.kernels.process import KernelProcess
+from gateway_slurm.kernels.restore import FailOver, Restored
+from gateway_slurm.kernels.transport import Dialling
 from gateway_slurm.link.server import ResponseSocket
 from gateway_slurm.link.tunnel import make_socket_directory
-from gateway_slurm.orphans import see_to_orphans
-from gateway_slurm.owners import Owners
-from gateway_slurm.processproxy import KernelProcess
-from gateway_slurm.reach import make_reach
-from gateway_slurm.recovery import recover
 from gateway_slurm.request import KernelRequest
-from gateway_slurm.restoring import Restored
-from gateway_slurm.settings import ServiceSettings, port_range
+from gateway_slurm.slurm.access import make_reach
 from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.watcher import JobWatcher
-from gateway_slurm.slurmusers import SlurmUsers
-from gateway_slurm.store import Lost, Registry
+from gateway_slurm.store import RENEW_SECONDS, Lost, Registry
+
+
+def assemble(
+    owner: str,
+    *,
+    settings: ServiceSettings,
+    users: SlurmUsers,
+    owners: Owners,
+    socket: ResponseSocket,
+    watcher: JobWatcher,
+    keeping: Keeping,
+    registry: Registry,
+    endpoints: Callable[[], list[str]],
+    addresses: Callable[[], list[str]],
+) -> Allocations:
+    """A new owner's; all owners share the response socket, the watcher and the records."""
+    driver, log = users.driver_of(owner), settings.log
+    launching = Launching(
+        driver,
+        socket,
+        _launcher_settings(settings),
+        registry=registry,
+        endpoints=endpoints,
+        addresses=addresses,
+        log_end=users.log_end,
+        new_token=lambda: secrets.token_bytes(32),
+        log=log,
+        on_up=lambda allocation: allocations.linked(allocation),
+        on_lost=lambda allocation: allocations.link_lost(allocation),
+        on_walltime=lambda allocation, launcher, end, due: limits.look(allocation, launcher, end, due=due),
+    )
+    books = Books(registry)
+    keeping.add(books)
+    limits = TimeLimits(driver, books, warnings=settings.walltime_warnings, log=log)
+    leaving = Leaving(driver, socket, watcher, keeping, books, idle_timeout=settings.idle_timeout, log=log)
+    told_apart = settings.run_as == "user"
+    allocations = Allocations(
+        driver,
+        watcher,
+        launching,
+        leaving,
+        keeping,
+        books,
+        owner=Owner(
+            name=owner,
+            user=users.user_of(owner),
+            may_adopt=lambda jobid: owners.may_adopt(owner, jobid, told_apart=told_apart),
+        ),
+        min_time_left=settings.min_time_left,
+        log=log,
+    )
+    return allocations
+
+
+def _heartbeat(settings: ServiceSettings) -> float:
+    """Seconds. Where others take over, a launcher misses a server that hangs as soon as the lease is over."""
+    takes_over = settings.deployment and settings.store_url
+    return min(settings.heartbeat, RENEW_SECONDS) if takes_over else settings.heartbeat
+
+
+def _launcher_settings(settings: ServiceSettings) -> LauncherSettings:
+    return LauncherSettings(
+        pythons=tuple(settings.launcher_python),
+        log_dir=settings.log_directory,
+        heartbeat=_heartbeat(settings),
+        orphan_timeout=settings.orphan_timeout,
+        link_timeout=settings.link_timeout,
+        queue_timeout=settings.queue_timeout,
+        walltime_warnings=tuple(settings.walltime_warnings),
+        kept_output=settings.kept_output * 2**20,
+    )
+
+
+# -- The service: one per process, with its own thread and loop; the composition root and the admin's traits. --
+
 
 T = TypeVar("T")
 

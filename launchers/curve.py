@@ -19,7 +19,7 @@ from Crypto.Hash.Poly1305 import Poly1305_MAC
 from Crypto.Protocol.DH import import_x25519_public_key, key_agreement
 from Crypto.PublicKey import ECC
 
-from gateway_slurm.link.zmtpframe import COMMAND, MORE, encode_frame
+from gateway_slurm.link.zmtp_frames import COMMAND, MORE, encode_frame
 from launchers.subscriber import ProtocolError, metadata
 
 KEY_BYTES, MAC_BYTES = 32, 16

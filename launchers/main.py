@@ -19,17 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway_slurm.link import wire
-from launchers.channels import Channels
 from launchers.guard import Guard
-from launchers.kernels import Kernel
-from launchers.logs import remove_old_logs
-from launchers.others import others_work
-from launchers.probes import Probes
+from launchers.kernel import Kernel
+from launchers.node import Walltime, find_slurmd, is_slurmd, remove_old_logs
+from launchers.ports import Probes
 from launchers.reactor import Reactor
-from launchers.slurmd import find_slurmd, is_slurmd
-from launchers.steps import Steps
+from launchers.steps import Steps, others_work
+from launchers.tunnel import Channels
 from launchers.uplink import Uplink
-from launchers.walltime import Walltime
 
 TOKEN_VARIABLE = "GATEWAY_SLURM_TOKEN"  # noqa: S105 - a variable's name, not a token
 # Set by the server for Slurm's commands only, or for this program only: not the kernel's business.

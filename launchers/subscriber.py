@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Protocol
 
-from gateway_slurm.link.zmtpframe import COMMAND, DELIMITER, GREETING_BYTES, HEADER_FRAME, LONG, MORE, encode_frame
+from gateway_slurm.link.zmtp_frames import COMMAND, DELIMITER, GREETING_BYTES, HEADER_FRAME, LONG, MORE, encode_frame
 
 # READY holds a socket type and an identity of at most 255 bytes; PING's context has at most 16 (RFC 37).
 COMMAND_LIMIT = 2048

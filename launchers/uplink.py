@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway_slurm.link import flow, wire
-from launchers.dialling import Address, Round
+from launchers.dial import Address, Round
 from launchers.reactor import READ, WRITE, Reactor, Timer
 
 FIRST_PAUSE = 0.05

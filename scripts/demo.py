@@ -20,9 +20,9 @@ from demo_gateway import run_through_gateway
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.processes import wait_until
 from gateway_slurm.errors import GatewaySlurmError
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import wait_until
 
 # Where Slurm's daemons are told apart on one machine, a node is known by this variable, not by its host name.
 NODE = "import os; print(os.environ['SLURMD_NODENAME'], 'in job', os.environ['SLURM_JOB_ID'])"

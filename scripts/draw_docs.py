@@ -18,19 +18,19 @@ from pathlib import Path
 from traitlets import Enum, TraitType
 from traitlets.config import Configurable
 
-from gateway_slurm.cli.walksteps import steps_table
+from gateway_slurm.cli.doctor.steps import steps_table
+from gateway_slurm.config import ServiceSettings
 from gateway_slurm.environment import dropped_table
 from gateway_slurm.gateway.app import SlurmGatewayApp
-from gateway_slurm.gateway.identity import GatewayIdentityProvider
-from gateway_slurm.gateway.kernels import SlurmMappingKernelManager
-from gateway_slurm.gateway.kernelspecs import GatewayKernelSpecManager
-from gateway_slurm.gateway.projects import keys_table
+from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
+from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
+from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
+from gateway_slurm.gateway.specs.projects import keys_table
+from gateway_slurm.kernels.model import TRANSITIONS, Phase
 from gateway_slurm.link import wire
-from gateway_slurm.phases import TRANSITIONS, Phase
 from gateway_slurm.request import fields_table
-from gateway_slurm.settings import ServiceSettings
+from gateway_slurm.slurm.formats import states_table
 from gateway_slurm.slurm.rest.versions import versions_table
-from gateway_slurm.slurm.states import states_table
 
 SAMPLE = "etc/jupyter_slurm_config.py"
 GATEWAY_SAMPLE = "etc/jupyter_slurm_gateway_config.py"
@@ -42,7 +42,7 @@ COMPUTED = {
     "launcher_python": ('[sys.executable, "python3"]', "import sys"),
     "hub_scopes": ('json.loads(os.environ.get("JUPYTERHUB_OAUTH_ACCESS_SCOPES") or "[]")', "import json, os"),
     "hub_api_url": ('os.environ.get("JUPYTERHUB_API_URL", "")', "import os"),
-    "as_user_command": ('["sudo", "-n", "-u", "{user}", "--", HELPER]', "from gateway_slurm.asuser import HELPER"),
+    "as_user_command": ('["sudo", "-n", "-u", "{user}", "--", HELPER]', "from gateway_slurm.slurm.sudo import HELPER"),
     "port": ('int(os.environ.get("JUPYTER_PORT", "8888"))', "import os"),
 }
 

@@ -17,9 +17,9 @@ import pytest
 from jupyter_client import KernelManager
 
 import kernels
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.processes import job_processes
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import job_processes
 from postgres import PrivatePostgres, private_postgres
 
 # Two cores are shared with a whole Slurm: how long an example takes says nothing.

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from chaos import KILL, TERM, RestartedGateway
-from gateway_slurm.cluster import PrivateCluster
+from gateway_slurm.testing import PrivateCluster
 from postgres import PrivatePostgres
 
 # pidfd_getfd(2), Linux 5.6; the C library has no name for it that all have.

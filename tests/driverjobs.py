@@ -11,8 +11,8 @@ import pytest
 
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.slurm.driver import SlurmDriver
+from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo, JobSpec
-from gateway_slurm.slurm.states import Meaning
 
 SLEEP = "#!/bin/sh\nexec sleep 300\n"
 WITHIN = 30.0

@@ -15,10 +15,10 @@ import pytest
 from jupyter_client import KernelManager
 
 from conftest import jobs_of, poll, slurm
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.processes import job_processes
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import job_processes
 from kernels import install_kernelspec
 
 SOON = 2.0  # seconds: what a user waits for the answer to a wrong request

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from conftest import poll
 from gateway import Gateway, running_gateway
-from gateway_slurm.gateway.peerclient import PASSED_ON
+from gateway_slurm.gateway.peers.client import PASSED_ON
 from kernels import READY, poll_async, write_admin_settings
 from server import Server
 

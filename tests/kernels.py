@@ -18,7 +18,7 @@ import psutil
 import pytest
 from jupyter_client import AsyncKernelManager, KernelManager
 
-from gateway_slurm.adminconfig import FILE_NAME
+from gateway_slurm.config import FILE_NAME
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store import Registry
 

@@ -2,8 +2,8 @@
 
 import psutil
 
-from gateway_slurm.cluster.line import Line, line_to
-from gateway_slurm.cluster.loginnode import USER, LoginNode, free_port, login_node, make_key
+from gateway_slurm.testing.line import Line, line_to
+from gateway_slurm.testing.loginnode import USER, LoginNode, free_port, login_node, make_key
 
 __all__ = ["USER", "Line", "LoginNode", "free_port", "line_to", "login_node", "make_key", "sessions"]
 

@@ -20,8 +20,8 @@ import pytest
 import kernels
 import restful
 from conftest import jobs_of, poll
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.processes import job_processes
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import job_processes
 from loginnode import USER, LoginNode
 from networks import Flow, Network, network
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway_slurm.cluster import Host
-from gateway_slurm.cluster.processes import search_path
+from gateway_slurm.testing import Host
+from gateway_slurm.testing.processes import search_path
 
 _CLONE_NEWNET = 0x40000000  # setns(2); Python has it from 3.12 on
 _NAMESPACES = Path("/run/netns")

@@ -16,8 +16,8 @@ from typing import Any
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
 
+from gateway_slurm.kernels.restore import Restored
 from gateway_slurm.link import envelope, wire
-from gateway_slurm.restoring import Restored
 from gateway_slurm.store import LauncherRecord
 from kernels import READY
 

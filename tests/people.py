@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 
 from conftest import poll
-from gateway_slurm.adminconfig import FILE_NAME
-from gateway_slurm.asuser import HELPER
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.processes import find_program, search_path
+from gateway_slurm.config import FILE_NAME
+from gateway_slurm.slurm.sudo import HELPER
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import find_program, search_path
 from kernels import install_kernelspec, jupyter_environment
 
 ROOT = Path(__file__).parents[1]

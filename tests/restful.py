@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conftest import private_cluster
-from gateway_slurm.cluster import PrivateCluster
+from gateway_slurm.testing import PrivateCluster
 
 USER = "root" if os.geteuid() == 0 else os.environ.get("USER", "")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gateway_slurm.cluster.packages import slurm_version
+from gateway_slurm.testing.packages import slurm_version
 
 # Each release from which it is so, the oldest first.
 _TABLE: Final[dict[str, dict[tuple[int, int], str]]] = {

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import poll, slurm
 from failures import cut_links, nothing_left, spec
-from gateway_slurm.phases import Phase
+from gateway_slurm.kernels.model import Phase
 from kernels import JOB, PID, READY, async_execute, async_kernel, job_state, jobid_of, poll_async
 from outliving import adopt, call
 from outliving import server as deployed_server

@@ -14,7 +14,7 @@ from jupyter_client import AsyncKernelManager
 from conftest import jobs_of, poll, slurm
 from failures import filled, jobs_of_ours, script
 from gateway_slurm.errors import AllocationEnded, AllocationError
-from gateway_slurm.phases import Phase
+from gateway_slurm.kernels.model import Phase
 from kernels import (
     JOB,
     READY,

@@ -14,7 +14,7 @@ import pytest
 
 from deployment import ETC, Certificate, adapted, free_port, running_caddy, running_nginx
 from gateway import ask, start, stop, stop_all
-from gateway_slurm.gateway.peerclient import PASSED_ON
+from gateway_slurm.gateway.peers.client import PASSED_ON
 from gateways import Deployment, deployment
 from kernels import JOB, PID, READY, jupyter_files_in, poll_async
 from postgres import private_postgres

@@ -23,7 +23,7 @@ from conftest import poll
 from disturbances import KINDS, RESTARTS, STORES, World, small_disk
 from failures import nothing_left
 from gateway import ask, start, stop_all
-from gateway_slurm.cluster.processes import free_ports, job_processes
+from gateway_slurm.testing.processes import free_ports, job_processes
 from kernels import IPYKERNEL, READY, install_kernelspec, jupyter_environment, write_admin_settings
 from postgres import private_postgres
 

@@ -20,7 +20,7 @@ from tornado.websocket import websocket_connect
 from conftest import poll, slurm
 from deployment import ETC, PASSWORD, PROXIES, Certificate, Proxy, adapted, gateway_on_socket, nginx
 from gateway import Gateway, ask, start, stop
-from gateway_slurm.cluster import PrivateCluster
+from gateway_slurm.testing import PrivateCluster
 from kernels import JOB, READY, jupyter_environment, jupyter_files_in
 from server import running_server
 

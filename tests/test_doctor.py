@@ -14,7 +14,7 @@ import pytest
 
 from conftest import poll, slurm
 from failures import wrapped_command
-from gateway_slurm.launching import JOB_NAME, new_launcher_id
+from gateway_slurm.allocations.identity import JOB_NAME, new_launcher_id
 from gateway_slurm.store import Registry
 from kernels import READY, job_state
 from servers import server

@@ -17,10 +17,10 @@ from jupyter_client import KernelManager
 
 from conftest import poll, slurm
 from failures import nothing_left, python_script, script, spec
-from gateway_slurm.cluster import PrivateCluster
 from gateway_slurm.errors import KernelStartError
-from gateway_slurm.phases import Phase
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing import PrivateCluster
 from kernels import IPYKERNEL, PID, READY, execute, job_state, jobid_of, process_of, running_kernel
 
 

@@ -18,8 +18,8 @@ from jupyter_client import BlockingKernelClient
 from conftest import poll, slurm
 from failures import cut_links, on_loop, script
 from gateway_slurm.errors import HandshakeError, LinkError
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.link import wire
-from gateway_slurm.phases import Phase
 from gateway_slurm.service import SlurmService
 from kernels import PID, READY, execute, process_of, running_kernel, until_reply
 

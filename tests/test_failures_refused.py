@@ -12,9 +12,9 @@ import pytest
 import kernels
 from conftest import jobs_of
 from failures import SOON, python_script, script, spec, start_error
-from gateway_slurm.adminconfig import FILE_NAME
-from gateway_slurm.cluster import PrivateCluster
+from gateway_slurm.config import FILE_NAME
 from gateway_slurm.errors import AllocationError, ConfigError, RequestError, SlurmNotInstalled, SubmitRefused
+from gateway_slurm.testing import PrivateCluster
 from kernels import execute, running_kernel
 from slurmwords import slurm_says
 

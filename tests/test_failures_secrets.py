@@ -14,8 +14,8 @@ import pytest
 
 from conftest import poll, slurm
 from failures import cut_links
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.link.server import ResponseSocket
-from gateway_slurm.phases import Phase
 from kernels import async_kernel, execute, poll_async, processes_of_job, running_kernel
 
 TOKEN = re.compile(rb"[0-9a-f]{64}")

@@ -13,13 +13,13 @@ from contextlib import suppress
 import psutil
 import pytest
 
-import gateway_slurm.launching
+import gateway_slurm.allocations.start
 from conftest import jobs_of, poll
 from firewalls import HIGH, KERNEL_PORTS, LOW, firewall
 from gateway import start, stop
-from gateway_slurm.cluster.processes import job_processes
 from gateway_slurm.errors import NodeUnreachable
 from gateway_slurm.link.program import launcher_program
+from gateway_slurm.testing.processes import job_processes
 from kernels import (
     PID,
     READY,
@@ -35,7 +35,7 @@ from kernels import (
 from loginnode import login_node
 from server import Frontend, running_server
 
-GATEWAY_KERNELS = "--ServerApp.kernel_manager_class=gateway_slurm.gateway.kernels.SlurmMappingKernelManager"
+GATEWAY_KERNELS = "--ServerApp.kernel_manager_class=gateway_slurm.gateway.kernel_manager.SlurmMappingKernelManager"
 REJECTIONS = {"tcp reset": "Connection refused", "icmpx admin-prohibited": "No route to host"}
 
 
@@ -256,7 +256,7 @@ def test_a_launcher_of_an_older_version_is_not_asked(network, monkeypatch, must_
     news = ['            "probes": True,  # PROBE is understood\n', '    "PROBE": (14, DOWN, JSON)']
     assert all(program.count(each) == 1 for each in news)
     older = program.replace(news[0], "").replace(news[1], "    # ")
-    monkeypatch.setattr(gateway_slurm.launching, "launcher_program", lambda: older)
+    monkeypatch.setattr(gateway_slurm.allocations.start, "launcher_program", lambda: older)
     with running_kernel("slurm-direct") as (manager, client):
         mode, why = way(manager)
         assert (mode, "of an older version" in why) == ("tunnel", True)

@@ -15,8 +15,8 @@ import pytest
 
 from conftest import jobs_of, slurm
 from gateway import ask, start, stop, write_project
-from gateway_slurm.adminconfig import FILE_NAME
-from gateway_slurm.cluster.processes import search_path
+from gateway_slurm.config import FILE_NAME
+from gateway_slurm.testing.processes import search_path
 from kernels import JOB, READY, install_kernelspec, jupyter_environment, poll_async
 from lasting import LastingServer
 from people import people

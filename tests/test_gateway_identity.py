@@ -21,8 +21,8 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from tornado.websocket import websocket_connect
 
 from gateway_slurm.errors import IdentityUnavailable
-from gateway_slurm.gateway.hubtokens import CACHED, QUESTIONS, HubTokens
-from gateway_slurm.gateway.tokens import TokenFile
+from gateway_slurm.gateway.auth.hub import CACHED, QUESTIONS, HubTokens
+from gateway_slurm.gateway.auth.tokens import TokenFile
 from kernels import jupyter_environment, jupyter_files_in
 from server import Server, running_server
 
@@ -161,7 +161,7 @@ def module_gateway(tmp_path_factory: pytest.TempPathFactory, module_hub: Hub) ->
     }
     settings = {
         "ServerApp": {
-            "identity_provider_class": "gateway_slurm.gateway.identity.GatewayIdentityProvider",
+            "identity_provider_class": "gateway_slurm.gateway.auth.identity.GatewayIdentityProvider",
             "trust_xheaders": True,
         },
         "GatewayIdentityProvider": config,
@@ -329,7 +329,7 @@ async def test_a_url_token_opens_websockets_where_the_admin_allows_it(tmp_path, 
     tokens = TokenFile(tmp_path / "tokens.json")
     token = tokens.add("ada")
     options = (
-        "--ServerApp.identity_provider_class=gateway_slurm.gateway.identity.GatewayIdentityProvider",
+        "--ServerApp.identity_provider_class=gateway_slurm.gateway.auth.identity.GatewayIdentityProvider",
         f"--GatewayIdentityProvider.tokens_file={tokens.path}",
         "--GatewayIdentityProvider.allow_token_in_url=True",
         "--debug",
@@ -559,7 +559,7 @@ def test_a_setting_that_cannot_be_meant_ends_the_start(tmp_path, monkeypatch, op
         pytest.raises(AssertionError, match=words),
         running_server(
             tmp_path,
-            "--ServerApp.identity_provider_class=gateway_slurm.gateway.identity.GatewayIdentityProvider",
+            "--ServerApp.identity_provider_class=gateway_slurm.gateway.auth.identity.GatewayIdentityProvider",
             *(f"--GatewayIdentityProvider.{option}" for option in options),
         ),
     ):
@@ -577,7 +577,7 @@ def test_an_unsafe_tokens_file_ends_the_start(tmp_path, monkeypatch):
         pytest.raises(AssertionError, match="chmod 600"),
         running_server(
             tmp_path,
-            "--ServerApp.identity_provider_class=gateway_slurm.gateway.identity.GatewayIdentityProvider",
+            "--ServerApp.identity_provider_class=gateway_slurm.gateway.auth.identity.GatewayIdentityProvider",
             f"--GatewayIdentityProvider.tokens_file={tokens.path}",
         ),
     ):

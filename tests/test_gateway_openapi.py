@@ -26,8 +26,8 @@ from schemathesis.specs.openapi.checks import (
 
 from gateway import running_gateway
 from gateway_slurm.gateway.app import SERVICES
+from gateway_slurm.gateway.handlers import DescriptionHandler, UnknownHandler
 from gateway_slurm.gateway.openapi import OPERATIONS
-from gateway_slurm.gateway.state import DescriptionHandler, UnknownHandler
 from kernels import READY, jupyter_files_in
 
 CHECKS = [

@@ -14,10 +14,10 @@ import pytest
 from websocket import create_connection
 
 from gateway import running_gateway, start, stop
-from gateway_slurm.gateway.channels import FLUSH_EVERY
-from gateway_slurm.gateway.messages import CHANNELS
-from gateway_slurm.gateway.outgoing import QUEUE_LIMIT
-from gateway_slurm.gateway.sockets import RECEIVE_MARK
+from gateway_slurm.gateway.channels.channels import FLUSH_EVERY
+from gateway_slurm.gateway.channels.messages import CHANNELS
+from gateway_slurm.gateway.channels.queue import QUEUE_LIMIT
+from gateway_slurm.gateway.channels.sockets import RECEIVE_MARK
 from gateway_slurm.link.flow import WINDOW
 from kernels import DROP_NOTHING
 from output import FLOOD, PIECE, PIECES, TOTAL, numbers_of, relay_small_and_large

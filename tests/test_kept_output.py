@@ -8,8 +8,8 @@ from typing import Any
 
 import psutil
 
-from gateway_slurm.link.kept import Kept
-from gateway_slurm.phases import Phase
+from gateway_slurm.kernels.model import Phase
+from gateway_slurm.link.output import Kept
 from kernels import DROP_NOTHING, KERNEL_NAMES, PID, READY, async_execute, async_kernel, poll_async, until_printed
 
 # Prints on, at its own pace, whoever is there; ends with the last number.

@@ -12,8 +12,8 @@ import pytest
 
 from conftest import poll, slurm
 from failures import cut_links, nothing_left, spec, wrapped_command
-from gateway_slurm import leaving
-from gateway_slurm.phases import Phase
+from gateway_slurm.allocations import release as leaving
+from gateway_slurm.kernels.model import Phase
 from kernels import READY, async_kernel, forget_service, job_state, jobid_of, poll_async
 from servers import on_record
 

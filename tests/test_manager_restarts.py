@@ -14,12 +14,11 @@ from tornado.web import HTTPError
 
 from conftest import slurm
 from failures import cut_links, nothing_left, on_loop
-from gateway_slurm import heldkernel
 from gateway_slurm.errors import AllocationEnded, HandshakeError, LinkError
-from gateway_slurm.gateway import messages
-from gateway_slurm.gateway.kernelmodel import ready_of
-from gateway_slurm.gateway.kernels import SlurmMappingKernelManager
-from gateway_slurm.phases import Phase
+from gateway_slurm.gateway.channels import messages
+from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager, ready_of
+from gateway_slurm.kernels import held as heldkernel
+from gateway_slurm.kernels.model import Phase
 from kernels import READY, poll_async, process_of
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway_slurm.kernellaunch import KernelLaunch
+from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.link import wire
-from gateway_slurm.phases import Phase
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store import AllocationRecord, KernelRecord, LauncherRecord, Registry
 from kernels import READY, poll_async

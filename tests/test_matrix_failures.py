@@ -31,7 +31,7 @@ from gateway_slurm.errors import (
     QueueTimeout,
     SubmitRefused,
 )
-from gateway_slurm.phases import Phase
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
 from kernels import KERNEL_NAMES, PID, READY, execute, jobid_of, poll_async, process_of, running_kernel
 from matrix import MODES, WAYS, Site

@@ -9,9 +9,9 @@ import pytest
 
 from conftest import jobs_of, poll, slurm
 from failures import spec
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.processes import job_processes
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import job_processes
 from kernels import READY, execute, jobid_of, running_kernel
 
 CONF = """

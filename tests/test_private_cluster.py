@@ -15,11 +15,11 @@ import psutil
 import pytest
 
 from conftest import jobs_of, poll, slurm
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.layout import Layout, cgroup_conf_text, daemon_commands, slurm_conf_text
-from gateway_slurm.cluster.packages import parse_version
-from gateway_slurm.cluster.processes import free_ports, job_processes
 from gateway_slurm.errors import ClusterError
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.layout import Layout, cgroup_conf_text, daemon_commands, slurm_conf_text
+from gateway_slurm.testing.packages import parse_version
+from gateway_slurm.testing.processes import free_ports, job_processes
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_down_leaves_nothing(short_tmp: Path) -> None:
 def test_another_process_takes_it_down(short_tmp: Path) -> None:
     """The directory is all that a later process needs to see the cluster and to end it."""
     directory = short_tmp / "d"
-    code = "import sys; from gateway_slurm.cluster import PrivateCluster; PrivateCluster(sys.argv[1], 1).up()"
+    code = "import sys; from gateway_slurm.testing import PrivateCluster; PrivateCluster(sys.argv[1], 1).up()"
     subprocess.run([sys.executable, "-c", code, str(directory)], check=True, timeout=60)
     later = PrivateCluster(directory)
     assert later.status().nodes == {"c1": "idle"}
@@ -210,7 +210,7 @@ def test_a_failed_up_names_the_daemon_and_its_log(short_tmp: Path) -> None:
 
 def test_missing_packages_are_named_with_the_command(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where slurmctld is not installed, the error is the apt-get line that brings it."""
-    monkeypatch.setattr("gateway_slurm.cluster.packages.find_program", lambda _name: None)
+    monkeypatch.setattr("gateway_slurm.testing.packages.find_program", lambda _name: None)
     with pytest.raises(ClusterError, match=r"apt-get install .*munge .*slurmctld"):
         PrivateCluster(short_tmp / "f").up()
 

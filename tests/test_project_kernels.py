@@ -14,11 +14,11 @@ import pytest
 from jupyter_client import AsyncKernelManager
 
 from conftest import slurm
-from gateway_slurm.cluster import PrivateCluster
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable
-from gateway_slurm.gateway.kernelspecs import GatewayKernelSpecManager
-from gateway_slurm.gateway.membership import ask_accounts
+from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
+from gateway_slurm.gateway.specs.members import ask_accounts
 from gateway_slurm.slurm.runner import Runner
+from gateway_slurm.testing import PrivateCluster
 from kernels import JOB, READY, async_execute, jobid_of
 
 ROOT = Path(__file__).parents[1]

@@ -20,10 +20,10 @@ from traitlets.config.loader import PyFileConfigLoader
 
 from deployment import connects, free_port, running
 from gateway import ask, start, stop
-from gateway_slurm.adminconfig import FILE_NAME, load_admin_config
-from gateway_slurm.gateway.identity import GatewayIdentityProvider
-from gateway_slurm.gateway.kernels import SlurmMappingKernelManager
-from gateway_slurm.gateway.kernelspecs import GatewayKernelSpecManager
+from gateway_slurm.config import FILE_NAME, load_admin_config
+from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
+from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
+from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.request import parse_request
 from gateway_slurm.service import SlurmService
 from kernels import JOB, execute, jobid_of, running_kernel

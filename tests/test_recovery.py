@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from conftest import jobs_of, poll, slurm
-from gateway_slurm import recovery, store
+from gateway_slurm import store
+from gateway_slurm.allocations import recovery
+from gateway_slurm.allocations.identity import JOB_NAME, identity_of
+from gateway_slurm.allocations.recovery import recover
 from gateway_slurm.errors import SlurmUnavailable
-from gateway_slurm.launching import JOB_NAME, identity_of
-from gateway_slurm.recovery import recover
 from gateway_slurm.slurm.driver import CommandLineSlurm
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.store import AllocationRecord, Registry

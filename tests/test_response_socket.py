@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from gateway_slurm.link import lookups, server, wire
+from gateway_slurm.link import server, wire
+from gateway_slurm.link import server as lookups
 from kernels import poll_async
 from rawlinks import Handler, Peer, connect, draw_tokens
 

@@ -17,10 +17,10 @@ import pytest
 
 import restful
 from conftest import jobs_of, poll, slurm
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.processes import job_processes
 from gateway_slurm.errors import AllocationError, ConfigError, SlurmUnavailable, SubmitRefused
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import job_processes
 from kernels import (
     JOB,
     KERNEL_NAMES,

@@ -15,16 +15,16 @@ import pytest_asyncio
 
 import restful
 from driverjobs import SLEEP, Jobs, failure, submitting, until
-from gateway_slurm.cluster import PrivateCluster
 from gateway_slurm.errors import AllocationError, SlurmUnavailable, SubmitRefused, UnknownJob
-from gateway_slurm.slurm.cluster_url import parse_cluster_url
 from gateway_slurm.slurm.driver import CommandLineSlurm
+from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobSpec
 from gateway_slurm.slurm.rest.driver import FEW, Rest, RestSlurm
 from gateway_slurm.slurm.rest.http import RestClient
 from gateway_slurm.slurm.rest.tokens import FileTokens
 from gateway_slurm.slurm.runner import Runner
-from gateway_slurm.slurm.states import Meaning
+from gateway_slurm.slurm.url import parse_cluster_url
+from gateway_slurm.testing import PrivateCluster
 from slurmwords import slurm_says
 
 

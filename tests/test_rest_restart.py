@@ -14,11 +14,11 @@ import pytest
 
 import restful
 from conftest import jobs_of, poll, slurm
-from gateway_slurm.cluster import PrivateCluster
-from gateway_slurm.cluster.processes import job_processes
 from gateway_slurm.errors import SlurmUnavailable
-from gateway_slurm.phases import Phase
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import job_processes
 from kernels import PID, READY, async_execute, async_kernel, forget_service, install_kernelspec, poll_async
 from kernels import write_admin_settings as write
 from outliving import adopt, call, server

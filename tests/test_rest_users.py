@@ -12,7 +12,7 @@ import pytest
 
 import restful
 from conftest import jobs_of, poll, slurm
-from gateway_slurm.cluster import PrivateCluster
+from gateway_slurm.testing import PrivateCluster
 from kernels import READY
 from people import GatewayError, GatewayProcess, People, people
 

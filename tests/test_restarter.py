@@ -13,8 +13,8 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 
 from conftest import poll, slurm
 from failures import nothing_left
-from gateway_slurm.gateway.kernels import SlurmMappingKernelManager
-from gateway_slurm.phases import Phase
+from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
+from gateway_slurm.kernels.model import Phase
 from kernels import READY, poll_async, process_of
 
 SOON = 0.1  # seconds; the restarter's own time is 3

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from conftest import poll, slurm
-from gateway_slurm.cluster.processes import job_processes
 from gateway_slurm.errors import AllocationEnded
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.link.server import ResponseSocket
-from gateway_slurm.phases import Phase
+from gateway_slurm.testing.processes import job_processes
 from kernels import PID, READY, async_execute, install_kernelspec, job_state, poll_async
 from outliving import adopt, answer_of, call, server
 

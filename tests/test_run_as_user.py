@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from conftest import poll, slurm
-from gateway_slurm.asuser.helper import LENGTH
-from gateway_slurm.cluster import PrivateCluster
+from gateway_slurm.slurm.sudo.helper import LENGTH
+from gateway_slurm.testing import PrivateCluster
 from kernels import READY, job_state
 from people import SNIPPET, GatewayError, GatewayProcess, People, change_users, people, sudoers_rule
 

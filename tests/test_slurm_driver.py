@@ -11,7 +11,6 @@ import pytest
 import pytest_asyncio
 
 from driverjobs import SLEEP, WITHIN, Jobs, failure, submitting, until
-from gateway_slurm.cluster import PrivateCluster
 from gateway_slurm.errors import (
     AllocationError,
     LauncherFailed,
@@ -21,11 +20,11 @@ from gateway_slurm.errors import (
     UnknownJob,
 )
 from gateway_slurm.slurm.driver import CommandLineSlurm
-from gateway_slurm.slurm.hostlist import expand
+from gateway_slurm.slurm.formats import Meaning, expand
 from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.runner import Runner
-from gateway_slurm.slurm.states import Meaning
 from gateway_slurm.slurm.watcher import JobWatcher
+from gateway_slurm.testing import PrivateCluster
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import pytest
 
 from conftest import poll
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable, SshError
-from gateway_slurm.slurm.cluster_url import parse_cluster_url
-from gateway_slurm.ssh.connection import SshConnection
-from gateway_slurm.ssh.login import Credentials
-from gateway_slurm.ssh.runner import SshRunner
-from gateway_slurm.ssh.target import resolve
+from gateway_slurm.slurm.ssh.config import resolve
+from gateway_slurm.slurm.ssh.connection import SshConnection
+from gateway_slurm.slurm.ssh.login import Credentials
+from gateway_slurm.slurm.ssh.runner import SshRunner
+from gateway_slurm.slurm.url import parse_cluster_url
 from kernels import poll_async
 from loginnode import LoginNode, line_to, login_node
 

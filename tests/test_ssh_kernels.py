@@ -17,7 +17,7 @@ import pytest
 from conftest import jobs_of, poll
 from failures import nothing_left, script, spec, start_error
 from gateway_slurm.errors import GatewaySlurmError
-from gateway_slurm.phases import Phase
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
 from kernels import (
     PID,

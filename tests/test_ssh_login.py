@@ -18,12 +18,12 @@ import pytest
 
 from conftest import poll
 from gateway_slurm.errors import ConfigError, HostKeyRefused, LoginRefused, SshError
-from gateway_slurm.slurm.cluster_url import parse_cluster_url
-from gateway_slurm.ssh.connection import SshConnection
-from gateway_slurm.ssh.hostkeys import fingerprint
-from gateway_slurm.ssh.login import Credentials
-from gateway_slurm.ssh.runner import SshRunner
-from gateway_slurm.ssh.target import Target, resolve
+from gateway_slurm.slurm.ssh.config import Target, resolve
+from gateway_slurm.slurm.ssh.connection import SshConnection
+from gateway_slurm.slurm.ssh.host_keys import fingerprint
+from gateway_slurm.slurm.ssh.login import Credentials
+from gateway_slurm.slurm.ssh.runner import SshRunner
+from gateway_slurm.slurm.url import parse_cluster_url
 from loginnode import USER, LoginNode, login_node, make_key
 
 OURS = "one two"  # what the tests' own server takes for a password

@@ -16,18 +16,18 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from gateway_slurm.cluster.layout import Host
+from gateway_slurm.testing.layout import Host
 from loginnode import USER, LoginNode, login_node
 
 PASSWORD = "correct horse"  # noqa: S105 - of a file that only this test's sshd sees
 # Logs in, runs a command, and runs another one over a second connection when a line comes.
 LOG_IN = """
 import asyncio, logging, sys
-from gateway_slurm.slurm.cluster_url import parse_cluster_url
-from gateway_slurm.ssh.connection import SshConnection
-from gateway_slurm.ssh.login import Credentials
-from gateway_slurm.ssh.runner import SshRunner
-from gateway_slurm.ssh.target import resolve
+from gateway_slurm.slurm.url import parse_cluster_url
+from gateway_slurm.slurm.ssh.connection import SshConnection
+from gateway_slurm.slurm.ssh.login import Credentials
+from gateway_slurm.slurm.ssh.runner import SshRunner
+from gateway_slurm.slurm.ssh.config import resolve
 
 async def main(url, known):
     options = dict(config_file="/nonexistent", identity_files=("/nonexistent",), known_hosts=(known,))

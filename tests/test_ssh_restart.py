@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from conftest import jobs_of, poll
-from gateway_slurm.phases import Phase
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
 from kernels import PID, READY, async_execute, job_state, poll_async, write_admin_settings
 from lasting import LastingFrontend, lasting_server
@@ -20,7 +20,7 @@ from loginnode import LoginNode, free_port, line_to, login_node, sessions
 from outliving import adopt, call, server
 
 COUNT = "import time\nfor number in range({}):\n    print(number, flush=True)\n    time.sleep(0.02)\n"
-KEEPING = "--ServerApp.kernel_manager_class=gateway_slurm.gateway.kernels.SlurmMappingKernelManager"
+KEEPING = "--ServerApp.kernel_manager_class=gateway_slurm.gateway.kernel_manager.SlurmMappingKernelManager"
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from jupyter_client import AsyncKernelManager
 
 from conftest import jobs_of
 from failures import jobs_of_ours, nothing_left, on_loop, script, spec
-from gateway_slurm import allocations, leaving
+from gateway_slurm.allocations import manager as allocations
+from gateway_slurm.allocations import release as leaving
+from gateway_slurm.allocations.recovery import recover
 from gateway_slurm.errors import SubmitRefused, Unanswered
-from gateway_slurm.recovery import recover
 from gateway_slurm.slurm.driver import CommandLineSlurm
 from gateway_slurm.slurm.model import JobSpec
 from gateway_slurm.slurm.runner import Runner

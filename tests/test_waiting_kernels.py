@@ -14,7 +14,7 @@ from kernels import JOB, install_kernelspec, job_state, jupyter_files_in, poll_a
 from output import relay_small_and_large
 from server import V1, Frontend, HTTPClientError, running_server
 
-MANAGER = "gateway_slurm.gateway.kernels.SlurmMappingKernelManager"
+MANAGER = "gateway_slurm.gateway.kernel_manager.SlurmMappingKernelManager"
 
 
 @pytest.fixture(scope="module")

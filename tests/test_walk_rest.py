@@ -10,7 +10,7 @@ import pytest
 import restful
 from conftest import jobs_of
 from doctor import ASKED, failed_at, walk
-from gateway_slurm.cluster import PrivateCluster
+from gateway_slurm.testing import PrivateCluster
 from kernels import write_admin_settings
 from loginnode import free_port
 

@@ -14,8 +14,8 @@ from jupyter_client import BlockingKernelClient
 
 from conftest import poll
 from failures import cut_links
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.link import zmtp
-from gateway_slurm.phases import Phase
 from kernels import READY, execute, install_kernelspec, process_of, running_kernel
 
 TEXT = "gateway_slurm: job 12 reaches its time limit in 10 minutes, at 14:30: save your work"

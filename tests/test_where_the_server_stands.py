@@ -18,7 +18,7 @@ from doctor import ASKED, Walked, failed_at, walk
 from failures import nothing_left, start_error
 from gateway_slurm.service import SlurmService
 from kernels import execute, running_kernel, write_admin_settings
-from launchers.dialling import HEAD_START
+from launchers.dial import HEAD_START
 from loginnode import LoginNode, free_port, login_node
 
 Settings = Callable[..., SlurmService]

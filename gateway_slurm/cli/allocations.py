@@ -10,16 +10,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from gateway_slurm.adminconfig import load_admin_config
-from gateway_slurm.cli.ownslurm import OwnSlurm
+from gateway_slurm._util import in_one_line, printable
+from gateway_slurm.allocations.identity import identity_of
+from gateway_slurm.allocations.recovery import living_jobs
+from gateway_slurm.cli.common import OwnSlurm
+from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import SlurmError, UnknownJob
-from gateway_slurm.launching import identity_of
-from gateway_slurm.printable import in_one_line, printable
-from gateway_slurm.recovery import living_jobs
 from gateway_slurm.service import SlurmService
-from gateway_slurm.slurm.hostlist import expand
+from gateway_slurm.slurm.formats import Meaning, expand
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.slurm.states import Meaning
 from gateway_slurm.store import AllocationRecord, Registry, ServerRecord, by_job
 
 COLUMNS = ("JOBID", "STATE", "NODES", "TIME LEFT", "KERNELS", "KEPT", "WAITS FOR")

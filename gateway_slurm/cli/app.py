@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gateway_slurm import __version__
-from gateway_slurm.cli import allocations, attach, cluster, doctor, gateway, token
-from gateway_slurm.cli.output import discard_output, flush_output
+from gateway_slurm._util import printable
+from gateway_slurm.cli import allocations, attach, cluster, gateway, token
+from gateway_slurm.cli.common import discard_output, flush_output
+from gateway_slurm.cli.doctor import findings as doctor
 from gateway_slurm.errors import GatewaySlurmError
-from gateway_slurm.printable import printable
 
 _SUBCOMMANDS = (allocations, attach, cluster, doctor, gateway, token)
 

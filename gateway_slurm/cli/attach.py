@@ -17,10 +17,10 @@ from typing import Any
 
 from jupyter_core.paths import jupyter_runtime_dir
 
+from gateway_slurm._util import in_one_line, printable
 from gateway_slurm.errors import GatewaySlurmError, LinkError
-from gateway_slurm.phases import Phase
-from gateway_slurm.printable import in_one_line, printable
-from gateway_slurm.restoring import Restored
+from gateway_slurm.kernels.model import Phase
+from gateway_slurm.kernels.restore import Restored
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store import KernelRecord, ServerRecord
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from gateway_slurm.errors import RequestError
-from gateway_slurm.gateway.tokens import TokenFile, TokenRecord
+from gateway_slurm.gateway.auth.tokens import TokenFile, TokenRecord
 
 COLUMNS = ("ID", "USER", "KIND", "MADE", "EXPIRES")
 

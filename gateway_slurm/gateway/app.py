@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -22,16 +23,44 @@ from traitlets.config import Configurable
 
 from gateway_slurm import __version__
 from gateway_slurm.errors import StoreError
-from gateway_slurm.gateway.identity import GatewayIdentityProvider
-from gateway_slurm.gateway.kernels import SlurmMappingKernelManager
-from gateway_slurm.gateway.kernelspecs import GatewayKernelSpecManager
+from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
+from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
+from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.metrics import GatewayCollector
-from gateway_slurm.gateway.peerlife import default_peer_url, make_passing
+from gateway_slurm.gateway.peers.client import PeerClient
+from gateway_slurm.gateway.peers.directory import StoreDirectory
+from gateway_slurm.gateway.peers.forward import Passing
+from gateway_slurm.gateway.peers.peers import Peers
 from gateway_slurm.gateway.sessions import GatewaySessionManager, NoContents
-from gateway_slurm.gateway.websocket import SlurmWebsocketConnection
+from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.service import SlurmService
 
-SERVICES = ["gateway_slurm.gateway.handlers", "gateway_slurm.gateway.state"]
+_ALL_ADDRESSES = ("", "*", "0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
+
+
+def default_peer_url(app: Any) -> str:
+    """Where this process listens, as far as its own settings say."""
+    if app.sock:
+        return ""
+    host = socket.getfqdn() if app.ip in _ALL_ADDRESSES else app.ip
+    host = "127.0.0.1" if host == "localhost" else host
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if app.certfile else 'http'}://{host}:{app.port}{app.base_url}"
+
+
+def make_passing(app: Any) -> Passing:
+    """What the handlers find in their settings as ``passing``; the application closes it."""
+    directory = StoreDirectory(SlurmService.instance())
+    proof = tuple(filter(None, [getattr(app.identity_provider, "trusted_header", "")]))
+    passing = Passing(Peers(directory, log=app.log), PeerClient(app.peer_cafile), proof=proof)
+    app.web_app.settings["passing"] = passing
+    return passing
+
+
+# -- ``jupyter slurm gateway``: the shared deployment, an application on jupyter_server. --
+
+
+SERVICES = ["gateway_slurm.gateway.handlers"]
 DEPLOYMENT = "gateway"  # unless SlurmService.deployment says otherwise
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 256 << 10  # malloc.h; bytes
 ALIASES = {

@@ -3,23 +3,204 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import mimetypes
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jupyter_server.auth.decorator import authorized, ws_authenticated
+from jupyter_client.jsonutil import json_default
+from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_server._tz import isoformat, utcfromtimestamp
+from jupyter_server.auth.decorator import allow_unauthenticated, authorized, ws_authenticated
+from jupyter_server.base.handlers import APIHandler
+from jupyter_server.services.api.handlers import IdentityHandler
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from jupyter_server.utils import url_escape, url_path_join
 from tornado import web
 
-from gateway_slurm.gateway.base import GatewayHandler, env_field, object_field, text_field, until_restored
-from gateway_slurm.gateway.identity import kernel_owner
-from gateway_slurm.gateway.merged import with_others
-from gateway_slurm.gateway.passing import check_limits_everywhere, refuse_taken_id
-from gateway_slurm.gateway.peerchannels import JoinsPeers
-from gateway_slurm.gateway.peers import KERNELS, SESSIONS
-from gateway_slurm.gateway.sessions import Session, session_env
+from gateway_slurm.errors import (
+    AllocationError,
+    ConfigError,
+    GatewaySlurmError,
+    KernelStartError,
+    LinkError,
+    NotAllowed,
+    RequestError,
+    SlurmError,
+    StoreError,
+    SubmitRefused,
+    UnknownJob,
+)
+from gateway_slurm.gateway.auth.identity import GatewayUser, kernel_owner
+from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
+from gateway_slurm.gateway.openapi import description
+from gateway_slurm.gateway.peers.forward import RETRY_AFTER, PassesOn, check_limits_everywhere, refuse_taken_id
+from gateway_slurm.gateway.peers.lists import with_others
+from gateway_slurm.gateway.peers.peers import ALLOCATIONS, KERNELS, SESSIONS
+from gateway_slurm.gateway.peers.websocket import JoinsPeers
+from gateway_slurm.gateway.sessions import GatewaySessionManager, Session, session_env
+from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
+from gateway_slurm.service import SlurmService
+
+# Seconds for which a request waits for the kernels of before; clients give up later than this.
+RESTORE_SECONDS = 10.0
+NOT_RESTORED = "the gateway has just been started, and does not have its kernels yet: try again"
+# The first class that fits counts.
+STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (NotAllowed, 403),
+    (RequestError, 400),
+    (NoSuchKernel, 404),
+    (FileNotFoundError, 404),
+    (UnknownJob, 404),
+    (SubmitRefused, 400),
+    (ConfigError, 500),
+    (AllocationError, 409),
+    (KernelStartError, 502),
+    (LinkError, 503),
+    (SlurmError, 503),
+    (StoreError, 503),
+    (GatewaySlurmError, 500),
+)
+
+
+def as_http(error: BaseException) -> BaseException:
+    """An error of ours as HTTP's; any other as it is."""
+    for kind, status in STATUS:
+        if isinstance(error, kind):
+            return web.HTTPError(status, str(error))
+    return error
+
+
+def message_of(error: web.HTTPError) -> str:
+    """The text that an HTTPError was made with: tornado doubles its percent signs."""
+    text = error.log_message or ""
+    try:
+        return text % error.args if error.args else text.replace("%%", "%")
+    except (TypeError, ValueError):
+        return text
+
+
+async def until_restored(handler: web.RequestHandler) -> None:
+    """Wait for the kernels of before, a while; raises HTTPError 503, to be tried again, when they are not there."""
+    restorer = handler.settings["kernel_manager"].restorer
+    try:
+        await asyncio.wait_for(restorer.done.wait(), RESTORE_SECONDS)
+    except asyncio.TimeoutError as error:
+        raise web.HTTPError(503, NOT_RESTORED) from error
+
+
+class GatewayHandler(PassesOn, APIHandler):
+    """A handler of the gateway's API: JSON in and out, and each user sees what is theirs."""
+
+    auth_resource = "kernels"
+    waits_for_kernels = True
+    """Whether a request is answered only once the kernels of an earlier gateway are there."""
+
+    async def prepare(self) -> None:  # type: ignore[override] # tornado awaits what is awaitable
+        """Also wait for the kernels of before; what another gateway has is answered by it."""
+        await super().prepare()
+        if self.waits_for_kernels:
+            await until_restored(self)
+        if not self._finished:
+            await self.pass_on_what_is_elsewhere()
+
+    @property
+    def user(self) -> GatewayUser:
+        """Who asks; handlers are entered by known users only."""
+        user = self.current_user
+        assert isinstance(user, GatewayUser)
+        return user
+
+    @property
+    def kernels(self) -> SlurmMappingKernelManager:
+        """The gateway's kernel manager."""
+        manager: SlurmMappingKernelManager = self.settings["kernel_manager"]
+        return manager
+
+    @property
+    def sessions(self) -> GatewaySessionManager:
+        """The gateway's sessions."""
+        manager: GatewaySessionManager = self.settings["session_manager"]
+        return manager
+
+    @property
+    def specs(self) -> GatewayKernelSpecManager:
+        """The gateway's kernelspecs."""
+        manager: GatewayKernelSpecManager = self.settings["kernel_spec_manager"]
+        return manager
+
+    def check_kernel(self, kernel_id: str) -> None:
+        """Raise HTTPError 404 for a kernel that is not there, or not this user's to see."""
+        if not self.kernels.is_visible(kernel_id, self.user):
+            raise web.HTTPError(404, f"there is no kernel {kernel_id}")
+
+    def json_object(self) -> dict[str, Any]:
+        """The request's body; raises HTTPError 400 for one that is no JSON object. No body is an empty one."""
+        try:
+            body = self.get_json_body()
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise web.HTTPError(400, "the body must be a JSON object") from error
+        if body is None:
+            return {}
+        if not isinstance(body, dict):
+            raise web.HTTPError(400, "the body must be a JSON object")
+        return body
+
+    def answer(self, model: Any, status: int = 200) -> None:
+        self.set_status(status)
+        self.finish(json.dumps(model, default=json_default))
+
+    def _handle_request_exception(self, e: BaseException) -> None:
+        super()._handle_request_exception(as_http(e))
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        """What the user asked wrongly is no fault of the gateway's, and needs no traceback."""
+        error = as_http(value)
+        super().log_exception(type(error), error, None if error is not value else tb)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """JSON, with the message in ``message`` as Jupyter's frontends show it."""
+        # Tornado hands over what was raised, not what it was answered as.
+        error = as_http(kwargs["exc_info"][1]) if "exc_info" in kwargs else None
+        message = message_of(error) if isinstance(error, web.HTTPError) else ""
+        if status_code == 503:
+            self.set_header("Retry-After", RETRY_AFTER)
+        if not message:
+            message = "the gateway failed; its log says why" if status_code == 500 else self._reason
+        self.finish(json.dumps({"message": message, "reason": self._reason}))
+
+
+def text_field(body: dict[str, Any], name: str, default: str = "", *, longest: int = 4096) -> str:
+    """A text of the body; raises HTTPError 400 for anything else."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str) or len(value) > longest or "\0" in value:
+        raise web.HTTPError(400, f"{name} must be a text of at most {longest} characters")
+    return value
+
+
+def env_field(body: dict[str, Any]) -> dict[str, str]:
+    """``env`` of the body: names and texts."""
+    env = object_field(body, "env")
+    if not all(isinstance(value, str) for value in env.values()):
+        raise web.HTTPError(400, "env must be an object of texts")
+    return env
+
+
+def object_field(body: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object of the body, empty where there is none; raises HTTPError 400 for anything else."""
+    value = body.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise web.HTTPError(400, f"{name} must be an object")
+    return value
+
+
+# -- The gateway's API: kernels, sessions, kernelspecs; no contents, no terminals, no files. --
+
 
 _UUID = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 KERNEL_ID = rf"(?P<kernel_id>{_UUID})"
@@ -292,4 +473,158 @@ default_handlers = [
     (r"/api/kernelspecs", KernelSpecsHandler),
     (rf"/api/kernelspecs/{KERNEL_NAME}", KernelSpecHandler),
     (rf"/kernelspecs/{KERNEL_NAME}/(?P<path>.*)", KernelSpecResourceHandler),
+]
+
+
+# -- The gateway's API beside kernels: allocations, who one is, how it does, health, and its own description. --
+
+
+JOBID = r"(?P<jobid>[0-9]{1,10})"
+
+
+class AllocationsHandler(GatewayHandler):
+    """``/api/allocations``."""
+
+    @property
+    def whose(self) -> str | None:
+        """Whose allocations are meant; None is everybody's, for admins."""
+        return None if self.user.admin else self.user.username
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        """The user's allocations: jobs with their state, nodes, time and kernels."""
+        self.answer(await with_others(self, ALLOCATIONS, SlurmService.instance().allocations_of(self.whose)))
+
+
+class AllocationHandler(AllocationsHandler):
+    """``/api/allocations/{jobid}``."""
+
+    @web.authenticated
+    @authorized
+    async def get(self, jobid: str) -> None:
+        """One allocation."""
+        for allocation in SlurmService.instance().allocations_of(self.whose):
+            if allocation["jobid"] == jobid:
+                self.answer(allocation)
+                return
+        raise web.HTTPError(404, f"there is no allocation {jobid} of yours")
+
+    @web.authenticated
+    @authorized
+    async def delete(self, jobid: str) -> None:
+        """End it now, with its kernels."""
+        service = SlurmService.instance()
+        await service.run(service.cancel_allocation(self.whose, jobid))
+        self.set_status(204)
+        self.finish()
+
+
+class AllocationActionHandler(AllocationsHandler):
+    """``/api/allocations/{jobid}/keep`` and ``…/release``."""
+
+    @web.authenticated
+    @authorized
+    async def post(self, jobid: str, action: str) -> None:
+        """Let it stay after its last kernel, or take that back."""
+        service = SlurmService.instance()
+        change = service.keep_allocation if action == "keep" else service.release_allocation
+        await service.run(change(self.whose, jobid))
+        self.set_status(204)
+        self.finish()
+
+
+class StatusHandler(GatewayHandler):
+    """``/api/status``."""
+
+    _track_activity = False
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        """When the gateway started and was last used, and how many kernels and connections the user has."""
+        models = await with_others(self, KERNELS, self.kernels.models_for(self.user))
+        started = self.settings["started"].timestamp()
+        self.answer(
+            {
+                "started": isoformat(utcfromtimestamp(started)),
+                "last_activity": isoformat(self.kernels.last_kernel_activity),
+                "kernels": len(models),
+                "connections": sum(model["connections"] for model in models),
+            }
+        )
+
+
+class MeHandler(GatewayHandler, IdentityHandler):
+    """``/api/me``: Jupyter server's, with errors as everywhere here."""
+
+
+class LiveHandler(GatewayHandler):
+    """``/health/live``: the process answers."""
+
+    _track_activity = False
+    waits_for_kernels = False
+
+    @allow_unauthenticated
+    async def get(self) -> None:
+        """Nothing but that it answers."""
+        self.answer({"status": "live"})
+
+
+class ReadyHandler(GatewayHandler):
+    """``/health/ready``: the kernels of before are there, and others can be started."""
+
+    _track_activity = False
+    waits_for_kernels = False
+
+    @allow_unauthenticated
+    async def get(self) -> None:
+        """Say 503 while launchers could not reach this gateway, and while it does not have its kernels of before."""
+        reason = NOT_RESTORED
+        if self.kernels.restorer.done.is_set():
+            reason = await SlurmService.instance().run(_why_not_ready(SlurmService.instance()))
+        if reason:
+            self.set_header("Retry-After", "1")
+        self.answer(
+            {"status": "not ready", "reason": reason} if reason else {"status": "ready"}, 503 if reason else 200
+        )
+
+
+async def _why_not_ready(service: SlurmService) -> str:
+    return await service.why_not_ready()
+
+
+class DescriptionHandler(GatewayHandler):
+    """``/api/spec.json``: this API, as OpenAPI."""
+
+    _track_activity = False
+    waits_for_kernels = False
+
+    @allow_unauthenticated
+    async def get(self) -> None:
+        """The description; no secret is in it."""
+        self.answer(description(self.base_url))
+
+
+class UnknownHandler(GatewayHandler):
+    """Whatever else there is not under ``/api`` and ``/kernelspecs``: those who ask expect JSON, also in a refusal."""
+
+    _track_activity = False
+
+    async def prepare(self) -> None:  # type: ignore[override] # tornado awaits what is awaitable
+        """Say 404, to a user; others hear no more of it than of anything else."""
+        await super().prepare()
+        raise web.HTTPError(404, "there is nothing at this path; /api/spec.json describes what there is")
+
+
+default_handlers += [
+    (r"/api/allocations", AllocationsHandler),
+    (rf"/api/allocations/{JOBID}", AllocationHandler),
+    (rf"/api/allocations/{JOBID}/(?P<action>keep|release)", AllocationActionHandler),
+    (r"/api/status", StatusHandler),
+    (r"/api/me", MeHandler),
+    (r"/api/spec.json", DescriptionHandler),
+    (r"/health/live", LiveHandler),
+    (r"/health/ready", ReadyHandler),
+    (r"/(?:api|kernelspecs)/.*", UnknownHandler),
 ]

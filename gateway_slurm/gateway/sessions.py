@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,8 +13,38 @@ from weakref import WeakValueDictionary
 from jupyter_server.services.contents.manager import AsyncContentsManager
 from jupyter_server.services.sessions.sessionmanager import SessionManager
 
-from gateway_slurm.gateway.sessionrecords import SessionRecords
+from gateway_slurm.gateway.restore import KernelRestorer
+from gateway_slurm.service import SlurmService
 from gateway_slurm.store.records import SessionRecord
+
+
+class SessionRecords:
+    """One session manager's records. ``restore`` is called with those of sessions whose kernels are there again."""
+
+    def __init__(self, kernel_manager: Any, restore: Callable[[list[SessionRecord]], None]) -> None:
+        restorer = getattr(kernel_manager, "restorer", None)
+        self._restorer = restorer if isinstance(restorer, KernelRestorer) else None
+        if self._restorer is not None:
+            self._restorer.on_sessions.append(restore)
+
+    def put(self, record: SessionRecord) -> None:
+        """Have it on record, new or changed."""
+        if self._is_kept:
+            SlurmService.instance().registry.put_session(record)
+
+    def remove(self, session_id: str) -> None:
+        """It is over."""
+        if self._is_kept:
+            SlurmService.instance().registry.remove_session(session_id)
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether records are this server's to change."""
+        restorer = self._restorer
+        return restorer is not None and restorer.is_keeping and not SlurmService.instance().is_closed
+
+
+# -- Sessions: a document's name for its kernel, each its user's own; on record, and over with its kernel. --
 
 
 class NoContents(AsyncContentsManager):
@@ -98,3 +129,51 @@ class GatewaySessionManager(SessionManager):
 def session_env(path: str, name: str) -> dict[str, str]:
     """What a session adds to its kernel's environment: its document's path, as Jupyter servers have it."""
     return {"JPY_SESSION_NAME": os.path.join(os.path.dirname(path), name) if name else path}
+
+
+# -- A Jupyter server's sessions, on record: a notebook finds its kernel again after the server's restart. --
+
+
+class SlurmSessionManager(SessionManager):
+    """Jupyter server's, with each session of a kernel on Slurm on record."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.records = SessionRecords(self.kernel_manager, self._restore)
+
+    def _restore(self, records: list[SessionRecord]) -> None:
+        for one in records:
+            known = self.cursor.execute("SELECT 1 FROM session WHERE session_id=?", (one.session_id,)).fetchone()
+            if known is None:
+                row = one.session_id, one.path or None, one.name or None, one.type or None, one.kernel_id
+                self.cursor.execute("INSERT INTO session VALUES (?,?,?,?,?)", row)
+
+    def _record(self, session_id: str) -> None:
+        row = self.cursor.execute("SELECT * FROM session WHERE session_id=?", (session_id,)).fetchone()
+        if row is None:
+            self.records.remove(session_id)
+            return
+        path, name, kind, kernel_id = (str(row[key] or "") for key in ("path", "name", "type", "kernel_id"))
+        self.records.put(SessionRecord(session_id=session_id, path=path, name=name, type=kind, kernel_id=kernel_id))
+
+    async def save_session(self, session_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Also on record."""
+        model = await super().save_session(session_id, *args, **kwargs)
+        self._record(session_id)
+        return model
+
+    async def update_session(self, session_id: str, **kwargs: Any) -> None:
+        """Also on record."""
+        await super().update_session(session_id, **kwargs)
+        self._record(session_id)
+
+    async def delete_session(self, session_id: str) -> None:
+        """Also on record."""
+        await super().delete_session(session_id)
+        self._record(session_id)
+
+    async def row_to_model(self, row: Any, tolerate_culled: bool = False) -> Any:
+        """One whose kernel is gone is gone from the record, too."""
+        if row["kernel_id"] not in self.kernel_manager:
+            self.records.remove(row["session_id"])
+        return await super().row_to_model(row, tolerate_culled)

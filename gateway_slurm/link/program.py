@@ -9,25 +9,20 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-LINK_MODULES = ("wire", "flow", "envelope", "zmtpframe", "steps")
+LINK_MODULES = ("wire", "flow", "envelope", "zmtp_frames", "steps")
 LAUNCHER_MODULES = (
     "reactor",
-    "dialling",
+    "dial",
     "uplink",
-    "listening",
-    "probes",
+    "ports",
     "guard",
     "stderr",
-    "commandline",
+    "kernel",
     "subscriber",
     "curve",
-    "kept",
-    "kernels",
-    "channels",
-    "slurmd",
-    "logs",
-    "others",
-    "walltime",
+    "output",
+    "tunnel",
+    "node",
     "steps",
     "main",
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gateway_slurm.link.zmtpframe import (
+from gateway_slurm.link.zmtp_frames import (
     COMMAND,
     DELIMITER,
     GREETING_BYTES,

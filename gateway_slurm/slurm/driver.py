@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Protocol
 
 from gateway_slurm.errors import AllocationError, SlurmUnavailable, SshLost, Unanswered, UnknownJob
-from gateway_slurm.slurm import about, commands
-from gateway_slurm.slurm.about import About
-from gateway_slurm.slurm.commands import JobInfo, JobSpec, StepInfo, StepSpec
+from gateway_slurm.slurm import commands
+from gateway_slurm.slurm import commands as about
+from gateway_slurm.slurm.commands import About, JobInfo, JobSpec, StepInfo, StepSpec
 from gateway_slurm.slurm.runner import DetachedProcess, Runner
 
 # Seconds before each look for a job whose sbatch may have been run: together as long as a login node may be away.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from gateway_slurm.slurm.states import Meaning, meaning
+from gateway_slurm.slurm.formats import Meaning, meaning
 
 # Of a job, what Slurm may refuse.
 _ASKED: Final = (

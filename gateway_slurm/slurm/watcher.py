@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
+from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.slurm.states import Meaning
 
 _log = logging.getLogger(__name__)
 

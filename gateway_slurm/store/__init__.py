@@ -3,8 +3,7 @@
 The database itself (``store.database``: ``Store``, ``open_store``) is imported late, off the loop: SQLAlchemy is large.
 """
 
-from gateway_slurm.store.drawing import EXPORT_NAME, by_job
-from gateway_slurm.store.processes import ProcessInfo, this_process
+from gateway_slurm.store.export import EXPORT_NAME, by_job
 from gateway_slurm.store.records import (
     LEASE_SECONDS,
     RENEW_SECONDS,
@@ -14,9 +13,11 @@ from gateway_slurm.store.records import (
     KernelRecord,
     LauncherRecord,
     Lost,
+    ProcessInfo,
     Rows,
     ServerRecord,
     SessionRecord,
+    this_process,
 )
 from gateway_slurm.store.registry import Registry, state_directory
 

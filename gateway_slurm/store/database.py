@@ -16,7 +16,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from gateway_slurm.errors import StoreError
-from gateway_slurm.store import claiming, schema
+from gateway_slurm.store import claims as claiming
+from gateway_slurm.store import schema
+from gateway_slurm.store.encryption import KEY_BYTES, KEY_NAME, Seal, make_key, read_key
 from gateway_slurm.store.engine import MEMORY, Database, connect, make_directory
 from gateway_slurm.store.records import (
     LEASE_SECONDS,
@@ -29,8 +31,7 @@ from gateway_slurm.store.records import (
     ServerRecord,
 )
 from gateway_slurm.store.rows import KINDS, Change, Record, RowKey, collect, from_row, to_row
-from gateway_slurm.store.schema import LAUNCHERS, META, SERVERS, TABLES
-from gateway_slurm.store.sealing import KEY_BYTES, KEY_NAME, Seal, make_key, read_key
+from gateway_slurm.store.schema import ALLOCATIONS, KERNELS, LAUNCHERS, META, SERVERS, SESSIONS, TABLES
 
 # What an opening process waits for another one that is just making the tables.
 PREPARE_LOCK = 0x6A75_7079
@@ -315,3 +316,57 @@ def _seal(connection: sa.Connection, shown: str, path: Path | None) -> Seal:
             "SlurmService.store_key_file (gateways that share a store share its key, too)"
         ) from None
     return seal
+
+
+# -- Which server of a deployment has what: small questions, of columns only, so that nothing is unsealed for them. --
+
+
+Owned = tuple[str, str]
+"""The server's id, and the name of the user whose it is."""
+
+
+def _in(table: sa.Table, deployment: str, *conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """Server and owner of the deployment's rows of a table."""
+    joined = table.join(SERVERS, SERVERS.c.server_id == table.c.server_id)
+    columns: sa.Select[Any] = sa.select(table.c.server_id, table.c.owner)
+    return columns.select_from(joined).where(SERVERS.c.deployment == deployment, *conditions)
+
+
+def _first(connection: sa.Connection, question: sa.Select[Any]) -> Owned | None:
+    row = connection.execute(question.limit(1)).first()
+    return None if row is None else (str(row[0]), str(row[1]))
+
+
+def kernel(connection: sa.Connection, deployment: str, kernel_id: str) -> Owned | None:
+    """Whose a kernel is; of one that still starts only its allocation knows."""
+    found = _first(connection, _in(KERNELS, deployment, KERNELS.c.kernel_id == kernel_id))
+    if found is not None:
+        return found
+    named = ALLOCATIONS.c.record.contains(f'"{kernel_id}"', autoescape=True)
+    return _first(connection, _in(ALLOCATIONS, deployment, named))
+
+
+def session(connection: sa.Connection, deployment: str, session_id: str) -> Owned | None:
+    """Whose a session is."""
+    return _first(connection, _in(SESSIONS, deployment, SESSIONS.c.session_id == session_id))
+
+
+def session_at(connection: sa.Connection, deployment: str, owner: str, path: str) -> Owned | None:
+    """Whose this user's session of this document is."""
+    mine = _in(SESSIONS, deployment, SESSIONS.c.owner == owner).add_columns(SESSIONS.c.record)
+    for server_id, name, record in connection.execute(mine):
+        if json.loads(record).get("path") == path:
+            return str(server_id), str(name)
+    return None
+
+
+def kernel_owners(connection: sa.Connection, deployment: str, but: str) -> dict[str, str]:
+    """The owner of each kernel of the deployment, starting ones included, but for the server ``but``."""
+    starting = _in(ALLOCATIONS, deployment, ALLOCATIONS.c.server_id != but).add_columns(ALLOCATIONS.c.record)
+    running = _in(KERNELS, deployment, KERNELS.c.server_id != but).add_columns(KERNELS.c.kernel_id)
+    owners = {
+        str(kernel_id): str(owner)
+        for _server, owner, record in connection.execute(starting)
+        for kernel_id in json.loads(record).get("kernel_ids", ())
+    }
+    return owners | {str(kernel_id): str(owner) for _server, owner, kernel_id in connection.execute(running)}

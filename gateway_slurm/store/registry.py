@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jupyter_core.paths import jupyter_runtime_dir
 
 from gateway_slurm.errors import StoreError, StoreUnavailable
-from gateway_slurm.keepmarks import KeepMarks
-from gateway_slurm.store.drawing import EXPORT_NAME, Drawing
-from gateway_slurm.store.files import RecordFiles
-from gateway_slurm.store.ownrows import OwnRows
-from gateway_slurm.store.processes import this_process
+from gateway_slurm.store.export import EXPORT_NAME, Drawing, RecordFiles
+from gateway_slurm.store.marks import KeepMarks
 from gateway_slurm.store.records import (
     AllocationRecord,
     Claimed,
@@ -29,8 +26,10 @@ from gateway_slurm.store.records import (
     Lost,
     ServerRecord,
     SessionRecord,
+    this_process,
 )
 from gateway_slurm.store.rows import Record, RowKey
+from gateway_slurm.store.writer import OwnRows
 
 if TYPE_CHECKING:
     from gateway_slurm.store.database import Store

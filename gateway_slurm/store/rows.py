@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from gateway_slurm.store.encryption import Seal
 from gateway_slurm.store.records import AllocationRecord, KernelRecord, LauncherRecord, Rows, SessionRecord
-from gateway_slurm.store.sealing import Seal
 
 # A job and its kernels are found whatever it was made with: what is larger is not kept.
 LARGEST_ALLOCATION = 1 << 20

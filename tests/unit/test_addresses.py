@@ -11,9 +11,9 @@ from traitlets import TraitError
 
 from gateway_slurm import addresses
 from gateway_slurm.addresses import all_addresses, dialled_in_vain, endpoints, interface_addresses
+from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import ConfigError
 from gateway_slurm.link import wire
-from gateway_slurm.settings import ServiceSettings
 
 HOST = socket.gethostname()
 

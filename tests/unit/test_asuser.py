@@ -18,14 +18,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from gateway_slurm.asuser import HELPER, helper
-from gateway_slurm.asuser.helper import LENGTH, Refused, Settings
-from gateway_slurm.asuser.runner import UserRunner
-from gateway_slurm.asuser.users import check_user, process_user
 from gateway_slurm.environment import without_personal
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable
 from gateway_slurm.slurm import commands
 from gateway_slurm.slurm.commands import JobSpec, StepSpec
+from gateway_slurm.slurm.sudo import HELPER, helper
+from gateway_slurm.slurm.sudo.helper import LENGTH, Refused, Settings
+from gateway_slurm.slurm.sudo.runner import UserRunner, check_user, process_user
 
 ROOT = Path(__file__).parents[2]
 GOOD = {"command": "scancel", "arguments": ["12"], "environment": {}, "timeout": 30, "detached": False}
@@ -222,7 +221,7 @@ def test_a_mistake_in_its_settings_is_told(found):
 UNCHECKED = """\
 import os, pwd, sys
 sys.path.insert(0, {root!r})
-from gateway_slurm.asuser import helper
+from gateway_slurm.slurm.sudo import helper
 helper.check_installation = lambda path: None
 helper.this_user = lambda settings: pwd.getpwuid(os.getuid())
 helper.load_settings = lambda path: helper.Settings(path={path!r}, slurm_conf="/etc/roots.conf")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.cli import allocations, app
-from gateway_slurm.gateway.tokens import TokenFile
+from gateway_slurm.gateway.auth.tokens import TokenFile
 
 PROGRAM = [sys.executable, "-m", "gateway_slurm.cli.app"]
 SECONDS = 60

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from conftest import poll
-from gateway_slurm.cluster.processes import Process, _read_stat
+from gateway_slurm.testing.processes import Process, _read_stat
 
 # The first thread ends by exit(2), not exit_group(2); the other one when its standard input does.
 FIRST_THREAD_ENDS = """

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 
-from gateway_slurm import dialling
-from gateway_slurm.dialling import Dialling, Probing, choose_mode
+from gateway_slurm.allocations import launcher
+from gateway_slurm.allocations.launcher import Probing
 from gateway_slurm.errors import LauncherFailed, LinkError, NodeUnreachable, RequestError
-from gateway_slurm.kernellaunch import KernelLaunch
+from gateway_slurm.kernels import transport as dialling
+from gateway_slurm.kernels.model import KernelLaunch, Phase
+from gateway_slurm.kernels.process import KernelProcess
+from gateway_slurm.kernels.transport import Dialling, choose_mode
 from gateway_slurm.link import wire
-from gateway_slurm.phases import Phase
-from gateway_slurm.processproxy import KernelProcess
 from kernels import poll_async
 
 HERE = "127.0.0.1"
@@ -259,7 +260,7 @@ async def test_a_port_that_is_closed_is_named(settle):
 
 async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(settle, dialled, monkeypatch):
     """The start goes on through the tunnel."""
-    monkeypatch.setattr(dialling, "PROBED_SECONDS", 0.05)
+    monkeypatch.setattr(launcher, "PROBED_SECONDS", 0.05)
     settled = await settle(Node(lambda _fields: None))
     assert (settled.launch.mode, dialled) == ("ipc", [])
     assert "did not answer" in settled.launch.why

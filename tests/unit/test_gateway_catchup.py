@@ -17,10 +17,11 @@ import zmq.asyncio
 from jupyter_client.session import Session
 
 from gateway_slurm.errors import LinkError
-from gateway_slurm.gateway import catchup, messages
-from gateway_slurm.gateway.catchup import CatchUp
-from gateway_slurm.gateway.channels import KernelChannels
-from gateway_slurm.gateway.delivery import Delivery, Position
+from gateway_slurm.gateway.channels import messages
+from gateway_slurm.gateway.channels import replay as catchup
+from gateway_slurm.gateway.channels.acks import Delivery, Position
+from gateway_slurm.gateway.channels.channels import KernelChannels
+from gateway_slurm.gateway.channels.replay import CatchUp
 from kernels import poll_async
 
 SESSION = "frontend-1"

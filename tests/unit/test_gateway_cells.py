@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gateway_slurm.gateway.cells import Cells
+from gateway_slurm.gateway.channels.replay import Cells
 
 
 def header(msg_id, msg_type="execute_request", **fields):

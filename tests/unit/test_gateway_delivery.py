@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_slurm.gateway.delivery import EVERY, STATE, Delivery, Position
+from gateway_slurm.gateway.channels.acks import EVERY, STATE, Delivery, Position
 from kernels import poll_async
 
 IDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters="@"), min_size=1, max_size=40)

@@ -20,8 +20,8 @@ from jupyter_client.kernelspec import NoSuchKernel
 from traitlets import TraitError
 
 from gateway_slurm.errors import NotAllowed, RequestError
-from gateway_slurm.gateway import files
-from gateway_slurm.gateway.kernelspecs import GatewayKernelSpecManager, NoSuchResource
+from gateway_slurm.gateway.specs import catalog as files
+from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager, NoSuchResource
 
 CONFIG = {"project": "demo", "partition": "batch", "nodes": 1, "runtime": 30, "kernel_name": "python3"}
 

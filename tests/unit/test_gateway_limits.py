@@ -7,10 +7,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway_slurm.errors import NotAllowed, RequestError
-from gateway_slurm.gateway.limits import COUNTED, UNCOUNTED, check, client_environment, client_fields, merged
-from gateway_slurm.gateway.projects import CLIENT_FIELDS, NEVER, Limits, Project
-from gateway_slurm.request import FIELDS, memory_in_mebibytes, parse_request
-from gateway_slurm.slurm.times import minutes
+from gateway_slurm.gateway.specs.limits import COUNTED, UNCOUNTED, check, client_environment, client_fields, merged
+from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS, NEVER, Limits, Project
+from gateway_slurm.request import FIELDS, parse_request
+from gateway_slurm.slurm.formats import memory_in_mebibytes, minutes
 
 CONFIG = {"project": "demo", "partition": "batch", "nodes": "2", "runtime": 30, "gpus": "0", "kernel_name": "python3"}
 LIMITS = Limits(max_nodes=4, max_gpus=4, max_cpus=16, max_memory=8192, max_runtime=60)
@@ -36,7 +36,7 @@ def test_every_request_field_is_counted_or_known_to_need_no_count():
 
 def test_a_field_that_nobody_counts_is_refused_where_there_are_limits(monkeypatch):
     """Whoever adds a field and forgets the limits has made no way around them."""
-    monkeypatch.setattr("gateway_slurm.gateway.limits.UNCOUNTED", UNCOUNTED - {"qos"})
+    monkeypatch.setattr("gateway_slurm.gateway.specs.limits.UNCOUNTED", UNCOUNTED - {"qos"})
     with pytest.raises(NotAllowed, match="get around"):
         start({"qos": "high"})
     start({"qos": "None"})

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jupyter_server.services.kernels.connection import base as jupyter
 
-from gateway_slurm.gateway import messages
-from gateway_slurm.gateway.messages import V1, MessageError
+from gateway_slurm.gateway.channels import messages
+from gateway_slurm.gateway.channels.messages import V1, MessageError
 
 OBJECTS = st.dictionaries(st.text(max_size=5), st.text(max_size=20) | st.integers() | st.none(), max_size=3)
 PARTS = st.builds(

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from gateway_slurm.gateway import outgoing
-from gateway_slurm.gateway.outgoing import Item, Outgoing
+from gateway_slurm.gateway.channels import queue as outgoing
+from gateway_slurm.gateway.channels.queue import Item, Outgoing
 
 LIMIT = 1600
 

@@ -10,8 +10,8 @@ import pwd
 import pytest
 
 from gateway_slurm.errors import ConfigError, SlurmUnavailable
-from gateway_slurm.gateway.membership import Membership, accounts_command, parse_accounts, unix_groups
-from gateway_slurm.gateway.projects import KEYS, Limits, Members, parse_project
+from gateway_slurm.gateway.specs.members import Membership, accounts_command, parse_accounts, unix_groups
+from gateway_slurm.gateway.specs.projects import KEYS, Limits, Members, parse_project
 
 FULL = {
     "title": "Climate, second phase",

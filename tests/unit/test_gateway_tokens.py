@@ -14,8 +14,8 @@ import pytest
 
 from gateway_slurm.cli.app import main
 from gateway_slurm.errors import ConfigError, RequestError
-from gateway_slurm.gateway import files
-from gateway_slurm.gateway.tokens import PREFIX, TokenFile
+from gateway_slurm.gateway.auth.tokens import PREFIX, TokenFile
+from gateway_slurm.gateway.specs import catalog as files
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_token_expires(file, monkeypatch):
     token, forever = file.add("ada", days=0.5), file.add("ada")
     now = time.time()
     assert file.find(token)
-    monkeypatch.setattr("gateway_slurm.gateway.tokens.time.time", lambda: now + 43200)
+    monkeypatch.setattr("gateway_slurm.gateway.auth.tokens.time.time", lambda: now + 43200)
     assert file.find(token) is None
     assert file.find(forever)
     assert len(file.records()) == 2

@@ -10,9 +10,9 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from traitlets import TraitError
 
 from gateway_slurm.errors import NotAllowed, RequestError
-from gateway_slurm.gateway.identity import GatewayIdentityProvider
-from gateway_slurm.gateway.requesttoken import request_token, take_url_token
-from gateway_slurm.gateway.user import GatewayUser, is_name, kernel_owner
+from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
+from gateway_slurm.gateway.auth.tokens import request_token, take_url_token
+from gateway_slurm.gateway.auth.user import GatewayUser, is_name, kernel_owner
 
 ADA, HUB = GatewayUser("ada"), GatewayUser("hub", service=True)
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from gateway_slurm import timelimits
-from gateway_slurm.allocation import Allocation
-from gateway_slurm.launcher import Launcher
+from gateway_slurm.allocations import walltime as timelimits
+from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.allocations.model import Allocation
+from gateway_slurm.allocations.walltime import TimeLimits
 from gateway_slurm.link import server, wire
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.timelimits import TimeLimits
 from kernels import poll_async
 from rawlinks import Handler, Peer, connect, draw_tokens
 

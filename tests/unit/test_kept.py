@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_slurm.errors import LinkError
-from gateway_slurm.link import flow, kept, wire
-from gateway_slurm.link.kept import Kept, read_kept
+from gateway_slurm.link import flow, wire
+from gateway_slurm.link import output as kept
+from gateway_slurm.link.output import Kept, read_kept
 from gateway_slurm.link.tunnel import Streams
 
 LIMIT = 100_000

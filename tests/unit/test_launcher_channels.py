@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gateway_slurm.link import flow, wire
-from launchers.channels import Channels
 from launchers.reactor import Reactor
+from launchers.tunnel import Channels
 
 
 class Node:

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from apart import silent_port
-from launchers import dialling
-from launchers.dialling import Address, Round
+from launchers import dial as dialling
+from launchers.dial import Address, Round
 from launchers.reactor import Reactor
 
 

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_slurm.link import flow, wire
-from gateway_slurm.link.zmtpframe import DELIMITER, encode_frame
-from launchers import kept as kept_module
-from launchers.channels import Channels
-from launchers.kept import OVERHEAD, Keeper, Ring
+from gateway_slurm.link.zmtp_frames import DELIMITER, encode_frame
+from launchers import output as kept_module
+from launchers.output import OVERHEAD, Keeper, Ring
 from launchers.reactor import Reactor
 from launchers.subscriber import Message, Null
+from launchers.tunnel import Channels
 
 LIMIT = 2**20
 

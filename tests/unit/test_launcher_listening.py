@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from launchers import listening
+from launchers import ports as listening
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from launchers.logs import KEPT_SECONDS, remove_old_logs
+from launchers.node import KEPT_SECONDS, remove_old_logs
 
 
 def test_only_old_logs_of_ours_are_removed(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launchers.others import has_others, others_work
+from launchers.steps import has_others, others_work
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import zmq
 import zmq.utils.monitor
 
 from gateway_slurm.link import wire
-from launchers import probes
-from launchers.probes import Probes
+from launchers import ports as probes
+from launchers.ports import Probes
 from launchers.reactor import Reactor
 
 HERE = "127.0.0.1"

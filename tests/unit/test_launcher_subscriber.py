@@ -14,7 +14,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_slurm.link.zmtpframe import COMMAND, DELIMITER, MORE, encode_frame
+from gateway_slurm.link.zmtp_frames import COMMAND, DELIMITER, MORE, encode_frame
 from launchers.curve import Box, Curve, decode_z85, hsalsa20
 from launchers.subscriber import Message, Null, ProtocolError, Subscriber
 

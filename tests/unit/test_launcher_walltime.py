@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from launchers.node import Walltime
 from launchers.reactor import Reactor
-from launchers.walltime import Walltime
 
 
 class Node:

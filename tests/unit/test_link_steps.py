@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from gateway_slurm.allocations.launcher import StepsInside, step_fields
 from gateway_slurm.errors import AllocationError, LauncherFailed, SlurmUnavailable
-from gateway_slurm.insidejob import StepsInside, step_fields
 from gateway_slurm.link import steps, wire
 from gateway_slurm.slurm import commands
 from gateway_slurm.slurm.model import StepInfo, StepSpec

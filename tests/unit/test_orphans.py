@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from gateway_slurm.allocations.identity import JOB_NAME, STEP_NAME, is_of_store, new_launcher_id
+from gateway_slurm.allocations.recovery import NEVER_GRACE, find_orphans, see_to_orphans
+from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import StepsUnknown
-from gateway_slurm.launching import JOB_NAME, STEP_NAME, is_of_store, new_launcher_id
-from gateway_slurm.orphans import NEVER_GRACE, find_orphans, see_to_orphans
-from gateway_slurm.settings import ServiceSettings
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from gateway_slurm.store import AllocationRecord, ServerRecord, this_process
 

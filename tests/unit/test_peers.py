@@ -19,13 +19,16 @@ from tornado.netutil import bind_sockets
 from tornado.websocket import WebSocketHandler, websocket_connect
 
 from deployment import Certificate
-from gateway_slurm.gateway import merged, passing, peerchannels, peers
-from gateway_slurm.gateway.merged import with_others
-from gateway_slurm.gateway.passing import PassesOn, Passing
-from gateway_slurm.gateway.peerchannels import JoinsPeers
-from gateway_slurm.gateway.peerclient import PASSED_ON, PeerClient
-from gateway_slurm.gateway.peers import KERNELS, DirectoryUnavailable, Found, Kept, Peer, Peers
-from gateway_slurm.gateway.user import GatewayUser
+from gateway_slurm.gateway.auth.user import GatewayUser
+from gateway_slurm.gateway.peers import forward as passing
+from gateway_slurm.gateway.peers import lists as merged
+from gateway_slurm.gateway.peers import peers
+from gateway_slurm.gateway.peers import websocket as peerchannels
+from gateway_slurm.gateway.peers.client import PASSED_ON, PeerClient
+from gateway_slurm.gateway.peers.forward import PassesOn, Passing
+from gateway_slurm.gateway.peers.lists import with_others
+from gateway_slurm.gateway.peers.peers import KERNELS, DirectoryUnavailable, Found, Kept, Peer, Peers
+from gateway_slurm.gateway.peers.websocket import JoinsPeers
 
 V1 = "v1.kernel.websocket.jupyter.org"
 LOG = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway_slurm._util import in_one_line, printable
+from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.allocations.recovery import Orphan, cancel_orphan
 from gateway_slurm.cli import app
-from gateway_slurm.cli.doctor import Doctor, Finding, _print
-from gateway_slurm.dialling import Dialling
+from gateway_slurm.cli.doctor.findings import Doctor, Finding, _print
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError
-from gateway_slurm.launcher import Launcher
-from gateway_slurm.orphans import Orphan, cancel_orphan
-from gateway_slurm.phases import Phase
-from gateway_slurm.printable import in_one_line, printable
-from gateway_slurm.processproxy import SAID_LIMIT, KernelProcess
+from gateway_slurm.kernels.model import Phase
+from gateway_slurm.kernels.process import SAID_LIMIT, KernelProcess
+from gateway_slurm.kernels.transport import Dialling
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 
 FORGED = "died\n[W 2030-01-01 SlurmGatewayApp] token accepted for admin\r\n\x1b]0;owned\x07\x9b2J\u202egnp.exe"

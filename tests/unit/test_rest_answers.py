@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from gateway_slurm.errors import SlurmUnavailable
+from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.slurm.rest.answers import Problem, exit_of, jobid_of, jobs_in, number, problems, state_of, words_of
 from gateway_slurm.slurm.rest.versions import VERSIONS
-from gateway_slurm.slurm.states import Meaning
 
 
 def struct(value: int, *, is_set: bool = True, infinite: bool = False) -> dict[str, Any]:

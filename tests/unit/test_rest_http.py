@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.errors import ConfigError, SlurmError, SlurmUnavailable, SubmitRefused
-from gateway_slurm.slurm.cluster_url import parse_cluster_url
 from gateway_slurm.slurm.model import JobSpec
 from gateway_slurm.slurm.rest.driver import Rest, RestSlurm
 from gateway_slurm.slurm.rest.http import RestClient
+from gateway_slurm.slurm.url import parse_cluster_url
 
 SECRET = "a.secret.token"  # noqa: S105 - to be looked for in messages
 OPENAPI = {"paths": {"/slurm/v0.0.42/job/submit": {}}}

@@ -9,16 +9,15 @@ from typing import Any, cast
 import pytest
 from traitlets import TraitError
 
-from gateway_slurm.asuser.runner import UserRunner
-from gateway_slurm.asuser.users import process_user
+from gateway_slurm.allocations.launcher import StepsInside
+from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import ConfigError, SlurmNotInstalled, StepsUnknown
-from gateway_slurm.insidejob import StepsInside
 from gateway_slurm.link.server import ResponseSocket
-from gateway_slurm.reach import make_reach
-from gateway_slurm.settings import ServiceSettings
+from gateway_slurm.slurm.access import make_reach
 from gateway_slurm.slurm.driver import CommandLineSlurm
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from gateway_slurm.slurm.rest.driver import RestSlurm
+from gateway_slurm.slurm.sudo.runner import UserRunner, process_user
 
 TOKENS = {"rest_token_file": "/nonexistent/token"}
 URL = "rest+http://127.0.0.1:6820"

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_slurm.request import KernelRequest, memory_in_mebibytes
-from gateway_slurm.sharing import Offer, choose, misfit
+from gateway_slurm.allocations.sharing import Offer, choose, misfit
+from gateway_slurm.request import KernelRequest
+from gateway_slurm.slurm.formats import memory_in_mebibytes
 
 ASKED = KernelRequest(
     project="p", partition="batch", nodes=1, runtime=30, kernel_argv=("k",), gpus=1, cpus=2, memory="2G", share=True

@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway_slurm.errors import SlurmUnavailable
-from gateway_slurm.slurm.about import (
-    About,
-    Partition,
-    parse_partitions,
-    parse_version,
-    partitions_in,
-    version_in,
-)
+from gateway_slurm.slurm.commands import About, Partition, parse_partitions, parse_version, partitions_in, version_in
 
 
 def test_partitions_are_read_with_the_default_and_their_state():

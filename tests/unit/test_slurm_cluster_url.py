@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 from traitlets import TraitError
 
-from gateway_slurm.settings import ServiceSettings
-from gateway_slurm.slurm.cluster_url import ClusterUrl, parse_cluster_url
+from gateway_slurm.config import ServiceSettings
+from gateway_slurm.slurm.url import ClusterUrl, parse_cluster_url
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from gateway_slurm.errors import (
 )
 from gateway_slurm.slurm import commands
 from gateway_slurm.slurm.commands import JobSpec, StepInfo, StepSpec
-from gateway_slurm.slurm.states import Meaning
+from gateway_slurm.slurm.formats import Meaning
 
 MARK = "mab12"
 SEP = "\x1f" + MARK

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway_slurm.slurm.hostlist import MAX_HOSTS, HostListError, expand
+from gateway_slurm.slurm.formats import MAX_HOSTS, HostListError, expand
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway_slurm.timelimits import LONGEST_SIGNAL, signal_seconds
+from gateway_slurm.allocations.walltime import LONGEST_SIGNAL, signal_seconds
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gateway_slurm.slurm.states import STATES, Meaning, meaning, remedy, states_table
+from gateway_slurm.slurm.formats import STATES, Meaning, meaning, remedy, states_table
 
 
 @pytest.mark.parametrize(

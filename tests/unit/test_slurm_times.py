@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_slurm.slurm.times import TimeFormatError, minutes
+from gateway_slurm.slurm.formats import TimeFormatError, minutes
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from gateway_slurm.ssh.hostcerts import HostCertificate, read_certificate
+from gateway_slurm.slurm.ssh.host_keys import HostCertificate, read_certificate
 from loginnode import make_key
 
 

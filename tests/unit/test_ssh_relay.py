@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gateway_slurm.link import server
-from gateway_slurm.ssh.onlogin.common import (
+from gateway_slurm.slurm.ssh.login_node.common import (
     CLOSE,
     CREDIT,
     DATA,
@@ -34,15 +34,16 @@ from gateway_slurm.ssh.onlogin.common import (
     pack,
     unpack,
 )
-from gateway_slurm.ssh.program import bootstrap, program_text
-from gateway_slurm.ssh.relay import Relayed
+from gateway_slurm.slurm.ssh.relay import Relayed
+from gateway_slurm.slurm.ssh.remote import bootstrap, program_text
 
 
 class Program:
     """The program as a login node's shell starts it, at the other end of pipes."""
 
     def __init__(self, silence: float = 30.0) -> None:
-        text = f"{program_text()}\nsys.modules['gateway_slurm.ssh.onlogin.main'].main('MARK', 'relay', {silence})\n"
+        entry = "sys.modules['gateway_slurm.slurm.ssh.login_node.main'].main"
+        text = f"{program_text()}\n{entry}('MARK', 'relay', {silence})\n"
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", bootstrap(sys.executable)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.errors import ConfigError, HostKeyRefused
-from gateway_slurm.slurm.cluster_url import parse_cluster_url
-from gateway_slurm.ssh.hostkeys import KnownKey, check, known_keys
-from gateway_slurm.ssh.program import bootstrap
-from gateway_slurm.ssh.target import Target, resolve
+from gateway_slurm.slurm.ssh.config import Target, resolve
+from gateway_slurm.slurm.ssh.host_keys import KnownKey, check, known_keys
+from gateway_slurm.slurm.ssh.remote import bootstrap
+from gateway_slurm.slurm.url import parse_cluster_url
 
 CONFIG = """
 Include more/*.conf

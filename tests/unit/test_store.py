@@ -28,7 +28,7 @@ from gateway_slurm.store import (
     SessionRecord,
     this_process,
 )
-from gateway_slurm.store.files import LARGEST_FILE, RecordFiles
+from gateway_slurm.store.export import LARGEST_FILE, RecordFiles
 from gateway_slurm.store.rows import LARGEST_ALLOCATION
 
 RECORD = AllocationRecord(
@@ -297,7 +297,7 @@ def test_a_process_that_nobody_waits_for_is_dead():
         os._exit(0)
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        assert store.processes.start_time(pid) == ""
+        assert store.records.start_time(pid) == ""
     finally:
         os.waitpid(pid, 0)
 
@@ -414,7 +414,7 @@ def test_servers_on_other_hosts_are_seen_by_their_files(local):
 
 def test_a_process_of_an_older_version_is_seen_while_it_lives(local):
     """During an upgrade both are there."""
-    old_file(local, RECORD, pid=1, start=store.processes.start_time(1))
+    old_file(local, RECORD, pid=1, start=store.records.start_time(1))
     assert local.used_jobs(elsewhere=True) == {"12"}
     assert local.orphans() == []
 
@@ -424,7 +424,7 @@ def test_other_hosts_see_what_this_one_has(local, monkeypatch):
     local.put(RECORD)
     exported(local)
     assert allocations(local) == [RECORD]
-    monkeypatch.setattr(store.files, "this_process", lambda: replace(this_process(), host="elsewhere"))
+    monkeypatch.setattr(store.export, "this_process", lambda: replace(this_process(), host="elsewhere"))
     assert [record for _server, record in RecordFiles(local.directory / "registry").found()] == [RECORD]
     monkeypatch.undo()
     local.remove("gs-1")

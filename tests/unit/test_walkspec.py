@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway_slurm.cli.walkspec import MINUTES, PROVISIONER, Asked, OneSpec
+from gateway_slurm.cli.doctor.spec import MINUTES, PROVISIONER, Asked, OneSpec
 from gateway_slurm.errors import RequestError
-from gateway_slurm.slurm.about import About, Partition
+from gateway_slurm.slurm.commands import About, Partition
 
 CLUSTER = About("22.05.8", (Partition("batch"), Partition("devel", True)))
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jupyter_client.session import Session
 
-from gateway_slurm.link import zmtp, zmtpframe
-from gateway_slurm.stderrline import StderrLine
+from gateway_slurm.kernels.process import StderrLine
+from gateway_slurm.link import zmtp
+from gateway_slurm.link import zmtp_frames as zmtpframe
 
 KEY = {"key": "a-key", "signature_scheme": "hmac-sha256"}
 OURS = [b"ours", b"x" * 300, b""]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway_slurm.errors import SlurmUnavailable
+from gateway_slurm.slurm.formats import STATES, Meaning, meaning
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.slurm.states import STATES, Meaning, meaning
 
 # Numbers of slurm_errno.h.
 UNKNOWN_JOB: Final = 2017

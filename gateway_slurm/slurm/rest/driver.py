@@ -21,14 +21,14 @@ from gateway_slurm.errors import (
     Unanswered,
     UnknownJob,
 )
-from gateway_slurm.slurm.about import About, partitions_in, version_in
+from gateway_slurm.slurm.commands import About, partitions_in, version_in
 from gateway_slurm.slurm.driver import StepProcess, not_adoptable, the_plain_job
+from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo, JobSpec, StepInfo, StepSpec
 from gateway_slurm.slurm.rest.answers import ALREADY_DONE, NO_CONTROLLER, UNKNOWN_JOB, jobid_of, jobs_in, words_of
 from gateway_slurm.slurm.rest.http import Answer, RestClient
 from gateway_slurm.slurm.rest.tokens import Tokens
 from gateway_slurm.slurm.rest.versions import Version, announced, choose, encode, submission
-from gateway_slurm.slurm.states import Meaning
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from tornado.httputil import HTTPHeaders
 from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from gateway_slurm.errors import ConfigError, SlurmUnavailable
-from gateway_slurm.slurm.cluster_url import ClusterUrl
 from gateway_slurm.slurm.commands import says_unavailable
 from gateway_slurm.slurm.rest.answers import (
     NOT_AUTHENTICATED,
@@ -30,6 +29,7 @@ from gateway_slurm.slurm.rest.answers import (
     Problem,
     problems,
 )
+from gateway_slurm.slurm.url import ClusterUrl
 
 MAX_ANSWER: Final = 64 << 20
 """Bytes of one answer: a list of all jobs has 2 to 6 KB a job."""

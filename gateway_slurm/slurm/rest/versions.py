@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway_slurm.errors import SlurmUnavailable, SubmitRefused
-from gateway_slurm.request import memory_in_mebibytes
+from gateway_slurm.slurm.formats import memory_in_mebibytes, minutes
 from gateway_slurm.slurm.model import JobSpec
-from gateway_slurm.slurm.times import minutes
 
 # How a number stands in a job: as it is, or with word on whether there is one.
 PLAIN, STRUCT = "number or null", "{set, infinite, number}"

@@ -1,0 +1,64 @@
+"""A reverse proxy that has authenticated the user and says who it is in a header."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+
+from tornado.web import RequestHandler
+
+from gateway_slurm.errors import ConfigError, NotAllowed
+from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
+
+UNIX = "unix"
+"""Stands in the list of proxies for whoever connects by a Unix socket."""
+
+
+class TrustedHeader:
+    """Believes ``header`` from the TCP peers in ``proxies`` (addresses, networks, or ``unix``).
+
+    Raises ConfigError for what is none of these.
+    """
+
+    def __init__(self, header: str, proxies: Sequence[str]) -> None:
+        self._header = header
+        self._unix = UNIX in proxies
+        try:
+            self._networks = [ipaddress.ip_network(text) for text in proxies if text != UNIX]
+        except ValueError as error:
+            raise ConfigError(
+                f"trusted_proxies={list(proxies)}: {error}. Write addresses, networks such as 10.1.0.0/24, or {UNIX!r}"
+            ) from error
+
+    @property
+    def trusts_this_machine(self) -> bool:
+        """Whether a proxy may connect by this machine's loopback, which then any user of the machine may."""
+        own = [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")]
+        return any(network.is_loopback or any(one in network for one in own) for network in self._networks)
+
+    async def principal(self, handler: RequestHandler) -> GatewayUser | None:
+        """Raises NotAllowed for the header from anybody else, who can only want to pose as somebody."""
+        values = handler.request.headers.get_list(self._header)
+        if not values:
+            return None
+        if not self._is_proxy(handler):
+            raise NotAllowed(f"the header {self._header} is not accepted from this address", field=self._header)
+        if len(values) > 1 or not is_name(values[0]):
+            raise NotAllowed(
+                f"the header {self._header} is not one user's name; allowed are {NAMES}", field=self._header
+            )
+        return GatewayUser(values[0])
+
+    def _is_proxy(self, handler: RequestHandler) -> bool:
+        """Look at the connection's own peer: ``remote_ip`` may be what X-Forwarded-For says."""
+        context = getattr(handler.request.connection, "context", None)
+        family, address = getattr(context, "address_family", None), getattr(context, "address", None)
+        if family == socket.AF_UNIX:
+            return self._unix
+        if family not in (socket.AF_INET, socket.AF_INET6) or not address:
+            return False
+        peer = ipaddress.ip_address(address[0].partition("%")[0])
+        if isinstance(peer, ipaddress.IPv6Address) and peer.ipv4_mapped:
+            peer = peer.ipv4_mapped
+        return any(peer in network for network in self._networks)

@@ -1,0 +1,227 @@
+"""Tokens of the gateway's own, one or more for each user: a file of hashes.
+
+A token is 32 random bytes, so nobody guesses one from its SHA-256, however fast that is: the slow hashes
+are for passwords, which people choose. A short public id in each token says where it is in the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote_plus
+
+from tornado.httputil import HTTPServerRequest
+from tornado.web import RequestHandler
+
+from gateway_slurm._util import locked
+from gateway_slurm.errors import ConfigError, IdentityUnavailable, RequestError
+from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
+from gateway_slurm.gateway.specs.catalog import FileCache
+
+_AUTHORIZATION: Final = re.compile(r"\s*(?:token|bearer)\s+([!-~]{1,4096})\s*", re.IGNORECASE | re.ASCII)
+_REPLACED: Final = "token=[secret]"
+
+
+def request_token(request: HTTPServerRequest) -> str | None:
+    """The token of ``Authorization: token …`` or ``Bearer …``; None for any other scheme or none."""
+    match = _AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
+    return match[1] if match else None
+
+
+def take_url_token(request: HTTPServerRequest) -> str | None:
+    """Remove ``token`` from the request's URL and arguments and return it; None if there is none."""
+    parts = (request.query or "").split("&")
+    found = [part for part in parts if unquote_plus(part.partition("=")[0]) == "token"]
+    if not found:
+        return None
+    request.query = "&".join(_REPLACED if part in found else part for part in parts)
+    request.uri = f"{request.path}?{request.query}"
+    request.arguments.pop("token", None)
+    request.query_arguments.pop("token", None)
+    return unquote_plus(found[0].partition("=")[2])
+
+
+# -- Tokens of the gateway's own, one or more for each user: a file of hashes. --
+
+
+LOCK_SECONDS: Final = 10.0
+PREFIX: Final = "gws_"
+"""What a token begins with, so that people and secret scanners know one when they see it."""
+
+_TOKEN: Final = re.compile(rf"{PREFIX}([0-9a-f]{{12}})_[A-Za-z0-9_-]{{43}}", re.ASCII)
+_ID: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
+_HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_NO_HASH: Final = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecord:
+    """What is kept of a token; ``created`` and ``expires`` are seconds since the epoch."""
+
+    id: str
+    user: str
+    sha256: str
+    service: bool = False
+    admin: bool = False
+    created: int = 0
+    expires: int | None = None
+
+    @property
+    def is_expired(self) -> bool:
+        return self.expires is not None and time.time() >= self.expires
+
+
+class TokenFile:
+    """The file of hashes at ``path``. It is read when it has changed; nothing is held open.
+
+    All methods block, shortly, and may be called by any thread. All raise ConfigError for a file that cannot
+    be used; one that is not there is an empty one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cache: FileCache[dict[str, TokenRecord]] = FileCache(_parse)
+
+    def find(self, token: str) -> TokenRecord | None:
+        """The valid token's record; an id that is not in the file takes as long as one that is."""
+        match = _TOKEN.fullmatch(token)
+        records = self._by_id()
+        record = records.get(match[1]) if match else None
+        same = secrets.compare_digest(record.sha256 if record else _NO_HASH, _hash(token))
+        return record if record is not None and same and not record.is_expired else None
+
+    def records(self) -> list[TokenRecord]:
+        """All records, in the order in which they were added."""
+        return list(self._by_id().values())
+
+    def add(self, user: str, *, service: bool = False, admin: bool = False, days: float | None = None) -> str:
+        """Make a token and return it; it is nowhere else. Raises RequestError for what is no user's name."""
+        if not is_name(user):
+            raise RequestError(f"{user[:200]!r} is no user's name; allowed are {NAMES}", field="user")
+        now = int(time.time())
+        expires = None if days is None else now + int(days * 86400)
+        with self._edited() as records:
+            identity = next(i for i in iter(lambda: secrets.token_hex(6), "") if all(i != one.id for one in records))
+            token = f"{PREFIX}{identity}_{secrets.token_urlsafe(32)}"
+            records.append(
+                TokenRecord(
+                    id=identity,
+                    user=user,
+                    sha256=_hash(token),
+                    service=service,
+                    admin=admin,
+                    created=now,
+                    expires=expires,
+                )
+            )
+        return token
+
+    def remove(self, unwanted: Callable[[TokenRecord], bool]) -> list[TokenRecord]:
+        """Take back every token that is ``unwanted``; returns their records."""
+        with self._edited() as records:
+            removed = [record for record in records if unwanted(record)]
+            records[:] = [record for record in records if record not in removed]
+        return removed
+
+    def _by_id(self) -> dict[str, TokenRecord]:
+        try:
+            return self._cache.get(self.path)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the tokens in {self.path} cannot be used: {error}") from error
+
+    @contextlib.contextmanager
+    def _edited(self) -> Iterator[list[TokenRecord]]:
+        """The records to be changed, under a lock; written when the block ends well."""
+        # A link stays one: what it points to is replaced.
+        path = Path(os.path.realpath(self.path))
+        try:
+            with locked(path.with_name(path.name + ".lock"), LOCK_SECONDS):
+                records = self.records()
+                before = list(records)
+                yield records
+                if records != before:
+                    _write(path, records)
+        except OSError as error:
+            raise ConfigError(f"the tokens in {self.path} cannot be changed: {error}") from error
+
+
+class UserTokens:
+    """Knows users by the tokens of a file."""
+
+    def __init__(self, file: TokenFile, complain: Callable[[str], None]) -> None:
+        self._file = file
+        self._complain = complain
+
+    async def principal(self, handler: RequestHandler) -> GatewayUser | None:
+        """Raises IdentityUnavailable when the file cannot be used: nobody gets in, and it is no token's fault."""
+        token = request_token(handler.request)
+        if token is None or not token.startswith(PREFIX):
+            return None
+        try:
+            # In a thread: the file may be on a file system that hangs.
+            record = await asyncio.to_thread(self._file.find, token)
+        except ConfigError as error:
+            self._complain(str(error))
+            raise IdentityUnavailable("tokens cannot be checked: the gateway's log says why") from error
+        return GatewayUser(record.user, admin=record.admin, service=record.service) if record else None
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _parse(path: Path, content: bytes, status: os.stat_result) -> dict[str, TokenRecord]:
+    """Raises ValueError for a file that others can get at, or that is not ours."""
+    if status.st_uid not in (os.geteuid(), 0):
+        raise ValueError(f"it belongs to uid {status.st_uid}, and must belong to the gateway's user or to root")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise ValueError(f"others can read or write it; run: chmod 600 {path}")
+    try:
+        entries = json.loads(content)["tokens"]
+        records = [_record(entry) for entry in entries]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"it is not what `jupyter slurm token` wrote ({type(error).__name__}: {error})") from error
+    return {record.id: record for record in records}
+
+
+def _record(entry: dict[str, Any]) -> TokenRecord:
+    record = TokenRecord(**entry)
+    if not (_ID.fullmatch(record.id) and _HASH.fullmatch(record.sha256) and is_name(record.user)):
+        raise ValueError(f"a record with id {str(record.id)[:20]!r} is not valid")
+    if not (isinstance(record.service, bool) and isinstance(record.admin, bool)):
+        raise ValueError(f"service and admin of {record.id} are not both true or false")
+    if not isinstance(record.created, int) or not isinstance(record.expires, int | None):
+        raise ValueError(f"the times of {record.id} are not numbers")
+    return record
+
+
+def _write(path: Path, records: Sequence[TokenRecord]) -> None:
+    """Replace the file whole, 0600; one that root changes stays its owner's."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(descriptor, "w") as file:
+            json.dump({"tokens": [asdict(record) for record in records]}, file, indent=1)
+            if os.geteuid() == 0 and path.exists():
+                owner = path.stat()
+                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            file.flush()
+            # A token that was taken back must not come back with the power.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

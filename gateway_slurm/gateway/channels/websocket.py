@@ -1,0 +1,90 @@
+"""A frontend's websocket: open at once, also while its kernel waits in Slurm's queue, and never in a hurry.
+
+It is ``ServerApp.kernel_websocket_connection_class``, in the gateway and in a Jupyter server alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from jupyter_server.services.kernels.connection.base import BaseKernelWebsocketConnection
+from tornado.websocket import WebSocketClosedError
+
+from gateway_slurm.gateway.channels import messages
+from gateway_slurm.gateway.channels.channels import KernelChannels
+
+# RFC 6455, section 7.4.1.
+POLICY_VIOLATION = 1008
+GOING_AWAY = 1001
+
+
+class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
+    """Joins a websocket to its session's channels, which outlive it."""
+
+    _channels: KernelChannels | None = None
+    _open = False
+
+    @property
+    def _protocol(self) -> str:
+        return self.websocket_handler.selected_subprotocol or ""
+
+    async def connect(self) -> None:
+        """The websocket is open: it gets what its session's channels have for it."""
+        # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
+        self.websocket_handler.set_nodelay(True)
+        self._open = True
+        self.multi_kernel_manager.notify_connect(self.kernel_id)
+        self._channels = self.multi_kernel_manager.channels_of(self.kernel_id, self.session_id)
+        self._channels.attach(self)
+
+    def disconnect(self) -> None:  # type: ignore[override] # Jupyter server's own is no coroutine either
+        """The websocket is closed."""
+        if not self._open:
+            return
+        self._open = False
+        self.multi_kernel_manager.notify_disconnect(self.kernel_id)
+        if self._channels is not None:
+            self._channels.detach(self)
+            self.multi_kernel_manager.detached(self.kernel_id, self._channels)
+
+    def handle_incoming_message(self, incoming_msg: str | bytes) -> None:
+        """From the frontend to the kernel."""
+        if self._channels is None or not self._open:
+            return
+        try:
+            channel, parts = messages.decode(self._protocol, incoming_msg)
+            allowed = self.multi_kernel_manager.allowed_message_types
+            if allowed and messages.header_of(parts).get("msg_type") not in allowed:
+                self.log.warning("kernel %s: a message of a type that is not allowed was ignored", self.kernel_id)
+                return
+            self._channels.from_client(channel, parts)
+        except messages.MessageError as error:
+            self.log.warning("kernel %s: a websocket was closed: %s", self.kernel_id, error)
+            self.websocket_handler.close(POLICY_VIOLATION, str(error)[:120])
+
+    # -- Sink -----------------------------------------------------------------------------------
+
+    def write(self, channel: str, parts: list[bytes]) -> asyncio.Future[None] | None:
+        """Send a message; None when the websocket is closed."""
+        frame = messages.encode(self._protocol, channel, parts)
+        try:
+            written = self.websocket_handler.write_message(frame, binary=isinstance(frame, bytes))
+        except WebSocketClosedError:
+            return None
+        written.add_done_callback(_seen)
+        return written
+
+    def end(self, reason: str) -> None:
+        self.log.debug("kernel %s: a websocket ends: %s", self.kernel_id, reason)
+        self.websocket_handler.close(GOING_AWAY, reason[:120])
+
+    @classmethod
+    async def close_all(cls) -> None:
+        """Jupyter server asks for it at its end; the kernel manager closes the channels, and these with them."""
+
+
+def _seen(written: asyncio.Future[Any]) -> None:
+    """A message that could not leave is the closed websocket's, and needs no complaint."""
+    if not written.cancelled():
+        written.exception()

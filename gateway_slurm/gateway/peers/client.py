@@ -1,0 +1,151 @@
+"""Asking another gateway: over HTTP(S), with what the client has shown of who it is."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlencode
+
+from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.httputil import HTTPServerRequest
+from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, SimpleAsyncHTTPClient
+from tornado.websocket import WebSocketClientConnection, WebSocketError, websocket_connect
+
+from gateway_slurm.errors import ConfigError, GatewaySlurmError
+from gateway_slurm.gateway.peers.peers import Peer
+
+PASSED_ON: Final = "Gateway-Slurm-Passed-On"
+"""Marks a request that came through another gateway, whose id it holds: it is passed on no further."""
+
+CONNECT_SECONDS: Final = 3.0
+LONGEST_ANSWER: Final = 300.0
+"""Seconds that a restart, or a kernel's end, may take at the other gateway."""
+UPGRADE_SECONDS: Final = 15.0
+"""Seconds for a websocket to open, which waits for no kernel."""
+_AT_ONCE: Final = 1000
+_LARGEST: Final = 1 << 30
+"""Bytes of one message or answer; a kernel's own gateway has bounded it already."""
+
+# What says who the client is, and what it sends and wants. Not Origin, which this gateway has judged, and
+# Host, which is the peer's own.
+_HEADERS: Final = ("Authorization", "Cookie", "Content-Type", "Accept", "User-Agent")
+
+
+class PeerUnreachable(GatewaySlurmError):
+    """The other gateway did not answer; ``sent``: it may have had the request, and done it."""
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """A client's request as it goes on to a peer."""
+
+    method: str
+    path: str
+    """With its query, below the base URL; without a token, which is in a header."""
+    headers: Mapping[str, str]
+    body: bytes | None = None
+
+    @classmethod
+    def of(cls, request: HTTPServerRequest, base_url: str, server_id: str, *, proof: Sequence[str] = ()) -> Passed:
+        """``proof``: further headers that say who the client is, such as a trusted proxy's."""
+        headers = {name: request.headers[name] for name in (*_HEADERS, *proof) if name in request.headers}
+        headers |= {PASSED_ON: server_id or "gateway", "X-Forwarded-For": str(request.remote_ip)}
+        # Authentication has taken a token out of these.
+        query = urlencode([(name, value) for name, values in request.query_arguments.items() for value in values])
+        path = request.path[len(base_url) :].lstrip("/")
+        has_body = request.method in ("POST", "PUT", "PATCH")
+        return cls(
+            method=request.method or "GET",
+            path=f"{path}?{query}" if query else path,
+            headers=headers,
+            body=request.body if has_body else None,
+        )
+
+    def at(self, path: str) -> Passed:
+        """The same client's question for something else."""
+        return Passed(method="GET", path=path, headers=self.headers)
+
+
+class PeerClient:
+    """Sends requests to peers. ``ca_file``: who signs their certificates; "" for the system's authorities.
+
+    Raises ConfigError for a file that cannot be used. ``close`` it on the loop that it was used on.
+    """
+
+    def __init__(self, ca_file: str = "") -> None:
+        try:
+            self._tls = ssl.create_default_context(cafile=ca_file or None)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"SlurmGatewayApp.peer_cafile={ca_file!r} cannot be used: {error}") from error
+        self._client: SimpleAsyncHTTPClient | None = None
+
+    async def send(self, peer: Peer, passed: Passed, *, timeout: float = LONGEST_ANSWER) -> HTTPResponse:
+        """The peer's answer, whatever its status. Raises PeerUnreachable after ``timeout`` seconds or earlier."""
+        if self._client is None:
+            self._client = SimpleAsyncHTTPClient(
+                force_instance=True, max_clients=_AT_ONCE, max_buffer_size=_LARGEST, max_body_size=_LARGEST
+            )
+        request = HTTPRequest(
+            _url(peer, passed.path),
+            method=passed.method,
+            headers=dict(passed.headers),
+            body=passed.body,
+            connect_timeout=min(CONNECT_SECONDS, timeout),
+            request_timeout=timeout,
+            ssl_options=self._tls,
+            follow_redirects=False,  # would carry the credentials to somebody else
+            decompress_response=False,
+            allow_nonstandard_methods=True,
+        )
+        try:
+            return await self._client.fetch(request, raise_error=False)
+        except HTTPTimeoutError as error:
+            raise PeerUnreachable(f"{peer.url}: {error}", sent="connecting" not in str(error)) from error
+        except (HTTPStreamClosedError, HTTPClientError) as error:
+            raise PeerUnreachable(f"{peer.url}: {error}", sent=True) from error
+        except (OSError, ValueError) as error:
+            raise PeerUnreachable(f"{peer.url}: {error}", sent=False) from error
+
+    async def websocket(self, peer: Peer, passed: Passed, subprotocols: list[str]) -> WebSocketClientConnection:
+        """A websocket that the peer has accepted.
+
+        Raises HTTPClientError with the status of a refusal, and PeerUnreachable.
+        """
+        request = HTTPRequest(
+            "ws" + _url(peer, passed.path).removeprefix("http"),
+            headers=dict(passed.headers),
+            connect_timeout=CONNECT_SECONDS,
+            request_timeout=UPGRADE_SECONDS,
+            ssl_options=self._tls,
+        )
+        try:
+            connection = await websocket_connect(request, subprotocols=subprotocols or None, max_message_size=_LARGEST)
+        except HTTPClientError as error:
+            if error.code == 599:
+                raise PeerUnreachable(f"{peer.url}: {error}", sent=False) from error
+            raise
+        except (OSError, ValueError, WebSocketError, asyncio.IncompleteReadError) as error:
+            raise PeerUnreachable(f"{peer.url}: {error}", sent=False) from error
+        assert connection.protocol is not None
+        stream = connection.protocol.stream
+        assert stream is not None
+        stream.max_buffer_size = _LARGEST
+        stream.set_nodelay(True)
+        return connection
+
+    def close(self) -> None:
+        """Give the connections up."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+def _url(peer: Peer, path: str) -> str:
+    return f"{peer.url.rstrip('/')}/{path}"

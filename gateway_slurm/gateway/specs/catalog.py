@@ -1,0 +1,434 @@
+"""The kernelspecs on disk: ``<root>/<project>/<name>/kernel.json``, with ``<root>/<project>/project.json``.
+
+Whatever is wrong with one file takes out that project or that kernelspec, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Generic, TypeVar
+
+from jupyter_client.kernelspec import KernelSpec
+from traitlets import TraitError
+
+from gateway_slurm.errors import ConfigError, GatewaySlurmError, NotAllowed
+from gateway_slurm.gateway.specs.limits import check, merged
+from gateway_slurm.gateway.specs.projects import FILE_NAME, Project, load_object, parse_project
+from gateway_slurm.request import parse_request
+
+T = TypeVar("T")
+
+LARGEST: Final = 1 << 20
+"""Bytes of a file that is read here; what is larger is no such file."""
+SETTLED_SECONDS: Final = 1.0
+"""A file changed less long ago than this may change again with the same time stamp: it is read each time."""
+
+Stamp = tuple[int, int, int, int, int, int, int]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What is different after a change. Owner and mode count, since they decide whether a file is trusted."""
+    s = status
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_uid, s.st_mode
+
+
+@contextlib.contextmanager
+def opened(path: Path, within: Path | None = None) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """A plain file, opened once, and its status: what is looked at is what is read, whatever takes its name meanwhile.
+
+    With ``within`` it must lie in that directory, links followed. Raises OSError, and ValueError for what is no plain
+    file or lies elsewhere.
+    """
+    # Nobody is waited for at the other end of a pipe.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    target, more = (path, 0) if within is None else (os.path.realpath(path), os.O_NOFOLLOW)
+    descriptor = os.open(target, flags | more)
+    # Before open(), whose words on a directory would name the descriptor's number.
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no plain file")
+    with open(descriptor, "rb") as file:
+        # A directory above it may have become a link since: the descriptor knows where it has led.
+        if within is not None and not _is_within(within, os.readlink(f"/proc/self/fd/{descriptor}")):
+            raise ValueError(f"it is a link that leads out of {within}")
+        yield file, status
+
+
+def read_bounded(file: BinaryIO, largest: int) -> bytes:
+    """Raises ValueError for more than ``largest`` bytes."""
+    content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it is larger than {largest} bytes")
+    return content
+
+
+def _is_within(folder: Path, real: str) -> bool:
+    return real.startswith(os.path.realpath(folder).rstrip("/") + "/")
+
+
+@dataclass(frozen=True)
+class _Known(Generic[T]):
+    """What was made of a file: a value, or the error that it is instead."""
+
+    stamp: Stamp
+    settled: bool
+    value: T | None
+    error: Exception | None
+
+
+class FileCache(Generic[T]):
+    """What files say, made by ``parse`` from path, content and status. Any thread may ask; nothing is to be closed.
+
+    An error of ``parse`` is remembered and raised again until the file changes. Asking costs one stat(2).
+    """
+
+    def __init__(self, parse: Callable[[Path, bytes, os.stat_result], T]) -> None:
+        self._parse = parse
+        self._known: dict[Path, _Known[T]] = {}
+        self.reads = 0
+        """How often a file was read."""
+
+    def get(self, path: Path, within: Path | None = None) -> T:
+        """Raises as ``opened`` does, ValueError for a file that is too large, and what ``parse`` raises."""
+        known = self._known.get(path)
+        if known is None or not known.settled or known.stamp != stamp(path.stat()):
+            known = self._known[path] = self._read(path, within)
+        if known.error is not None:
+            raise known.error.with_traceback(None)
+        assert known.value is not None
+        return known.value
+
+    def forget_others(self, paths: Collection[Path]) -> None:
+        """Keep what is known of ``paths`` only, so that files that are gone do not pile up."""
+        for path in [path for path in list(self._known) if path not in paths]:
+            self._known.pop(path, None)
+
+    def _read(self, path: Path, within: Path | None) -> _Known[T]:
+        now = time.time()
+        with opened(path, within) as (file, status):
+            self.reads += 1
+            settled = now - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS
+            try:
+                content = read_bounded(file, LARGEST)
+                return _Known(stamp(status), settled, self._parse(path, content, status), None)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised to whoever asks
+                return _Known(stamp(status), settled, None, error)
+
+
+# -- The kernelspecs on disk: ``<root>/<project>/<name>/kernel.json``, with ``<root>/<project>/project.json``. --
+
+
+PROVISIONER: Final = "slurm-provisioner"
+SPEC_FILE: Final = "kernel.json"
+LARGEST_RESOURCE: Final = 4 << 20
+"""Bytes of a logo, kernel.js or kernel.css."""
+
+_PROJECT_NAME: Final = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
+_SPEC_NAME: Final = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}", re.ASCII)
+_KEYS: Final = frozenset(
+    {
+        "argv",
+        "display_name",
+        "env",
+        "interrupt_mode",
+        "kernel_protocol_version",
+        "language",
+        "metadata",
+        "mimetype",
+        "name",
+    }
+)
+_RESOURCE: Final = re.compile(r"kernel\.(?:js|css)|logo-[A-Za-z0-9_.-]+", re.ASCII)
+# Enough for what is given to be looked at before it is known what a client adds.
+_PLACEHOLDERS: Final = {"project": "any", "partition": "any", "nodes": 1, "runtime": 1, "kernel_argv": ["any"]}
+
+
+@dataclass(frozen=True)
+class SpecFile:
+    """What a kernel.json says. Whoever wants a KernelSpec gets a new one: they are changed by their users."""
+
+    content: Mapping[str, Any]
+    provisioner: str
+    config: Mapping[str, Any]
+    """The request fields, without the lists of users."""
+    authorized: tuple[frozenset[str], ...]
+    """A user must be in each of them."""
+    unauthorized: frozenset[str]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its kernels would run on this host."""
+        return self.provisioner != PROVISIONER
+
+    def admits(self, user: str) -> bool:
+        return user not in self.unauthorized and all(user in names for names in self.authorized)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A kernelspec by its name in the gateway; ``project`` is None for one on Jupyter's own path."""
+
+    name: str
+    directory: Path
+    file: SpecFile
+    project: Project | None
+
+    def kernel_spec(self, cls: type[KernelSpec] = KernelSpec) -> KernelSpec:
+        return cls(resource_dir=str(self.directory), **copy.deepcopy(dict(self.file.content)))
+
+
+class Catalog:
+    """Reads projects and kernelspecs, each file once until it changes. Any thread may ask; nothing is held open.
+
+    ``root`` is None where there are no projects.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root
+        self._projects = FileCache(_project_file)
+        self._specs = FileCache(_strict_spec_file)
+        self._installed = FileCache(_spec_file)
+        self._resources: dict[Path, tuple[Stamp, list[str]]] = {}
+
+    @property
+    def reads(self) -> int:
+        """How many files were read so far."""
+        return self._projects.reads + self._specs.reads + self._installed.reads
+
+    # -- projects ---------------------------------------------------------------------------------
+
+    def load(self, name: str) -> Served | None:
+        """The kernelspec ``<project>.<name>``; None if there is none. Raises ConfigError for one that is broken."""
+        project_name, _dot, spec_name = name.partition(".")
+        if self._root is None or not _PROJECT_NAME.fullmatch(project_name) or not _SPEC_NAME.fullmatch(spec_name):
+            return None
+        folder = self._root / project_name
+        directory = folder / spec_name
+        try:
+            (directory / SPEC_FILE).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise ConfigError(f"{directory / SPEC_FILE} cannot be read: {error.strerror}") from error
+        return Served(name, directory, self._spec(folder, directory), self.project(project_name))
+
+    def project(self, name: str) -> Project:
+        """Raises ConfigError that names the file."""
+        assert self._root is not None
+        path = self._root / name / FILE_NAME
+        try:
+            return self._projects.get(path)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} is missing, so nobody sees this project; {{}} in it is enough") from error
+        except (OSError, ValueError, ConfigError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def _spec(self, folder: Path, directory: Path) -> SpecFile:
+        path = directory / SPEC_FILE
+        try:
+            return self._specs.get(path, within=folder)
+        except (OSError, ValueError, ConfigError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def scan(self) -> tuple[dict[str, Served], list[str]]:
+        """All kernelspecs of all projects by name, and what is wrong with the others."""
+        found: dict[str, Served] = {}
+        problems: list[str] = []
+        for folder in self._folders(self._root, _PROJECT_NAME, problems):
+            try:
+                self.project(folder.name)
+            except ConfigError as error:
+                problems.append(str(error))
+                continue
+            for directory in self._folders(folder, _SPEC_NAME, problems):
+                self._scan_one(f"{folder.name}.{directory.name}", found, problems)
+        self._forget(found)
+        return found, problems
+
+    def _scan_one(self, name: str, found: dict[str, Served], problems: list[str]) -> None:
+        try:
+            served = self.load(name)
+        except ConfigError as error:
+            problems.append(str(error))
+            return
+        if served is not None:
+            found[name] = served
+            problems += [f"{served.directory / SPEC_FILE}: {text}" for text in _excess(served)]
+
+    def _folders(self, parent: Path | None, pattern: re.Pattern[str], problems: list[str]) -> Iterator[Path]:
+        """The directories in ``parent`` in the order of their names; those that begin with a dot are none of ours."""
+        if parent is None:
+            return
+        try:
+            with os.scandir(parent) as entries:
+                names = sorted(entry.name for entry in entries if entry.name[0] != "." and os.path.isdir(entry))
+        except OSError as error:
+            problems.append(f"{parent} cannot be read: {error.strerror}")
+            return
+        for name in names:
+            if pattern.fullmatch(name):
+                yield parent / name
+            elif pattern is _PROJECT_NAME or os.path.isfile(parent / name / SPEC_FILE):
+                dot = "_ - and ." if pattern is _SPEC_NAME else "_ and -"
+                problems.append(f"{parent / name} is not served: its name may have small letters, digits, {dot} only")
+
+    def _forget(self, found: Mapping[str, Served]) -> None:
+        directories = {served.directory for served in found.values()}
+        self._specs.forget_others({directory / SPEC_FILE for directory in directories})
+        self._projects.forget_others({directory.parent / FILE_NAME for directory in directories})
+        for directory in [one for one in list(self._resources) if one not in directories and self._is_ours(one)]:
+            self._resources.pop(directory, None)
+
+    def _is_ours(self, directory: Path) -> bool:
+        return self._root is not None and self._root in directory.parents
+
+    # -- Jupyter's own path -------------------------------------------------------------------------
+
+    def installed(self, name: str, directory: Path) -> Served:
+        """A kernelspec that is installed for Jupyter. Raises ConfigError if it is broken, OSError if it is gone."""
+        path = directory / SPEC_FILE
+        try:
+            return Served(name, directory, self._installed.get(path), None)
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    # -- resources ----------------------------------------------------------------------------------
+
+    def resources(self, served: Served) -> list[str]:
+        """The names of its files that clients may have: logos, kernel.js and kernel.css."""
+        try:
+            now = stamp(served.directory.stat())
+            known = self._resources.get(served.directory)
+            if known is None or known[0] != now:
+                names = sorted(name for name in os.listdir(served.directory) if _RESOURCE.fullmatch(name))
+                known = self._resources[served.directory] = now, names
+        except OSError:
+            return []
+        return [name for name in known[1] if _can_be_opened(served, name)]
+
+    def resource(self, served: Served, name: str) -> bytes | None:
+        """What is in that file; None if there is none, if it leads out of the project, or is larger than
+        ``LARGEST_RESOURCE``.
+        """
+        if not _RESOURCE.fullmatch(name):
+            return None
+        try:
+            with _opened_resource(served, name) as (file, _status):
+                return read_bounded(file, LARGEST_RESOURCE)
+        except (OSError, ValueError):
+            return None
+
+
+def _opened_resource(served: Served, name: str) -> AbstractContextManager[tuple[BinaryIO, os.stat_result]]:
+    within = served.directory.parent if served.project else served.directory
+    return opened(served.directory / name, within)
+
+
+def _can_be_opened(served: Served, name: str) -> bool:
+    try:
+        with _opened_resource(served, name):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _excess(served: Served) -> list[str]:
+    """What the kernelspec asks for beyond its project's limits: it is served, since a client may ask for less."""
+    if served.file.is_local:
+        return []
+    fields = merged(served.project, served.file.config, {})
+    try:
+        check({**_PLACEHOLDERS, **_partition(served), **fields}, served.project)
+    except NotAllowed as error:
+        return [f"no start will be allowed as it stands: {error}"]
+    except GatewaySlurmError:
+        return []
+    return []
+
+
+def _partition(served: Served) -> dict[str, object]:
+    partitions = served.project.partitions if served.project else None
+    return {"partition": partitions[0]} if partitions else {}
+
+
+# -- the files ----------------------------------------------------------------------------------------
+
+
+def _project_file(path: Path, content: bytes, _status: os.stat_result) -> Project:
+    return parse_project(path.parent.name, content)
+
+
+def _strict_spec_file(path: Path, content: bytes, status: os.stat_result) -> SpecFile:
+    """As ``_spec_file``, but nothing in it may be unknown. Raises ConfigError."""
+    unknown = load_object(content).keys() - _KEYS
+    if unknown:
+        raise ConfigError(f"unknown keys {sorted(unknown)}; known are {', '.join(sorted(_KEYS))}")
+    file = _spec_file(path, content, status)
+    if not file.is_local:
+        try:
+            given = {name: value for name, value in file.config.items() if value not in (None, "", "None")}
+            parse_request({**_PLACEHOLDERS, **given})
+        except GatewaySlurmError as error:
+            raise ConfigError(str(error)) from error
+    return file
+
+
+def _spec_file(_path: Path, content: bytes, _status: os.stat_result) -> SpecFile:
+    """Raises ConfigError for what is no kernelspec."""
+    spec = load_object(content)
+    if "resource_dir" in spec:
+        raise ConfigError("it says where it is itself (resource_dir)")
+    argv = spec.get("argv", [])
+    # To traitlets a text is a list of letters.
+    if not isinstance(argv, list) or not all(isinstance(item, str) for item in argv):
+        raise ConfigError("argv is not a list of texts")
+    metadata = spec.get("metadata", {})
+    stanza = _object(metadata, "kernel_provisioner")
+    config = _object(stanza, "config")
+    authorized, unauthorized = [], []
+    for place in (_object(_object(metadata, "process_proxy"), "config"), metadata, config):
+        authorized.append(_users(place, "authorized_users"))
+        unauthorized.append(_users(place, "unauthorized_users"))
+    fields = {name: value for name, value in config.items() if name not in ("authorized_users", "unauthorized_users")}
+    if "kernel_provisioner" in metadata:
+        # Whom it is for is decided here; to the provisioner these would be unknown request fields.
+        spec["metadata"] = {**metadata, "kernel_provisioner": {**stanza, "config": fields}}
+    try:
+        KernelSpec(**copy.deepcopy(spec))
+    except (TraitError, TypeError) as error:
+        raise ConfigError(f"it is no kernelspec: {error}") from error
+    return SpecFile(
+        content=spec,
+        provisioner=str(stanza.get("provisioner_name", "")),
+        config=fields,
+        authorized=tuple(names for names in authorized if names),
+        unauthorized=frozenset().union(*unauthorized),
+    )
+
+
+def _object(parent: object, key: str) -> dict[str, Any]:
+    if not isinstance(parent, dict):
+        raise ConfigError("its metadata is not a JSON object ({…})")
+    value = parent.get(key, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} is not a JSON object ({{…}})")
+    return value
+
+
+def _users(place: Mapping[str, Any], key: str) -> frozenset[str]:
+    """As Enterprise Gateway has them, names with commas between them, or a list."""
+    value = place.get(key) or []
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{key} is neither a list of names nor text with commas between them")
+    return frozenset(name.strip() for name in names if name.strip())

@@ -1,0 +1,124 @@
+"""Who is a member of a project: by name, by Unix group, or by Slurm account."""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import logging
+import os
+import pwd
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from gateway_slurm.errors import GatewaySlurmError, SlurmUnavailable
+from gateway_slurm.gateway.specs.projects import Members
+from gateway_slurm.slurm.runner import Runner
+
+UNANSWERED_SECONDS: Final = 30.0
+"""For so long a question that was not answered is not asked again: each costs its asker the whole time limit."""
+_ASK_SECONDS: Final = 15.0
+_USERS: Final = 4096
+
+Accounts = Mapping[str, frozenset[str]]
+"""Each user's Slurm accounts."""
+
+_log = logging.getLogger(__name__)
+
+
+class Membership:
+    """Answers who is a member; what it has heard is used for ``max_age`` seconds. Any thread may ask, and may wait.
+
+    ``ask_accounts`` asks Slurm for everybody's accounts at once and raises GatewaySlurmError. It is only
+    called for a project that names accounts, and while it does not answer nobody is a member by account.
+    """
+
+    def __init__(
+        self,
+        ask_accounts: Callable[[], Accounts],
+        *,
+        max_age: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ask_accounts = ask_accounts
+        self._max_age = max_age
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._accounts: Accounts = {}
+        self._accounts_until = float("-inf")
+        self._groups: dict[str, tuple[float, frozenset[str]]] = {}
+
+    def is_member(self, user: str, members: Members | None) -> bool:
+        """Whether ``user`` is in one of the three; without ``members`` everybody is."""
+        if members is None or user in members.users:
+            return True
+        if members.groups and members.groups & self._groups_of(user):
+            return True
+        return bool(members.accounts and members.accounts & self._accounts_of(user))
+
+    def _groups_of(self, user: str) -> frozenset[str]:
+        until, groups = self._groups.get(user, (float("-inf"), frozenset()))
+        if self._clock() >= until:
+            groups = unix_groups(user)
+            if len(self._groups) >= _USERS:
+                self._groups.clear()
+            self._groups[user] = self._clock() + self._max_age, groups
+        return groups
+
+    def _accounts_of(self, user: str) -> frozenset[str]:
+        # One asks, and whoever else wants to know waits for the same answer.
+        with self._lock:
+            if self._clock() >= self._accounts_until:
+                try:
+                    self._accounts = self._ask_accounts()
+                    self._accounts_until = self._clock() + self._max_age
+                except GatewaySlurmError as error:
+                    _log.error("nobody is a member of a project by a Slurm account for now: %s", error)
+                    self._accounts = {}
+                    self._accounts_until = self._clock() + UNANSWERED_SECONDS
+            return self._accounts.get(user, frozenset())
+
+
+def unix_groups(user: str) -> frozenset[str]:
+    """The names of a user's groups, as this host's databases have them; none for a user whom it does not know."""
+    try:
+        entry = pwd.getpwnam(user)
+        numbers = os.getgrouplist(user, entry.pw_gid)
+    except (KeyError, OSError, ValueError):
+        return frozenset()
+    return frozenset(name for name in map(_group_name, numbers) if name)
+
+
+def _group_name(number: int) -> str:
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return ""
+
+
+# -- Slurm's accounts -----------------------------------------------------------------------------------
+
+
+def accounts_command() -> list[str]:
+    """sacctmgr's argv for every user's accounts: sacctmgr(1), ``show associations``."""
+    return ["sacctmgr", "-nP", "show", "assoc", "format=User,Account"]
+
+
+def parse_accounts(exit_status: int, stdout: str, stderr: str) -> Accounts:
+    """Each user's accounts from lines ``user|account``; accounts' own lines have no user. Raises SlurmUnavailable."""
+    if exit_status != 0:
+        words = " ".join(stderr.split())[:1000] or f"exit status {exit_status}"
+        raise SlurmUnavailable(f"sacctmgr did not say who has which account: {words}", exit_status=exit_status)
+    found: dict[str, set[str]] = {}
+    for line in stdout.splitlines():
+        user, _bar, account = line.partition("|")
+        if user and account and "|" not in account:
+            found.setdefault(user, set()).add(account.lower())
+    return {user: frozenset(accounts) for user, accounts in found.items()}
+
+
+def ask_accounts(runner: Runner) -> Accounts:
+    """Ask slurmdbd, and wait for its answer: not for a thread that has a loop. Raises SlurmError."""
+    result = asyncio.run(runner.run(accounts_command(), timeout=_ASK_SECONDS))
+    return parse_accounts(result.exit_status, result.stdout, result.stderr)

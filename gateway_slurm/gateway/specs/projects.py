@@ -1,0 +1,292 @@
+"""What a project's ``project.json`` may say, as one table, and what it says.
+
+The files are the admin's. A mistake in one is an error all the same, and so is a key that is unknown: a
+limit whose name is spelt wrongly would be no limit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gateway_slurm.errors import ConfigError
+from gateway_slurm.gateway.auth.user import is_name
+from gateway_slurm.request import FIELDS
+from gateway_slurm.slurm.formats import memory_in_mebibytes
+
+FILE_NAME: Final = "project.json"
+NEVER: Final = frozenset({"kernel_argv", "kernel_name", "kernel_language"})
+"""Request fields that say what runs: a client never sets them."""
+CLIENT_FIELDS: Final = (
+    "jobid",
+    "node",
+    "nodes",
+    "gpus",
+    "cpus",
+    "memory",
+    "runtime",
+    "time",
+    "share",
+    "isolate",
+)
+"""Request fields that clients set where nothing else is said: how much of what the kernelspec stands for, and
+in which job of theirs. Not what money or place it is taken from (project, partition, qos, reservation,
+constraint, gres), not the network's (connect), and not what holds nodes with nobody on them (keep_allocation).
+"""
+
+_FIELDS: Final = {field.name: field for field in FIELDS}
+_TITLE: Final = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
+_GROUP: Final = re.compile(r"[^\x00-\x1f\x7f:,\s]{1,255}")
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that one kernel's job may have, all its nodes together; None is no limit."""
+
+    max_nodes: int | None = None
+    max_gpus: int | None = None
+    max_cpus: int | None = None
+    max_memory: int | None = None
+    """MiB."""
+    max_runtime: int | None = None
+    """Minutes."""
+
+    @property
+    def are_any(self) -> bool:
+        return self != Limits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Who belongs to a project: whoever is in one of the three."""
+
+    users: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
+    accounts: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """A directory of kernelspecs, with what holds for all of them."""
+
+    name: str
+    title: str
+    account: str | None = None
+    partition: str | None = None
+    partitions: tuple[str, ...] | None = None
+    limits: Limits = Limits()
+    allowed_client_fields: tuple[str, ...] | None = None
+    allowed_envs: tuple[str, ...] = ()
+    members: Members | None = None
+    """None: everybody."""
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """Request fields for kernelspecs that do not set them."""
+        partition = self.partition
+        if partition is None and self.partitions is not None and len(self.partitions) == 1:
+            partition = self.partitions[0]
+        found = {"project": self.account, "partition": partition}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+# -- the table ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One key of the file; ``section.key`` is in an object of its own."""
+
+    name: str
+    parse: Callable[[object], Any]
+    help: str
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not _TITLE.fullmatch(value):
+        raise ValueError("text of 1 to 100 characters, none of them a control character")
+    return value
+
+
+def _field(name: str) -> Callable[[object], Any]:
+    """Parse as the request field of that name, but demand a value."""
+
+    def parse(value: object) -> Any:
+        if value in (None, "", "None"):
+            raise ValueError("a value, or no such key at all")
+        return _FIELDS[name].parse(value)
+
+    return parse
+
+
+def _one_partition(value: object) -> str:
+    parsed: str = _field("partition")(value)
+    if "," in parsed:
+        raise ValueError("one partition's name")
+    return parsed
+
+
+def _memory(value: object) -> int:
+    mebibytes = memory_in_mebibytes(_field("memory")(value))
+    if mebibytes == 0:
+        raise ValueError("an amount above 0")
+    return mebibytes
+
+
+def _each(parse: Callable[[object], str], *, what: str) -> Callable[[object], tuple[str, ...]]:
+    def parse_all(value: object) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"a list of {what}")
+        return tuple(parse(item) for item in value)
+
+    return parse_all
+
+
+def _set(parse: Callable[[object], str], *, what: str) -> Callable[[object], frozenset[str]]:
+    parse_all = _each(parse, what=what)
+    return lambda value: frozenset(parse_all(value))
+
+
+def _matching(matches: Callable[[str], object], allowed: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or not matches(value):
+            raise ValueError(allowed)
+        return value
+
+    return parse
+
+
+_CLIENT_FIELD: Final = _matching(
+    lambda text: text in _FIELDS and text not in NEVER,
+    f"request fields, and of those none of {', '.join(sorted(NEVER))}",
+)
+_ENV: Final = _matching(_VARIABLE.fullmatch, "names of variables, or beginnings of names with * after them")
+
+
+def _account(value: object) -> str:
+    # Slurm keeps the names of accounts in small letters.
+    return str(_field("project")(value)).lower()
+
+
+KEYS: Final[tuple[Key, ...]] = (
+    Key(name="title", parse=_text, help="the project's name for people (default: the directory's)"),
+    Key(name="account", parse=_field("project"), help="`project` for kernelspecs that set none"),
+    Key(name="partition", parse=_one_partition, help="`partition` for kernelspecs that set none"),
+    Key(
+        name="partitions",
+        parse=_each(_one_partition, what="partitions"),
+        help="the only partitions that may be used; if there is one, it is also the default",
+    ),
+    Key(name="limits.max_nodes", parse=_FIELDS["nodes"].parse, help="nodes"),
+    Key(name="limits.max_gpus", parse=_FIELDS["gpus"].parse, help="GPUs: `gpus` and those in `gres`, times nodes"),
+    Key(name="limits.max_cpus", parse=_FIELDS["cpus"].parse, help="CPUs: `cpus` (1 if unset) times nodes"),
+    Key(
+        name="limits.max_memory",
+        parse=_memory,
+        help="memory: `memory` times nodes (Slurm's format; MiB if it has no unit); then `memory` must be set",
+    ),
+    Key(name="limits.max_runtime", parse=_FIELDS["runtime"].parse, help="`runtime` and `time` (minutes)"),
+    Key(
+        name="allowed_client_fields",
+        parse=_each(_CLIENT_FIELD, what="request fields"),
+        help="request fields that clients may set by `KERNEL_SLURM_<FIELD>` (default: the gateway's setting)",
+    ),
+    Key(
+        name="allowed_envs",
+        parse=_each(_ENV, what="names"),
+        help="variables of the client's that kernels get, besides `KERNEL_*` and the gateway's setting",
+    ),
+    Key(
+        name="members.users",
+        parse=_set(_matching(is_name, "users' names"), what="users"),
+        help="users who are members",
+    ),
+    Key(
+        name="members.groups",
+        parse=_set(_matching(_GROUP.fullmatch, "names of groups"), what="groups"),
+        help="Unix groups, as the gateway's host knows them, whose users are members",
+    ),
+    Key(
+        name="members.accounts",
+        parse=_set(_account, what="accounts"),
+        help="Slurm accounts whose users are members (needs slurmdbd)",
+    ),
+)
+_KEYS: Final = {key.name: key for key in KEYS}
+_SECTIONS: Final = frozenset(name.partition(".")[0] for name in _KEYS if "." in name)
+
+
+def keys_table() -> str:
+    """Draw the keys as markdown, one line per key."""
+    lines = ["| key | meaning |", "|---|---|"]
+    lines += [f"| `{key.name}` | {key.help} |" for key in KEYS]
+    return "\n".join(lines) + "\n"
+
+
+# -- reading --------------------------------------------------------------------------------------------
+
+
+def parse_project(name: str, text: str | bytes) -> Project:
+    """The project that the file's ``text`` describes. Raises ConfigError that names the key and what is allowed."""
+    content = load_object(text)
+    values: dict[str, Any] = {key: _parse(key, value) for key, value in _flat(content)}
+    project = Project(
+        name=name,
+        title=values.get("title", name),
+        account=values.get("account"),
+        partition=values.get("partition"),
+        partitions=values.get("partitions"),
+        limits=Limits(**_section(values, "limits")),
+        allowed_client_fields=values.get("allowed_client_fields"),
+        allowed_envs=values.get("allowed_envs", ()),
+        members=Members(**_section(values, "members")) if "members" in content else None,
+    )
+    if project.partition and project.partitions is not None and project.partition not in project.partitions:
+        raise ConfigError(f"partition={project.partition!r} is not among its own partitions")
+    return project
+
+
+def load_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; raises ConfigError for anything else, and for a key that is there twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _value in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the key {twice[:100]!r} is there twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"it is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError("it is not a JSON object ({…})")
+    return content
+
+
+def _flat(content: Mapping[str, object]) -> Iterable[tuple[str, object]]:
+    for name, value in content.items():
+        if name not in _SECTIONS:
+            yield name, value
+        elif isinstance(value, dict):
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+        else:
+            raise ConfigError(f"{name} is not a JSON object ({{…}})")
+
+
+def _parse(name: str, value: object) -> object:
+    if name not in _KEYS:
+        raise ConfigError(f"the key {name[:100]!r} is unknown; known are {', '.join(_KEYS)}")
+    try:
+        return _KEYS[name].parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{name}={repr(value)[:200]} is not valid; allowed is {error}") from error
+
+
+def _section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    prefix = section + "."
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}

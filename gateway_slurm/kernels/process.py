@@ -1,0 +1,417 @@
+"""The process proxy: the server's handle on one kernel process, whatever link it hangs on.
+
+It lives on the service's loop. ``returncode`` and ``phase`` are plain attributes, so that any thread
+may read them: a poll reads memory and asks nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jupyter_client.session import Session
+
+from gateway_slurm._util import printable
+from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LauncherFailed, LinkError, StartTimeout
+from gateway_slurm.kernels.model import TRANSITIONS, KernelLaunch, Phase
+from gateway_slurm.kernels.transport import Dialling, ports_of
+from gateway_slurm.link import wire
+from gateway_slurm.link.output import Kept
+from gateway_slurm.link.tunnel import KernelTunnel
+from gateway_slurm.store.records import KernelRecord
+
+# ipykernel's topic for it; clients subscribe to everything.
+TOPIC = b"stream.stderr"
+
+
+class StderrLine:
+    """One message, for connections that may have different parents."""
+
+    def __init__(self, text: str, connection: Mapping[str, str]) -> None:
+        self._session = Session(
+            key=connection.get("key", "").encode(),
+            signature_scheme=connection.get("signature_scheme", "hmac-sha256"),
+        )
+        self._message = self._session.msg("stream", {"name": "stderr", "text": text})
+
+    def frames(self, parent: bytes) -> Sequence[bytes]:
+        """The message's frames; ``parent`` is a header as JSON, empty for none."""
+        message = {**self._message, "parent_header": _header(parent)}
+        return [bytes(frame) for frame in self._session.serialize(message, ident=TOPIC)]
+
+
+def _header(parent: bytes) -> dict[str, object]:
+    """A header that is JSON; another packer's, which is not read here, is no parent."""
+    try:
+        header = json.loads(parent)
+    except (ValueError, RecursionError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+# -- The process proxy: the server's handle on one kernel process, whatever link it hangs on. --
+
+
+SAID_LIMIT = 4096
+"""Characters of a message and of a kernel's last output; launchers that do as they should say no more."""
+
+
+class KernelProcess:
+    """One kernel: start, signal, wait, stop. Its launcher outlives it."""
+
+    def __init__(
+        self, kernel_id: str, launcher: Launcher, *, tunnel_prefix: str, dialling: Dialling, log: logging.Logger
+    ) -> None:
+        self.kernel_id = kernel_id
+        self.launcher = launcher
+        self.log = log
+        self.phase = Phase.NEW
+        self.returncode: int | None = None
+        # Why it ended, in words: the signal or exit code, and what Slurm says of the job.
+        self.reason = ""
+        self.output_tail = ""
+        self.pid = 0
+        self.ip = ""
+        self.ports: dict[str, int] = {}
+        self.generation = 0
+        self.mode = ""  # as it came up: direct | ipc | tcp
+        self.started_at: float | None = None  # seconds since the epoch
+        self._tunnel_prefix, self._dialling = tunnel_prefix, dialling
+        self._tunnel: KernelTunnel | None = None
+        self._detour = ""  # why a direct kernel, CurveZMQ and all, is reached through the tunnel nevertheless
+        self._started: asyncio.Future[dict[str, Any]] | None = None
+        self._dead = asyncio.Event()
+        self.on_exit: Callable[[KernelProcess], None] = lambda _kernel: None
+        self.walltime_end: float | None = None
+        # Called on the service's loop with each warning, for events beside the line that users see.
+        self.on_warning: list[Callable[[KernelProcess, str], None]] = []
+        self.launched: KernelLaunch | None = None
+        self._acked: tuple[str, dict[str, str]] | None = None
+        launcher.kernels[kernel_id] = self
+
+    def _enter(self, phase: Phase) -> None:
+        if phase not in TRANSITIONS[self.phase]:
+            raise AssertionError(f"kernel {self.kernel_id}: {self.phase.value} cannot become {phase.value}")
+        self.phase = phase
+
+    # -- start ------------------------------------------------------------------------------
+
+    async def start(self, launch: KernelLaunch) -> dict[str, Any]:
+        """Start (again) and return the connection info, ``key`` aside.
+
+        Raises KernelStartError when the kernel does not come up, LinkError when the launcher is out
+        of reach. A start that fails or is cancelled leaves no process.
+        """
+        self._enter(Phase.STARTING)
+        self.generation += 1
+        self.returncode, self.reason, self.output_tail = None, "", ""
+        self._dead.clear()
+        self._acked = None
+        self._started = asyncio.get_running_loop().create_future()
+        try:
+            self._came_up(await self._launch(await self._settle(launch)))
+        except BaseException as error:
+            self.launcher.send("STOP", kernel_id=self.kernel_id)
+            if self.phase is not Phase.DEAD:
+                self._end(1, f"its start failed: {error or type(error).__name__}")
+            raise
+        self.started_at = time.time()
+        if self.mode == "tcp":
+            self.log.warning(
+                "kernel %s cannot use Unix sockets: on its node it listens on loopback TCP, "
+                "where other users of the node can read what it publishes",
+                self.kernel_id,
+            )
+        return self._where()
+
+    async def _settle(self, launch: KernelLaunch) -> KernelLaunch:
+        """Decide how clients get to it; ``ip`` and ``ports`` are then a direct kernel's."""
+        was = self.ip, self.ports
+        settled = await self._dialling.settle(launch, self.launcher, self.kernel_id, self.launched, was)
+        self.launched = settled.launch
+        if settled.launch.mode == "direct":
+            self.ip, self.ports = settled.ip, settled.ports or {}
+            self._close_tunnel()
+        return settled.launch
+
+    def _came_up(self, report: dict[str, Any]) -> None:
+        """Take where it listens. Raises LinkError for what its launcher cannot mean: clients will connect there."""
+        assert self.launched is not None
+        mode, wanted = str(report.get("mode")), self.launched.mode
+        if mode not in (("direct",) if wanted == "direct" else ("ipc", "tcp")):
+            raise LinkError(f"{self.launcher.where} was to start it for {wanted}, and says {mode[:20]!r}")
+        if wanted == "direct":
+            if report.get("ip") != self.ip:
+                raise LinkError(f"the kernel listens at {str(report.get('ip'))[:60]!r}, and not on its node, {self.ip}")
+            self.ports = ports_of(report.get("ports"), self.launched.port_range)
+        else:
+            self.ip, self.ports = str(report.get("ip")), dict(report["ports"])
+        self.mode, self.pid = mode, int(report["pid"])
+
+    @property
+    def connect(self) -> dict[str, str] | None:
+        """How clients get to it, in the words of the setting, and why; plain attributes, for any thread."""
+        launched = self.launched
+        if launched is None:
+            return None
+        direct = launched.mode == "direct" and not self._detour
+        return {"mode": "direct" if direct else "tunnel", "why": self._detour or launched.why}
+
+    def _where(self) -> dict[str, Any]:
+        """Where clients reach it."""
+        if self.mode == "direct" and not self._detour:
+            return {"transport": "tcp", "ip": self.ip, **_port_fields(self.ports)}
+        assert self._tunnel is not None
+        return {"transport": "ipc", "ip": self._tunnel.prefix, **_port_fields(self._tunnel.ports)}
+
+    async def _launch(self, launch: KernelLaunch) -> dict[str, Any]:
+        assert self._started is not None
+        if self._started.done():  # its job ended meanwhile
+            return self._started.result()
+        if launch.mode == "ipc":
+            await self._listen()
+        sent = self.launcher.send(
+            "START",
+            kernel_id=self.kernel_id,
+            slot=self.launcher.slot_of(self.kernel_id),
+            generation=self.generation,
+            argv=launch.argv,
+            env=launch.env,
+            cwd=launch.cwd,
+            connection=launch.connection,
+            mode=launch.mode,
+            language=launch.language,
+            ip=self.ip if launch.mode == "direct" else None,
+            ports=(self.ports or None) if launch.mode == "direct" else None,
+            port_range=launch.port_range,
+            start_timeout=launch.start_timeout,
+            log_dir=launch.log_dir,
+        )
+        if not sent:
+            raise LinkError(f"the link to {self.launcher.where} is down: the kernel cannot be started now")
+        # The launcher keeps the deadline; ours only covers a launcher that says nothing at all.
+        try:
+            return await asyncio.wait_for(self._started, launch.start_timeout + 15)
+        except asyncio.TimeoutError as error:
+            raise StartTimeout(
+                f"{self.launcher.where} did not say within {launch.start_timeout + 15:g} s whether the kernel started"
+            ) from error
+
+    async def _listen(self) -> None:
+        if self._tunnel is None:
+            self._tunnel = KernelTunnel(self.launcher.streams, self.kernel_id, self._tunnel_prefix)
+        await self._tunnel.listen()
+
+    # -- of an earlier server process -------------------------------------------------------
+
+    def restore(self, record: KernelRecord, detour: str = "") -> None:
+        """Be the kernel on record: LOST until its launcher says how it is.
+
+        ``detour`` says why this server cannot dial the node of one that is direct. Raises TypeError or KeyError
+        where the record lacks what is needed, and changes nothing.
+        """
+        launched = KernelLaunch.from_json(record.launch)
+        self._enter(Phase.LOST)
+        self.launched, self.generation, self.mode = launched, record.generation, record.mode
+        self.pid, self.ip, self.ports = record.pid, record.ip, dict(record.ports)
+        self.started_at = record.started_at
+        self._detour = detour if self.mode == "direct" else ""
+        if self.mode != "direct" or self._detour:
+            self._tunnel = KernelTunnel(self.launcher.streams, self.kernel_id, self._tunnel_prefix)
+
+    async def reopen(self) -> None:
+        """Let clients reach it again; until then they try, as ZeroMQ does where nobody listens."""
+        if self._tunnel is not None:
+            await self._tunnel.listen()
+
+    def connection_info(self) -> dict[str, Any]:
+        """All that a client needs, secrets included; ``key`` is bytes, as Jupyter has it."""
+        assert self.launched is not None
+        given = self.launched.connection
+        info = {**self._where(), "key": given["key"].encode(), "signature_scheme": given["signature_scheme"]}
+        if self.mode == "direct":
+            info.update({name: given[name] for name in ("curve_publickey", "curve_secretkey") if name in given})
+        return info
+
+    # -- what the launcher says -------------------------------------------------------------
+
+    def message(self, name: str, fields: dict[str, Any]) -> None:
+        """STARTED, FAILED or EXIT, for this start or an older one."""
+        if fields.get("generation") != self.generation or self.phase is Phase.DEAD:
+            return
+        if name == "STARTED" and self.phase is Phase.LOST:
+            # A restart that an earlier server process had begun has come to its end.
+            try:
+                self._came_up(fields)
+            except LinkError as error:  # by another way than is on record: it is to be started again
+                self.stop()
+                self._end(1, str(error))
+                return
+            self._enter(Phase.RUNNING)
+        elif name == "STARTED" and self.phase is Phase.STARTING:
+            self._enter(Phase.RUNNING)
+            if self._started is not None and not self._started.done():
+                self._started.set_result(fields)
+        elif name == "FAILED":
+            self._fail(fields)
+        elif name == "EXIT":
+            self.output_tail = str(fields.get("output_tail", ""))[-SAID_LIMIT:]
+            self._end(int(fields["returncode"]), wire.describe_exit(int(fields["returncode"])))
+
+    def _fail(self, fields: dict[str, Any]) -> None:
+        self.output_tail = str(fields.get("output_tail", ""))[-SAID_LIMIT:]
+        said, argv = (str(fields.get(name))[:SAID_LIMIT] for name in ("message", "argv"))
+        message = f"{said} (node {self.launcher.node}, job {self.launcher.jobid}, argv {argv})"
+        if self.output_tail:
+            message += f"; the last lines of its output:\n{self.output_tail}"
+        if self.phase is Phase.LOST:
+            self._end(1, message)
+            return
+        error_type = StartTimeout if fields.get("kind") == "timeout" else KernelStartError
+        self.fail_start(error_type(message, output_tail=self.output_tail))
+
+    def fail_start(self, error: GatewaySlurmError) -> None:
+        """The start that is under way has failed."""
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
+            self._started.exception()  # seen, also where nobody awaits it yet
+
+    def reported(self, fields: dict[str, Any]) -> None:
+        """REPORT on a new link: reconcile with what happened while there was none."""
+        if self.phase is Phase.LOST and int(fields.get("generation", 0)) > self.generation:
+            # An earlier server process had restarted it, and did not live to put that on record.
+            self.generation = fields["generation"]
+        if fields.get("generation") != self.generation:
+            return
+        if self._acked is not None:
+            self.acknowledge(*self._acked)  # the last may have been lost with the link
+        if fields["state"] == "exited":
+            self.message("EXIT", fields)
+        elif fields["state"] == "failed":
+            self.message("FAILED", fields)
+        elif fields["state"] == "running":
+            self.message("STARTED", fields)
+
+    def unreported(self) -> None:
+        """A new link's REPORT does not name this kernel."""
+        if self.phase is Phase.LOST:
+            self.ended_with_job("its launcher no longer knows it")
+
+    def lost(self) -> None:
+        """The launcher's link broke: the kernel may well live on."""
+        if self.phase is Phase.RUNNING:
+            self._enter(Phase.LOST)
+
+    def ended_with_job(self, reason: str) -> None:
+        """The allocation is over, and everything in it."""
+        if self.phase in (Phase.STARTING, Phase.NEW):
+            self.fail_start(LauncherFailed(reason))
+        elif self.phase is not Phase.DEAD:
+            self._end(-signal.SIGKILL, reason)
+        elif reason not in self.reason:
+            self.reason = f"{self.reason}; {reason}"
+            self.log.warning("kernel %s ended: %s", self.kernel_id, printable(self.reason))
+
+    def _end(self, returncode: int, reason: str) -> None:
+        self.fail_start(KernelStartError(f"the kernel ended at start: {reason}", output_tail=self.output_tail))
+        self._enter(Phase.DEAD)
+        self.reason = reason
+        self.returncode = returncode
+        self._dead.set()
+        self.log.info("kernel %s (job %s) ended: %s", self.kernel_id, self.launcher.jobid, printable(reason))
+        self.on_exit(self)
+
+    # -- warnings ---------------------------------------------------------------------------
+
+    def warn(self, text: str) -> None:
+        """Tell the kernel's users: ``on_warning``, and a line on its stderr stream under the running cell.
+
+        Returns at once and raises nothing. A kernel that is out of reach, starting or over gets no line, nor
+        does a direct one that does not capture its standard error: the link cannot put a message into
+        CurveZMQ. The log always has the text.
+        """
+        self.log.warning("kernel %s: %s", self.kernel_id, text)
+        for callback in self.on_warning:
+            # One that fails is its owner's fault, and keeps nobody else from the warning.
+            asyncio.get_running_loop().call_soon(callback, self, text)
+        if self.phase is not Phase.RUNNING or self.launched is None:
+            return
+        # What the cell itself printed may lack a line's end, as a progress bar does.
+        line = f"\n{text}\n"
+        if self.launched.mode == "direct":
+            self.launcher.send("TELL", kernel_id=self.kernel_id, line=line)
+        elif self._tunnel is not None:
+            self._tunnel.publish(StderrLine(line, self.launched.connection).frames)
+
+    # -- output that was kept ---------------------------------------------------------------
+
+    def acknowledge(self, msg_id: str, positions: dict[str, str]) -> None:
+        """Every client has what the kernel published up to the message ``msg_id``: the node need not keep it.
+
+        ``positions`` are kept for the next server: for each session the message up to which it has all. With
+        "" nothing is given up; the first call, whatever it says, is why the node keeps output also while
+        there is a link. Without a link it is said on the next.
+        """
+        self._acked = msg_id, positions
+        self.launcher.send("ACK", kernel_id=self.kernel_id, upto=msg_id, positions=positions)
+
+    async def read_kept(self) -> Kept:
+        """What was published and not acknowledged, also of a kernel that has exited, until it is closed.
+
+        Clients subscribe first: what comes meanwhile they get twice, and know by its id. Raises LinkError.
+        """
+        return await self.launcher.read_kept(self.kernel_id)
+
+    # -- control ----------------------------------------------------------------------------
+
+    async def wait(self) -> int:
+        """Wait for the end; return exit code or minus signal."""
+        await self._dead.wait()
+        assert self.returncode is not None
+        return self.returncode
+
+    def signal(self, signum: int) -> None:
+        """Signal the kernel's process group. Raises LinkError when the launcher is out of reach."""
+        if self.phase is Phase.DEAD:
+            return
+        if not self.launcher.send("SIGNAL", kernel_id=self.kernel_id, signum=int(signum)):
+            raise LinkError(f"the link to {self.launcher.where} is down: signal {signum} could not be sent")
+
+    def stop(self) -> None:
+        """Kill what is left of it and forget its files; the launcher stays."""
+        self.launcher.send("STOP", kernel_id=self.kernel_id)
+
+    def close(self) -> None:
+        """The kernel is over for good: give up its tunnel and its place at the launcher."""
+        self.stop()
+        if self.phase is not Phase.DEAD:
+            self._end(-signal.SIGKILL, "stopped")
+        self.leave()
+
+    def give_away(self, reason: str) -> None:
+        """It lives on as another server's; to this one it is over."""
+        self.on_exit = lambda _kernel: None
+        if self.phase is not Phase.DEAD:
+            self._end(-signal.SIGKILL, reason)
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of its clients and of its place at the launcher; nothing is said to the launcher."""
+        self._close_tunnel()
+        self.launcher.kernels.pop(self.kernel_id, None)
+
+    def _close_tunnel(self) -> None:
+        self._detour = ""
+        if self._tunnel is not None:
+            self._tunnel.close()
+            self._tunnel = None
+
+
+def _port_fields(ports: dict[str, int]) -> dict[str, int]:
+    return {f"{channel}_port": port for channel, port in ports.items()}

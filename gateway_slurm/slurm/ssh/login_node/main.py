@@ -1,0 +1,37 @@
+"""How a program on the login node begins: it says who and where it is, and serves."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import socket
+import sys
+
+from gateway_slurm.slurm.ssh.login_node.commands import serve_commands
+from gateway_slurm.slurm.ssh.login_node.common import INFO, frame, pack, start_ticks
+from gateway_slurm.slurm.ssh.login_node.relay import Relay
+
+
+def main(marker: str, mode: str, silence: float) -> None:
+    """Say who we are, and serve."""
+    # Nothing that is printed by mistake may get between the frames.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    facts = {
+        "user": pwd.getpwuid(os.getuid()).pw_name,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "ticks": start_ticks(os.getpid()),
+        "boot": boot,
+    }
+    sys.stdout.buffer.write(f"\n{marker}\n".encode() + frame(INFO, 0, pack(facts)))
+    sys.stdout.buffer.flush()
+    if mode == "relay":
+        Relay().run(silence)
+    else:
+        serve_commands(silence)
+    os._exit(0)

@@ -1,0 +1,399 @@
+"""The private Slurm: bring it up, look at it, break a daemon for a test, take it down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from gateway_slurm.errors import ClusterError
+from gateway_slurm.testing import accounting as accounts
+from gateway_slurm.testing import files, packages, processes, state
+from gateway_slurm.testing import layout as texts
+from gateway_slurm.testing.layout import Host, Layout
+from gateway_slurm.testing.processes import Process
+
+_MAX_NODES = 64
+_UP_TIMEOUT = 60.0
+_STOP_TIMEOUT = 10.0
+_COMMAND_TIMEOUT = 30.0
+# slurmrestd asks slurmctld with its callers' tokens, and not by munge. As the user whose cluster it is, who cannot
+# become another one, it runs by the second variable only, which releases from 24.11 on refuse.
+_REST_ENVIRONMENT = {
+    "SLURM_JWT": "daemon",
+    **({"SLURMRESTD_SECURITY": "disable_user_check"} if os.geteuid() != 0 else {}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterStatus:
+    """What is there now."""
+
+    daemons: Mapping[str, bool]
+    """Each daemon's name, and whether it runs."""
+    nodes: Mapping[str, str]
+    """Each node's state in sinfo's words; empty when the controller does not answer."""
+
+    @property
+    def running(self) -> bool:
+        """Whether every daemon runs."""
+        return bool(self.daemons) and all(self.daemons.values())
+
+
+class PrivateCluster:
+    """A real Slurm of this user's own in ``directory``, with no root needed once its packages are there.
+
+    ``up`` starts it and ``down`` takes it away, with its jobs; they may be called from different
+    processes, since what must be known stands in the directory. It is not for two callers at once.
+    Used as a context manager it is up inside.
+
+    All daemons run on this machine: munged, slurmctld, one slurmd per node (named c1, c2, …) and, with
+    ``accounting``, mariadbd and slurmdbd, an account ``demo`` and this user in it; any other account is then
+    refused. The nodes are pretended to have ``cpus`` cores, ``memory`` megabytes and ``gpus_per_node``
+    GPUs. ``extra_conf`` holds lines for slurm.conf; each replaces the default of the same key. With ``rest`` there
+    is slurmrestd, too, for tokens that ``token`` makes. ``node`` is a network of the slurmds' own, ``login`` one for
+    all other daemons.
+
+    Every method raises ClusterError, which names the daemon and quotes the end of its log.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        nodes: int = 4,
+        gpus_per_node: int = 2,
+        cpus: int = 8,
+        accounting: bool = False,
+        extra_conf: str = "",
+        *,
+        memory: int = 8000,
+        rest: bool = False,
+        login: Host | None = None,
+        node: Host | None = None,
+    ) -> None:
+        if not 1 <= nodes <= _MAX_NODES:
+            raise ClusterError(f"a private cluster has 1 to {_MAX_NODES} nodes, not {nodes}")
+        if cpus < 1 or gpus_per_node < 0 or memory < 1:
+            given = f"cpus={cpus}, memory={memory}, gpus_per_node={gpus_per_node}"
+            raise ClusterError(f"a node has at least one CPU, one megabyte and no fewer than no GPUs, not {given}")
+        self.directory = Path(directory).absolute()
+        self._nodes = nodes
+        self._gpus_per_node = gpus_per_node
+        self._cpus = cpus
+        self._memory = memory
+        self._accounting = accounting
+        self._rest = rest
+        self._login = login or Host("127.0.0.1")
+        self._node = node or Host("")
+        self._extra_conf = extra_conf
+        # Daemons that this very process started: it has to reap them.
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> PrivateCluster:
+        self.up()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.down()
+
+    @property
+    def slurm_conf(self) -> Path:
+        """The value for SLURM_CONF."""
+        return self.directory / "etc" / "slurm.conf"
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What is put before a command of Slurm's, so that it runs in the controller's network."""
+        return self._require().layout.login_prefix
+
+    def environment(self) -> dict[str, str]:
+        """What Slurm's commands need in their environment to talk to this cluster."""
+        return {"SLURM_CONF": str(self.slurm_conf)}
+
+    def up(self) -> None:
+        """Start everything; returns when every node is idle (2 to 3 s; 5 s more with accounting).
+
+        When it fails, nothing is left running and what it made is removed.
+        """
+        packages.check(accounting=self._accounting, rest=self._rest)
+        if self.status().running:
+            raise ClusterError(f"the private cluster in {self.directory} is up already")
+        if state.load(self.directory) is not None:
+            self.down()  # the remains of one that was killed, or of a machine that was switched off
+        cluster = self._prepare()
+        try:
+            self._start_all(cluster)
+        except BaseException:
+            self.down()
+            raise
+
+    def down(self) -> bool:
+        """Stop everything and remove what ``up`` made; False when there was nothing.
+
+        Jobs are killed, not asked: what they ran on is about to go.
+        """
+        cluster = state.load(self.directory)
+        if cluster is None:
+            return False
+        # The controller and accounting go after the slurmds, so that nothing new starts meanwhile.
+        slurmds = [p for name, p in cluster.processes.items() if name in cluster.layout.node_names]
+        processes.kill(slurmds)
+        processes.kill(processes.job_processes(cluster.layout.slurm_conf))
+        processes.stop(cluster.processes.values(), timeout=_STOP_TIMEOUT)
+        self._reap()
+        self._remove(cluster)
+        return True
+
+    def status(self) -> ClusterStatus:
+        """Which daemons run, and what the controller says of its nodes."""
+        cluster = state.load(self.directory)
+        if cluster is None:
+            return ClusterStatus(daemons={}, nodes={})
+        self._reap()
+        daemons = {name: process.alive() for name, process in cluster.processes.items()}
+        nodes = self._node_states() if daemons.get("slurmctld") and daemons.get("munged") else {}
+        return ClusterStatus(daemons=daemons, nodes=nodes)
+
+    def pids(self) -> dict[str, int]:
+        """The process id of each daemon that runs: munged, slurmctld, c1, c2, …"""
+        self._reap()
+        return {name: p.pid for name, p in self._require().processes.items() if p.alive()}
+
+    def log(self, daemon: str) -> Path:
+        """The file with what the daemon printed."""
+        return self.directory / "log" / f"{daemon}.log"
+
+    def stop_daemon(self, name: str) -> None:
+        """End one daemon in an orderly way; jobs go on, as with any Slurm."""
+        processes.stop([self._daemon(name)], timeout=_STOP_TIMEOUT)
+        self._reap()
+
+    def kill_daemon(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Send one daemon a signal; SIGSTOP freezes it, SIGCONT thaws it. Returns after SIGKILL's effect."""
+        process = self._daemon(name)
+        process.signal(number)
+        if number == signal.SIGKILL:
+            processes.kill([process])
+            self._reap()
+
+    def start_daemon(self, name: str) -> None:
+        """Start one daemon that was stopped or killed, on its old port and state; returns when it serves."""
+        cluster = self._require()
+        if self._daemon(name).alive():
+            raise ClusterError(f"{name} of the private cluster in {self.directory} runs already")
+        self._start(cluster, name, texts.daemon_commands(cluster.layout)[name])
+        if name in cluster.layout.node_names:
+            number = cluster.layout.node_names.index(name)
+            self._await_port(cluster, name, cluster.layout.node_ports[number])
+        else:
+            self._await_service(cluster, name)
+
+    @property
+    def rest_url(self) -> str:
+        """The value for SlurmService.cluster. Raises ClusterError for a cluster without slurmrestd."""
+        port = self._require().layout.rest_port
+        if not port:
+            raise ClusterError(f"the private cluster in {self.directory} has no slurmrestd; make it with rest=True")
+        return f"rest+http://{self._require().layout.login_address}:{port}"
+
+    def token_command(self, *, lifespan: int = 3600) -> list[str]:
+        """What prints a token for ``{user}``, for ``lifespan`` seconds, as SLURM_JWT=…; it needs ``environment``."""
+        return ["scontrol", "token", "username={user}", f"lifespan={lifespan}"]
+
+    def token(self, user: str, *, lifespan: int = 3600) -> str:
+        """A token for slurmrestd, for ``lifespan`` seconds."""
+        argv = [item.replace("{user}", user) for item in self.token_command(lifespan=lifespan)]
+        return self._run(self._require(), argv, blame="slurmctld").partition("=")[2].strip()
+
+    def _prepare(self) -> state.State:
+        """Make the directories and files; nothing runs yet."""
+        created = not self.directory.exists()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # In /tmp whatever TMPDIR says: Unix sockets' paths have 108 bytes at most.
+            runtime = Path(tempfile.mkdtemp(prefix="gws-", dir="/tmp"))
+            runtime.chmod(0o755)
+            cluster = state.State(layout=self._layout(runtime), created_directory=created)
+            cluster.save()
+            files.write(cluster.layout)
+        except OSError as error:
+            if (left := state.load(self.directory)) is not None:
+                self._remove(left)
+            raise ClusterError(f"cannot prepare a private cluster in {self.directory}: {error}") from error
+        return cluster
+
+    def _layout(self, runtime: Path) -> Layout:
+        controller, database, rest, *nodes = processes.free_ports(3 + self._nodes)
+        return Layout(
+            directory=self.directory,
+            runtime=runtime,
+            slurm_version=packages.slurm_version(),
+            # Slurm compares with the short name.
+            hostname=socket.gethostname().partition(".")[0],
+            user=_user_name(),
+            nodes=self._nodes,
+            cpus=self._cpus,
+            gpus_per_node=self._gpus_per_node,
+            memory=self._memory,
+            controller_port=controller,
+            node_ports=tuple(nodes),
+            database_port=database,
+            accounting=self._accounting,
+            extra_conf=self._extra_conf,
+            rest_port=rest if self._rest else 0,
+            login_address=self._login.address,
+            login_prefix=self._login.prefix,
+            node_address=self._node.address,
+            node_prefix=self._node.prefix,
+        )
+
+    def _start_all(self, cluster: state.State) -> None:
+        for name, command in texts.daemon_commands(cluster.layout).items():
+            if name == "mariadbd":
+                self._run(cluster, texts.mariadb_install_command(cluster.layout), blame=name)
+            self._start(cluster, name, command)
+            if name not in cluster.layout.node_names:
+                self._await_service(cluster, name)
+            if name == "slurmdbd":
+                for argv in accounts.setup_commands(cluster.layout.user):
+                    self._run(cluster, argv, blame=name)
+        self._await(cluster, self._all_idle, "slurmctld", "not every node became idle")
+
+    def _start(self, cluster: state.State, name: str, command: Sequence[str]) -> None:
+        environment = processes.daemon_environment(
+            cluster.layout.slurm_conf,
+            # MariaDB's client library has this instead of a key in slurmdbd.conf.
+            MYSQL_UNIX_PORT=str(cluster.layout.database_socket),
+            **(_REST_ENVIRONMENT if name == "slurmrestd" else {}),
+        )
+        # It refuses to run as root, or as the user that slurmctld runs as.
+        user = "nobody" if name == "slurmrestd" and os.geteuid() == 0 else None
+        log, prefix = cluster.layout.log(name), cluster.layout.prefix(name)
+        try:
+            child, process = processes.spawn(command, log=log, environment=environment, user=user, prefix=prefix)
+        except OSError as error:
+            raise ClusterError(f"{name} cannot be started: {error}") from error
+        self._children[name] = child
+        cluster.processes[name] = process
+        cluster.save()
+
+    def _run(self, cluster: state.State, argv: Sequence[str], *, blame: str) -> str:
+        """Run a command that prepares a daemon, or asks one; return what it prints."""
+        environment = processes.daemon_environment(cluster.layout.slurm_conf)
+        argv = [*self.prefix, *argv]
+        program = processes.find_program(argv[0]) or argv[0]
+        try:
+            result = subprocess.run(
+                [program, *argv[1:]],
+                check=True,
+                capture_output=True,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                timeout=_COMMAND_TIMEOUT,
+            )
+            return result.stdout.decode(errors="replace")
+        except subprocess.CalledProcessError as error:
+            words = (error.stderr + error.stdout).decode(errors="replace").strip()
+            raise self._failure(cluster, blame, f"{' '.join(argv)} said: {words}") from error
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise self._failure(cluster, blame, str(error)) from error
+
+    def _await_service(self, cluster: state.State, name: str) -> None:
+        layout = cluster.layout
+        if name == "munged":
+            self._await(cluster, lambda: _accepts(layout.munge_socket), name, "its socket does not answer")
+        elif name == "mariadbd":
+            self._await(cluster, lambda: _accepts(layout.database_socket), name, "its socket does not answer")
+        else:
+            ports = {"slurmctld": layout.controller_port, "slurmrestd": layout.rest_port}
+            self._await_port(cluster, name, ports.get(name, layout.database_port))
+
+    def _await_port(self, cluster: state.State, name: str, port: int) -> None:
+        pid = cluster.processes[name].pid
+        self._await(cluster, lambda: processes.listening(pid, port), name, f"nothing listens on port {port}")
+
+    def _await(self, cluster: state.State, ready: Callable[[], bool], blame: str, complaint: str) -> None:
+        """Wait for ``ready``; a daemon that ends meanwhile is the failure."""
+        dead: list[str] = []
+
+        def settled() -> bool:
+            self._reap()
+            dead[:] = [name for name, process in cluster.processes.items() if not process.alive()]
+            return bool(dead) or ready()
+
+        if not processes.wait_until(settled, _UP_TIMEOUT):
+            raise self._failure(cluster, blame, f"{complaint} within {_UP_TIMEOUT:.0f} s")
+        if dead:
+            raise self._failure(cluster, dead[0], "it ended")
+
+    def _failure(self, cluster: state.State, daemon: str, complaint: str) -> ClusterError:
+        log = processes.tail(cluster.layout.log(daemon)) or "(it printed nothing)"
+        return ClusterError(f"{daemon} of the private cluster failed: {complaint}. The end of its log:\n{log}")
+
+    def _all_idle(self) -> bool:
+        states = self._node_states()
+        return bool(states) and all(value == "idle" for value in states.values())
+
+    def _node_states(self) -> dict[str, str]:
+        environment = processes.daemon_environment(self.slurm_conf)
+        argv = [*self.prefix, "sinfo", "--Node", "--noheader", "--all", "--format=%N %T"]
+        argv[0] = processes.find_program(argv[0]) or argv[0]
+        try:
+            result = subprocess.run(
+                argv, check=False, capture_output=True, env=environment, text=True, timeout=_COMMAND_TIMEOUT
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        # A node stands there once for each of its partitions.
+        return dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if " " in line)
+
+    def _require(self) -> state.State:
+        cluster = state.load(self.directory)
+        if cluster is None:
+            raise ClusterError(f"there is no private cluster in {self.directory}")
+        return cluster
+
+    def _daemon(self, name: str) -> Process:
+        known = self._require().processes
+        if name not in known:
+            raise ClusterError(f"the private cluster has no daemon {name!r}; it has {', '.join(known)}")
+        return known[name]
+
+    def _reap(self) -> None:
+        for name, child in list(self._children.items()):
+            if child.poll() is not None:
+                del self._children[name]
+
+    def _remove(self, cluster: state.State) -> None:
+        files.remove(cluster.layout)
+        state.remove(self.directory)
+        if cluster.created_directory:
+            # Somebody may have put a file of theirs into it: then it stays.
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
+
+
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError as error:
+        uid = os.geteuid()
+        raise ClusterError(f"user id {uid} has no name on this machine, and Slurm serves named users only") from error
+
+
+def _accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0

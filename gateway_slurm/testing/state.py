@@ -1,0 +1,70 @@
+"""What one process tells a later one about a private cluster: a JSON file in its directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gateway_slurm.errors import ClusterError
+from gateway_slurm.testing.layout import Layout
+from gateway_slurm.testing.processes import Process
+
+_NAME = "cluster.json"
+_VERSION = 1
+
+
+@dataclass
+class State:
+    """A cluster that is up, or that was left in parts by a process that died."""
+
+    layout: Layout
+    created_directory: bool
+    processes: dict[str, Process] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write the file whole, or not at all."""
+        layout = asdict(self.layout)
+        layout["directory"] = str(self.layout.directory)
+        layout["runtime"] = str(self.layout.runtime)
+        document = {
+            "version": _VERSION,
+            "created_directory": self.created_directory,
+            "layout": layout,
+            "processes": {name: asdict(process) for name, process in self.processes.items()},
+        }
+        path = self.layout.directory / _NAME
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(document, indent=2), encoding="utf-8")
+        temporary.replace(path)
+
+
+def load(directory: Path) -> State | None:
+    """The cluster of this directory; None when there is none. Raises ClusterError for a file not ours."""
+    path = directory / _NAME
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"{path} cannot be read: {error}") from error
+    if document.get("version") != _VERSION:
+        raise ClusterError(f"{path} was written by another version of gateway_slurm; remove {directory}")
+    return State(
+        layout=_layout(document["layout"]),
+        created_directory=document["created_directory"],
+        processes={name: Process(**process) for name, process in document["processes"].items()},
+    )
+
+
+def remove(directory: Path) -> None:
+    """Forget the cluster of this directory."""
+    (directory / _NAME).unlink(missing_ok=True)
+
+
+def _layout(document: dict[str, Any]) -> Layout:
+    paths = {name: Path(document[name]) for name in ("directory", "runtime")}
+    tuples = {name: tuple(document[name]) for name in ("node_ports", "slurm_version", "login_prefix", "node_prefix")}
+    return Layout(**{**document, **paths, **tuples})

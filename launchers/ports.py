@@ -1,0 +1,299 @@
+"""Ports on this node: choosing free ones, and reading from /proc who listens (never by connecting)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import struct
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from gateway_slurm.link import wire
+from launchers import ports as listening
+from launchers.reactor import READ, Reactor
+
+_TCP_LISTEN = "0A"
+# linux/netlink.h, linux/sock_diag.h, net/tcp_states.h
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
+_REQUEST_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_ERROR, _DONE = 2, 3
+_STATE_LISTEN = 10
+_UNIX_ACCEPTS = 0x10000  # __SO_ACCEPTCON in the flags column of /proc/net/unix
+ATTEMPTS = 200
+
+
+class NoPort(OSError):
+    """No free port in the range that the admin allows."""
+
+
+def choose_ports(ip: str, port_range: Sequence[int] | None) -> dict[str, int]:
+    """Five different ports that are free on ``ip`` now, one a channel.
+
+    They are bound together, so that they differ, and let go together. Another process may take one
+    before the kernel does; whoever starts the kernel tries again then.
+    """
+    held = hold_ports(ip, port_range)
+    ports = {channel: sock.getsockname()[1] for channel, sock in held.items()}
+    for sock in held.values():
+        sock.close()
+    return ports
+
+
+def hold_ports(
+    ip: str, port_range: Sequence[int] | None, ports: Mapping[str, int] | None = None
+) -> dict[str, socket.socket]:
+    """Bound sockets, one a channel: on ``ports``, if given, else on free ones. Raises OSError."""
+    held: dict[str, socket.socket] = {}
+    try:
+        for channel in wire.CHANNELS:
+            held[channel] = _bind(ip, ports[channel], reuse=True) if ports else _bind_one(ip, port_range)
+    except OSError:
+        for sock in held.values():
+            sock.close()
+        raise
+    return held
+
+
+def _bind_one(ip: str, port_range: Sequence[int] | None) -> socket.socket:
+    for _attempt in range(ATTEMPTS if port_range else 1):
+        port = random.randint(port_range[0], port_range[1]) if port_range else 0  # noqa: S311
+        try:
+            return _bind(ip, port, reuse=bool(port_range))
+        except OSError:
+            continue
+    raise NoPort(f"no free port on {ip}" + (f" from {port_range[0]} to {port_range[1]}" if port_range else ""))
+
+
+def _bind(ip: str, port: int, *, reuse: bool) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+    try:
+        if reuse:
+            # As ZMQ does: the closed connections of a kernel that is over (tcp(7), TIME_WAIT) must block
+            # no port of a small range. Only listening then keeps it from being given twice (socket(7)).
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((ip, port))
+        if reuse:
+            sock.listen(1)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def tcp_listening(ports: Collection[int]) -> dict[int, int]:
+    """Which of ``ports`` are listened on, as port -> uid of the listener.
+
+    Asked of the kernel's socket diagnosis, which lists listeners only. /proc/net/tcp lists every
+    connection, and takes 12 ms where there are two thousand: too long to look at often.
+    """
+    wanted = set(ports)
+    found: dict[int, int] = {}
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            listeners = _diagnose(family)
+        except OSError:  # no such netlink family here, as in some sandboxes
+            return _proc_listening(ports)
+        found.update((port, uid) for port, uid in listeners if port in wanted)
+    return found
+
+
+def _diagnose(family: int) -> list[tuple[int, int]]:
+    """All TCP listeners of a family, as (port, uid): sock_diag(7), one dump."""
+    header = struct.pack("=IHHII", 72, _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
+    request = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, 1 << _STATE_LISTEN)
+    listeners: list[tuple[int, int]] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(1.0)
+        sock.send(header + request)
+        while True:
+            data = sock.recv(65536)
+            start = 0
+            while start + 16 <= len(data):
+                length, kind = struct.unpack_from("=IH", data, start)
+                if kind == _DONE or length < 16:
+                    return listeners
+                if kind == _ERROR:
+                    raise OSError("socket diagnosis was refused")
+                # struct inet_diag_msg: the port is the first of its socket id, the uid its last but one.
+                listeners.append(
+                    (
+                        int.from_bytes(data[start + 20 : start + 22], "big"),
+                        int.from_bytes(data[start + 80 : start + 84], sys.byteorder),
+                    )
+                )
+                start += (length + 3) & ~3
+
+
+def _proc_listening(ports: Collection[int]) -> dict[int, int]:
+    """The same from proc(5), /proc/net/tcp."""
+    return {port: int(fields[7]) for port, fields in _proc_listeners(ports)}
+
+
+def tcp_inodes(ports: Collection[int]) -> set[int]:
+    """The inodes of the sockets that listen on ``ports``; /proc/PID/fd names sockets by them."""
+    return {int(fields[9]) for _port, fields in _proc_listeners(ports)}
+
+
+def _proc_listeners(ports: Collection[int]) -> Iterator[tuple[int, list[str]]]:
+    wanted = {f"{port:04X}": port for port in ports}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in _lines(table):
+            fields = line.split(None, 10)
+            if len(fields) > 9 and fields[3] == _TCP_LISTEN:
+                port = wanted.get(fields[1].rpartition(":")[2])
+                if port is not None:
+                    yield port, fields
+
+
+def unix_listening(directory: str) -> set[str]:
+    """The Unix sockets under ``directory`` that accept connections (proc(5), /proc/net/unix)."""
+    found = set()
+    for line in _lines("/proc/net/unix"):
+        if directory in line:
+            fields = line.split(None, 7)
+            if len(fields) > 7 and int(fields[3], 16) & _UNIX_ACCEPTS:
+                found.add(fields[7].rstrip("\n"))
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, errors="replace") as table:
+            return table.readlines()[1:]
+    except FileNotFoundError:  # a kernel without IPv6 has no tcp6
+        return []
+
+
+def ipc_path(prefix: str, port: int, listening: Collection[str]) -> str | None:
+    """The socket of channel ``port`` under ``prefix``.
+
+    ipykernel and xeus join address and port with a hyphen; IRkernel and IJulia, which paste
+    ``transport://ip:port``, with a colon.
+    """
+    for joint in "-:":
+        path = f"{prefix}{joint}{port}"
+        if path in listening:
+            return path
+    return None
+
+
+def reachable_path_length(path: str) -> bool:
+    """Whether a Unix socket can have this path (unix(7): 108 bytes with the final NUL)."""
+    return len(os.fsencode(path)) < 108
+
+
+# -- Listening for a moment where a direct kernel would, so that the server can try whether it gets there. --
+
+
+# A probe ends by itself after so many seconds, or with its kernel's START.
+PROBE_SECONDS = 5.0
+# At once; each has five listeners, and so many connections.
+PROBES_LIMIT = 64
+CONNECTIONS_LIMIT = 256
+WORD_LIMIT = 64
+# Of connections that wait to be accepted; one that overflows costs its peer a second.
+BACKLOG = 128
+
+
+class Probe:
+    """The listeners of one kernel that is to be started. ``close`` ends them, and their connections."""
+
+    def __init__(self, reactor: Reactor, held: dict[str, socket.socket], question: bytes, answer: bytes) -> None:
+        self._reactor, self._question, self._answer = reactor, question, answer
+        self._heard: dict[socket.socket, bytes] = {}  # by connection
+        self._listeners = list(held.values())
+        self.ports = {channel: sock.getsockname()[1] for channel, sock in held.items()}
+        for sock in self._listeners:
+            sock.setblocking(False)
+            sock.listen(BACKLOG)
+            reactor.watch(sock, READ, partial(self._accept, sock))
+        self._timer = reactor.later(PROBE_SECONDS, self.close)
+
+    def _accept(self, listener: socket.socket, _events: int) -> None:
+        try:
+            sock, _peer = listener.accept()
+        except OSError:  # it went away again
+            return
+        if len(self._heard) >= CONNECTIONS_LIMIT:
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._heard[sock] = b""
+        self._reactor.watch(sock, READ, partial(self._read, sock))
+
+    def _read(self, sock: socket.socket, _events: int) -> None:
+        try:
+            data = sock.recv(WORD_LIMIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        heard = self._heard[sock] = self._heard[sock] + data
+        if not data or not self._question.startswith(heard):
+            del self._heard[sock]
+            self._reset(sock)
+        elif heard == self._question:
+            with contextlib.suppress(OSError):
+                sock.send(self._answer)  # a few bytes into an empty buffer
+
+    def _reset(self, sock: socket.socket) -> None:
+        """Close a connection so that nothing of it stays at the port, which its kernel binds next (socket(7))."""
+        self._reactor.forget(sock)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+
+    def close(self) -> None:
+        """The ports are free again."""
+        self._timer.cancel()
+        for sock in self._heard:
+            self._reset(sock)
+        for sock in self._listeners:
+            self._reactor.forget(sock)
+            sock.close()
+        self._listeners.clear()
+        self._heard.clear()
+
+
+class Probes:
+    """The launcher's probes, by kernel id; ``say`` sends a message to the server."""
+
+    def __init__(self, reactor: Reactor, say: Callable[..., None]) -> None:
+        self._reactor, self._say = reactor, say
+        self._probes: dict[str, Probe] = {}
+
+    def listen(self, fields: dict[str, Any], ip: str) -> None:
+        """PROBE: listen on ``ip``, on the ports that are named or on free ones; PROBED says on which, or why not."""
+        kernel_id = str(fields["kernel_id"])
+        question, answer = (str(fields[name])[:WORD_LIMIT].encode() for name in ("question", "answer"))
+        self.close(kernel_id)
+        while len(self._probes) >= PROBES_LIMIT:
+            self.close(next(iter(self._probes)))
+        try:
+            probe = Probe(self._reactor, self._hold(fields, ip), question, answer)
+        except OSError as error:
+            self._say("PROBED", probe=fields["probe"], error=str(error))
+            return
+        self._probes[kernel_id] = probe
+        self._say("PROBED", probe=fields["probe"], ports=probe.ports)
+
+    @staticmethod
+    def _hold(fields: dict[str, Any], ip: str) -> dict[str, socket.socket]:
+        kept, port_range = fields.get("ports"), fields.get("port_range")
+        try:
+            return listening.hold_ports(ip, port_range, kept)
+        except OSError:
+            if not kept:
+                raise
+        # Somebody else has taken one since the kernel's last process ended.
+        return listening.hold_ports(ip, port_range)
+
+    def close(self, kernel_id: str) -> None:
+        """The kernel's probe is over, if there is one."""
+        probe = self._probes.pop(kernel_id, None)
+        if probe is not None:
+            probe.close()

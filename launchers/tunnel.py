@@ -1,0 +1,200 @@
+"""The launcher's end of the tunnel: one local socket a stream, between the link and a kernel's channel.
+
+Streams belong to one server process, not to one link: they wait without one, and go on with the next.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gateway_slurm.link import flow, wire
+from launchers.kernel import Kernel
+from launchers.reactor import READ, WRITE, Reactor
+from launchers.uplink import Uplink
+
+
+class Stream:
+    """Bytes in both directions between one client's connection and one channel of a kernel."""
+
+    def __init__(self, number: int, sock: socket.socket) -> None:
+        self.number = number
+        self.sock = sock
+        self.to_kernel: deque[bytes] = deque()
+        self.closing = False
+        self.wanted = 0
+
+
+class Channels:
+    """All streams of this launcher."""
+
+    def __init__(self, reactor: Reactor, uplink: Uplink, find_kernel: Callable[[str], Kernel | None]) -> None:
+        self._reactor, self._uplink, self._find_kernel = reactor, uplink, find_kernel
+        self._streams: dict[int, Stream] = {}
+        # Kept output that is being read: one stream a kernel, which gets more as the link takes it.
+        self._readings: dict[int, tuple[str, Iterator[bytes]]] = {}
+        self._session = ""  # the server's, whose streams these are
+        self._opened = 0  # the last number it opened
+
+    def is_same_server(self, welcome: dict[str, Any]) -> bool:
+        """Whether it is the server process of the last link."""
+        return bool(welcome["session"] == self._session)
+
+    def link_up(self, welcome: dict[str, Any]) -> dict[str, Any]:
+        """Go on with the streams of this server; return what REPORT says of them.
+
+        Another server process knows none of ours. One that a client has left meanwhile is closed, and
+        one that is closed here already is told so.
+        """
+        if not self.is_same_server(welcome):
+            self._session, self._opened = welcome["session"], 0
+            self._drop_all()
+        report = {"streams": self._uplink.outbox.positions(), "opened": self._opened}
+        for number in self._uplink.outbox.resume(welcome["streams"]):
+            self._finish(number)
+        return report
+
+    def open(self, number: int, payload: bytes) -> None:
+        """A client connected at the far end: connect to the kernel's channel here."""
+        self._opened = number
+        kernel_id, _nul, channel = payload.partition(b"\0")
+        kernel = self._find_kernel(kernel_id.decode(errors="replace"))
+        self._uplink.outbox.open(number)
+        if kernel is not None and channel == wire.KEPT.encode():
+            self._open_reading(number, kernel)
+            return
+        try:
+            if kernel is None or channel.decode(errors="replace") not in wire.CHANNELS:
+                raise ConnectionRefusedError("no such channel")
+            stream = Stream(number, kernel.connect(channel.decode()))
+        except OSError:
+            # The far end closes its side, and its client tries again, as with any connection refused.
+            self._uplink.outbox.close(number)
+            self._uplink.flush()
+            return
+        self._streams[number] = stream
+        self._update(stream)
+
+    def _open_reading(self, number: int, kernel: Kernel) -> None:
+        for other, (kernel_id, _pieces) in list(self._readings.items()):
+            if kernel_id == kernel.kernel_id:
+                self._end_reading(other)
+        self._readings[number] = kernel.kernel_id, kernel.kept.read()
+        self._read_kept(number)
+
+    def _read_kept(self, number: int) -> None:
+        """The next pieces, as many as the link is to have waiting."""
+        while number in self._readings and self._uplink.outbox.waiting(number) < flow.BACKLOG:
+            piece = next(self._readings[number][1], None)
+            if piece is None:
+                self._end_reading(number)
+            else:
+                self._uplink.outbox.data(number, piece)
+            self._uplink.flush()
+
+    def _end_reading(self, number: int) -> None:
+        del self._readings[number]
+        self._uplink.outbox.close(number)
+
+    def data(self, number: int, payload: bytes) -> None:
+        stream = self._streams.get(number)
+        if stream is None:
+            return
+        try:
+            self._uplink.outbox.arrived(number, len(payload))
+        except wire.WireError:
+            self._end(stream)
+            return
+        stream.to_kernel.append(payload)
+        self._write(stream)
+
+    def credit(self, number: int, payload: bytes) -> None:
+        self._uplink.outbox.credit(number, flow.credit_of(payload))
+
+    def close(self, number: int) -> None:
+        """The client went: what it sent still goes to the kernel, then the socket closes."""
+        self._uplink.outbox.closed(number)
+        self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        self._readings.pop(number, None)
+        stream = self._streams.get(number)
+        if stream is not None:
+            stream.closing = True
+            self._write(stream)
+
+    def _drop_all(self) -> None:
+        for stream in list(self._streams.values()):
+            self._drop(stream)
+        self._readings.clear()
+        self._uplink.outbox.forget_streams()
+
+    def read_on(self) -> None:
+        """The link took data, or went, when more may wait for it: read on where reading had stopped."""
+        for stream in self._streams.values():
+            if not stream.wanted & READ:
+                self._update(stream)
+        for number in list(self._readings):
+            self._read_kept(number)
+
+    def _on_ready(self, stream: Stream, events: int) -> None:
+        if events & WRITE:
+            self._write(stream)
+        if events & READ and stream.number in self._streams:
+            self._read(stream)
+
+    def _read(self, stream: Stream) -> None:
+        try:
+            data = stream.sock.recv(flow.CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end(stream)
+            return
+        self._uplink.outbox.data(stream.number, data)
+        self._uplink.flush()
+        if stream.number in self._streams:
+            self._update(stream)
+
+    def _write(self, stream: Stream) -> None:
+        try:
+            while stream.to_kernel:
+                chunk = stream.to_kernel[0]
+                sent = stream.sock.send(chunk)
+                self._uplink.outbox.took(stream.number, sent)
+                if sent < len(chunk):
+                    stream.to_kernel[0] = chunk[sent:]
+                else:
+                    stream.to_kernel.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end(stream)
+            return
+        if stream.closing and not stream.to_kernel:
+            self._drop(stream)
+            return
+        self._update(stream)
+
+    def _update(self, stream: Stream) -> None:
+        wanted = WRITE if stream.to_kernel else 0
+        if not stream.closing and self._uplink.outbox.may_read(stream.number):
+            wanted |= READ
+        if wanted != stream.wanted:
+            stream.wanted = wanted
+            self._reactor.watch(stream.sock, wanted, lambda events: self._on_ready(stream, events))
+
+    def _end(self, stream: Stream) -> None:
+        """The kernel's side closed: what it sent goes first, then CLOSE."""
+        self._drop(stream)
+        self._uplink.outbox.close(stream.number)
+        self._uplink.flush()
+
+    def _drop(self, stream: Stream) -> None:
+        self._streams.pop(stream.number, None)
+        self._reactor.forget(stream.sock)
+        stream.sock.close()
