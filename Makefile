@@ -66,7 +66,7 @@ SEED ?= 1
 
 chaos: $(STAMP)
 	CHAOS_ROUNDS=$(ROUNDS) CHAOS_KERNELS=$(KERNELS) CHAOS_SEED=$(SEED) $(PYTHON) -m pytest -s -o faulthandler_timeout=0 \
-		tests/test_chaos.py -k whatever
+		tests/gateway/test_chaos.py -k whatever
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

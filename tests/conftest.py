@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ import hypothesis
 import pytest
 from jupyter_client import KernelManager
 
-import kernels
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
-from gateway_slurm.testing.processes import job_processes
-from postgres import PrivatePostgres, private_postgres
+from helpers import kernel_clients
+from helpers.postgres import PrivatePostgres, private_postgres
+from helpers.private_slurm import jobs_of, poll, private_cluster, slurm
 
 # Two cores are shared with a whole Slurm: how long an example takes says nothing.
 # Where a submission is judged the examples are the same each time; everywhere else new ones are looked for.
@@ -29,15 +27,15 @@ hypothesis.settings.load_profile("shared")
 
 # They make Unix users and what serves these, a firewall or networks of their own, or mount something: root only.
 _ROOT_ONLY = [
-    "test_firewalled_nodes.py",
-    "test_gateway_as_user.py",
-    "test_matrix.py",
-    "test_matrix_failures.py",
-    "test_rest_users.py",
-    "test_run_as_user.py",
-    "test_slurm_rootfs.py",
-    "test_ssh_prompts.py",
-    "test_where_the_server_stands.py",
+    "gateway/test_as_user.py",
+    "kernels/test_rest_users.py",
+    "kernels/test_run_as_user.py",
+    "sites/test_firewalled_nodes.py",
+    "sites/test_server_networks.py",
+    "sites/test_supported_combinations.py",
+    "sites/test_supported_combinations_failures.py",
+    "slurm/test_slurm_rootfs.py",
+    "slurm/test_ssh_prompts.py",
 ]
 collect_ignore = [] if os.geteuid() == 0 else _ROOT_ONLY
 
@@ -68,54 +66,6 @@ def _encodable(value: Any) -> Any:
 def pytest_report_to_serializable() -> Iterator[Any]:
     """A worker's report goes to the one that collects them: a log with half a surrogate pair in it, too."""
     return _encodable((yield))
-
-
-def poll(condition: Callable[[], bool], *, timeout: float, interval: float = 0.05) -> bool:
-    """Whether the condition came true within ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(interval)
-    return True
-
-
-def slurm(*argv: str, cluster: PrivateCluster, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands on the cluster."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    return subprocess.run(
-        [*cluster.prefix, *argv],
-        check=check,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        # What jobs print is to be nowhere, unless a test says where.
-        env={**environment, **cluster.environment(), "SBATCH_OUTPUT": "/dev/null"},
-    )
-
-
-def jobs_of(cluster: PrivateCluster) -> list[str]:
-    """Every job that squeue shows, one line each."""
-    output = slurm("squeue", "--noheader", "--format=%i %T %j", cluster=cluster).stdout
-    return output.splitlines()
-
-
-@contextmanager
-def private_cluster(**options: Any) -> Iterator[PrivateCluster]:
-    """A real Slurm of four nodes with two pretended GPUs each; nothing of it is left afterwards."""
-    base = Path(tempfile.mkdtemp(prefix="gst-", dir="/tmp"))
-    base.chmod(0o755)  # other users' jobs read slurm.conf, too
-    private = PrivateCluster(base / "slurm", **options)
-    private.up()
-    try:
-        yield private
-    finally:
-        private.down()
-        left = job_processes(private.slurm_conf)
-        files = list(base.iterdir())
-        base.rmdir()
-    assert left == []
-    assert files == []
 
 
 @pytest.fixture(scope="session")
@@ -198,17 +148,17 @@ def jupyter_base() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def gateway_environment(cluster: PrivateCluster, jupyter_base: Path) -> Iterator[Path]:
     """HOME and Jupyter's directories for a module's gateways."""
-    with kernels.jupyter_files_in(jupyter_base):
+    with kernel_clients.jupyter_files_in(jupyter_base):
         yield jupyter_base
 
 
 @pytest.fixture
 def kernelspecs(jupyter_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An entry of JUPYTER_PATH with ``slurm`` (tunnel) and ``slurm-direct``, and nothing else; add to it."""
-    for name, value in kernels.jupyter_environment(jupyter_base).items():
+    for name, value in kernel_clients.jupyter_environment(jupyter_base).items():
         monkeypatch.setenv(name, value)
     directory = jupyter_base / "path"
-    kernels.install_both(directory)
+    kernel_clients.install_both(directory)
     yield directory
     shutil.rmtree(directory / "kernels")
 
@@ -216,10 +166,10 @@ def kernelspecs(jupyter_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.fixture
 def service(cluster: PrivateCluster, kernelspecs: Path) -> Iterator[SlurmService]:
     """The process's service, new; closed after the test, whichever it is by then."""
-    kernels.forget_service()
-    kernels.forget_dead_servers()
+    kernel_clients.forget_service()
+    kernel_clients.forget_dead_servers()
     yield SlurmService.instance()
-    kernels.forget_service()
+    kernel_clients.forget_service()
 
 
 @pytest.fixture
@@ -228,8 +178,8 @@ def admin_settings(service: SlurmService) -> Iterator[Callable[..., SlurmService
     written: list[Path] = []
 
     def write(**traits: object) -> SlurmService:
-        kernels.forget_service()
-        written.append(kernels.write_admin_settings(**traits))
+        kernel_clients.forget_service()
+        written.append(kernel_clients.write_admin_settings(**traits))
         return SlurmService.instance()
 
     yield write
@@ -246,4 +196,4 @@ def mode(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def kernel_name(mode: str) -> str:
     """The kernelspec for ``mode``."""
-    return kernels.KERNEL_NAMES[mode]
+    return kernel_clients.KERNEL_NAMES[mode]

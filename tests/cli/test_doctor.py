@@ -1,0 +1,210 @@
+"""``jupyter slurm doctor``: what it finds, what it mends, and what it leaves alone, on the real Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from gateway_slurm.allocations.identity import JOB_NAME, new_launcher_id
+from gateway_slurm.store import Registry
+from helpers.failing_starts import wrapped_command
+from helpers.kernel_clients import READY, job_state
+from helpers.private_slurm import poll, slurm
+from helpers.server_processes import server
+
+# A server with a row, or with none, that is killed.
+DEAD_SERVER = """
+    import os, sys
+    from gateway_slurm.store import AllocationRecord, Registry
+    registry = Registry.default()
+    registry.open()
+    for jobid, launcher_id, kernel in (word.split(":") for word in sys.argv[1:]):
+        kernel_ids = [kernel] if kernel else []
+        record = AllocationRecord(launcher_id=launcher_id, jobid=jobid, identity=launcher_id, kernel_ids=kernel_ids)
+        registry.put(record)
+    registry.flush()
+    print(registry.store_id)
+    sys.stdout.flush()
+    os._exit(0)
+"""
+NO_PROCESS = 4_194_304  # more than any process id can be (proc(5), pid_max)
+
+
+@pytest.fixture(autouse=True)
+def home(service, tmp_path, monkeypatch) -> Path:
+    """Store, marks, sockets and connection files of the test's own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    (tmp_path / "runtime").mkdir()
+    with tempfile.TemporaryDirectory(prefix="gst-", dir="/tmp") as sockets:
+        monkeypatch.setenv("TMPDIR", sockets)
+        yield Path(sockets)
+
+
+def dead_server(*rows: str) -> str:
+    """Leave rows (``jobid:launcher_id:kernel_id``) behind; the store's id."""
+    argv = [sys.executable, "-c", textwrap.dedent(DEAD_SERVER), *rows]
+    return subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, timeout=READY).stdout.strip()
+
+
+def submit(cluster, launcher_id: str) -> str:
+    """A job as ours are named, that only sleeps; it runs."""
+    comment = f"--comment={JOB_NAME}:{launcher_id}"
+    argv = ("sbatch", "--parsable", f"--job-name={JOB_NAME}", comment, "-o/dev/null", "--wrap", "sleep 300")
+    jobid = slurm(*argv, cluster=cluster).stdout.strip()
+    assert poll(lambda: job_state(jobid) == "RUNNING", timeout=READY)
+    return jobid
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run it, as its user does."""
+    argv = [sys.executable, "-m", "gateway_slurm.cli.app", "doctor", "--no-walk", *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=READY, check=False)
+
+
+def findings(*arguments: str, status: int) -> list[dict[str, object]]:
+    """What it finds, with this exit status."""
+    ran = doctor("--json", *arguments)
+    assert ran.returncode == status, (ran.stdout, ran.stderr)
+    return json.loads(ran.stdout)["findings"]
+
+
+def kinds(found: list[dict[str, object]]) -> list[str]:
+    """Their kinds."""
+    return sorted(str(one["kind"]) for one in found)
+
+
+def test_where_nothing_is_left_it_says_so_and_what_it_looked_at():
+    """The exit status is 0; the store, Slurm and the address are named."""
+    ran = doctor()
+    assert (ran.returncode, ran.stderr) == (0, "")
+    for words in ("Nothing is left", "store: ", "Slurm: it answers", "response address: "):
+        assert words in ran.stdout
+
+
+def test_files_marks_and_rows_of_what_is_over_are_found_and_mended(home, tmp_path):
+    """One line each, with what --fix would do; afterwards there is nothing to find."""
+    dead_server("99999999:gs-1:k")
+    marks = Registry.default().marks
+    marks.set("99999998", "gs-2")
+    sockets = home / f"gs-server{NO_PROCESS}-abc"
+    sockets.mkdir()
+    connection = tmp_path / "runtime" / "kernel-1.json"
+    connection.write_text(json.dumps({"transport": "ipc", "ip": f"{home}/gs-server{NO_PROCESS}-old/ab", "key": "x"}))
+    other = tmp_path / "runtime" / "kernel-2.json"
+    other.write_text(json.dumps({"transport": "tcp", "ip": "127.0.0.1"}))
+    ran = doctor()
+    assert ran.returncode == 1
+    assert len([line for line in ran.stdout.splitlines() if "; --fix removes" in line]) == 4
+    assert "job 99999999, which is over, with 1 kernels" in ran.stdout
+    assert sockets.exists()
+    assert kinds(findings("--fix", status=0)) == ["connection", "mark", "row", "sockets"]
+    assert not sockets.exists()
+    assert not connection.exists()
+    assert other.exists()
+    assert (marks.all(), Registry.default().all_records()) == (frozenset(), [])
+    assert findings(status=0) == []
+
+
+def test_a_job_that_no_row_knows_is_cancelled_once_a_server_would_have_come_back(admin_settings, cluster):
+    """It says until when it is left, and then --fix ends it."""
+    store_id = dead_server()
+    job = submit(cluster, new_launcher_id(store_id))
+    (found,) = findings("--fix", status=1)
+    assert "no row of it knows the job" in str(found["what"])
+    assert "may come back" in str(found["fix"])
+    assert job_state(job) == "RUNNING"
+    admin_settings(orphan_timeout=0.1)
+    (found,) = findings(status=1)
+    assert (found["fix"], found["can_fix"]) == ("cancels it", True)
+    (found,) = findings("--fix", status=0)
+    assert found["mended"]
+    assert poll(lambda: job_state(job) == "", timeout=READY)
+
+
+def test_a_dead_servers_job_is_told_of_with_its_kernels_and_left(cluster):
+    """When that server died is not known: its launcher does, and ends the job in time."""
+    launcher_id = new_launcher_id("0" * 32)
+    job = submit(cluster, launcher_id)
+    dead_server(f"{job}:{launcher_id}:k")
+    (found,) = findings("--fix", status=1)
+    assert f"job {job} is of a server that is dead; nobody reaches its kernels (1)" in str(found["what"])
+    assert job_state(job) == "RUNNING"
+    slurm("scancel", job, cluster=cluster)
+
+
+def test_jobs_of_living_servers_and_of_other_stores_are_left_alone(admin_settings, cluster):
+    """However old they are: another store's is its own server's business, wherever that is."""
+    admin_settings(orphan_timeout=0.1)
+    theirs = submit(cluster, new_launcher_id("f" * 32))
+    with server() as one:
+        ran = doctor("--fix")
+        assert (ran.returncode, ran.stderr) == (0, ""), ran.stdout
+        assert f"job {theirs} is of another store's server" in ran.stdout
+        assert job_state(one.jobid) == job_state(theirs) == "RUNNING"
+        one.end("in good order")
+    slurm("scancel", theirs, cluster=cluster)
+
+
+def test_what_others_may_read_is_closed_to_them():
+    """The state directory holds everybody's secrets, sealed or not."""
+    dead_server()
+    directory = Registry.default().directory
+    directory.chmod(0o755)
+    (found,) = findings("--fix", status=0)
+    assert (found["kind"], directory.stat().st_mode & 0o777) == ("mode", 0o700)
+
+
+def test_while_slurm_does_not_answer_jobs_are_not_judged_and_the_rest_is(home, admin_settings, tmp_path):
+    """The exit status says that not all could be looked at."""
+    dead_server("12:gs-1:")
+    (home / f"gs-server{NO_PROCESS}-abc").mkdir()
+    words = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    admin_settings(slurm_path=wrapped_command(tmp_path / "bin", "squeue", f"echo '{words}' >&2; exit 1"))
+    ran = doctor("--fix")
+    assert ran.returncode == 2
+    assert "Slurm does not answer" in ran.stderr
+    assert not list(home.iterdir())
+    assert len(Registry.default().all_records()) == 1
+
+
+def test_a_damaged_store_is_told_of_and_left_as_it_is(tmp_path):
+    """A copy of it may be put back."""
+    dead_server("12:gs-1:")
+    (file,) = (tmp_path / "state" / "gateway_slurm").glob("*/store.sqlite")
+    for name in ("-wal", "-shm"):
+        file.with_name(file.name + name).unlink(missing_ok=True)
+    file.write_bytes(b"no database at all" * 1000)
+    ran = doctor("--fix")
+    assert ran.returncode == 2
+    assert "the store cannot be used" in ran.stderr
+    assert file.read_bytes() == b"no database at all" * 1000
+
+
+def test_a_store_without_its_key_is_told_of_and_no_key_is_made_in_its_place(tmp_path):
+    """With another key its kernels could not be restored any more."""
+    dead_server("12:gs-1:")
+    (key,) = (path for path in (tmp_path / "state" / "gateway_slurm").glob("*") if path.is_file())
+    key.unlink()
+    ran = doctor("--fix")
+    assert ran.returncode == 2
+    assert "the store cannot be used" in ran.stderr
+    assert not key.exists()
+
+
+def test_an_address_that_no_launcher_can_dial_is_found(admin_settings):
+    """Before a job waits in vain for its launcher to be let in."""
+    admin_settings(response_address="no-such-host.invalid")
+    (found,) = findings(status=1)
+    assert "no-such-host.invalid" in str(found["what"])
+    admin_settings(response_interface="nosuch0")
+    (found,) = findings("--fix", status=1)
+    assert "nosuch0" in str(found["what"])
+    assert os.environ["XDG_STATE_HOME"]

@@ -1,0 +1,107 @@
+"""Several gateways on one store, as processes, and what the store says of them."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from gateway_slurm.gateway.peers.client import PASSED_ON
+from helpers.gateway_process import Gateway, running_gateway
+from helpers.kernel_clients import READY, poll_async, write_admin_settings
+from helpers.notebook_server import Server
+from helpers.private_slurm import poll
+
+
+@dataclass
+class Deployment:
+    """Gateways by name on one store; ``start`` starts one more."""
+
+    base: Path
+    store: sa.Engine
+    _stack: ExitStack
+    gateways: dict[str, Gateway] = field(default_factory=dict)
+
+    def start(self, name: str, *options: str) -> Gateway:
+        gateway = self._stack.enter_context(running_gateway(self.base / name, *options))
+        if any("certfile" in option for option in options):
+            gateway = replace(gateway, url=gateway.url.replace("http:", "https:"))
+        self.gateways[name] = gateway
+        assert poll(lambda: is_ready(gateway), timeout=READY), gateway.log.read_text()
+        return gateway
+
+    def owner_of(self, kernel_id: str) -> str:
+        """The server on record as the kernel's: there is one, or none."""
+        question = sa.text("SELECT server_id FROM kernels WHERE kernel_id = :kernel_id")
+        with self.store.connect() as connection:
+            owners = list(connection.execute(question, {"kernel_id": kernel_id}).scalars())
+        assert len(owners) < 2
+        return owners[0] if owners else ""
+
+    def server_of(self, gateway: Gateway) -> str:
+        """The id under which a gateway is on record."""
+        question = sa.text("SELECT server_id FROM servers WHERE pid = :pid")
+        with self.store.connect() as connection:
+            return str(connection.execute(question, {"pid": gateway.process.pid}).scalar_one())
+
+    async def know_each_other(self) -> None:
+        """Wait until each tells its launchers of the others, of whom there is at least one."""
+        for gateway in self.gateways.values():
+            told = await poll_async(lambda log=gateway.log: "launchers may also dial" in log.read_text(), timeout=READY)
+            assert told, gateway.log.read_text()
+
+    async def holders(self, kernel_id: str, user: str = "alice") -> list[str]:
+        """The gateways that say that they have the kernel themselves."""
+        found = []
+        for name, gateway in self.gateways.items():
+            if gateway.process.poll() is None and await has_itself(gateway.of(user), kernel_id):
+                found.append(name)
+        return found
+
+
+def is_ready(gateway: Gateway) -> bool:
+    """Whether a load balancer would send requests there."""
+    scheme, _slashes, host = gateway.url.partition("://")
+    tls = ssl._create_unverified_context()  # noqa: S323 - whether it is up is all that is asked
+    connection = (
+        http.client.HTTPSConnection(host, timeout=READY, context=tls)
+        if scheme == "https"
+        else http.client.HTTPConnection(host, timeout=READY)
+    )
+    try:
+        connection.request("GET", "/health/ready")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+async def has_itself(server: Server, kernel_id: str) -> bool:
+    """Whether the gateway, asked as another gateway asks it, has the kernel."""
+    path = f"/api/kernels/{kernel_id}"
+    return (await server.request("GET", path, headers={PASSED_ON: "test"}, raise_error=False)).code == 200
+
+
+@contextmanager
+def deployment(base: Path, url: str) -> Iterator[Deployment]:
+    """A store, and settings for gateways on it."""
+    with ExitStack() as stack:
+        settings = write_admin_settings(store_url=url, orphan_timeout=120)
+        engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+        try:
+            yield Deployment(base, engine, stack)
+        finally:
+            stack.close()
+            engine.dispose()
+            settings.unlink(missing_ok=True)
+
+
+async def ids(server: Server, path: str) -> list[str]:
+    """Those in a list."""
+    return sorted(one["id"] for one in await server.json("GET", path))

@@ -1,0 +1,270 @@
+"""A jupyter_server of this environment as a process of its own, and a frontend's session with one kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import struct
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.session import Session
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.websocket import WebSocketClientConnection, websocket_connect
+
+from helpers.kernel_clients import READY
+
+V1 = "v1.kernel.websocket.jupyter.org"
+
+
+@dataclass
+class Server:
+    """Where a server listens and who may use it."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    token: str
+    log: Path
+    ca: str | None = None  # file of the certificate that it has for HTTPS
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        token: str | None = None,
+        raise_error: bool = True,
+        headers: Mapping[str, str] | None = None,
+    ) -> HTTPResponse:
+        """One REST call; raises HTTPClientError for a status of 400 and above, unless ``raise_error`` is False."""
+        headers = {"Authorization": f"token {self.token if token is None else token}", **(headers or {})}
+        data = json.dumps(body) if body is not None else ("" if method in ("POST", "PATCH") else None)
+        limits = {"request_timeout": READY, "connect_timeout": READY}
+        request = HTTPRequest(self.url + path, method, headers, body=data, ca_certs=self.ca, **limits)
+        return await AsyncHTTPClient().fetch(request, raise_error=raise_error)
+
+    async def json(self, method: str, path: str, body: object = None) -> Any:
+        """The answer's JSON; None for an empty one."""
+        answer = (await self.request(method, path, body)).body
+        return json.loads(answer) if answer else None
+
+    async def status(self, method: str, path: str, body: object = None, *, token: str | None = None) -> int:
+        """The status of a REST call, whichever it is."""
+        return (await self.refusal(method, path, body, token=token))[0]
+
+    async def refusal(
+        self, method: str, path: str, body: object = None, *, token: str | None = None
+    ) -> tuple[int, str]:
+        """Status and body of a REST call, whichever it is."""
+        answer = await self.request(method, path, body, token=token, raise_error=False)
+        return answer.code, answer.body.decode(errors="replace")
+
+
+@contextmanager
+def running_server(directory: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """``jupyter server`` with its files in ``directory``; SIGTERM at the end, which it has to obey."""
+    token = secrets.token_hex(16)
+    argv = [sys.executable, "-m", "jupyter_server", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
+    argv += ["--allow-root", f"--ServerApp.root_dir={directory}", *options]
+    # The token goes by the environment, as JupyterHub does it.
+    environment = {"JUPYTER_TOKEN": token, **(environment or {})}
+    with running_process(argv, "--ServerApp.port={}", directory / "server.log", environment) as (process, url):
+        yield Server(process, url, token, directory / "server.log")
+
+
+@contextmanager
+def running_process(
+    argv: list[str], port_option: str, log: Path, environment: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server as a process that listens, and its URL; SIGTERM at the end, which it has to obey."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*argv, port_option.format(port)],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+    try:
+        until_listening(process, port, log)
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        finally:
+            process.kill()
+
+
+def until_listening(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until the process listens; one that ends, or takes too long, is the test's failure."""
+    deadline = time.monotonic() + READY
+    while process.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"the server did not come up:\n{log.read_text()}")
+
+
+class Frontend:
+    """A frontend's websocket to a kernel; ``protocol`` is "" (JSON) or V1 (binary frames)."""
+
+    def __init__(self, connection: WebSocketClientConnection, protocol: str, session_id: str) -> None:
+        self._connection, self._protocol, self.session_id = connection, protocol, session_id
+        self._session = Session(session=uuid.uuid4().hex)
+
+    @classmethod
+    async def connect(
+        cls, server: Server, kernel_id: str, protocol: str = "", *, session_id: str = "", token_in_url: bool = False
+    ) -> Frontend:
+        """A new session's websocket, or with ``session_id`` an earlier one's."""
+        session_id = session_id or uuid.uuid4().hex
+        url = server.url.replace("http", "ws") + f"/api/kernels/{kernel_id}/channels?session_id={session_id}"
+        headers = {} if token_in_url else {"Authorization": f"token {server.token}"}
+        url += f"&token={server.token}" if token_in_url else ""
+        request = HTTPRequest(url, headers=headers, connect_timeout=READY, ca_certs=server.ca)
+        subprotocols = [protocol] if protocol else None
+        connection = await websocket_connect(request, subprotocols=subprotocols, max_message_size=1 << 28)
+        assert (connection.selected_subprotocol or "") == protocol
+        return cls(connection, protocol, session_id)
+
+    async def send(self, channel: str, msg_type: str, content: dict[str, Any]) -> str:
+        """Send a message; return its id."""
+        message = self._session.msg(msg_type, content)
+        if self._protocol:
+            parts = [
+                json.dumps(message[name], default=str).encode()
+                for name in ("header", "parent_header", "metadata", "content")
+            ]
+            await self._connection.write_message(_v1_frame(channel, parts), binary=True)
+        else:
+            text = json.dumps({**message, "channel": channel, "buffers": []}, default=str)
+            await self._connection.write_message(text)
+        return str(message["header"]["msg_id"])
+
+    async def receive(self) -> dict[str, Any]:
+        """The next message, with its ``channel``."""
+        message = await self.receive_or_none()
+        assert message is not None, "the server closed the websocket"
+        return message
+
+    async def receive_or_none(self) -> dict[str, Any] | None:
+        """The same; None once the websocket is closed."""
+        data = await self._connection.read_message()
+        if data is None:
+            return None
+        if isinstance(data, str):
+            return dict(json.loads(data))
+        channel, parts = _v1_parts(data)
+        header, parent, metadata, content = map(json.loads, parts[:4])
+        return {
+            "channel": channel,
+            "header": header,
+            "msg_type": header["msg_type"],
+            "parent_header": parent,
+            "metadata": metadata,
+            "content": content,
+        }
+
+    async def until_closed(self) -> None:
+        """Read until the server closes the websocket."""
+        while await self._connection.read_message() is not None:
+            pass
+
+    async def until_ready(self) -> None:
+        """Ask until an answer came by shell and by iopub, as frontends do after a restart.
+
+        ZMQ reconnects each channel in its own time, and what iopub says meanwhile is heard by nobody.
+        """
+        while True:
+            msg_id = await self.send("shell", "kernel_info_request", {})
+            try:
+                await asyncio.wait_for(self.result(msg_id), 1.0)
+            except asyncio.TimeoutError:
+                continue
+            return
+
+    async def run(self, code: str) -> str:
+        """Send code; return the request's id."""
+        return await self.send("shell", "execute_request", _execute(code))
+
+    async def execute(self, code: str) -> tuple[dict[str, Any], str]:
+        """Run code; return the reply's content and what was printed."""
+        msg_id = await self.run(code)
+        return await self.result(msg_id)
+
+    async def begin(self, code: str, mark: str) -> str:
+        """Send code and return its id once it has printed ``mark``."""
+        msg_id = await self.run(code)
+        while mark not in str((await self.receive())["content"].get("text")):
+            pass
+        return msg_id
+
+    async def result(self, msg_id: str) -> tuple[dict[str, Any], str]:
+        """The reply to ``msg_id`` and what it printed, once the kernel is idle again."""
+        reply, printed, idle = None, "", False
+        while reply is None or not idle:
+            message = await self.receive()
+            if message["parent_header"].get("msg_id") != msg_id:
+                continue
+            if message["channel"] == "shell":
+                reply = message["content"]
+            elif message["msg_type"] == "stream":
+                printed += message["content"]["text"]
+            elif message["msg_type"] == "status":
+                idle = message["content"]["execution_state"] == "idle"
+        return reply, printed.strip()
+
+    @property
+    def close_code(self) -> int | None:
+        """The server's, once it has closed the websocket."""
+        return self._connection.close_code
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _execute(code: str) -> dict[str, Any]:
+    return {
+        "code": code,
+        "silent": False,
+        "store_history": True,
+        "user_expressions": {},
+        "allow_stdin": True,
+        "stop_on_error": True,
+    }
+
+
+def _v1_frame(channel: str, parts: list[bytes]) -> bytes:
+    """jupyter_server's binary frame: count and offsets (64 bits, little endian), channel, parts."""
+    all_parts = [channel.encode(), *parts]
+    offsets = [8 * (2 + len(all_parts))]
+    for part in all_parts:
+        offsets.append(offsets[-1] + len(part))
+    return struct.pack(f"<{len(offsets) + 1}Q", len(offsets), *offsets) + b"".join(all_parts)
+
+
+def _v1_parts(data: bytes) -> tuple[str, list[bytes]]:
+    (count,) = struct.unpack_from("<Q", data)
+    offsets = struct.unpack_from(f"<{count}Q", data, 8)
+    parts = [data[low:high] for low, high in pairwise(offsets)]
+    return parts[0].decode(), parts[1:]
+
+
+__all__ = ["V1", "Frontend", "HTTPClientError", "Server", "running_process", "running_server", "until_listening"]

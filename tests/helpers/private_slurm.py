@@ -1,0 +1,63 @@
+"""A private Slurm for tests, its commands, and the wait for a condition."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import job_processes
+
+
+def poll(condition: Callable[[], bool], *, timeout: float, interval: float = 0.05) -> bool:
+    """Whether the condition came true within ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(interval)
+    return True
+
+
+def slurm(*argv: str, cluster: PrivateCluster, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands on the cluster."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(
+        [*cluster.prefix, *argv],
+        check=check,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        # What jobs print is to be nowhere, unless a test says where.
+        env={**environment, **cluster.environment(), "SBATCH_OUTPUT": "/dev/null"},
+    )
+
+
+def jobs_of(cluster: PrivateCluster) -> list[str]:
+    """Every job that squeue shows, one line each."""
+    output = slurm("squeue", "--noheader", "--format=%i %T %j", cluster=cluster).stdout
+    return output.splitlines()
+
+
+@contextmanager
+def private_cluster(**options: Any) -> Iterator[PrivateCluster]:
+    """A real Slurm of four nodes with two pretended GPUs each; nothing of it is left afterwards."""
+    base = Path(tempfile.mkdtemp(prefix="gst-", dir="/tmp"))
+    base.chmod(0o755)  # other users' jobs read slurm.conf, too
+    private = PrivateCluster(base / "slurm", **options)
+    private.up()
+    try:
+        yield private
+    finally:
+        private.down()
+        left = job_processes(private.slurm_conf)
+        files = list(base.iterdir())
+        base.rmdir()
+    assert left == []
+    assert files == []

@@ -1,0 +1,50 @@
+"""A private cluster with slurmrestd, and settings by which it is reached by nothing else; for modules of tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gateway_slurm.testing import PrivateCluster
+from helpers.private_slurm import private_cluster
+
+USER = "root" if os.geteuid() == 0 else os.environ.get("USER", "")
+
+# Prints a token as scontrol does, and adds a line to a file: so that tests see how often it ran.
+_MINT = """\
+import os, subprocess, sys
+counted, conf, lifespan, user = sys.argv[1:]
+with open(counted, "a") as file:
+    file.write(user + "\\n")
+env = {**os.environ, "SLURM_CONF": conf}
+sys.exit(subprocess.run(["scontrol", "token", f"username={user}", f"lifespan={lifespan}"], env=env).returncode)
+"""
+
+
+@contextmanager
+def cluster_by_rest() -> Iterator[PrivateCluster]:
+    """A cluster with slurmrestd. SLURM_CONF does not point to it: commands of this process's find no Slurm."""
+    before = os.environ.pop("SLURM_CONF", None)
+    try:
+        with private_cluster(rest=True) as private:
+            yield private
+    finally:
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+
+
+def mint_command(cluster: PrivateCluster, counted: Path, *, lifespan: int = 600) -> list[str]:
+    """A value for SlurmService.rest_token_command; ``counted`` gets a line for each token."""
+    return [sys.executable, "-c", _MINT, str(counted), str(cluster.slurm_conf), str(lifespan), "{user}"]
+
+
+def write_token(path: Path, token: str) -> Path:
+    """Replace a token file as a whole, for its owner only."""
+    temporary = path.with_suffix(".new")
+    temporary.touch(mode=0o600)
+    temporary.write_text(token + "\n")
+    temporary.replace(path)
+    return path

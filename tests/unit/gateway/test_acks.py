@@ -1,0 +1,124 @@
+"""What of a kernel's output is acknowledged to its launcher: what every frontend has, and nothing more."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway_slurm.gateway.channels.acks import EVERY, STATE, Delivery, Position
+from helpers.kernel_clients import poll_async
+
+IDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters="@"), min_size=1, max_size=40)
+MARKS = st.sampled_from(["-", "+", "ok:3", "error:", "aborted:"])
+
+
+class Launcher:
+    """What the launcher is told."""
+
+    def __init__(self):
+        self.said = []
+
+    def __call__(self, upto, positions):
+        self.said.append((upto, positions))
+
+    async def next(self):
+        """What is said next."""
+        before = len(self.said)
+        assert await poll_async(lambda: len(self.said) > before, timeout=5, interval=EVERY / 4)
+        return self.said[-1]
+
+
+@pytest.fixture
+def launcher():
+    """It remembers what it hears."""
+    return Launcher()
+
+
+def publish(delivery, *msg_ids):
+    """The kernel says these."""
+    for msg_id in msg_ids:
+        delivery.published(msg_id)
+
+
+async def test_what_is_acknowledged_is_what_the_slowest_frontend_has(launcher):
+    """One that is away holds it up; when it is given up the others count."""
+    delivery = Delivery(launcher)
+    delivery.join("quick")
+    delivery.join("slow")
+    publish(delivery, "1", "2", "3")
+    delivery.left("quick", "3")
+    delivery.left("slow", "1")
+    upto, positions = await launcher.next()
+    assert upto == "1"
+    assert [Position.parse(positions[one]).msg_id for one in ("quick", "slow")] == ["3", "1"]
+    delivery.leave("slow")
+    assert (await launcher.next())[0] == "3"
+
+
+async def test_many_messages_are_one_acknowledgement(launcher):
+    """They are put together for a moment."""
+    delivery = Delivery(launcher)
+    delivery.join("one")
+    for number in range(1000):
+        delivery.published(str(number))
+        delivery.left("one", str(number))
+    assert (await launcher.next())[0] == "999"
+    assert len(launcher.said) == 1
+
+
+async def test_a_kernel_that_never_had_a_frontend_is_not_acknowledged(launcher):
+    """Its launcher keeps nothing while the link is there; after the last frontend it would keep everything."""
+    delivery = Delivery(launcher)
+    delivery.unwanted("1")
+    await asyncio.sleep(2 * EVERY)
+    assert launcher.said == []
+    delivery.join("one")
+    assert (await launcher.next())[0] == ""
+    delivery.leave("one")
+    delivery.unwanted("2")
+    assert (await launcher.next())[0] == "2"
+
+
+async def test_sessions_of_an_earlier_server_go_on_from_where_they_were(launcher):
+    """What was kept is in the kernel's order, whoever reads it first."""
+    delivery = Delivery(launcher)
+    delivery.join("ahead", Position("7"))
+    delivery.join("behind", Position("5"))
+    delivery.kept("ahead", ["5", "6", "7", "8"])
+    delivery.kept("behind", ["5", "6", "7", "8"])
+    delivery.left("ahead", "8")
+    assert (await launcher.next())[0] == "5"
+    delivery.left("behind", "6")
+    assert (await launcher.next())[0] == "6"
+
+
+async def test_cells_and_the_kernels_state_are_told_with_the_positions(launcher):
+    """The next server knows what waits for an answer, and whether the kernel computes."""
+    delivery = Delivery(launcher)
+    delivery.join("one")
+    delivery.runs("one", {"cell": "+"})
+    delivery.state("busy")
+    _upto, positions = await launcher.next()
+    assert positions[STATE] == "busy"
+    assert Position.parse(positions["one"]).cells == {"cell": "+"}
+
+
+async def test_a_session_that_is_new_waits_for_nothing_that_was_before(launcher):
+    """It does not hold up what others have."""
+    delivery = Delivery(launcher)
+    delivery.join("old")
+    publish(delivery, "1", "2")
+    delivery.join("new")
+    delivery.left("old", "2")
+    assert (await launcher.next())[0] == "2"
+
+
+@given(msg_id=IDS | st.just(""), cells=st.dictionaries(IDS, MARKS, max_size=5))
+def test_a_position_is_a_text_and_back(msg_id, cells):
+    """It is never an empty one, and has no space at its ends."""
+    text = str(Position(msg_id, cells))
+    assert text
+    assert Position.parse(text) == Position(msg_id, cells)

@@ -1,0 +1,589 @@
+"""Requests and websockets for what another gateway has: small gateways in this process, and a list of who has what."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import statistics
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from tornado import web
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.websocket import WebSocketHandler, websocket_connect
+
+from gateway_slurm.gateway.auth.user import GatewayUser
+from gateway_slurm.gateway.peers import forward as passing
+from gateway_slurm.gateway.peers import lists as merged
+from gateway_slurm.gateway.peers import peers
+from gateway_slurm.gateway.peers import websocket as peerchannels
+from gateway_slurm.gateway.peers.client import PASSED_ON, PeerClient
+from gateway_slurm.gateway.peers.forward import PassesOn, Passing
+from gateway_slurm.gateway.peers.lists import with_others
+from gateway_slurm.gateway.peers.peers import KERNELS, DirectoryUnavailable, Found, Kept, Peer, Peers
+from gateway_slurm.gateway.peers.websocket import JoinsPeers
+from helpers.proxies import Certificate
+
+V1 = "v1.kernel.websocket.jupyter.org"
+LOG = logging.getLogger(__name__)
+MEGABYTE = 1 << 20
+PATIENCE = 20  # seconds
+
+
+@dataclass
+class Directory:
+    """Who has what, as the test says; ``trouble`` makes it a store that does not answer."""
+
+    server_id: str
+    gateways: dict[str, Peer] = field(default_factory=dict)
+    kernels: dict[str, tuple[str, str]] = field(default_factory=dict)  # id: the gateway's, the owner
+    at: dict[tuple[str, str], str] = field(default_factory=dict)
+    trouble: str = ""
+
+    def _known(self):
+        if self.trouble:
+            raise DirectoryUnavailable(self.trouble)
+        return self
+
+    async def others(self):
+        return [peer for peer in self._known().gateways.values() if peer.server_id != self.server_id]
+
+    async def kernel(self, kernel_id):
+        server, owner = self._known().kernels.get(kernel_id, ("", ""))
+        return Found(peer=self.gateways[server], owner=owner) if server else None
+
+    async def session(self, session_id):
+        return None
+
+    async def session_at(self, owner, path):
+        server = self._known().at.get((owner, path))
+        return Found(peer=self.gateways[server], owner=owner) if server else None
+
+    async def owners(self):
+        return {key: owner for key, (server, owner) in self._known().kernels.items() if server != self.server_id}
+
+    async def kept(self, server_ids):
+        entries = [(owner, "", {"id": key}) for key, (server, owner) in self.kernels.items() if server in server_ids]
+        return Kept(kernels=tuple(entries))
+
+    def close(self):
+        pass
+
+
+class Sessions:
+    """A gateway's sessions: none."""
+
+    def find(self, session_id):
+        return None
+
+    def at(self, path, owner):
+        return None
+
+
+class Known(web.RequestHandler):
+    """Who asks: whom the token names."""
+
+    def prepare(self):
+        kind, _, name = self.request.headers.get("Authorization", "").partition(" ")
+        self.current_user = GatewayUser(name) if kind == "token" else None
+
+    @property
+    def gateway(self):
+        return self.settings["gateway"]
+
+
+class Kernel(Known, PassesOn):
+    """``/api/kernels/{id}`` and below: answers with what it was asked."""
+
+    async def prepare(self):
+        super().prepare()
+        self.gateway.asked.append(self.request)
+        await self.pass_on_what_is_elsewhere()
+
+    def finish(self, chunk=None, set_content_type="text/plain"):
+        self.set_header("Content-Type", set_content_type)
+        return super().finish(chunk)
+
+    def answer(self, kernel_id):
+        if self.gateway.kernels.get(kernel_id) != self.current_user.username:
+            raise web.HTTPError(404)
+        self.set_status(201)
+        self.set_header("Location", f"/api/kernels/{kernel_id}")
+        said = {"at": self.gateway.name, "id": kernel_id, "body": self.request.body.decode()}
+        self.finish(json.dumps(said), set_content_type="application/x-said")
+
+    get = post = delete = patch = answer
+
+
+class KernelById(Kernel):
+    """As a list's question for one."""
+
+    async def get(self, kernel_id):
+        if self.gateway.silence is not None:
+            await self.gateway.silence.wait()
+        if self.gateway.kernels.get(kernel_id) != self.current_user.username:
+            raise web.HTTPError(404)
+        self.finish({"at": self.gateway.name, "id": kernel_id})
+
+    delete = get
+
+
+class KernelList(Known, PassesOn):
+    """``/api/kernels``."""
+
+    async def get(self):
+        if self.gateway.silence is not None:
+            await self.gateway.silence.wait()
+        own = [
+            {"id": key, "at": self.gateway.name}
+            for key, owner in self.gateway.kernels.items()
+            if owner == self.current_user.username
+        ]
+        self.finish(
+            {"kernels": await with_others(self, KERNELS, own)}
+            if PASSED_ON not in self.request.headers
+            else json.dumps(own)
+        )
+
+
+class SessionList(Kernel):
+    """``POST /api/sessions``."""
+
+    async def post(self):
+        if not await self.pass_on_session(self.current_user.username, self.get_query_argument("path"), ""):
+            self.finish({"at": self.gateway.name})
+
+
+class Connection:
+    """A kernel's, as KernelWebsocketHandler calls it: echoes, and floods or closes when told."""
+
+    kernel_ws_protocol = V1
+
+    def __init__(self, handler):
+        self.handler, self.sent, self.received = handler, 0, 0
+
+    async def connect(self):
+        self.handler.gateway.connections.append(self)
+
+    def handle_incoming_message(self, message):
+        gateway = self.handler.gateway
+        if gateway.reading is not None:
+            return self._read_slowly(message)
+        if message == "close":
+            self.handler.close(4321, "as told")
+        elif message == "flood":
+            self.flood = asyncio.ensure_future(self._flood())
+        else:
+            self.handler.write_message(message, binary=isinstance(message, bytes))
+        return None
+
+    async def _read_slowly(self, message):
+        await self.handler.gateway.reading.wait()
+        self.received += len(message)
+
+    async def _flood(self):
+        for _ in range(200):
+            await self.handler.write_message(bytes(MEGABYTE), binary=True)
+            self.sent += MEGABYTE
+        await self.handler.write_message("that is all")
+
+    def disconnect(self):
+        self.handler.gateway.closed.append((self.handler.close_code, self.handler.close_reason))
+
+
+class Channels(JoinsPeers, Known, WebSocketHandler):
+    """``/api/kernels/{id}/channels``, around which KernelWebsocketHandler does the same."""
+
+    log = LOG
+
+    async def get(self, kernel_id):
+        self.gateway.asked.append(self.request)
+        if await self.joined_peer(kernel_id):
+            return
+        if self.current_user is None or self.gateway.kernels.get(kernel_id) != self.current_user.username:
+            raise web.HTTPError(404)
+        self.connection = Connection(self)
+        await super().get(kernel_id=kernel_id)
+
+    async def open(self, kernel_id):
+        await self.connection.connect()
+
+    def select_subprotocol(self, subprotocols):
+        return self.connection.kernel_ws_protocol if self.connection.kernel_ws_protocol in subprotocols else None
+
+    def on_close(self):
+        self.connection.disconnect()
+
+
+class Gateway:
+    """A small gateway that listens, and knows a directory."""
+
+    def __init__(self, name, *, tls=None, ca_file=""):
+        self.name, self.scheme = name, "https" if tls else "http"
+        self.kernels, self.asked, self.connections, self.closed = {}, [], [], []
+        self.silence = self.reading = None
+        self.directory = Directory(name)
+        self.peers = Peers(self.directory, log=LOG)
+        self.passing = Passing(self.peers, PeerClient(ca_file))
+        routes = [
+            (r"/api/kernels", KernelList),
+            (r"/api/sessions", SessionList),
+            (r"/api/kernels/(?P<kernel_id>[0-9a-z]+)", KernelById),
+            (r"/api/kernels/(?P<kernel_id>[0-9a-z]+)/act", Kernel),
+            (r"/api/kernels/(?P<kernel_id>[0-9a-z]+)/channels", Channels),
+        ]
+        settings = {"gateway": self, "passing": self.passing, "kernel_manager": self.kernels, "base_url": "/"}
+        application = web.Application(routes, session_manager=Sessions(), **settings)
+        self.server = HTTPServer(application, ssl_options=tls)
+        sockets = bind_sockets(0, "127.0.0.1")
+        self.server.add_sockets(sockets)
+        self.url = f"{self.scheme}://127.0.0.1:{sockets[0].getsockname()[1]}"
+
+    @property
+    def peer(self):
+        return Peer(server_id=self.name, url=self.url)
+
+    async def ask(self, method, path, *, user="alice", **options):
+        headers = {"Authorization": f"token {user}", **options.pop("headers", {})}
+        request = HTTPRequest(self.url + path, method, headers, allow_nonstandard_methods=True, **options)
+        return await AsyncHTTPClient().fetch(request, raise_error=False)
+
+    async def websocket(self, kernel_id, *, user="alice", **options):
+        url = f"ws{self.url.removeprefix('http')}/api/kernels/{kernel_id}/channels?session_id=s1"
+        headers = {"Authorization": f"token {user}", **options.pop("headers", {})}
+        return await websocket_connect(HTTPRequest(url, headers=headers), **options)
+
+    async def close(self):
+        self.passing.close()
+        self.server.stop()
+        await self.server.close_all_connections()
+
+
+@asynccontextmanager
+async def gateways(*names, **options):
+    """Gateways that know of each other."""
+    found = [Gateway(name, **options) for name in names]
+    for one in found:
+        one.directory.gateways = {other.name: other.peer for other in found}
+    try:
+        yield found
+    finally:
+        for one in found:
+            await one.close()
+
+
+@pytest.fixture
+async def pair():
+    """Gateway a, and b, who has alice's kernel k; a knows that."""
+    async with gateways("a", "b") as (a, b):
+        b.kernels["k"] = "alice"
+        a.directory.kernels["k"] = ("b", "alice")
+        yield a, b
+
+
+async def until(condition):
+    """Poll until it is true."""
+    deadline = asyncio.get_running_loop().time() + PATIENCE
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.01)
+
+
+# -- requests ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PATCH"])
+async def test_a_request_for_a_peers_kernel_gets_the_peers_answer(pair, method):
+    """Method, path, query, body and credentials go on; status, headers and body come back."""
+    a, b = pair
+    body = b'{"x": 1}' if method in ("POST", "PATCH") else None
+    answer = await a.ask(
+        method, "/api/kernels/k/act?y=%26%C3%A4&y=2", body=body, headers={"Cookie": "c=1", "Origin": "http://o"}
+    )
+    assert answer.code == 201
+    assert answer.headers["Location"] == "/api/kernels/k"
+    assert answer.headers["Content-Type"] == "application/x-said"
+    assert json.loads(answer.body) == {"at": "b", "id": "k", "body": (body or b"").decode()}
+    [request] = b.asked
+    assert (request.method, request.query_arguments) == (method, {"y": ["&ä".encode(), b"2"]})
+    assert request.headers["Authorization"] == "token alice"
+    assert request.headers["Cookie"] == "c=1"
+    assert request.headers[PASSED_ON] == "a"
+    assert "Origin" not in request.headers
+
+
+async def test_the_peer_judges_who_may_have_it(pair):
+    """Nobody is believed because a peer sends them; whom the record does not name is not even passed on."""
+    a, b = pair
+    assert (await a.ask("GET", "/api/kernels/k/act", user="bob")).code == 404
+    assert b.asked == []
+    b.kernels["k2"] = "alice"
+    a.directory.kernels["k2"] = ("b", "bob")  # a record that is wrong lets nobody in
+    assert (await a.ask("GET", "/api/kernels/k2/act", user="bob")).code == 404
+    assert b.asked[0].headers["Authorization"] == "token bob"
+
+
+async def test_a_request_is_passed_on_once(pair):
+    """Two gateways that take each other for the owner do not send it to and fro."""
+    a, b = pair
+    b.kernels.clear()
+    b.directory.kernels["k"] = ("a", "alice")
+    assert (await a.ask("GET", "/api/kernels/k/act")).code == 404
+    assert [len(one.asked) for one in (a, b)] == [1, 1]
+    with pytest.raises(HTTPClientError, match="404"):
+        await a.websocket("k")
+
+
+async def test_a_kernel_that_has_moved_is_found_at_its_new_gateway():
+    """What was known is looked up anew when the peer no longer has it."""
+    async with gateways("a", "b", "c") as (a, b, c):
+        a.directory.kernels["k"] = ("b", "alice")
+        b.kernels["k"] = "alice"
+        assert json.loads((await a.ask("GET", "/api/kernels/k/act")).body)["at"] == "b"
+        c.kernels["k"] = b.kernels.pop("k")
+        a.directory.kernels["k"] = ("c", "alice")
+        assert json.loads((await a.ask("POST", "/api/kernels/k/act", body=b"")).body)["at"] == "c"
+        a.kernels["k"] = c.kernels.pop("k")
+        a.directory.kernels["k"] = ("a", "alice")
+        assert json.loads((await a.ask("GET", "/api/kernels/k/act")).body)["at"] == "a"
+
+
+async def test_a_dead_gateways_kernel_is_waited_for_and_then_said_to_be_busy(pair, monkeypatch):
+    """Never 404, which clients take for the kernel's end."""
+    a, b = pair
+    dead = Peer(server_id="b", url=b.url, lives=False)
+    a.directory.gateways["b"] = dead
+    waiting = asyncio.ensure_future(a.ask("GET", "/api/kernels/k/act"))
+    await until(lambda: a.asked)
+    a.kernels["k"] = "alice"  # taken over
+    assert json.loads((await waiting).body)["at"] == "a"
+    a.kernels.clear()
+    monkeypatch.setattr(passing, "WAIT_SECONDS", 0.1)
+    assert (await a.ask("GET", "/api/kernels/k/act")).code == 503
+    await b.close()
+    a.directory.gateways["b"] = Peer(server_id="b", url=b.url)  # its lease is not over yet
+    assert (await a.ask("GET", "/api/kernels/k/act")).code == 503
+    monkeypatch.setattr(peerchannels, "WAIT_SECONDS", 0.1)
+    with pytest.raises(HTTPClientError, match="503"):
+        await a.websocket("k")
+
+
+async def test_a_kernel_that_no_record_names_yet_is_asked_for(pair):
+    """One that was made a moment ago; what nobody has is not there."""
+    a, _b = pair
+    a.directory.kernels.clear()
+    assert json.loads((await a.ask("GET", "/api/kernels/k/act")).body)["at"] == "b"
+    assert (await a.ask("GET", "/api/kernels/k/act", user="bob")).code == 404
+    assert (await a.ask("GET", "/api/kernels/none/act")).code == 404
+
+
+async def test_while_the_store_is_away_what_was_known_is_used(pair):
+    """A known kernel is passed on; an unknown one is asked for, and nobody says 404 who does not know."""
+    a, b = pair
+    await a.ask("GET", "/api/kernels")
+    await a.ask("GET", "/api/kernels/k/act")
+    a.directory.trouble = "the database does not answer"
+    assert json.loads((await a.ask("GET", "/api/kernels/k/act")).body)["at"] == "b"
+    b.kernels["new"] = "alice"
+    assert json.loads((await a.ask("GET", "/api/kernels/new/act")).body)["at"] == "b"
+    assert (await a.ask("GET", "/api/kernels/none/act")).code == 503
+
+
+async def test_a_gateway_that_hangs_is_waited_for_as_long_as_it_lives(pair, monkeypatch):
+    """A slow answer arrives; once the lease is over the request is free to be sent to who has the kernel then."""
+    monkeypatch.setattr(passing, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(peers, "CACHED_SECONDS", 0.0)
+    a, b = pair
+    b.silence = asyncio.Event()
+    waiting = asyncio.ensure_future(a.ask("GET", "/api/kernels/k"))
+    await until(lambda: b.asked)
+    b.silence.set()
+    assert json.loads((await waiting).body)["at"] == "b"
+    b.silence.clear()
+    waiting = asyncio.ensure_future(a.ask("GET", "/api/kernels/k"))
+    deleting = asyncio.ensure_future(a.ask("DELETE", "/api/kernels/k"))
+    await until(lambda: len(b.asked) == 3)
+    a.directory.gateways["b"] = Peer(server_id="b", url=b.url, lives=False)
+    assert (await deleting).code == 503  # it may have been done
+    a.kernels["k"] = "alice"
+    assert json.loads((await waiting).body)["at"] == "a"
+    b.silence.set()
+
+
+async def test_lists_have_what_is_at_all_gateways():
+    """Each once, for this user; of one that does not answer what is on record."""
+    async with gateways("a", "b", "c") as (a, b, c):
+        a.kernels.update(k1="alice", moved="alice")
+        b.kernels.update(k2="alice", moved="alice", other="bob")
+        c.kernels.update(k3="alice")
+        answer = json.loads((await a.ask("GET", "/api/kernels")).body)["kernels"]
+        assert {one["id"]: one["at"] for one in answer} == {"k1": "a", "moved": "a", "k2": "b", "k3": "c"}
+        assert len(answer) == 4
+        c.silence = asyncio.Event()
+        a.directory.kernels.update(k3=("c", "alice"), theirs=("c", "bob"))
+        merged_before = merged.LIST_SECONDS
+        merged.LIST_SECONDS = 0.2
+        try:
+            answer = json.loads((await a.ask("GET", "/api/kernels")).body)["kernels"]
+        finally:
+            merged.LIST_SECONDS = merged_before
+            c.silence.set()
+        assert sorted(one["id"] for one in answer) == ["k1", "k2", "k3", "moved"]
+
+
+async def test_all_gateways_agree_on_where_a_new_session_is_made():
+    """Whichever is asked; one that goes moves only what it had, and what cannot be reached is made here."""
+    async with gateways("a", "b", "c") as all_of_them:
+        homes = {}
+        for path in map(str, range(12)):
+            answers = [await one.ask("POST", f"/api/sessions?path={path}", body=b"") for one in all_of_them]
+            [homes[path]] = {json.loads(answer.body)["at"] for answer in answers}
+        assert len(set(homes.values())) > 1
+        a, _b, c = all_of_them
+        await c.close()
+        for path, home in homes.items():
+            at = json.loads((await a.ask("POST", f"/api/sessions?path={path}", body=b"")).body)["at"]
+            assert at == (home if home != "c" else "a")
+        # One that exists goes before.
+        a.directory.at["alice", "n"] = "b"
+        assert json.loads((await a.ask("POST", "/api/sessions?path=n", body=b"")).body)["at"] == "b"
+
+
+async def test_a_peers_certificate_is_checked(tmp_path):
+    """One of an authority that is not known is not accepted; with its file it is."""
+    certificate = Certificate.make(tmp_path)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate.file, certificate.key)
+    passed = None
+    async with gateways("b", tls=tls) as [b]:
+        b.kernels["k"] = "alice"
+        for ca_file, name in (("", "a1"), (str(certificate.file), "a2")):
+            async with gateways(name, ca_file=ca_file) as [a]:
+                a.directory.gateways["b"], a.directory.kernels["k"] = b.peer, ("b", "alice")
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(passing, "WAIT_SECONDS", 0)
+                    passed = await a.ask("GET", "/api/kernels/k/act")
+                assert passed.code == (201 if ca_file else 503)
+        async with gateways("a", ca_file=str(certificate.file)) as [a]:
+            a.directory.gateways["b"], a.directory.kernels["k"] = b.peer, ("b", "alice")
+            websocket = await a.websocket("k")
+            await websocket.write_message("over TLS")
+            assert await websocket.read_message() == "over TLS"
+            websocket.close()
+
+
+# -- websockets -------------------------------------------------------------------------------------------
+
+
+async def test_a_websocket_is_joined_to_the_peers(pair):
+    """Text and bytes go both ways, under the subprotocol that the peer chose, and small ones do not wait."""
+    a, b = pair
+    websocket = await a.websocket("k", subprotocols=["other", V1])
+    assert websocket.selected_subprotocol == V1
+    for message in ("text ä", b"\x00bytes\xff", "", b"", bytes(5 * MEGABYTE)):
+        await websocket.write_message(message, binary=isinstance(message, bytes))
+        assert await websocket.read_message() == message
+    request = b.asked[0]
+    assert request.query_arguments == {"session_id": [b"s1"]}
+    assert request.headers["Authorization"] == "token alice"
+    times = []
+    for _ in range(20):
+        begun = time.perf_counter()
+        await websocket.write_message("ping")
+        assert await websocket.read_message() == "ping"
+        times.append(time.perf_counter() - begun)
+    assert statistics.median(times) < 0.03  # Nagle's algorithm with delayed ACKs takes 0.04
+    websocket.close(4002, "enough")
+    await until(lambda: b.closed)
+    assert b.closed[0][0] == 4002
+    assert not a.peers._websockets
+    plain = await a.websocket("k")
+    assert plain.selected_subprotocol is None
+    plain.close()
+
+
+async def test_a_refused_websocket_says_why(pair):
+    """The peer's status is the client's."""
+    a, b = pair
+    b.kernels["k"] = "bob"
+    with pytest.raises(HTTPClientError, match="404"):
+        await a.websocket("k")
+
+
+async def test_the_peers_close_is_the_clients(pair):
+    """Code and reason; a gateway that just goes is said to be restarting, so that clients connect again."""
+    a, b = pair
+    websocket = await a.websocket("k")
+    await websocket.write_message("close")
+    assert await websocket.read_message() is None
+    assert (websocket.close_code, websocket.close_reason) == (4321, "as told")
+    websocket = await a.websocket("k")
+    await websocket.write_message("there")
+    assert await websocket.read_message() == "there"
+    b.connections[-1].handler.ws_connection.stream.close()
+    assert await websocket.read_message() is None
+    assert websocket.close_code == 1012
+
+
+async def test_a_websocket_ends_when_its_gateways_lease_is_over(pair, monkeypatch):
+    """A gateway that hangs closes nothing by itself."""
+    monkeypatch.setattr(peers, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(peers, "CACHED_SECONDS", 0.0)
+    a, b = pair
+    websocket = await a.websocket("k")
+    a.directory.trouble = "a store that does not answer ends nothing"
+    await websocket.write_message("there")
+    assert await websocket.read_message() == "there"
+    a.directory.trouble = ""
+    a.directory.gateways["b"] = Peer(server_id="b", url=b.url, lives=False)
+    assert await websocket.read_message() is None
+    assert websocket.close_code == 1012
+
+
+async def test_a_client_that_does_not_read_slows_the_kernels_gateway_down(pair):
+    """What it has not taken stays with the kernel's gateway, and arrives whole when it reads again."""
+    a, b = pair
+    websocket = await a.websocket("k", max_message_size=2 * MEGABYTE)
+    await websocket.write_message("flood")
+    await until(lambda: b.connections and b.connections[0].sent)
+    sent = -1
+    while sent != b.connections[0].sent:
+        sent = b.connections[0].sent
+        await asyncio.sleep(0.5)
+    assert sent < 40 * MEGABYTE
+    received = 0
+    while (message := await websocket.read_message()) != "that is all":
+        received += len(message)
+    assert received == 200 * MEGABYTE
+    websocket.close()
+
+
+async def test_a_kernels_gateway_that_does_not_read_slows_the_client_down(pair):
+    """The other way round."""
+    a, b = pair
+    b.reading = asyncio.Event()
+    websocket = await a.websocket("k")
+    sent = 0
+
+    async def send():
+        nonlocal sent
+        for _ in range(100):
+            await websocket.write_message(bytes(MEGABYTE), binary=True)
+            sent += MEGABYTE
+
+    sending, before = asyncio.ensure_future(send()), -1
+    await until(lambda: sent)
+    while before != sent:
+        before = sent
+        await asyncio.sleep(0.5)
+    assert sent < 40 * MEGABYTE
+    b.reading.set()
+    await sending
+    await until(lambda: b.connections[0].received == 100 * MEGABYTE)
+    websocket.close()

@@ -1,0 +1,485 @@
+"""The way to a kernel: what is dialled, whose word is believed, what is remembered; hostile launchers included."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from gateway_slurm.allocations import launcher
+from gateway_slurm.allocations.launcher import Probing
+from gateway_slurm.errors import LauncherFailed, LinkError, NodeUnreachable, RequestError
+from gateway_slurm.kernels import transport as dialling
+from gateway_slurm.kernels.model import KernelLaunch, Phase
+from gateway_slurm.kernels.process import KernelProcess
+from gateway_slurm.kernels.transport import Dialling, choose_mode
+from gateway_slurm.link import wire
+from helpers.kernel_clients import poll_async
+
+HERE = "127.0.0.1"
+LAUNCH = KernelLaunch(
+    argv=("kernel",),
+    env={},
+    cwd=None,
+    connection={"key": "k", "signature_scheme": "hmac-sha256", "curve_publickey": "p", "curve_secretkey": "s"},
+    mode="auto",
+    language="python",
+    start_timeout=5.0,
+    port_range=None,
+    log_dir="",
+)
+
+
+class Node:
+    """A launcher as the server sees it, which answers PROBE with ``answer(fields)``."""
+
+    where, node, jobid = "the launcher on node n1 (job 1)", "n1", "1"
+
+    def __init__(self, answer, *, peer=HERE, own_ip=HERE, probes=True):
+        self.peer, self.own_ip, self.probes = peer, own_ip, probes
+        self.kernels, self.asked, self.sent = {}, [], []
+        self.streams = None
+        self.answer = answer
+        self.probing = Probing(self.send)
+
+    def send(self, name, **fields):
+        """A link that is never down."""
+        self.sent.append((name, fields))
+        if name == "PROBE":
+            self.asked.append(fields)
+            told = self.answer(fields)
+            if told is not None:
+                self.probing.message({"probe": fields["probe"], **told})
+        return True
+
+    def slot_of(self, _kernel_id):
+        """Any."""
+        return 0
+
+
+@pytest.fixture
+def dialled(monkeypatch):
+    """Every address that was dialled."""
+    seen = []
+    real = asyncio.open_connection
+
+    async def recording(host, port, **options):
+        seen.append((host, port))
+        return await real(host, port, **options)
+
+    monkeypatch.setattr(asyncio, "open_connection", recording)
+    return seen
+
+
+@asynccontextmanager
+async def five_listeners(serve):
+    """Ports, one a channel, of a service that does ``serve(reader, writer)`` to who connects."""
+
+    async def served(reader, writer):
+        await serve(reader, writer)
+
+    servers = [await asyncio.start_server(served, HERE, 0) for _ in wire.CHANNELS]
+    try:
+        yield {name: each.sockets[0].getsockname()[1] for name, each in zip(wire.CHANNELS, servers, strict=True)}
+    finally:
+        for each in servers:
+            each.close()
+
+
+@asynccontextmanager
+async def honest_node(**options):
+    """A node whose launcher answers the question as it was told."""
+    words = {}
+
+    async def tell(reader, writer):
+        writer.write(words[await reader.readexactly(32)])
+
+    async with five_listeners(tell) as ports:
+
+        def answer(fields):
+            words[fields["question"].encode()] = fields["answer"].encode()
+            return {"ports": ports}
+
+        yield Node(answer, **options), ports
+
+
+@pytest.fixture
+def settle():
+    """Settle a launch with one Dialling."""
+    made = Dialling(logging.getLogger("test"))
+
+    async def settled(node, launch=LAUNCH, last=None, ports=None, ip=HERE):
+        return await made.settle(launch, node, "k", last, (ip, ports or {}))
+
+    return settled
+
+
+async def test_a_node_whose_answer_comes_is_direct(settle, dialled):
+    """All five ports are dialled, where the link comes from, and they are the kernel's."""
+    async with honest_node() as (node, ports):
+        settled = await settle(node)
+    assert (settled.launch.mode, settled.ip, settled.ports) == ("direct", HERE, ports)
+    assert settled.launch.connection == LAUNCH.connection
+    assert sorted(dialled) == sorted((HERE, port) for port in ports.values())
+
+
+async def test_an_ipv4_address_that_a_socket_for_both_shows_is_ipv4(settle, dialled):
+    """A listener for both families, as the relay's, says ``::ffff:…``."""
+    async with honest_node(peer=f"::ffff:{HERE}") as (node, _ports):
+        assert (await settle(node)).ip == HERE
+
+
+# -- what a launcher may not have us do -----------------------------------------------------------------------
+
+
+def others(channel="shell", port=2001):
+    """Five ports, one of them changed."""
+    return {**dict(zip(wire.CHANNELS, range(2001, 2006), strict=True)), channel: port}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"ports": None},
+        {"ports": "22"},
+        {"ports": [1, 2, 3, 4, 5]},
+        {"ports": {"shell": 2000}},
+        {"ports": others("more", 2000)},
+        {"ports": others("shell", 22)},
+        {"ports": others("shell", 0)},
+        {"ports": others("shell", -5)},
+        {"ports": others("shell", 65536)},
+        {"ports": others("shell", True)},
+        {"ports": others("shell", "2001")},
+        {"ports": others("shell", 2001.0)},
+        {"ports": others("shell", [HERE, 22])},
+        {"ports": others("shell", {"ip": "10.0.0.1", "port": 22})},
+        {"error": {"a": ["list"] * 1000}},
+        {"error": "x" * 100_000},
+    ],
+)
+async def test_rubbish_for_ports_is_dialled_by_nobody(settle, dialled, answer):
+    """Its kernel goes through the tunnel, the reason is short, and no connection was tried."""
+    settled = await settle(Node(lambda _fields: answer))
+    assert settled.launch.mode == "ipc"
+    assert settled.launch.why.startswith("node n1 was not dialled: ")
+    assert len(settled.launch.why) < 500
+    assert dialled == []
+
+
+async def test_only_ports_of_the_admins_range_are_dialled(settle, dialled):
+    """A launcher that names another one is not believed."""
+    async with honest_node() as (node, ports):
+        low = max(ports.values()) + 1
+        settled = await settle(node, replace(LAUNCH, port_range=(low, 65535)))
+    assert (settled.launch.mode, dialled) == ("ipc", [])
+
+
+@pytest.mark.parametrize("field", ["ip", "host", "address", "peer"])
+async def test_an_address_that_a_launcher_names_is_not_dialled(settle, dialled, field):
+    """Whatever PROBED says beside ports, the link's own address is dialled."""
+    async with honest_node() as (node, _ports):
+        honest = node.answer
+        node.answer = lambda fields: {**honest(fields), field: "192.0.2.9"}
+        assert (await settle(node)).ip == HERE
+    assert {host for host, _port in dialled} == {HERE}
+
+
+@pytest.mark.parametrize(
+    ("peer", "own", "words"),
+    [
+        ("198.51.100.7", "10.0.0.5", "addresses are translated"),
+        (HERE, "169.254.169.254", "addresses are translated"),
+        (HERE, "metadata.example.org", "not known"),
+        (HERE, "", "not known"),
+        ("", HERE, "not known"),
+        ("2001:db8::5", "2001:db8::5", "IPv4 addresses only"),
+        ("fe80::5%eth0", "fe80::5%eth0", "IPv4 addresses only"),
+    ],
+)
+async def test_a_node_that_is_not_where_its_link_comes_from_is_not_asked(settle, dialled, peer, own, words):
+    """Nothing is dialled that TCP has not proved, and nobody is asked to listen for it."""
+    node = Node(lambda _fields: {"ports": others()}, peer=peer, own_ip=own)
+    settled = await settle(node)
+    assert settled.launch.mode == "ipc"
+    assert words in settled.launch.why
+    assert (dialled, node.asked) == ([], [])
+    with pytest.raises(NodeUnreachable, match=words):
+        await settle(node, replace(LAUNCH, mode="direct"))
+
+
+@pytest.mark.parametrize("speech", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"0" * 32, b"x" * 1_000_000, "echo"])
+async def test_who_does_not_know_the_answer_is_not_the_node(settle, speech, monkeypatch):
+    """Silence, a greeting, a guess, a flood and an echo: each is something else, and soon known."""
+    monkeypatch.setattr(dialling, "WORD_SECONDS", 0.1)
+
+    async def speak(reader, writer):
+        writer.write(await reader.read(100) if speech == "echo" else speech)
+
+    async with five_listeners(speak) as ports:
+        settled = await settle(Node(lambda _fields: {"ports": ports}))
+    assert settled.launch.mode == "ipc"
+    assert "something else than its launcher listens there" in settled.launch.why
+
+
+async def test_nothing_but_the_question_is_sent(settle, monkeypatch):
+    """Whatever listens there gets a random word, which nobody else knows, and nothing more."""
+    monkeypatch.setattr(dialling, "WORD_SECONDS", 0.1)
+    heard = []
+
+    async def served(reader, _writer):
+        heard.append(await reader.read())
+
+    servers = [await asyncio.start_server(served, HERE, 0) for _ in wire.CHANNELS]
+    ports = {name: each.sockets[0].getsockname()[1] for name, each in zip(wire.CHANNELS, servers, strict=True)}
+    node = Node(lambda _fields: {"ports": ports})
+    settled = await settle(node)
+    for each in servers:
+        each.close()
+    assert settled.launch.mode == "ipc"
+    assert await poll_async(lambda: len(heard) == 5, timeout=10)
+    assert set(heard) == {node.asked[0]["question"].encode()}
+
+
+async def test_a_port_that_is_closed_is_named(settle):
+    """One of five is enough: its kernel would hang."""
+    async with honest_node() as (node, ports):
+        with socket.socket() as free:
+            free.bind((HERE, 0))
+            closed = free.getsockname()[1]
+            honest = node.answer
+            node.answer = lambda fields: {**honest(fields), "ports": {**ports, "stdin": closed}}
+            settled = await settle(node)
+    assert settled.launch.why == f"node n1 could not be dialled at {HERE}:{closed}: Connection refused"
+
+
+async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(settle, dialled, monkeypatch):
+    """The start goes on through the tunnel."""
+    monkeypatch.setattr(launcher, "PROBED_SECONDS", 0.05)
+    settled = await settle(Node(lambda _fields: None))
+    assert (settled.launch.mode, dialled) == ("ipc", [])
+    assert "did not answer" in settled.launch.why
+
+
+def test_an_answer_that_nobody_asked_for_is_nothing():
+    """Neither an unknown probe nor one that has no name."""
+    probing = Probing(lambda *_arguments, **_fields: True)
+    for fields in ({}, {"probe": "x"}, {"probe": ["x"]}, {"probe": None, "ports": {}}):
+        probing.message(fields)
+
+
+# -- nodes that do not answer ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swallowing():
+    """A port whose listener takes no more connections: what dials it gets no answer (listen(2), the backlog)."""
+    with socket.socket() as full:
+        full.bind((HERE, 0))
+        full.listen(0)
+        waiting = []
+        for _ in range(2):
+            waiting.append(socket.socket())
+            waiting[-1].setblocking(False)
+            waiting[-1].connect_ex(full.getsockname())
+        yield full.getsockname()[1]
+        for each in waiting:
+            each.close()
+
+
+async def test_one_that_does_not_answer_is_remembered(settle, dialled, swallowing, monkeypatch):
+    """For a while it is neither asked nor dialled; then it is tried again, and twice as long the next time."""
+    now, loop = [1000.0], asyncio.get_running_loop()
+    monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.2)
+    node = Node(lambda _fields: {"ports": dict.fromkeys(wire.CHANNELS, swallowing)})
+    monkeypatch.setattr(dialling, "_now", lambda: now[0])
+    begun = loop.time()
+    first = await settle(node)
+    assert loop.time() - begun < 5
+    assert first.launch.why == f"node n1 could not be dialled at {HERE}:{swallowing}: timed out"
+    assert len(dialled) == 5
+    for seconds, asked in ((0.0, 1), (59.0, 1), (2.0, 2), (119.0, 2), (2.0, 3)):
+        now[0] += seconds
+        settled = await settle(node)
+        assert settled.launch.mode == "ipc"
+        assert settled.launch.why.startswith(first.launch.why)
+        assert len(node.asked) == asked
+
+
+async def test_who_must_be_direct_is_tried_although_it_is_remembered(settle, swallowing, monkeypatch):
+    """``connect = direct`` is not refused for what was; and a success is the end of the memory."""
+    monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.2)
+    silent = Node(lambda _fields: {"ports": dict.fromkeys(wire.CHANNELS, swallowing)})
+    await settle(silent)
+    with pytest.raises(NodeUnreachable, match="timed out"):
+        await settle(silent, replace(LAUNCH, mode="direct"))
+    async with honest_node() as (node, _ports):
+        assert (await settle(node)).launch.mode == "ipc"
+        assert (await settle(node, replace(LAUNCH, mode="direct"))).launch.mode == "direct"
+        assert (await settle(node)).launch.mode == "direct"
+
+
+async def test_what_is_remembered_is_bounded(settle, swallowing, monkeypatch):
+    """The oldest is forgotten."""
+    monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(dialling, "REMEMBER_NODES", 1)
+    for host in ("127.0.0.1", "127.0.0.2", "127.0.0.1"):
+        monkeypatch.setattr(dialling, "_dial_all", lambda *_arguments, **_words: _timed_out())
+        node = Node(lambda _fields: {"ports": others()}, peer=host, own_ip=host)
+        assert (await settle(node)).launch.mode == "ipc"
+        assert len(node.asked) == 1
+
+
+async def _timed_out():
+    return [f"there: {dialling.TIMED_OUT}"]
+
+
+# -- restarts and older versions ------------------------------------------------------------------------------
+
+
+async def test_a_restart_keeps_the_tunnel(settle, dialled):
+    """Clients are connected by it; the reason stays that of its start."""
+    async with honest_node() as (node, _ports):
+        last = LAUNCH.tunnelled("it was so")
+        settled = await settle(node, last=last)
+    assert (settled.launch.mode, settled.launch.why, node.asked, dialled) == ("ipc", "it was so", [], [])
+    assert "curve_publickey" not in settled.launch.connection
+
+
+async def test_a_restart_asks_for_the_kernels_own_ports(settle):
+    """The launcher is told them only where they are a direct kernel's."""
+    async with honest_node() as (node, ports):
+        await settle(node, last=LAUNCH.direct("so"), ports=ports)
+        await settle(node, replace(LAUNCH, mode="direct"), last=LAUNCH.tunnelled("so"), ports=dict(ports))
+    assert [fields["ports"] for fields in node.asked] == [ports, None]
+
+
+@pytest.mark.parametrize(("peer", "own"), [("fd00::2", "fd00::2"), ("127.0.0.9", "127.0.0.9"), ("127.0.0.9", HERE)])
+async def test_a_restart_keeps_the_kernels_address(settle, dialled, peer, own):
+    """Also where its launcher has come back by another one of its node's: clients are connected to it."""
+    async with honest_node(peer=peer, own_ip=own) as (node, ports):
+        settled = await settle(node, last=LAUNCH.direct("so"), ports=ports)
+    assert (settled.launch.mode, settled.ip, settled.ports) == ("direct", HERE, ports)
+    assert [fields["ip"] for fields in node.asked] == [HERE]
+    assert {host for host, _port in dialled} == {HERE}
+
+
+async def test_a_launcher_of_an_older_version_gets_no_new_message(settle, dialled):
+    """The tunnel; or direct, unproved, where that was asked for."""
+    node = Node(lambda _fields: None, probes=False)
+    assert (await settle(node)).launch.mode == "ipc"
+    settled = await settle(node, replace(LAUNCH, mode="direct"))
+    assert (settled.launch.mode, settled.ip, settled.ports) == ("direct", HERE, None)
+    assert (node.asked, dialled) == ([], [])
+
+
+def test_an_older_versions_record_has_no_reason():
+    """A kernel that an earlier version started is restored."""
+    fields = LAUNCH.as_json()
+    del fields["why"]
+    assert KernelLaunch.from_json(fields) == LAUNCH
+    assert KernelLaunch.from_json(LAUNCH.direct("so").as_json()).why == "so"
+
+
+# -- what STARTED may say -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"ip": "169.254.169.254"}, "not on its node"),
+        ({"ip": "localhost"}, "not on its node"),
+        ({"mode": "ipc"}, "to start it for direct"),
+        ({"ports": {"shell": 2000}}, "a port for each channel"),
+        ({"ports": others("shell", 22)}, "which is not from"),
+    ],
+)
+async def test_a_direct_kernel_is_where_was_dialled_or_its_start_has_failed(changed, words):
+    """Clients are sent nowhere else by a launcher's STARTED, and nothing of the kernel is left."""
+    async with honest_node() as (node, ports):
+        process = process_on(node, {"mode": "direct", "pid": 5, "ip": HERE, "ports": ports, **changed})
+        with pytest.raises(LinkError, match=words):
+            await process.start(LAUNCH)
+    assert process.phase is Phase.DEAD
+    assert [name for name, _fields in node.sent][-1] == "STOP"
+
+
+async def test_a_tunnelled_kernel_sends_nobody_to_an_address(tmp_path):
+    """A launcher that was told to use the tunnel cannot make its kernel direct."""
+    node = Node(lambda _fields: None, probes=False)
+    process = process_on(node, {"mode": "direct", "pid": 5, "ip": "192.0.2.9", "ports": others()}, tmp_path)
+    with pytest.raises(LinkError, match="to start it for ipc"):
+        await process.start(LAUNCH)
+    process.leave()
+
+
+async def test_a_job_that_ends_while_its_node_is_dialled_is_the_reason():
+    """Slurm's word is told, not what became of the dialling."""
+    async with honest_node() as (node, ports):
+        process = process_on(node, {"mode": "direct", "pid": 5, "ip": HERE, "ports": ports})
+        honest = node.answer
+
+        def end_it(fields):
+            process.ended_with_job("job 1 is CANCELLED")
+            return honest(fields)
+
+        node.answer = end_it
+        with pytest.raises(LauncherFailed, match="CANCELLED"):
+            await process.start(LAUNCH)
+    assert "START" not in [name for name, _fields in node.sent]
+    assert process.phase is Phase.DEAD
+
+
+def process_on(node, started, directory="/nonexistent"):
+    """A kernel whose launcher answers START at once."""
+    log = logging.getLogger("test")
+    process = KernelProcess("k", node, tunnel_prefix=f"{directory}/t", dialling=Dialling(log), log=log)
+    send = node.send
+
+    def sending(name, **fields):
+        sent = send(name, **fields)
+        if name == "START":
+            process.message("STARTED", {"generation": fields["generation"], **started})
+        return sent
+
+    node.send = sending
+    return process
+
+
+# -- the mode that is asked for -------------------------------------------------------------------------------
+
+CURVE = {"supported_encryption": ["curve"]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "admins", "metadata", "required", "mode", "why"),
+    [
+        (None, "auto", CURVE, False, "auto", ""),
+        (None, "auto", {"supported_encryption": "Curve "}, False, "auto", ""),
+        (None, "auto", {}, False, "ipc", "does not declare CurveZMQ"),
+        (None, "auto", {"supported_encryption": ["other"]}, False, "ipc", "does not declare CurveZMQ"),
+        (None, "tunnel", CURVE, False, "ipc", "SlurmService.connect is tunnel"),
+        ("tunnel", "auto", CURVE, False, "ipc", "its kernelspec asks for tunnel"),
+        ("auto", "tunnel", CURVE, False, "auto", ""),
+        ("direct", "tunnel", CURVE, False, "direct", ""),
+        (None, "auto", CURVE, True, "direct", ""),
+    ],
+)
+def test_the_request_goes_over_the_admins_setting(asked, admins, metadata, required, mode, why):
+    """What remains for the node to decide is ``auto``."""
+    chosen, reason = choose_mode(asked, admins, metadata, curve_required=required)
+    assert chosen == mode
+    assert why in reason
+    assert bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize(("asked", "metadata"), [("direct", {}), ("tunnel", CURVE), (None, {})])
+def test_what_cannot_be_is_refused(asked, metadata):
+    """Direct without CurveZMQ, and a manager that requires it for a kernel that goes through the tunnel."""
+    with pytest.raises(RequestError, match="CurveZMQ"):
+        choose_mode(asked, "auto", metadata, curve_required=True)
