@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from gateway_slurm.link import envelope, wire
+from gateway_slurm.link import endpoints, envelope, wire
 
 PAUSE = 0.5  # seconds between two dials
 
@@ -23,7 +23,7 @@ class Stub:
 
     def __init__(self, facts: dict[str, Any]) -> None:
         self._id, self._jobid, self._token = facts["launcher_id"], facts["jobid"], bytes.fromhex(facts["token"])
-        self._address = wire.parse_endpoint(facts["addresses"][0])
+        self._address = endpoints.parse_endpoint(facts["addresses"][0])
         self._report = facts["report"]
 
     async def run(self) -> None:

@@ -1,13 +1,21 @@
-"""What users, their jobs and kernels say, as it may stand in a log or on a terminal."""
+"""Small tools without a subject of their own: printable text, files, waits between attempts, tasks, log lines."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
+import logging
 import os
+import random
+import stat
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def printable(text: object, line_end: str = "\n    ") -> str:
@@ -31,7 +39,7 @@ def _shown(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-# -- A lock that processes hold by a file: whoever is killed lets it go. --
+# -- Files --
 
 
 @contextlib.contextmanager
@@ -51,3 +59,119 @@ def locked(path: Path, seconds: float) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def exposure(status: os.stat_result) -> str:
+    """Why a file of secrets must not be used, given its status; empty for a plain file that only its user can open.
+
+    The file may belong to the process's user or to root.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        return "it is not a plain file"
+    if status.st_uid not in (0, os.geteuid()):
+        return f"it belongs to uid {status.st_uid}, and must belong to this process's user or to root"
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        return f"other users may read or write it (its mode is {stat.S_IMODE(status.st_mode):04o}); run chmod 600 on it"
+    return ""
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a file as a whole, with mode 0600. A reader sees the old text or the new text.
+
+    ``durable`` writes to the disk before the file gets its name. Where root replaces a user's file, the user keeps it.
+    Raises OSError.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+            if os.geteuid() == 0 and path.exists():
+                owner = path.stat()
+                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# -- Repeated attempts --
+
+
+class Backoff:
+    """Waits between attempts, in seconds: each is twice the one before, up to ``longest``.
+
+    ``jitter`` is the share by which a wait may be shorter or longer, so that many clients do not come at once.
+    """
+
+    def __init__(self, first: float, longest: float, *, jitter: float = 0.0) -> None:
+        self._first, self._longest, self._jitter = first, longest, jitter
+        self._next = first
+
+    def next(self) -> float:
+        """The wait before the next attempt."""
+        wait, self._next = self._next, min(2 * self._next, self._longest)
+        return wait * random.uniform(1 - self._jitter, 1 + self._jitter)  # noqa: S311 - jitter
+
+    async def sleep(self) -> None:
+        """Wait before the next attempt."""
+        await asyncio.sleep(self.next())
+
+    def reset(self) -> None:
+        """An attempt succeeded: the next wait is the first one again."""
+        self._next = self._first
+
+
+class LogOnce:
+    """A log that has each complaint once, until ``clear`` says that its reason is gone."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._open: set[str] = set()
+
+    def warning(self, key: str, message: str, *arguments: object) -> None:
+        """Log a warning, unless the complaint ``key`` is already open."""
+        if key not in self._open:
+            self._open.add(key)
+            self._log.warning(message, *arguments, stacklevel=2)
+
+    def clear(self, key: str) -> bool:
+        """Close the complaint ``key``; return whether it was open."""
+        was_open = key in self._open
+        self._open.discard(key)
+        return was_open
+
+
+# -- Tasks --
+
+
+class TaskSet:
+    """The tasks of one owner, which calls ``close``. A task that is made after that is cancelled at once."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run ``coroutine`` as a task that ``close`` cancels."""
+        task = asyncio.ensure_future(coroutine)
+        if self._closed:
+            task.cancel()
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[asyncio.Task[Any]]:
+        return iter(tuple(self._tasks))
+
+    async def close(self) -> None:
+        """Cancel the tasks, and return when all of them have ended."""
+        self._closed = True
+        for task in self:
+            task.cancel()
+        await asyncio.gather(*self, return_exceptions=True)

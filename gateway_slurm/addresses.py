@@ -9,7 +9,7 @@ import socket
 import psutil
 
 from gateway_slurm.errors import ConfigError
-from gateway_slurm.link import wire
+from gateway_slurm.link.endpoints import format_endpoint, parse_endpoint
 
 
 def interface_addresses(name: str) -> list[str]:
@@ -41,7 +41,7 @@ def check_address(text: str) -> str:
 
     An IPv6 address with a port stands in brackets; alone it may.
     """
-    host, _port = wire.parse_endpoint(text) or (text[1:-1] if re.fullmatch(r"\[.*\]", text) else text, 0)
+    host, _port = parse_endpoint(text) or (text[1:-1] if re.fullmatch(r"\[.*\]", text) else text, 0)
     if not text or _NAME.fullmatch(host):
         return text
     if ipaddress.ip_address(host).is_link_local:
@@ -86,14 +86,10 @@ def _route_address(family: socket.AddressFamily, out: str) -> str:
 def endpoints(configured: str, listening_on: list[str] | None, port: int) -> list[str]:
     """``host:port`` texts, the configured one first, the host's name last (it may need a resolver)."""
     hosts = list(listening_on) if listening_on else all_addresses()
-    texts = [_endpoint(host, port) for host in [*hosts, socket.gethostname()]]
+    texts = [format_endpoint(host, port) for host in [*hosts, socket.gethostname()]]
     if configured:
-        texts.insert(0, configured if wire.parse_endpoint(configured) else _endpoint(configured.strip("[]"), port))
+        texts.insert(0, configured if parse_endpoint(configured) else format_endpoint(configured.strip("[]"), port))
     return list(dict.fromkeys(texts))
-
-
-def _endpoint(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def dialled_in_vain(log: str, addresses: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gateway_slurm.link import wire
+from gateway_slurm.link import endpoints
 from launchers.guard import Guard
 from launchers.kernel import Kernel
 from launchers.node import Walltime, find_slurmd, is_slurmd, remove_old_logs
@@ -71,7 +71,7 @@ class Launcher:
             launcher_id=launcher_id,
             jobid=os.environ.get("SLURM_JOB_ID", ""),
             token=token,
-            addresses=[endpoint for endpoint in map(wire.parse_endpoint, addresses.split(",")) if endpoint],
+            addresses=[endpoint for endpoint in map(endpoints.parse_endpoint, addresses.split(",")) if endpoint],
             hello=self._hello,
             on_message=self._on_message,
             on_down=self._on_down,

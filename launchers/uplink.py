@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gateway_slurm.link import flow, wire
+from gateway_slurm.link import endpoints, flow, wire
 from launchers.dial import Address, Round
 from launchers.reactor import READ, WRITE, Reactor, Timer
 
@@ -101,7 +101,7 @@ class Uplink:
 
     def _on_told(self, address: Address, why: str) -> None:
         self._in_vain[address] = why
-        print(f"link: {_text(address)}: {why}", file=sys.stderr, flush=True)
+        print(f"link: {endpoints.format_endpoint(*address)}: {why}", file=sys.stderr, flush=True)
 
     def _on_failed(self) -> None:
         self._left = []
@@ -205,10 +205,10 @@ class Uplink:
         assert self._dialled is not None
         told: list[list[str]] = []
         for where, why in self._in_vain.items():
-            one = [_text(where), why[:TOLD_OF_EACH]]
+            one = [endpoints.format_endpoint(*where), why[:TOLD_OF_EACH]]
             if where != self._dialled and sum(map(len, sum(told, one))) < TOLD_IN_ALL:
                 told.append(one)
-        return {"reached": _text(self._dialled), "in_vain": told}
+        return {"reached": endpoints.format_endpoint(*self._dialled), "in_vain": told}
 
     def local_ip(self) -> str:
         """The node's own address on the way to the server."""
@@ -336,13 +336,8 @@ class Uplink:
         self.close()
 
 
-def _text(address: Address) -> str:
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _endpoints(fields: dict[str, Any]) -> list[Address]:
     """The addresses in a message; what is none is left out."""
     told = fields.get("addresses")
     texts = [text for text in told if isinstance(text, str)] if isinstance(told, list) else []
-    return [endpoint for endpoint in map(wire.parse_endpoint, texts[:ADDRESS_LIMIT]) if endpoint]
+    return [endpoint for endpoint in map(endpoints.parse_endpoint, texts[:ADDRESS_LIMIT]) if endpoint]

@@ -1,1 +1,1 @@
-"""The command line: ``jupyter slurm …``."""
+"""The command line: ``jupyter slurm ...``. Nothing imports it."""

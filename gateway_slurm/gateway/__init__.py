@@ -1,1 +1,1 @@
-"""The shared gateway: one deployment for many users, an application on jupyter_server."""
+"""Jupyter's HTTP API for many users: one shared deployment on jupyter_server. Knows no Slurm command."""

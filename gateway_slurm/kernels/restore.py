@@ -20,6 +20,7 @@ from gateway_slurm.allocations.recovery import FIRST_PAUSE, INTENT_SECONDS
 from gateway_slurm.errors import GatewaySlurmError, SlurmError
 from gateway_slurm.kernels.held import HeldKernel
 from gateway_slurm.kernels.process import KernelProcess
+from gateway_slurm.link.endpoints import parse_endpoint
 from gateway_slurm.store import AllocationRecord
 from gateway_slurm.store.records import Claimed, KernelRecord, LauncherRecord
 
@@ -29,7 +30,6 @@ import contextlib
 from collections.abc import Sequence
 
 from gateway_slurm.errors import StoreError
-from gateway_slurm.link import wire
 from gateway_slurm.link.server import Redirect
 from gateway_slurm.store import Lost, ServerRecord, this_process
 
@@ -251,7 +251,7 @@ class FailOver:
         there = {int(relay["port"]) for relay in relays}
         here = this_process().host
         addresses = [each for one in servers if one.process.host == here for each in one.addresses]
-        by_port = {endpoint[1]: each for each in addresses if (endpoint := wire.parse_endpoint(each)) is not None}
+        by_port = {endpoint[1]: each for each in addresses if (endpoint := parse_endpoint(each)) is not None}
         for port in by_port.keys() - there:
             with contextlib.suppress(OSError):  # somebody else has it by now: other addresses are left
                 await self._service.also_listen(port)

@@ -1,1 +1,1 @@
-"""Talking to launchers: frames, envelope, flow control, the response socket and the tunnel."""
+"""Carry messages and bytes between the server and launchers, authenticated and encrypted. Knows no Slurm."""

@@ -229,16 +229,6 @@ def same(one: bytes, other: bytes) -> bool:
     return hmac.compare_digest(one, other)
 
 
-def parse_endpoint(text: str) -> tuple[str, int] | None:
-    """``host:port`` or ``[v6]:port`` as a pair; None when it is neither."""
-    host, _colon, port = text.rpartition(":")
-    if not (port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
-        return None
-    if host.startswith("[") and host.endswith("]") and ":" in host:
-        return host[1:-1], int(port)
-    return None if not host or any(each in host for each in ":[]") else (host, int(port))
-
-
 def describe_exit(returncode: int) -> str:
     """A kernel's end in words: ``exit code 1`` or ``signal 9 (SIGKILL)``."""
     if returncode >= 0:

@@ -1,1 +1,1 @@
-"""Talking to Slurm: commands and their answers, the runner, the driver, the watcher."""
+"""Ask Slurm: its commands and their answers, the drivers, the watcher. Knows no kernel, no link and no settings."""

@@ -1,4 +1,4 @@
-"""What must outlive the process: which jobs, launchers, kernels and sessions it has, and who owns them now.
+"""Remember jobs, launchers, kernels and sessions beyond the process, and which server has them. Knows records only.
 
 The database itself (``store.database``: ``Store``, ``open_store``) is imported late, off the loop: SQLAlchemy is large.
 """

@@ -9,15 +9,13 @@ import contextlib
 import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gateway_slurm._util import locked
+from gateway_slurm._util import locked, write_atomically
 from gateway_slurm.errors import StoreError
 from gateway_slurm.store.records import AllocationRecord, Found, ProcessInfo, ServerRecord, this_process
 
@@ -91,18 +89,6 @@ def _read(path: Path) -> tuple[ServerRecord, bool, list[AllocationRecord]]:
     known = [{name: value for name, value in one.items() if name in names} for one in content["records"]]
     server = ServerRecord(server_id=f"file-{process.file_name}", process=process, lease_until=math.inf)
     return server, bool(content.get("in_store")), [AllocationRecord(**one) for one in known]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file whole, 0600; whoever reads sees the old text or the new one."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 # -- Files drawn from the records, for who does not read the store: Jupyter's frontends, and servers on other hosts. --

@@ -13,7 +13,7 @@ from gateway_slurm import addresses
 from gateway_slurm.addresses import all_addresses, dialled_in_vain, endpoints, interface_addresses
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import ConfigError
-from gateway_slurm.link import wire
+from gateway_slurm.link.endpoints import parse_endpoint
 
 HOST = socket.gethostname()
 
@@ -38,7 +38,7 @@ HOST = socket.gethostname()
 )
 def test_an_endpoint_is_a_host_and_a_port_with_brackets_around_ipv6_only(text, endpoint):
     """An IPv6 address without brackets is no host with a port, whatever its last group looks like."""
-    assert wire.parse_endpoint(text) == endpoint
+    assert parse_endpoint(text) == endpoint
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_configured_address_comes_first_with_its_own_port_or_the_bound_one(c
     announced = endpoints(settings.response_address, ["10.9.9.9", "fd00::9"], 7)
     assert announced[0] == first
     assert announced[-3:] == ["10.9.9.9:7", "[fd00::9]:7", f"{HOST}:7"]
-    assert all(map(wire.parse_endpoint, announced))
+    assert all(map(parse_endpoint, announced))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from gateway_slurm.cli.common import OwnSlurm
 from gateway_slurm.cli.doctor.path import WALK_FAILED, Walk, add_options, walk
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, SlurmError, StoreError
-from gateway_slurm.link import wire
+from gateway_slurm.link.endpoints import parse_endpoint
 from gateway_slurm.link.tunnel import stale_socket_directories
 from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.model import JobInfo
@@ -279,7 +279,7 @@ class Doctor:
             self._add("address", str(error))
             return
         announced = endpoints(self.settings.response_address, hosts, 1)
-        names = [host for host, _port in filter(None, map(wire.parse_endpoint, announced))]
+        names = [host for host, _port in filter(None, map(parse_endpoint, announced))]
         if self.settings.response_address and not _resolves(names[0]):
             self._add("address", f"SlurmService.response_address: this machine cannot find {names[0]!r}")
         elif all(map(_is_loopback, names[:-1])):  # the last is the host's name

@@ -1,1 +1,1 @@
-"""Channels."""
+"""The websocket of each frontend, and the output that it has not seen yet. Knows no Slurm."""

@@ -1,1 +1,1 @@
-"""Slurm over SSH: commands run on a login node, and a relay there for launchers that reach nothing else."""
+"""Slurm over SSH: commands on a login node, and a relay there for launchers. Knows no settings."""

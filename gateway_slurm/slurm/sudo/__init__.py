@@ -1,4 +1,4 @@
-"""Slurm's commands as the Unix user whom a kernel belongs to, through a small helper that sudo starts."""
+"""Slurm's commands as the Unix user who owns a kernel, through a small helper that sudo starts. Knows no kernel."""
 
 from pathlib import Path
 

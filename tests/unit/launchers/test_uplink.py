@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gateway_slurm.link import envelope, wire
+from gateway_slurm.link import endpoints, envelope, wire
 from launchers import uplink as uplink_module
 from launchers.reactor import Reactor
 from launchers.uplink import Uplink
@@ -76,7 +76,7 @@ class Launcher:
             launcher_id="L1",
             jobid="12",
             token=TOKEN,
-            addresses=[endpoint for endpoint in map(wire.parse_endpoint, addresses) if endpoint],
+            addresses=[endpoint for endpoint in map(endpoints.parse_endpoint, addresses) if endpoint],
             hello=self._hello,
             on_message=self._on_message,
             on_down=lambda: None,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_slurm.link import envelope, program, wire
+from gateway_slurm.link import endpoints, envelope, program, wire
 
 texts = st.text(max_size=50)
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | texts, lambda v: st.lists(v, max_size=3))
@@ -109,7 +109,7 @@ def test_the_binding_tells_every_field_apart(jobid, launcher_id, other_jobid, ot
 @given(st.text(max_size=60))
 def test_endpoints_are_parsed_or_none(text):
     """Any text is an endpoint or not; none of them raises."""
-    endpoint = wire.parse_endpoint(text)
+    endpoint = endpoints.parse_endpoint(text)
     assert endpoint is None or 0 < endpoint[1] < 65536
 
 

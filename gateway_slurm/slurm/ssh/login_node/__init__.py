@@ -1,1 +1,1 @@
-"""What runs on the login node. It is carried there as text, through a channel, and nothing of it stays."""
+"""The program that runs on the login node. It arrives as text through a channel; no file of it stays there."""
