@@ -18,7 +18,7 @@ help:
 	@echo "make test-slurm-all      the same with each of them"
 	@echo "make demo      see kernels start, share a job, restart, and go"
 	@echo "make bench     measure"
-	@echo "make chaos     break what is under a gateway, a hundred times (docs/reliability.md)"
+	@echo "make chaos     break what is under a gateway, a hundred times (docs/admins/reliability.md)"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
 	@echo "make clean     remove what the above made in this directory"

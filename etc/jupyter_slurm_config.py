@@ -163,7 +163,7 @@ c = get_config()  # noqa: F821
 # c.SlurmService.run_as = "self"
 
 ## Command (argv list; `{user}` is replaced) that starts the helper as another user; what is to be run goes to
-## its standard input. docs/security.md says how to install it.
+## its standard input. docs/admins/security.md says how to install it.
 # from gateway_slurm.slurm.sudo import HELPER
 # c.SlurmService.as_user_command = ["sudo", "-n", "-u", "{user}", "--", HELPER]
 

@@ -259,7 +259,7 @@ class ServiceSettings(LoggingConfigurable):
         Unicode(),
         config=True,
         help="""Command (argv list; ``{user}`` is replaced) that starts the helper as another user; what is
-        to be run goes to its standard input. docs/security.md says how to install it.""",
+        to be run goes to its standard input. docs/admins/security.md says how to install it.""",
     )
     min_user_uid = CInt(
         1000,

@@ -39,7 +39,7 @@ def certificate(base: Path) -> Certificate:
 
 
 def options(certificate: Certificate) -> list[str]:
-    """A gateway's, as docs/deployment.md has them."""
+    """A gateway's, as docs/admins/gateway.md has them."""
     found = [f"--certfile={certificate.file}", f"--keyfile={certificate.key}"]
     return [*found, f"--SlurmGatewayApp.peer_cafile={certificate.file}"]
 

@@ -269,7 +269,7 @@ def plan(kinds: list[str], rounds: int, seed: int) -> list[str]:
 
 @dataclass
 class Report:
-    """What one run has counted; ``lines`` is for people, and for docs/reliability.md."""
+    """What one run has counted; ``lines`` is for people, and for docs/admins/reliability.md."""
 
     rounds: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, list[float]] = field(default_factory=dict)

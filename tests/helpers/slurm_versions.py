@@ -1,6 +1,6 @@
 """Slurm's releases say and do some things in different ways: where tests look at these, one table of them.
 
-docs/versions.md tells which of them a user may notice.
+docs/admins/versions.md tells which of them a user may notice.
 """
 
 from __future__ import annotations

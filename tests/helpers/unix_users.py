@@ -128,7 +128,7 @@ def _processes_of(name: str) -> list[psutil.Process]:
 
 
 def _install_helper(directory: Path, cluster: PrivateCluster) -> str:
-    """Install the helper as docs/security.md says, with settings that name the private Slurm."""
+    """Install the helper as docs/admins/security.md says, with settings that name the private Slurm."""
     helper = directory / "as-user"
     text = Path(HELPER).read_text()
     if not os.access("/usr/bin/python3", os.X_OK):

@@ -58,7 +58,7 @@ def jupyter(*arguments: str) -> subprocess.CompletedProcess[str]:
 # -- the kernelspec -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/kernelspec.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/users/kernelspec.md"])
 def test_the_examples_are_valid_requests(page):
     """The kernel.json of a page asks for what is allowed, by the provisioner's name."""
     spec = kernelspec(ROOT / page)
@@ -111,7 +111,7 @@ def test_the_files_that_contributing_names_are_there():
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/settings.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/admins/settings.md"])
 def test_the_settings_of_the_examples_are_valid(page, tmp_path, monkeypatch):
     """A page's jupyter_slurm_config.py is taken as it stands."""
     (text,) = [text for text in blocks(ROOT / page, "python") if "SlurmService" in text]

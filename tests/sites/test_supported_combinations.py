@@ -1,6 +1,6 @@
 """Every way to Slurm with every way back: gateway, login node and compute nodes, and a firewall between them.
 
-docs/reach.md has the table, and tests/unit/test_supported_combinations.py holds it against the tests here.
+docs/admins/networks.md has the table, and tests/unit/test_supported_combinations.py holds it against the tests here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What fails, and what is decided, by every way to Slurm and every way back: it is the same, and nothing is left.
 
-docs/reach.md has the table, and tests/unit/test_supported_combinations.py holds it against the tests here.
+docs/admins/networks.md has the table, and tests/unit/test_supported_combinations.py holds it against the tests here.
 """
 
 from __future__ import annotations

@@ -72,15 +72,15 @@ def test_the_drawn_parts_are_up_to_date():
 @pytest.mark.parametrize(
     ("page", "row"),
     [
-        ("docs/kernelspec.md", "| `partition` |"),
-        ("docs/settings.md", "| `queue_timeout` |"),
-        ("docs/states.md", "| `RUNNING` |"),
-        ("docs/environment.md", "| `SLURM_*` |"),
-        ("docs/how-it-works.md", "| `START` |"),
-        ("docs/identity.md", "| `tokens_file` |"),
-        ("docs/projects.md", "| `limits.max_gpus` |"),
-        ("docs/projects.md", "| `projects_root` |"),
-        ("docs/gateway.md", "| `max_kernels_per_user` |"),
+        ("docs/users/kernelspec.md", "| `partition` |"),
+        ("docs/admins/settings.md", "| `queue_timeout` |"),
+        ("docs/developers/states.md", "| `RUNNING` |"),
+        ("docs/users/kernelspec.md", "| `SLURM_*` |"),
+        ("docs/developers/how-it-works.md", "| `START` |"),
+        ("docs/admins/identity.md", "| `tokens_file` |"),
+        ("docs/admins/projects.md", "| `limits.max_gpus` |"),
+        ("docs/admins/projects.md", "| `projects_root` |"),
+        ("docs/admins/gateway.md", "| `max_kernels_per_user` |"),
         ("etc/jupyter_slurm_config.py", "# c.SlurmService.queue_timeout"),
         ("etc/jupyter_slurm_gateway_config.py", "# c.SlurmGatewayApp.base_url"),
     ],
@@ -102,7 +102,7 @@ def test_a_stale_part_is_found_and_drawn_again(draw, copy, page, row):
 
 def test_a_table_that_no_page_shows_is_an_error(draw, copy):
     """A block whose comments are lost from its page is missed by name."""
-    path = copy / "docs" / "states.md"
+    path = copy / "docs" / "developers" / "states.md"
     path.write_text(path.read_text().replace("<!-- drawn: states -->", ""))
     status, said = draw("--check", "--root", str(copy))
     assert status != 0

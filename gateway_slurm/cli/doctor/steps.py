@@ -93,7 +93,7 @@ _CHANGES: Final[tuple[tuple[str, type[GatewaySlurmError], str], ...]] = (
     (
         "dial",
         OutOfReach,
-        "SlurmService.response_address, response_port or response_interface, or relay (docs/network.md)",
+        "SlurmService.response_address, response_port or response_interface, or relay (docs/admins/networks.md)",
     ),
     (
         "python",
