@@ -1,7 +1,7 @@
-"""Settings of gateway_slurm's kernel provisioner, each with its default, to be uncommented where it is to change.
+"""Settings of gateway_slurm's kernel provisioner, each with its default. Uncomment a line to change its value.
 
-Goes into a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
-/etc/jupyter. Drawn from the code by scripts/draw_docs.py.
+Copy this file to a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
+/etc/jupyter. scripts/draw_docs.py generates it from the code.
 """
 
 c = get_config()  # noqa: F821

@@ -1,52 +1,52 @@
-"""Settings of the shared gateway, each with its default, to be uncommented where it is to change.
+"""Settings of the shared gateway, each with its default. Uncomment a line to change its value.
 
-Goes into a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
-/etc/jupyter, and beside it jupyter_slurm_config.py, which has the settings of Slurm and of allocations. Drawn
-from the code by scripts/draw_docs.py.
+Copy this file to a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
+/etc/jupyter. The settings for Slurm and for allocations are in jupyter_slurm_config.py. scripts/draw_docs.py
+generates this file from the code.
 """
 
 c = get_config()  # noqa: F821
 
 ## -- SlurmGatewayApp -----------------------------------------------------------------------------------------
 
-## Address on which clients are served; `0.0.0.0` or `::` for all. Behind a reverse proxy on the same machine the
-## default is right.
+## Address on which the gateway serves clients; `0.0.0.0` or `::` for all addresses. The default suits a gateway
+## behind a reverse proxy on the same machine.
 # c.SlurmGatewayApp.ip = "localhost"
 
-## TCP port on which clients are served.
+## TCP port on which the gateway serves clients.
 # import os
 # c.SlurmGatewayApp.port = int(os.environ.get("JUPYTER_PORT", "8888"))
 
-## How many ports after that one are tried if it is taken; a service sets 0.
+## How many higher ports the gateway tries if this one is taken; set 0 for a service.
 # c.SlurmGatewayApp.port_retries = 50
 
-## Path before all others, such as `/services/gateway/` behind a JupyterHub.
+## Prefix of all paths, such as `/services/gateway/` behind a JupyterHub.
 # c.SlurmGatewayApp.base_url = "/"
 
-## File with the TLS certificate, for a gateway without a reverse proxy before it.
+## File with the TLS certificate, for a gateway without a reverse proxy in front of it.
 # c.SlurmGatewayApp.certfile = ""
 
-## File with its private key.
+## File with the private key of `certfile`.
 # c.SlurmGatewayApp.keyfile = ""
 
-## Path of a Unix socket to listen on in place of TCP, for a reverse proxy on the same machine; `trusted_proxies`
-## calls it `unix`.
+## Path of a Unix socket to listen on instead of TCP, for a reverse proxy on the same machine; `trusted_proxies`
+## calls such a proxy `unix`.
 # c.SlurmGatewayApp.sock = ""
 
 ## Permissions of that socket.
 # c.SlurmGatewayApp.sock_mode = "0600"
 
-## Believe X-Forwarded-For and X-Forwarded-Proto, for the log and for redirects: only behind a proxy that sets
-## them. Nobody is known by them.
+## Use X-Forwarded-For and X-Forwarded-Proto in the log and in redirects. Set it only behind a proxy that sets
+## these headers. The gateway identifies no user by them.
 # c.SlurmGatewayApp.trust_xheaders = False
 
-## A web page's origin that may use the gateway from a browser. Default: only pages of its own.
+## Origin of the web pages that may use the gateway from a browser. Default: only the gateway's own origin.
 # c.SlurmGatewayApp.allow_origin = ""
 
-## Bytes that a request's body may have.
+## Largest body of a request (bytes).
 # c.SlurmGatewayApp.max_body_size = 536870912
 
-## Whether `/metrics` is for known users only.
+## Whether `/metrics` requires a user's token.
 # c.SlurmGatewayApp.authenticate_prometheus = True
 
 ## URL, with the base URL, at which the other gateways of the deployment reach this very process: not that of a
@@ -103,7 +103,7 @@ c = get_config()  # noqa: F821
 
 ## -- GatewayKernelSpecManager --------------------------------------------------------------------------------
 
-## Names of the only kernelspecs to be served. Default: all.
+## Names of the kernelspecs that the gateway serves. Default: all.
 # c.GatewayKernelSpecManager.allowed_kernelspecs = set()
 
 ## Directory with a directory of kernelspecs for each project. Default: none, there are no projects.
@@ -130,20 +130,20 @@ c = get_config()  # noqa: F821
 
 ## -- SlurmMappingKernelManager -------------------------------------------------------------------------------
 
-## The kernelspec for clients that name none.
+## The kernelspec for clients that do not name one.
 # c.SlurmMappingKernelManager.default_kernel_name = "python3"
 
-## Seconds without activity after which a kernel is shut down. Default 0: never. A kernel that waits in the queue
-## is not idle.
+## Seconds without activity after which the server shuts a kernel down. Default 0: never. A kernel that waits in
+## the queue is not idle.
 # c.SlurmMappingKernelManager.cull_idle_timeout = 0
 
-## Seconds between looks for idle kernels.
+## Seconds between two checks for idle kernels.
 # c.SlurmMappingKernelManager.cull_interval = 300
 
-## Also shut down idle kernels that a frontend is connected to.
+## Also shut down idle kernels to which a frontend is connected.
 # c.SlurmMappingKernelManager.cull_connected = False
 
-## Also shut down kernels that compute, when nothing was heard of them for that long.
+## Also shut down busy kernels that have sent nothing for `cull_idle_timeout`.
 # c.SlurmMappingKernelManager.cull_busy = False
 
 ## Kernels, starting ones included, that there may be. 0: any number.

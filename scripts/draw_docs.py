@@ -1,8 +1,8 @@
-"""Draw what the documentation takes from the code: ``draw_docs.py [--check] [--root DIR]``.
+"""Generate the parts of the documentation that come from the code: ``draw_docs.py [--check] [--root DIR]``.
 
-A page holds drawn blocks between two comments, ``<!-- drawn: NAME -->`` and ``<!-- end: NAME -->``; what is
-around them is written by hand. The sample configurations in ``etc/`` are drawn as a whole. With ``--check``
-nothing is written, and the exit status is 1 where a file is not what the code says.
+A page holds generated blocks between two comments, ``<!-- drawn: NAME -->`` and ``<!-- end: NAME -->``. The text
+around a block is written by hand. The sample configurations in ``etc/`` are generated as a whole. With ``--check``
+the script writes nothing, and its exit status is 1 if a file differs from what the code says.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GATEWAY_SAMPLE = "etc/jupyter_slurm_gateway_config.py"
 _BLOCK = re.compile(r"(<!-- drawn: (?P<name>[a-z-]+) -->\n).*?(<!-- end: (?P=name) -->\n)", re.DOTALL)
 _WIDTH = 110
 
-# Defaults that are worked out when they are needed: as Python, and what that needs to be imported.
+# Defaults that are computed at run time: the Python expression, and the imports that it needs.
 COMPUTED = {
     "launcher_python": ('[sys.executable, "python3"]', "import sys"),
     "hub_scopes": ('json.loads(os.environ.get("JUPYTERHUB_OAUTH_ACCESS_SCOPES") or "[]")', "import json, os"),
@@ -47,56 +47,57 @@ COMPUTED = {
 }
 
 _SAMPLE_HEAD = '''\
-"""Settings of gateway_slurm's kernel provisioner, each with its default, to be uncommented where it is to change.
+"""Settings of gateway_slurm's kernel provisioner, each with its default. Uncomment a line to change its value.
 
-Goes into a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
-/etc/jupyter. Drawn from the code by scripts/draw_docs.py.
+Copy this file to a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
+/etc/jupyter. scripts/draw_docs.py generates it from the code.
 """
 
 c = get_config()  # noqa: F821
 '''
 
 _GATEWAY_SAMPLE_HEAD = '''\
-"""Settings of the shared gateway, each with its default, to be uncommented where it is to change.
+"""Settings of the shared gateway, each with its default. Uncomment a line to change its value.
 
-Goes into a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
-/etc/jupyter, and beside it jupyter_slurm_config.py, which has the settings of Slurm and of allocations. Drawn
-from the code by scripts/draw_docs.py.
+Copy this file to a directory of Jupyter's config path (``config`` in the output of ``jupyter --paths``), such as
+/etc/jupyter. The settings for Slurm and for allocations are in jupyter_slurm_config.py. scripts/draw_docs.py
+generates this file from the code.
 """
 
 c = get_config()  # noqa: F821
 '''
 
-# Of what the gateway's classes have from Jupyter's, the settings that a gateway's admin may want. In words of our
-# own: Jupyter's change with its versions.
+# The settings inherited from Jupyter's classes that the admin of a gateway may want to change. The texts are our own,
+# because Jupyter's help texts change with its versions.
 INHERITED: dict[type[Configurable], dict[str, str]] = {
     SlurmGatewayApp: {
-        "ip": "Address on which clients are served; `0.0.0.0` or `::` for all. Behind a reverse proxy on the same "
-        "machine the default is right.",
-        "port": "TCP port on which clients are served.",
-        "port_retries": "How many ports after that one are tried if it is taken; a service sets 0.",
-        "base_url": "Path before all others, such as `/services/gateway/` behind a JupyterHub.",
-        "certfile": "File with the TLS certificate, for a gateway without a reverse proxy before it.",
-        "keyfile": "File with its private key.",
-        "sock": "Path of a Unix socket to listen on in place of TCP, for a reverse proxy on the same machine; "
-        "`trusted_proxies` calls it `unix`.",
+        "ip": "Address on which the gateway serves clients; `0.0.0.0` or `::` for all addresses. The default suits a "
+        "gateway behind a reverse proxy on the same machine.",
+        "port": "TCP port on which the gateway serves clients.",
+        "port_retries": "How many higher ports the gateway tries if this one is taken; set 0 for a service.",
+        "base_url": "Prefix of all paths, such as `/services/gateway/` behind a JupyterHub.",
+        "certfile": "File with the TLS certificate, for a gateway without a reverse proxy in front of it.",
+        "keyfile": "File with the private key of `certfile`.",
+        "sock": "Path of a Unix socket to listen on instead of TCP, for a reverse proxy on the same machine; "
+        "`trusted_proxies` calls such a proxy `unix`.",
         "sock_mode": "Permissions of that socket.",
-        "trust_xheaders": "Believe X-Forwarded-For and X-Forwarded-Proto, for the log and for redirects: only behind a "
-        "proxy that sets them. Nobody is known by them.",
-        "allow_origin": "A web page's origin that may use the gateway from a browser. Default: only pages of its own.",
-        "max_body_size": "Bytes that a request's body may have.",
-        "authenticate_prometheus": "Whether `/metrics` is for known users only.",
+        "trust_xheaders": "Use X-Forwarded-For and X-Forwarded-Proto in the log and in redirects. Set it only behind a "
+        "proxy that sets these headers. The gateway identifies no user by them.",
+        "allow_origin": "Origin of the web pages that may use the gateway from a browser. Default: only the gateway's "
+        "own origin.",
+        "max_body_size": "Largest body of a request (bytes).",
+        "authenticate_prometheus": "Whether `/metrics` requires a user's token.",
     },
     SlurmMappingKernelManager: {
-        "default_kernel_name": "The kernelspec for clients that name none.",
-        "cull_idle_timeout": "Seconds without activity after which a kernel is shut down. Default 0: never. A kernel "
-        "that waits in the queue is not idle.",
-        "cull_interval": "Seconds between looks for idle kernels.",
-        "cull_connected": "Also shut down idle kernels that a frontend is connected to.",
-        "cull_busy": "Also shut down kernels that compute, when nothing was heard of them for that long.",
+        "default_kernel_name": "The kernelspec for clients that do not name one.",
+        "cull_idle_timeout": "Seconds without activity after which the server shuts a kernel down. Default 0: never. A "
+        "kernel that waits in the queue is not idle.",
+        "cull_interval": "Seconds between two checks for idle kernels.",
+        "cull_connected": "Also shut down idle kernels to which a frontend is connected.",
+        "cull_busy": "Also shut down busy kernels that have sent nothing for `cull_idle_timeout`.",
     },
     GatewayKernelSpecManager: {
-        "allowed_kernelspecs": "Names of the only kernelspecs to be served. Default: all.",
+        "allowed_kernelspecs": "Names of the kernelspecs that the gateway serves. Default: all.",
     },
 }
 GATEWAY_CLASSES: tuple[type[Configurable], ...] = (
@@ -106,72 +107,72 @@ GATEWAY_CLASSES: tuple[type[Configurable], ...] = (
     SlurmMappingKernelManager,
 )
 
-# What each message says; its number, sender and form are the code's.
+# What each message says; the number, the sender and the form come from the code.
 MESSAGE_TEXTS = {
-    "WELCOME": "the launcher is let in: its next token, timeouts, if it is kept, when to warn, where streams "
-    "are, where else to dial, and which taking over this is",
+    "WELCOME": "the server accepts the launcher: the launcher's next token, timeouts, whether the job is kept, when to "
+    "warn, the state of the tunnel's streams, other addresses to dial, and the epoch of the takeover",
     "START": "start a kernel: argv, environment, working directory, keys; on a restart the ports to keep",
-    "SIGNAL": "signal a kernel's process group",
-    "STOP": "kill a kernel's process group and forget its files",
+    "SIGNAL": "send a signal to a kernel's process group",
+    "STOP": "kill a kernel's process group and remove its files",
     "RELEASE": "end all kernels and exit",
-    "UNTIL": "the job ends then: Slurm says that its time limit was changed",
-    "TELL": "a line for a direct kernel's standard error, by which users are warned",
-    "REDIRECT": "in place of WELCOME: another server has taken the launcher over, and listens there",
-    "ACK": "every client has a kernel's output up to that message: the launcher need not keep it",
-    "STEP": "start a job step from inside the job, where the server cannot reach Slurm's commands",
-    "STEP_END": "end such a step",
-    "STEP_SEEN": "how a step ended has been heard",
-    "LIST_STEPS": "which steps run in the job?",
-    "PROBE": "listen for a moment where a direct kernel would, and answer this word with that one",
-    "REPORT": "answer to WELCOME: the new token is taken, and this is how kernels, steps and streams are",
-    "STARTED": "the kernel listens on all five channels, here",
-    "FAILED": "the kernel did not come up: why, and the end of its output",
-    "EXIT": "a kernel that had come up is gone: exit code or signal, and the end of its output",
+    "UNTIL": "the new end of the job, after Slurm reported a changed time limit",
+    "TELL": "a line for a direct kernel's standard error, which warns the user",
+    "REDIRECT": "instead of WELCOME: another server has taken the launcher over, and this is its address",
+    "ACK": "every client has a kernel's output up to this message: the launcher may drop it",
+    "STEP": "start a job step from inside the job, because the server cannot run srun",
+    "STEP_END": "end a job step that STEP started",
+    "STEP_SEEN": "the server knows how the step ended",
+    "LIST_STEPS": "list the job's running steps",
+    "PROBE": "listen briefly on the ports of a direct kernel, and answer the given question with the given answer",
+    "REPORT": "answer to WELCOME: the launcher has its new token; the state of its kernels, steps and streams",
+    "STARTED": "the kernel listens on all five channels, at these addresses",
+    "FAILED": "the kernel did not start: the reason, and the end of its output",
+    "EXIT": "a started kernel has ended: exit code or signal, and the end of its output",
     "NOTICE": "Slurm sent SIGTERM or SIGUSR1; the time limit is near; a log, or a line for a kernel, cannot be written",
-    "STEPPED": "a step is over: srun's exit status, and the end of what it said",
-    "STEPS": "answer to LIST_STEPS: what squeue said",
-    "PROBED": "answer to PROBE: the ports, or why it cannot listen",
-    "HEARTBEAT": "a sign of life; the server's says whether the job is kept, and where else to dial",
-    "OPEN": "a client connected to a tunnelled kernel's channel",
+    "STEPPED": "a step has ended: srun's exit status, and the end of srun's output",
+    "STEPS": "answer to LIST_STEPS: the output of squeue",
+    "PROBED": "answer to PROBE: the ports, or the reason why the launcher cannot listen",
+    "HEARTBEAT": "a sign of life; the server's also says whether the job is kept, and which other addresses to dial",
+    "OPEN": "a client connected to a channel of a tunnelled kernel",
     "DATA": "bytes of that connection",
-    "CREDIT": "that many of its bytes were taken, so many more may be sent",
+    "CREDIT": "the number of its bytes that the receiver has taken; the sender may send as many more",
     "CLOSE": "that connection ended",
 }
 _SENDERS = {wire.UP: "launcher", wire.DOWN: "server", wire.BOTH: "both"}
 
 PHASE_TEXTS = {
-    Phase.NEW: "made, not started yet",
-    Phase.STARTING: "START was sent; the kernel does not listen yet",
-    Phase.RUNNING: "it listens on all channels",
-    Phase.LOST: "its launcher's link broke: nothing is known, and for Jupyter it still lives",
-    Phase.DEAD: "it exited, or its job is over; it may be started again",
+    Phase.NEW: "created, not started yet",
+    Phase.STARTING: "the server has sent START; the kernel does not listen yet",
+    Phase.RUNNING: "the kernel listens on all channels",
+    Phase.LOST: "the launcher's link broke: the state is unknown, and Jupyter still sees a living kernel",
+    Phase.DEAD: "the kernel exited, or its job ended; the kernel may be started again",
 }
 
 
 def settings(of: type[Configurable] = ServiceSettings) -> dict[str, TraitType[object, object]]:
-    """The admin's settings in the order in which the code has them; a base class's that is closed is none."""
+    """Return the admin's settings in the order of the code, without those that a subclass marks as not used."""
     traits = of.class_own_traits(config=True)
     own = [name for name in vars(of) if name in traits and not str(traits[name].help).startswith("Not used")]
     return {name: of.class_traits()[name] for name in [*INHERITED.get(of, {}), *own]}
 
 
 def help_text(trait: TraitType[object, object], of: type[Configurable] = ServiceSettings) -> str:
-    """A setting's help, on one line, with the values that it may have."""
-    words = INHERITED.get(of, {}).get(str(trait.name)) or " ".join(str(trait.help).split())
+    """Return a setting's help on one line, with its allowed values."""
+    text = INHERITED.get(of, {}).get(str(trait.name)) or " ".join(str(trait.help).split())
     if isinstance(trait, Enum):
-        words += f" One of: {', '.join(map(repr, trait.values or ()))}."
-    return words
+        text += f" One of: {', '.join(map(repr, trait.values or ()))}."
+    return text
 
 
 def default_text(name: str, trait: TraitType[object, object]) -> str:
-    """A setting's default, as Python."""
+    """Return a setting's default as a Python expression."""
     if name in COMPUTED:
         return COMPUTED[name][0]
     return repr(trait.default()).replace("'", '"')
 
 
 def settings_table(of: type[Configurable] = ServiceSettings) -> str:
-    """Draw the settings as markdown, one line per setting."""
+    """Format the settings as a markdown table, one row per setting."""
     lines = ["| setting | default | meaning |", "|---|---|---|"]
     for name, trait in settings(of).items():
         meaning = help_text(trait, of).replace("``", "`").replace("|", "\\|")
@@ -180,15 +181,16 @@ def settings_table(of: type[Configurable] = ServiceSettings) -> str:
 
 
 def sample_config() -> str:
-    """Draw the sample: every setting commented out, at its default."""
+    """Generate the sample: every setting commented out, at its default."""
     return "\n".join([_SAMPLE_HEAD, *_sample_lines(ServiceSettings, "SlurmService")])
 
 
 def gateway_sample_config() -> str:
-    """Draw the gateway's: every setting of its classes."""
+    """Generate the gateway's sample: every setting of the gateway's classes."""
     parts = [_GATEWAY_SAMPLE_HEAD]
-    for one in GATEWAY_CLASSES:
-        parts += [f"## -- {one.__name__} {'-' * (_WIDTH - 6 - len(one.__name__))}\n", *_sample_lines(one, one.__name__)]
+    for configurable in GATEWAY_CLASSES:
+        name = configurable.__name__
+        parts += [f"## -- {name} {'-' * (_WIDTH - 6 - len(name))}\n", *_sample_lines(configurable, name)]
     return "\n".join(parts)
 
 
@@ -200,7 +202,7 @@ def _sample_lines(of: type[Configurable], section: str) -> Iterator[str]:
 
 
 def _assignment(target: str, value: str) -> str:
-    """Commented out; a list that is long, in several lines."""
+    """Format a commented-out assignment; a long list takes several lines."""
     if len(target + value) <= _WIDTH or not value.startswith("["):
         return f"# {target}{value}\n"
     lines = textwrap.wrap(value[1:-1], _WIDTH - 6)
@@ -208,21 +210,21 @@ def _assignment(target: str, value: str) -> str:
 
 
 def _comment(text: str) -> str:
-    """Prose has two hashes, so that it stays a comment when the settings are uncommented."""
+    """Format prose with two hashes: it stays a comment when a user uncomments the settings."""
     return "".join(f"## {line}\n" for line in textwrap.wrap(" ".join(text.split()), _WIDTH))
 
 
 def messages_table() -> str:
-    """Draw the link's messages as markdown; raise KeyError for one that has no text here."""
+    """Format the link's messages as a markdown table; raise KeyError for a message without a text in this file."""
     lines = ["| message | number | sent by | body | what it says |", "|---|---|---|---|---|"]
-    for name, (number, who, form) in wire.MESSAGES.items():
+    for name, (number, sender, form) in wire.MESSAGES.items():
         body = "JSON" if form == wire.JSON else "stream id, bytes"
-        lines.append(f"| `{name}` | {number} | {_SENDERS[who]} | {body} | {MESSAGE_TEXTS[name]} |")
+        lines.append(f"| `{name}` | {number} | {_SENDERS[sender]} | {body} | {MESSAGE_TEXTS[name]} |")
     return "\n".join(lines) + "\n"
 
 
 def phases_table() -> str:
-    """Draw the phases of a kernel and what may follow each, as a table and as a diagram."""
+    """Format the phases of a kernel and their transitions, as a table and as a diagram."""
     lines = ["| phase | meaning | may become |", "|---|---|---|"]
     edges = []
     for phase, following in TRANSITIONS.items():
@@ -250,7 +252,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def drawn(root: Path) -> dict[Path, str]:
-    """Every file that holds something drawn, and what it should hold; raise KeyError for an unknown block."""
+    """Return every file with generated text, and its correct content; raise KeyError for an unknown block."""
 
     def block(match: re.Match[str]) -> str:
         used.add(match["name"])
@@ -265,10 +267,12 @@ def drawn(root: Path) -> dict[Path, str]:
 
 
 def main() -> int:
-    """Draw, or check; name each file that was stale."""
-    parser = argparse.ArgumentParser(description="Draw what the documentation takes from the code.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is stale")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the repository")
+    """Generate or check the files; print each file that was stale."""
+    parser = argparse.ArgumentParser(description="Generate the parts of the documentation that come from the code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if a file is stale")
+    parser.add_argument(
+        "--root", type=Path, default=Path(__file__).resolve().parent.parent, help="root directory of the repository"
+    )
     arguments = parser.parse_args()
     stale = 0
     for path, text in drawn(arguments.root).items():
