@@ -87,10 +87,6 @@ class Store:
         if connection.execute(there).rowcount == 0:
             connection.execute(sa.insert(SERVERS).values(server_id=server.server_id, **values))
 
-    def renew(self, server_id: str) -> bool:
-        """Own what it has for another lease; False where another server took over from it."""
-        return self.write(server_id, ())
-
     def is_leased(self, server: ServerRecord) -> bool:
         """Whether it has to renew what it owns.
 
@@ -228,13 +224,6 @@ class Store:
         rows = self._collected(claimed.rows)
         return Claimed(**vars(rows), epoch=claimed.epoch, servers=tuple(claimed.servers))
 
-    def adopt(self, server: ServerRecord, records: Iterable[AllocationRecord]) -> None:
-        """Keep what an older version left in a file, as of a server that is over."""
-        with self._database.writing() as connection:
-            self._register(connection, dataclasses.replace(server, ended=True))
-            changes: list[Change] = [("allocations", one.launcher_id, one) for one in records]
-            self._change(connection, "allocations", server.server_id, changes, self._database.now(connection))
-
     def drop(self, found: Iterable[Found]) -> None:
         """Remove allocations of dead servers, with the launchers, kernels and sessions in them."""
         with self._database.writing() as connection:
@@ -251,7 +240,7 @@ def _of(table: sa.Table, server_id: str) -> sa.Select[Any]:
 
 
 def open_store(url: str, directory: Path, key_file: str = "") -> Store:
-    """Open, make or upgrade the store. Raises StoreError, with the reason and what to do; nothing is destroyed.
+    """Open the store, or make it. Raises StoreError, with the reason and what to do; nothing is destroyed.
 
     ``url`` is empty (SQLite in ``directory``), ``memory:``, or a URL of SQLAlchemy's (postgresql://…). The key is in
     ``key_file``; if that is empty, in the directory above: hosts that share a home share it, and no SQLite file.

@@ -45,27 +45,22 @@ class RecordFiles:
         write_atomically(path, text)
 
     def found(self) -> list[Found]:
-        """What no database of this host has: other hosts' records, and those of older versions."""
-        here = this_process().host
+        """The records of servers on other hosts, which are in no database of this host."""
+        this_host = this_process().host
         return [
             (server, record)
-            for _path, server, in_store, records in self._all()
-            if server.process.host != here or not in_store
+            for _path, server, records in self._all()
+            if server.process.host != this_host
             for record in records
         ]
 
-    def take_dead(self) -> Iterable[tuple[ServerRecord, list[AllocationRecord]]]:
-        """The records that processes of this host left with older versions; each file goes once they are dealt with."""
-        if not self.directory.is_dir():
-            return
-        with locked(self.directory / "recovery.lock", LOCK_SECONDS):
-            for path, server, in_store, records in self._all():
-                if server.process.is_dead:
-                    if not in_store:
-                        yield server, records
-                    path.unlink(missing_ok=True)
+    def remove_dead(self) -> None:
+        """Remove the files of this host's processes that have ended; the store has what they had. Raises OSError."""
+        for path, server, _records in self._all():
+            if server.process.is_dead:
+                path.unlink(missing_ok=True)
 
-    def _all(self) -> Iterable[tuple[Path, ServerRecord, bool, list[AllocationRecord]]]:
+    def _all(self) -> Iterable[tuple[Path, ServerRecord, list[AllocationRecord]]]:
         for path in sorted(self.directory.glob("*.json")):
             try:
                 yield (path, *_read(path))
@@ -76,10 +71,10 @@ class RecordFiles:
 
 
 def _content(process: ProcessInfo, records: list[AllocationRecord]) -> str:
-    return json.dumps({"process": asdict(process), "in_store": True, "records": [asdict(one) for one in records]})
+    return json.dumps({"process": asdict(process), "records": [asdict(one) for one in records]})
 
 
-def _read(path: Path) -> tuple[ServerRecord, bool, list[AllocationRecord]]:
+def _read(path: Path) -> tuple[ServerRecord, list[AllocationRecord]]:
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"it is larger than {LARGEST_FILE} bytes")
     content: dict[str, Any] = json.loads(path.read_text())
@@ -88,7 +83,7 @@ def _read(path: Path) -> tuple[ServerRecord, bool, list[AllocationRecord]]:
     # A field of a later version is no reason not to find the job.
     known = [{name: value for name, value in one.items() if name in names} for one in content["records"]]
     server = ServerRecord(server_id=f"file-{process.file_name}", process=process, lease_until=math.inf)
-    return server, bool(content.get("in_store")), [AllocationRecord(**one) for one in known]
+    return server, [AllocationRecord(**one) for one in known]
 
 
 # -- Files drawn from the records, for who does not read the store: Jupyter's frontends, and servers on other hosts. --

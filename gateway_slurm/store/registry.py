@@ -249,10 +249,9 @@ class Registry:
         return {record.jobid or "" for server, record in found if not elsewhere or server.server_id != self.server_id}
 
     def orphans(self) -> list[Found]:
-        """Blocking. Allocations of servers that are gone; those that older versions left are in the store from now."""
+        """Blocking. Allocations of servers that are gone. Also removes the files that dead processes left."""
         if self._url != MEMORY:
-            for server, records in self._files.take_dead():
-                self.store.adopt(server, records)
+            self._files.remove_dead()
         # A database that several share holds jobs that only their own deployment can ask Slurm about.
         deployment = None if self.store.is_sqlite else self._own.server.deployment
         return [

@@ -1,18 +1,14 @@
-"""The tables, their version, and how an older one becomes this one. SQLAlchemy is imported here: import it late.
-
-Version 0 is what was before there was a database: a JSON file a process (files.py reads it).
-"""
+"""The tables and their version. This module imports SQLAlchemy: import it late, off the loop."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 
 import sqlalchemy as sa
 
 from gateway_slurm.errors import StoreError
 
-VERSION = 2
+VERSION = 3
 
 METADATA = sa.MetaData()
 
@@ -40,7 +36,7 @@ SERVERS = sa.Table(
     # Since when the lease has been without a gap.
     sa.Column("leased_since", sa.Double, nullable=False),
     sa.Column("ended", sa.Boolean, nullable=False),
-    sa.Column("relays", sa.Text, nullable=False, server_default="[]"),
+    sa.Column("relays", sa.Text, nullable=False),
 )
 # One adopted job may be on record for several servers; everything else is one server's.
 ALLOCATIONS = _owned(
@@ -72,15 +68,6 @@ SESSIONS = _owned(
 )
 TABLES = {table.name: table for table in (ALLOCATIONS, LAUNCHERS, KERNELS, SESSIONS)}
 
-# From the version to the one after it, in the transaction that holds the lock: all of it, or nothing.
-MIGRATIONS: dict[int, Callable[[sa.Connection], None]] = {
-    1: lambda connection: _add_column(connection, "servers", "relays TEXT NOT NULL DEFAULT '[]'"),
-}
-
-
-def _add_column(connection: sa.Connection, table: str, column: str) -> None:
-    connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column}")
-
 
 def meta(connection: sa.Connection, key: str) -> str | None:
     """A fact about the store itself."""
@@ -95,33 +82,33 @@ def set_meta(connection: sa.Connection, key: str, value: str) -> None:
 
 
 def prepare(connection: sa.Connection, shown: str) -> None:
-    """Make the tables, or bring older ones up to date. Raises StoreError for those that are not ours to touch."""
+    """Create the tables in an empty database. Raises StoreError for a store of another schema, and for other tables."""
     names = set(sa.inspect(connection).get_table_names())
-    if "meta" not in names:
-        if taken := names & set(METADATA.tables):
-            raise StoreError(
-                f"the store {shown} holds tables of something else ({', '.join(sorted(taken))}): give "
-                "SlurmService.store_url a database, or a schema, of its own"
-            )
-        METADATA.create_all(connection)
-        set_meta(connection, "schema", str(VERSION))
-        set_meta(connection, "store_id", secrets.token_hex(16))
-        set_meta(connection, "epoch", "0")
+    if "meta" in names:
+        _check_version(connection, shown)
         return
-    _upgrade(connection, shown)
+    if taken := names & set(METADATA.tables):
+        raise StoreError(
+            f"the store {shown} holds tables of something else ({', '.join(sorted(taken))}): give "
+            "SlurmService.store_url a database, or a schema, of its own"
+        )
+    METADATA.create_all(connection)
+    set_meta(connection, "schema", str(VERSION))
+    set_meta(connection, "store_id", secrets.token_hex(16))
+    set_meta(connection, "epoch", "0")
 
 
-def _upgrade(connection: sa.Connection, shown: str) -> None:
+def _check_version(connection: sa.Connection, shown: str) -> None:
     found = meta(connection, "schema") or ""
     if not found.isdigit():
-        raise StoreError(f"the store {shown} has a table meta that is not ours: give SlurmService.store_url another")
-    version = int(found)
-    if version > VERSION:
         raise StoreError(
-            f"the store {shown} is of a newer gateway_slurm (version {version}, this one knows {VERSION}): "
-            "install that one again, or name another store in SlurmService.store_url"
+            f"the store {shown} has a table meta of another program: give SlurmService.store_url a database, or a "
+            "schema, of its own"
         )
-    while version < VERSION:
-        MIGRATIONS[version](connection)
-        version += 1
-        set_meta(connection, "schema", str(version))
+    if int(found) != VERSION:
+        files = "the file, with those ending in -wal and -shm beside it"
+        what = files if connection.dialect.name == "sqlite" else f"its tables ({', '.join(METADATA.tables)})"
+        raise StoreError(
+            f"the store {shown} has schema {found}, and this gateway_slurm needs schema {VERSION}: while no kernel "
+            f"runs, remove {what}, or name another store in SlurmService.store_url"
+        )

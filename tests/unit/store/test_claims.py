@@ -194,10 +194,10 @@ def test_after_an_outage_the_others_may_renew_first(store):
     server(store, "new")
     for one in ("there", "new"):
         end_lease(store, one)
-    assert store.renew("new")
+    assert store.write("new", [])
     # One whose process is gone is dead all the same.
     assert keys(store.claim("new", "gateway"))["kernels"] == ["k2.0"]
-    assert store.renew("there")
+    assert store.write("there", [])
     with store._database.writing() as connection:
         connection.execute(sa.update(SERVERS).values(leased_since=SERVERS.c.leased_since - LEASE_SECONDS - 1))
     assert store.claim("new", "gateway") == Claimed()
@@ -265,12 +265,12 @@ def test_a_server_that_slept_through_its_lease_cannot_write(store):
     end_lease(store, "slept")
     server(store, "new")
     store.claim("new", "gateway")
-    assert not store.renew("slept")
+    assert not store.write("slept", [])
     assert not store.write("slept", [("kernels", "k1.0", None), ("kernels", "k9", replace(job(1)[2], kernel_id="k9"))])
     assert [one.kernel_id for one in store.rows_of("new").kernels] == ["k1.0"]
     again = ServerRecord(server_id="slept", deployment="gateway", process=ELSEWHERE)
     assert {("kernels", "k1.0"), ("launchers", "gs-1"), ("allocations", "gs-1")} <= store.rejoin(again)
-    assert store.renew("slept")
+    assert store.write("slept", [])
     assert store.write("slept", [("kernels", "k1.0", replace(job(1)[2], pid=99)), ("launchers", "gs-1", None)])
     rows = store.rows_of("new")
     assert [one.pid for one in rows.kernels] == [0]
@@ -287,7 +287,7 @@ def test_a_server_of_which_one_kernel_was_taken_finds_out_before_it_writes(store
     others = store.rejoin(ServerRecord(server_id="slept", deployment="gateway", process=ELSEWHERE))
     assert others == {("allocations", "gs-1"), ("launchers", "gs-1"), ("kernels", "k1.0"), ("sessions", "s-k1.0")}
     assert keys(store.rows_of("slept"))["kernels"] == ["k2.0"]
-    assert store.renew("slept")
+    assert store.write("slept", [])
 
 
 def test_a_row_of_a_server_that_is_gone_is_in_nobodys_way(store):

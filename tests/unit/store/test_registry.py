@@ -21,7 +21,6 @@ from gateway_slurm.store import (
     AllocationRecord,
     KernelRecord,
     LauncherRecord,
-    ProcessInfo,
     Registry,
     ServerRecord,
     SessionRecord,
@@ -99,14 +98,10 @@ def dead_server(registry: Registry, *records: object, server_id: str = "dead", *
     return server
 
 
-def old_file(registry: Registry, *records: AllocationRecord, **changes: object) -> ProcessInfo:
-    """The file of a process of the version before there was a database."""
-    process = replace(this_process(), **changes)
-    content = {"process": asdict(process), "records": [asdict(record) for record in records]}
-    directory = registry.directory / "registry"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (directory / process.file_name).write_text(json.dumps(content))
-    return process
+def file_of_other_host(registry: Registry, *records: AllocationRecord) -> None:
+    """The file of a server on another host."""
+    process = replace(this_process(), host="elsewhere", start="1")
+    RecordFiles(registry.directory / "registry").draw(process, list(records))
 
 
 # -- what is kept -------------------------------------------------------------------------------
@@ -349,7 +344,7 @@ def test_one_job_of_two_servers_is_one_job():
         assert jobs["123"][1].kernel_ids == ["other"]
 
 
-# -- files: frontends, other hosts, older versions ----------------------------------------------
+# -- files: frontends, other hosts -----------------------------------------------------------
 
 
 def test_the_frontends_file_has_what_the_process_own_user_has(registry):
@@ -386,15 +381,6 @@ def test_an_intent_without_a_job_is_kept_but_not_shown_to_frontends(registry):
     assert registry.all_records()[0][1].jobid is None
 
 
-def test_what_an_older_version_left_is_taken_over_once(registry):
-    """A dead process's file goes into the store, and away; a living one's is read as long as it lives."""
-    old_file(registry, RECORD, start="1")
-    assert [record for _server, record in registry.orphans()] == [RECORD]
-    assert list((registry.directory / "registry").glob("*.json")) == []
-    registry.drop(registry.orphans())
-    assert registry.orphans() == []
-
-
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[Registry]:
     """A registry on SQLite, whose user has other hosts, too."""
@@ -406,15 +392,8 @@ def local(tmp_path: Path) -> Iterator[Registry]:
 
 def test_servers_on_other_hosts_are_seen_by_their_files(local):
     """Homes are shared, SQLite's files are not: a job that another host's server is in is not ended from here."""
-    old_file(local, RECORD, host="elsewhere", start="1")
+    file_of_other_host(local, RECORD)
     assert [(server.is_dead, record) for server, record in local.all_records()] == [(False, RECORD)]
-    assert local.used_jobs(elsewhere=True) == {"12"}
-    assert local.orphans() == []
-
-
-def test_a_process_of_an_older_version_is_seen_while_it_lives(local):
-    """During an upgrade both are there."""
-    old_file(local, RECORD, pid=1, start=store.records.start_time(1))
     assert local.used_jobs(elsewhere=True) == {"12"}
     assert local.orphans() == []
 
@@ -453,7 +432,7 @@ def test_a_file_is_never_larger_than_what_is_read(local):
 )
 def test_a_broken_file_is_told_and_left(local, text, caplog):
     """It takes only itself out."""
-    old_file(local, RECORD, host="elsewhere")
+    file_of_other_host(local, RECORD)
     broken = local.directory / "registry" / "x-1-1.json"
     broken.write_text(text)
     assert allocations(local) == [RECORD]
@@ -463,7 +442,7 @@ def test_a_broken_file_is_told_and_left(local, text, caplog):
 
 def test_records_that_are_none_take_only_their_file_out(local):
     """Whatever stands in a file that somebody else wrote."""
-    old_file(local, RECORD, host="elsewhere")
+    file_of_other_host(local, RECORD)
     process = asdict(replace(this_process(), start="1"))
     for number, records in enumerate(['"x"', "[1]", '["x"]', "{}", "[" * 3000 + "]" * 3000]):
         text = f'{{"process": {json.dumps(process)}, "records": {records}}}'
@@ -473,7 +452,7 @@ def test_records_that_are_none_take_only_their_file_out(local):
 
 def test_a_record_of_another_version_is_understood(local):
     """Unknown fields do not hide a job."""
-    old_file(local, RECORD, host="elsewhere")
+    file_of_other_host(local, RECORD)
     path = next((local.directory / "registry").glob("*.json"))
     content = json.loads(path.read_text())
     content["records"][0]["colour"] = "blue"

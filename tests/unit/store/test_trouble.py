@@ -143,14 +143,17 @@ def test_a_damaged_file_is_refused_and_left(state, damage):
     assert path.read_bytes() == bytes(content)
 
 
-def test_a_store_of_a_newer_version_is_refused(state, store_url):
-    """An older version would spoil it."""
+@pytest.mark.parametrize("difference", [-1, 1], ids=["older", "newer"])
+def test_a_store_of_another_schema_is_refused_in_one_line(state, store_url, difference):
+    """The line names the store, both schemas, and what to do; the store is left as it is."""
     filled(state, store_url)
-    newer = schema.VERSION + 1
-    set_schema(state, store_url, str(newer))
+    found = schema.VERSION + difference
+    set_schema(state, store_url, str(found))
     words = refused(state, store_url)
-    assert "newer" in words
-    assert f"version {newer}" in words
+    assert f"has schema {found}, and this gateway_slurm needs schema {schema.VERSION}" in words
+    assert "while no kernel runs, remove" in words
+    assert (str(file_of(state)) if not store_url else "its tables (meta, ") in words
+    assert "\n" not in words.strip()
     set_schema(state, store_url, str(schema.VERSION))
     filled(state, store_url)
 
@@ -161,45 +164,6 @@ def set_schema(state: Path, url: str, version: str) -> None:
     with database.writing() as connection:
         schema.set_meta(connection, "schema", version)
     database.close()
-
-
-def test_an_older_store_becomes_this_version_once(state, store_url, monkeypatch):
-    """In one transaction: a migration that fails leaves it as it was."""
-    filled(state, store_url)
-
-    def upgrade(connection: object) -> None:
-        connection.exec_driver_sql("ALTER TABLE sessions ADD COLUMN colour TEXT")
-
-    def broken(connection: object) -> None:
-        upgrade(connection)
-        connection.exec_driver_sql("ALTER TABLE nonsense ADD COLUMN colour TEXT")
-
-    before = schema.VERSION
-    monkeypatch.setattr(schema, "VERSION", before + 1)
-    monkeypatch.setitem(schema.MIGRATIONS, before, broken)
-    assert "nonsense" in refused(state, store_url)
-    monkeypatch.setitem(schema.MIGRATIONS, before, upgrade)
-    for _time in range(2):
-        store = open_store(store_url, file_of(state).parent)
-        with store._database.reading() as connection:
-            assert schema.meta(connection, "schema") == str(before + 1)
-            connection.exec_driver_sql("SELECT colour FROM sessions")
-        assert [record for _server, record in store.all_records()] == [RECORD]
-        store.close()
-
-
-def test_a_store_of_the_first_version_is_taken_over(state, store_url):
-    """Its servers have no relays; what they left is there."""
-    filled(state, store_url)
-    database = connect(store_url, file_of(state).parent)
-    with database.writing() as connection:
-        connection.exec_driver_sql("ALTER TABLE servers DROP COLUMN relays")
-        schema.set_meta(connection, "schema", "1")
-    database.close()
-    store = open_store(store_url, file_of(state).parent)
-    assert [record for _server, record in store.all_records()] == [RECORD]
-    assert [server.relays for server in store.servers()] == [()]
-    store.close()
 
 
 def test_a_database_of_something_else_is_refused(state, store_url):
