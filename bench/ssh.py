@@ -37,9 +37,9 @@ async def _measure(table: Table, directory: Path, service: SlurmService, runs: i
 
 async def _start(service: SlurmService, name: str, way: str) -> Kernel:
     """A kernel in a job of its own, whose launcher dials the server itself or the relay."""
-    reach: Any = service.reach
-    if reach.relay is not None:
-        reach.relay.worked = way == "relay"  # its addresses come first then
+    access: Any = service.access
+    if access.relay is not None:
+        access.relay.worked = way == "relay"  # its addresses come first then
     kernel, _seconds = await start(name)
     link = kernel.provisioner._held.process.launcher.link
     by_relay = type(link._transport).__name__ == "Relayed"

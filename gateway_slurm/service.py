@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from gateway_slurm.access import SlurmUsers
+from gateway_slurm.access import SlurmUsers, cluster_access
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.keep import Keeping
 from gateway_slurm.allocations.launcher import Launcher
@@ -39,7 +39,6 @@ from gateway_slurm.kernels.transport import Dialling
 from gateway_slurm.link.server import ResponseSocket
 from gateway_slurm.link.tunnel import make_socket_directory
 from gateway_slurm.request import KernelRequest
-from gateway_slurm.slurm.access import make_reach
 from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.watcher import JobWatcher
 from gateway_slurm.store import RENEW_SECONDS, Lost, Registry
@@ -154,13 +153,13 @@ class SlurmService(ServiceSettings):
         self._thread: threading.Thread | None = None
         self._thread_lock = threading.Lock()
         self._opened: asyncio.Task[None] | None = None
-        self.reach = make_reach(self)
-        self.runner = self.reach.runner
-        self._users = SlurmUsers(self, self.reach)
+        self.access = cluster_access(self)
+        self.runner = self.access.runner
+        self._users = SlurmUsers(self, self.access)
         self.owners: Owners
         self.registry: Registry
         self.url = ""  # where the others of the deployment reach this server's clients' side; set before it is used
-        self.everybodys: SlurmJobs
+        self.all_jobs: SlurmJobs
         self.endpoints: list[str] = []  # this server's own addresses for launchers
         self._starting: set[asyncio.Task[Any]] = set()
         self.recovers = True  # it deals with what dead servers have left
@@ -200,21 +199,23 @@ class SlurmService(ServiceSettings):
 
     # -- life -------------------------------------------------------------------------------
 
-    async def _open(self) -> None:
+    async def open(self) -> None:
         """Listen, once; called on the service's loop."""
-        if self._opened is None or (self._opened.done() and not self._is_open()):
+        if self._opened is None or (self._opened.done() and not self.is_open):
             self._opened = asyncio.ensure_future(self._listen())
         await asyncio.shield(self._opened)
 
-    def _is_open(self) -> bool:
+    @property
+    def is_open(self) -> bool:
+        """Whether it listens for launchers and has its store."""
         opened = self._opened
         return opened is not None and opened.done() and not opened.cancelled() and opened.exception() is None
 
     async def why_not_ready(self) -> str:
         """Why no kernel could be started now, as far as this machine knows; Slurm is not asked."""
         try:
-            self.reach.check()
-            await self._open()
+            self.access.check()
+            await self.open()
         except GatewaySlurmError as error:
             return str(error)
         return self.registry.trouble  # no job is submitted that cannot be put on record
@@ -235,17 +236,17 @@ class SlurmService(ServiceSettings):
         self._keeping = Keeping(self.registry.marks, interval=self.heartbeat, log=self.log)
         self._reports = HubReports.wanted_by(os.environ, self.log)
         self.owners = Owners(self._allocations_for, self.registry)
-        self.reach.inside = self.owners.inside
-        self.everybodys = self._users.driver_for_all(self.registry, self.owners.owner_of)
-        self._watcher = JobWatcher(self.everybodys, interval=(self.watch_interval, 15 * self.watch_interval))
+        self.access.find_launcher = self.owners.inside
+        self.all_jobs = self._users.all_jobs(self.registry, self.owners.owner_of)
+        self._watcher = JobWatcher(self.all_jobs, interval=(self.watch_interval, 15 * self.watch_interval))
         self.registry.on_lost = self._lost
         self.allocations.own(self._keeping.watch())
         if self.recovers:
-            self.allocations.own(recover(self.registry, self.everybodys, self.log, deployment=self.deployment))
+            self.allocations.own(recover(self.registry, self.all_jobs, self.log, deployment=self.deployment))
         # A program that starts one kernel asks Slurm for no more than that.
         if self.deployment or self.orphan_jobs != "leave":
-            self.allocations.own(see_to_orphans(self.registry, self.everybodys, self, self.log))
-        await self.reach.open(self._socket, self._failover.announce)
+            self.allocations.own(see_to_orphans(self.registry, self.all_jobs, self, self.log))
+        await self.access.open(self._socket.connected, self._failover.announce)
 
     def make_registry(self) -> Registry:
         """The store as the admin has set it, not opened yet; whoever opens it closes it."""
@@ -285,7 +286,7 @@ class SlurmService(ServiceSettings):
             watcher=self._watcher,
             keeping=self._keeping,
             registry=self.registry,
-            endpoints=lambda: self.reach.endpoints(self.endpoints),
+            endpoints=lambda: self.access.endpoints(self.endpoints),
             addresses=self._failover.addresses,
         )
 
@@ -312,7 +313,7 @@ class SlurmService(ServiceSettings):
     async def _close(self, *, leave: bool) -> None:
         if self._opened is not None:
             await asyncio.wait([self._opened])
-        if not self._is_open():
+        if not self.is_open:
             return
         if leave:
             await self._give_up_starts()
@@ -323,7 +324,7 @@ class SlurmService(ServiceSettings):
         await self.owners.close(leave=leave)
         await self._watcher.close()
         await self._socket.close()
-        await self.reach.close()
+        await self.access.close()
         await asyncio.to_thread(self.registry.close, leave=leave)
         if self._reports is not None:
             await self._reports.close()
@@ -347,12 +348,12 @@ class SlurmService(ServiceSettings):
 
         Of these ``on_claimed`` is told. Raises StoreError.
         """
-        await self._open()
+        await self.open()
         return await self._failover.restore()
 
     async def take_over(self, kernel_ids: Iterable[str]) -> list[Restored]:
         """Have these kernels, of a server that is dead, and what shares their jobs. Raises StoreError."""
-        await self._open()
+        await self.open()
         return await self._failover.claim(kernel_ids)
 
     # -- kernels (on the service's loop) -----------------------------------------------------
@@ -372,7 +373,7 @@ class SlurmService(ServiceSettings):
         Raises RequestError (NotAllowed), SlurmError, AllocationError or KernelStartError. A start that fails or is
         cancelled leaves no kernel, and no job that it made.
         """
-        await self._open()
+        await self.open()
         starting = asyncio.current_task()
         assert starting is not None
         self._starting.add(starting)
@@ -384,10 +385,8 @@ class SlurmService(ServiceSettings):
     async def _start_kernel(
         self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager: dict[str, Any]
     ) -> tuple[HeldKernel, dict[str, Any]]:
-        await self._users.admit(owner)
-        await self.reach.prepare()
+        account = await self._users.prepare_start(request, owner)
         allocations = self.owners.of(owner)
-        account = await self._users.account(request, owner)
         launch = replace(launch, env={**account.environment, **launch.env})  # the project's, under the kernel's own
         place = Place(kernel_id)
         allocation, launcher = await allocations.acquire(request, account, place)
@@ -416,7 +415,7 @@ class SlurmService(ServiceSettings):
 
     def waiting(self, kernel_id: str, owner: str | None = None) -> Waiting | None:
         """Why a kernel's start takes its time; memory only, any thread may call this."""
-        return self.owners.waiting(kernel_id, owner) if self._is_open() else None
+        return self.owners.waiting(kernel_id, owner) if self.is_open else None
 
     def allocations_of(self, owner: str | None) -> list[dict[str, Any]]:
         """Each of the owner's allocations, by job id; memory only, any thread may call this.
@@ -424,7 +423,7 @@ class SlurmService(ServiceSettings):
         The keys are those of ``Allocation.row``: jobid, owner, ours, state, reason, queue_place,
         expected_start, nodes, end_time, kernel_ids, kept and config.
         """
-        return self.owners.rows(owner) if self._is_open() else []
+        return self.owners.rows(owner) if self.is_open else []
 
     async def keep_allocation(self, owner: str | None, jobid: str) -> None:
         """Let it stay after its last kernel, until its time limit or until it is released."""
@@ -442,7 +441,7 @@ class SlurmService(ServiceSettings):
         await allocations.cancel(allocation)
 
     async def _find(self, owner: str | None, jobid: str) -> tuple[Allocations, Allocation]:
-        await self._open()
+        await self.open()
         return self.owners.find(owner, jobid)
 
     def report_start(self, kernel_id: str, allocation: Allocation, launcher: Launcher) -> None:

@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _slurm() -> OwnSlurm:
-    return OwnSlurm(load_admin_config(SlurmService).reach)
+    return OwnSlurm(load_admin_config(SlurmService).access)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from gateway_slurm.slurm.access import Reach
+from gateway_slurm.slurm.access import ClusterAccess
 
 
 def flush_output() -> None:
@@ -36,13 +36,13 @@ class OwnSlurm:
     """As the process's own user, on a loop of its own; no launcher is linked to this process.
 
     A connection, or a client, belongs to the loop that it was made on: there is one for all questions, until the
-    ``with`` ends that this is used in. ``reach`` is closed then.
+    ``with`` ends that this is used in. ``access`` is closed then.
     """
 
-    def __init__(self, reach: Reach) -> None:
-        self._reach = reach
+    def __init__(self, access: ClusterAccess) -> None:
+        self._access = access
         self._loop = asyncio.new_event_loop()
-        self.driver = reach.driver(reach.user)
+        self.driver = access.driver(access.user)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run what asks ``driver``."""
@@ -53,7 +53,7 @@ class OwnSlurm:
 
     def __exit__(self, *_error: object) -> None:
         try:
-            self.run(self._reach.close())
+            self.run(self._access.close())
             self.run(_cancel_all())
             self.run(self._loop.shutdown_default_executor())
         finally:

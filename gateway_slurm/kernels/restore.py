@@ -129,7 +129,7 @@ class Restoring:
         waiting = {record.launcher_id: record for record in intents}
         while waiting:
             try:
-                found = {identity_of(info): info for info in (await self._service.everybodys.find(JOB_NAME)).values()}
+                found = {identity_of(info): info for info in (await self._service.all_jobs.find(JOB_NAME)).values()}
             except SlurmError as error:
                 self.log.warning("jobs that an earlier server may have left could not be looked for: %s", error)
                 found = {}
@@ -205,14 +205,14 @@ class FailOver:
 
     def addresses(self) -> list[str]:
         """Where launchers may dial, this server first; memory only."""
-        own = self._service.reach.endpoints(self._service.endpoints)
+        own = self._service.access.endpoints(self._service.endpoints)
         return [*own, *(address for address in self._others if address not in own)]
 
     def announce(self) -> None:
         """Put on record where launchers reach this server: at first, and whenever that has changed."""
-        service, reach = self._service, self._service.reach
-        addresses = [*reach.endpoints(service.endpoints), *self._answered]
-        service.registry.announce(url=service.url, addresses=addresses, relays=reach.relays)
+        service, access = self._service, self._service.access
+        addresses = [*access.endpoints(service.endpoints), *self._answered]
+        service.registry.announce(url=service.url, addresses=addresses, relays=access.relays)
 
     # -- taking over --------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class FailOver:
         A relay's are on the login node, whichever host its server was on.
         """
         relays = [relay for one in servers for relay in one.relays]
-        self._service.reach.inherit(relays)
+        self._service.access.adopt_relays(relays)
         there = {int(relay["port"]) for relay in relays}
         here = this_process().host
         addresses = [each for one in servers if one.process.host == here for each in one.addresses]

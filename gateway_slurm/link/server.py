@@ -330,6 +330,11 @@ class Link(asyncio.Protocol):
         self.closed = False
 
     @property
+    def is_authenticated(self) -> bool:
+        """Whether the launcher has proved its identity."""
+        return self.expected is not None
+
+    @property
     def peer(self) -> str:
         """The address that it comes from; the relay's word for one that came by it. Empty where there is none."""
         name = self._transport.get_extra_info("peername") if self._transport is not None else None

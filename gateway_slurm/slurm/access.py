@@ -1,108 +1,139 @@
-"""How this process reaches Slurm, and launchers this process: what is made of ``SlurmService.cluster``."""
+"""Cluster access: how this process reaches Slurm, and how launchers on the nodes reach this process."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from gateway_slurm.allocations.launcher import StepsInside
-from gateway_slurm.config import ServiceSettings
-from gateway_slurm.link.server import ResponseSocket
 from gateway_slurm.slurm.driver import CommandLineSlurm, SlurmDriver
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.sudo.runner import UserRunner, process_user
-from gateway_slurm.slurm.url import parse_cluster_url
+
+if TYPE_CHECKING:
+    from gateway_slurm.slurm.rest.driver import InsideJob
 
 LOG_END: Final = 8000
-"""Bytes of a log that are read."""
+"""Bytes that are read from the end of a log."""
 
 
-class Reach:
-    """By Slurm's commands on this machine. Its owner calls ``open`` and ``close`` on the service's loop.
+class LauncherLink(Protocol):
+    """An ``asyncio.Protocol`` that takes the bytes of one launcher's connection."""
 
-    ``inside`` finds our launcher that holds a job, if it is linked to this process; a service sets it before drivers
-    are used.
+    @property
+    def is_authenticated(self) -> bool:
+        """Whether the launcher has proved its identity."""
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes arrived."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection ended."""
+
+    def pause_writing(self) -> None:
+        """The transport's buffer is full."""
+
+    def resume_writing(self) -> None:
+        """The transport takes data again."""
+
+
+AcceptLauncher = Callable[[asyncio.Transport], LauncherLink]
+"""Called with the transport of a launcher's new connection; returns the protocol that serves it."""
+
+
+class ClusterAccess:
+    """One cluster, for one service. The service calls ``open`` and ``close`` on its loop.
+
+    ``runner`` runs commands: Slurm's, or only the admin's own where Slurm is reached by REST.
     """
 
-    def __init__(self, settings: ServiceSettings, runner: Runner) -> None:
+    def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.inside: Callable[[str], StepsInside | None] = lambda _jobid: None
-        self._settings = settings
+        # Finds the launcher of this server that holds a job, if it is linked. The service sets it.
+        self.find_launcher: Callable[[str], InsideJob | None] = lambda _jobid: None
 
     @property
     def user(self) -> str:
-        """The Unix user whose jobs ours are to Slurm."""
+        """The Unix user who owns this process's jobs in Slurm."""
         return process_user()
 
     def driver(self, user: str) -> SlurmDriver:
-        """The way to Slurm as ``user``."""
-        if user == self.user:
-            return CommandLineSlurm(self.runner)
-        command, timeout = self._settings.as_user_command, self._settings.command_timeout
-        return CommandLineSlurm(UserRunner(user, command, timeout=timeout, counts=self.runner.counts))
+        """The driver that acts as ``user``."""
+        raise NotImplementedError
 
     def check(self) -> None:
-        """Raise SlurmError where Slurm cannot be reached, as far as this machine knows; Slurm is not asked."""
-        self.runner.find(["sbatch"])
+        """Raise SlurmError where this machine already shows that Slurm cannot be reached; Slurm is not asked."""
 
-    async def arrive(self) -> str:
-        """Go as far as Slurm is not needed, and say where that is. Raises SlurmError."""
-        return f"sbatch is {self.runner.find(['sbatch'])}"
+    async def connect(self) -> str:
+        """Go as far as possible without Slurm itself, and return what was reached, in words. Raises SlurmError."""
+        raise NotImplementedError
 
     async def log_end(self, path: str) -> str:
-        """The end of a file that a job of this process's user has written, as a launcher's log; empty where there is
-        none. ``~/`` is the user's home. Where home is not shared with the nodes it is not here.
+        """The last ``LOG_END`` bytes of a file that a job of this process's user wrote, such as a launcher's log.
+
+        ``~/`` is the user's home. The text is empty where the file cannot be read, for example because the nodes
+        have other home directories.
         """
         return await asyncio.to_thread(_end_of, path)
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
-        """A kernel's environment, without what is of no use on the cluster."""
+        """A kernel's environment without the variables that mean nothing on the cluster."""
         return environment
 
-    async def open(self, socket: ResponseSocket, changed: Callable[[], None]) -> None:
-        """Have launchers come to ``socket`` by further ways; ``changed`` is called when ``endpoints`` are others."""
+    # -- Ways for launchers to this server ----------------------------------------------------------
+
+    async def open(self, accept: AcceptLauncher, changed: Callable[[], None]) -> None:
+        """Open further ways for launchers, and pass their connections to ``accept``.
+
+        ``changed`` is called whenever ``endpoints`` has changed.
+        """
 
     @property
     def relays(self) -> list[dict[str, Any]]:
-        """What a later server needs to be found by launchers that come by a relay of ours (``ServerRecord.relays``)."""
+        """What a later server needs so that launchers of these relays find it (``ServerRecord.relays``)."""
         return []
 
-    def inherit(self, relays: Iterable[dict[str, Any]]) -> None:
-        """Be where these relays of dead servers were, if that is possible."""
+    def adopt_relays(self, relays: Iterable[dict[str, Any]]) -> None:
+        """Listen where these relays of dead servers listened, where that is possible."""
 
-    async def prepare(self) -> None:
-        """Return when ``endpoints`` is whole. Raises SshError where no launcher could come."""
+    async def wait_ready(self) -> None:
+        """Return when ``endpoints`` is complete. Raises SshError when no launcher could reach this server."""
 
-    def endpoints(self, own: list[str]) -> list[str]:
-        """What launchers dial, in this order, where ``own`` are this server's addresses."""
-        return own
+    def endpoints(self, direct: list[str]) -> list[str]:
+        """The addresses that launchers dial, in this order; ``direct`` are the server's own."""
+        return direct
 
     async def close(self) -> None:
-        """End what was opened; what was written to the links goes out first."""
+        """Close what was opened; bytes that were written to links are sent first."""
 
 
-def make_reach(settings: ServiceSettings) -> Reach:
-    """By the admin's settings. Raises ConfigError for settings that do not go together."""
-    url = parse_cluster_url(settings.cluster)
-    if url.kind == "ssh":
-        # Paramiko takes a sixth of a second to import, for those who need it only.
-        from gateway_slurm.slurm.ssh.access import ssh_reach
+class LocalAccess(ClusterAccess):
+    """Slurm's commands on this machine.
 
-        return ssh_reach(settings, url)
-    runner = Runner(
-        search_path=settings.slurm_path or None,
-        slurm_conf=settings.slurm_conf or None,
-        timeout=settings.command_timeout,
-    )
-    if url.kind == "rest":
-        # An HTTP client, likewise.
-        from gateway_slurm.slurm.rest.access import rest_reach
+    Commands for other users run through ``as_user_command``, an argv with ``{user}`` in it, for at most
+    ``command_timeout`` seconds each.
+    """
 
-        return rest_reach(settings, url, runner)
-    return Reach(settings, runner)
+    def __init__(self, runner: Runner, *, as_user_command: Sequence[str], command_timeout: float) -> None:
+        super().__init__(runner)
+        self._as_user_command, self._command_timeout = as_user_command, command_timeout
+
+    def driver(self, user: str) -> SlurmDriver:
+        """The driver that acts as ``user``."""
+        if user == self.user:
+            return CommandLineSlurm(self.runner)
+        runner = UserRunner(user, self._as_user_command, timeout=self._command_timeout, counts=self.runner.counts)
+        return CommandLineSlurm(runner)
+
+    def check(self) -> None:
+        """Raise SlurmNotInstalled when there is no sbatch."""
+        self.runner.find(["sbatch"])
+
+    async def connect(self) -> str:
+        """Find sbatch. Raises SlurmNotInstalled."""
+        return f"sbatch is {self.runner.find(['sbatch'])}"
 
 
 def _end_of(path: str) -> str:

@@ -70,14 +70,14 @@ def by_ssh(
 @contextmanager
 def unreachable(service: SlurmService) -> Iterator[None]:
     """Nobody answers at the address that the server has of its own."""
-    service.submit(service._open()).result(READY)
+    service.submit(service.open()).result(READY)
     service.endpoints = ["127.0.0.1:9"]
     yield
 
 
 def relay_of(service: SlurmService) -> Any:
     """The server's end of the relay."""
-    return service.reach.relay  # type: ignore[attr-defined]
+    return service.access.relay  # type: ignore[attr-defined]
 
 
 async def test_a_kernel_starts_executes_is_interrupted_restarted_and_shut_down(by_ssh, cluster, kernel_name):
@@ -241,11 +241,11 @@ def test_launchers_that_reach_the_server_do_not_take_the_relay(by_ssh):
         assert execute(client, "print(1)") == "1"
         relay = relay_of(service)
         assert not relay.worked
-        endpoints = service.reach.endpoints(["own:1"])
+        endpoints = service.access.endpoints(["own:1"])
         assert endpoints[0] == "own:1"
         assert set(relay.endpoints) < set(endpoints)
         relay.worked = True
-        assert service.reach.endpoints(["own:1"])[-1] == "own:1"
+        assert service.access.endpoints(["own:1"])[-1] == "own:1"
 
 
 def test_launchers_that_reach_only_the_login_node_find_it(by_ssh):

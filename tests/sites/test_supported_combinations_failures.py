@@ -274,5 +274,5 @@ def test_a_server_that_is_killed_leaves_nothing_for_long(site, mode, admin_setti
             server.send_signal(signal.SIGKILL)
     assert poll(lambda: site.left_on_the_cluster() == [], timeout=40), site.left_on_the_cluster()
     service = SlurmService.instance()
-    service.submit(service._open()).result(READY)
+    service.submit(service.open()).result(READY)
     assert site.left() == []

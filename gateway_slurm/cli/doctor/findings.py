@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace, *, ask_slurm: bool) -> Doctor:
     settings = load_admin_config(SlurmService)
-    with OwnSlurm(settings.reach) as slurm:
+    with OwnSlurm(settings.access) as slurm:
         doctor = Doctor(settings, slurm if ask_slurm else None)
         doctor.look()
         if arguments.fix:

@@ -86,8 +86,8 @@ class Walk:
 
     async def _walk(self) -> None:
         service = self._service = self._read_settings()
-        users = SlurmUsers(service, service.reach)
-        self._done("login", await service.run(service.reach.arrive()))
+        users = SlurmUsers(service, service.access)
+        self._done("login", await service.run(service.access.connect()))
         self._driver = users.driver_of(self._asked.user)
         about = await service.run(self._driver.about())
         self._specs.complete(about)
@@ -142,9 +142,9 @@ class Walk:
 
     @staticmethod
     async def _open(service: SlurmService) -> str:
-        await service.run(service._open())
-        await service.run(service.reach.prepare())
-        addresses = service.reach.endpoints(service.endpoints)
+        await service.run(service.open())
+        await service.run(service.access.wait_ready())
+        addresses = service.access.endpoints(service.endpoints)
         return f"{service.registry.store.shown}; launchers are to dial {', '.join(addresses)}"
 
     async def _kernel(self) -> None:
@@ -242,13 +242,13 @@ class Walk:
         try:
             if self._allocation is not None and self._driver is not None:
                 await self._see_it_gone(service, self._driver, self._allocation.jobid)
-            elif not self.failed or service._is_open():
+            elif not self.failed or service.is_open:
                 self._done("end", "no job was made")
         except GatewaySlurmError as error:
             self._done("end", str(error), ok=False, change=change_for("end", AllocationError("")))
         finally:
-            if not service._is_open():
-                await service.run(service.reach.close())
+            if not service.is_open:
+                await service.run(service.access.close())
             await asyncio.to_thread(service.close)
 
     async def _see_it_gone(self, service: SlurmService, driver: SlurmDriver, jobid: str) -> None:

@@ -37,7 +37,7 @@ class StoreDirectory:
 
     @property
     def _registry(self) -> Registry | None:
-        return self._service.registry if self._service._is_open() else None
+        return self._service.registry if self._service.is_open else None
 
     async def others(self) -> list[Peer]:
         """The deployment's other gateways; dead ones as long as they have something on record."""

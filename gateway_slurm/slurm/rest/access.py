@@ -1,76 +1,60 @@
-"""Slurm by slurmrestd, with tokens as the admin's settings have them."""
+"""Cluster access by slurmrestd."""
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 from collections.abc import Callable
 
-from gateway_slurm.config import ServiceSettings
 from gateway_slurm.environment import without_personal
-from gateway_slurm.errors import ConfigError
-from gateway_slurm.link.server import ResponseSocket
-from gateway_slurm.slurm.access import Reach
-from gateway_slurm.slurm.rest.driver import Rest, RestSlurm
-from gateway_slurm.slurm.rest.http import RestClient
-from gateway_slurm.slurm.rest.tokens import CommandTokens, FileTokens
+from gateway_slurm.slurm.access import AcceptLauncher, ClusterAccess
+from gateway_slurm.slurm.rest.driver import InsideJob, Rest, RestSlurm
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.sudo.runner import process_user
 from gateway_slurm.slurm.url import ClusterUrl
 
 
-def rest_reach(settings: ServiceSettings, url: ClusterUrl, runner: Runner) -> RestReach:
-    """Nothing is asked yet. Raises ConfigError when it is not said, once, where tokens come from."""
-    if bool(settings.rest_token_file) == bool(settings.rest_token_command):
-        raise ConfigError(
-            f"SlurmService.cluster is {url}: for that, one of SlurmService.rest_token_file and rest_token_command "
-            "must be set, which say where tokens for slurmrestd come from"
-        )
-    client = RestClient(url, ca_file=settings.rest_ca_file, timeout=settings.command_timeout, counts=runner.counts)
-    by_command = CommandTokens(settings.rest_token_command, runner)
-    return RestReach(
-        settings, runner, Rest(client, FileTokens(settings.rest_token_file) if settings.rest_token_file else by_command)
-    )
-
-
-class RestReach(Reach):
-    """By requests to slurmrestd, each user's with a token of theirs.
+class RestAccess(ClusterAccess):
+    """Requests to slurmrestd, each with the token of the user for whom it is made.
 
     ``runner`` runs the admin's own commands (``account_command``, ``rest_token_command``) on this machine.
+    ``user`` is the name by which Slurm knows this process's user; empty where it is the Unix name.
     """
 
-    def __init__(self, settings: ServiceSettings, runner: Runner, rest: Rest) -> None:
-        super().__init__(settings, runner)
-        self._rest = rest
+    def __init__(self, runner: Runner, rest: Rest, *, user: str, log: logging.Logger) -> None:
+        super().__init__(runner)
+        self._rest, self._user, self.log = rest, user, log
 
     @property
     def user(self) -> str:
-        """The name by which Slurm knows this process's own user."""
-        return self._settings.rest_user or process_user()
+        """The name by which Slurm knows this process's user."""
+        return self._user or process_user()
 
     def driver(self, user: str) -> RestSlurm:
-        """The way to Slurm as ``user``; ValueError for a name that is none."""
-        # Drivers may be made before ``inside`` is set.
-        return RestSlurm(self._rest, user, inside=lambda jobid: self.inside(jobid))
+        """The driver that acts as ``user``. Raises ValueError for a name that no user can have."""
+        return RestSlurm(self._rest, user, inside=self._holding_launcher)
 
-    def check(self) -> None:
-        """Nothing of Slurm's is needed on this machine."""
+    def _holding_launcher(self, jobid: str) -> InsideJob | None:
+        """As ``find_launcher`` finds it at the time of the call: a driver may be older than the service's launchers."""
+        return self.find_launcher(jobid)
 
-    async def arrive(self) -> str:
-        """Ask slurmrestd which versions it speaks, with this user's token."""
+    async def connect(self) -> str:
+        """Ask slurmrestd which API versions it has, with this user's token."""
         version = await self._rest.version(self.user)
         return f"{self._rest.client} takes {self.user}'s token and speaks {version.name}"
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
-        """Without what is of this process's user: nobody says that the nodes have the same home directories."""
+        """Without this process's user's own variables: the nodes may have other home directories."""
         return without_personal(environment, os.environ)
 
-    async def open(self, socket: ResponseSocket, changed: Callable[[], None]) -> None:
-        """Launchers come directly; say so if tokens go unencrypted."""
+    async def open(self, accept: AcceptLauncher, changed: Callable[[], None]) -> None:
+        """Launchers come directly, so nothing is opened. Warn where tokens are sent unencrypted."""
         url = self._rest.client.url
         if not url.tls and not _is_this_machine(url):
-            self._settings.log.warning(
-                "SlurmService.cluster: tokens go to %s unencrypted, for anybody on the way to read: use rest+https",
+            self.log.warning(
+                "SlurmService.cluster: tokens are sent to %s unencrypted, and can be read on the network: "
+                "use rest+https",
                 url.base,
             )
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, SshError
-from gateway_slurm.link.server import Link, ResponseSocket
+from gateway_slurm.slurm.access import AcceptLauncher, LauncherLink
 from gateway_slurm.slurm.ssh.connection import SshConnection
 from gateway_slurm.slurm.ssh.login_node.common import (
     CLOSE,
@@ -56,14 +56,14 @@ class Relay:
     def __init__(
         self,
         connection: SshConnection,
-        socket: ResponseSocket,
+        accept: AcceptLauncher,
         *,
         ports: range,
         address: str,
         changed: Callable[[], None],
         log: logging.Logger,
     ) -> None:
-        self._connection, self._socket, self._ports, self._address = connection, socket, ports, address
+        self._connection, self._accept, self._ports, self._address = connection, accept, ports, address
         self._changed, self.log = changed, log
         self.port = 0
         self.worked = False
@@ -256,7 +256,7 @@ class Relay:
                     answer.set_result(each)
             elif kind == OPEN and self._program is not None:
                 self._relayed[number] = Relayed(self, self._program, number, payload.decode(errors="replace"))
-                self._relayed[number].begin(self._socket)
+                self._relayed[number].begin(self._accept)
             elif number in self._relayed:
                 self._relayed[number].took(kind, payload)
 
@@ -279,11 +279,11 @@ class Relayed(asyncio.Transport):
         self._high = _HIGH_WATER
         self._paused = self._closing = self._over = False
         self._reads = True
-        self._link: Link | None = None
+        self._link: LauncherLink | None = None
 
-    def begin(self, socket: ResponseSocket) -> None:
-        """Give it to the response socket."""
-        self._link = socket.connected(self)
+    def begin(self, accept: AcceptLauncher) -> None:
+        """Serve it as a launcher's link."""
+        self._link = accept(self)
 
     # -- from the relay ----------------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ class Relayed(asyncio.Transport):
             return
         if not self._closing:
             self._link.data_received(payload)
-            if self._link.expected is not None:
+            if self._link.is_authenticated:
                 self._relay.worked = True
         self._owed += len(payload)
         self._give_credit()

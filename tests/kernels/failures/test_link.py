@@ -366,7 +366,7 @@ def strangers(port, stop, hello):
 def besieged(service, cluster):
     """The response socket of the live service, with a hostile network at its door."""
     on_loop(lambda: None)
-    service.submit(service._open()).result(timeout=10)
+    service.submit(service.open()).result(timeout=10)
     # A HELLO as it went over the wire once, for a launcher that is not expected (any more).
     old = wire.frame(wire.Opening(wire.HELLO, "gs-0123456789abcdef", "1", os.urandom(200)).encode())
     stop = threading.Event()

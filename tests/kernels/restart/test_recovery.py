@@ -184,7 +184,7 @@ def test_a_server_killed_around_sbatch_leaves_no_job(service, kernelspecs, clust
     assert killed.returncode == -signal.SIGKILL
     left = [line for line in jobs_of(cluster) if JOB_NAME in line]
     assert len(left) == (1 if when == "after" else 0)
-    asyncio.run_coroutine_threadsafe(service._open(), service._ensure_thread()).result(READY)
+    asyncio.run_coroutine_threadsafe(service.open(), service._ensure_thread()).result(READY)
     assert poll(lambda: not [line for line in jobs_of(cluster) if JOB_NAME in line], timeout=READY)
     assert poll(lambda: not on_record(), timeout=READY)
     slurm("scancel", filler, cluster=cluster)

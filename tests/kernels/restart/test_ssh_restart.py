@@ -143,8 +143,8 @@ async def test_another_server_that_is_there_answers_at_the_dead_ones_port(by_ssh
     claimed: list[object] = []
     service.on_claimed = claimed.extend
     assert await service.run(service.restore()) == []
-    await service.run(service.reach.prepare())
-    relay = service.reach.relay
+    await service.run(service.access.wait_ready())
+    relay = service.access.relay
     own = relay.port
     with server() as first:
         assert await call(first, "restore") == []

@@ -20,7 +20,7 @@ SESSION = "33333333-3333-3333-3333-333333333333"
 
 def service_of(registry, deployment="gateway", *, is_open=True):
     """What a service has that is open."""
-    return SimpleNamespace(registry=registry, deployment=deployment, _is_open=lambda: is_open)
+    return SimpleNamespace(registry=registry, deployment=deployment, is_open=is_open)
 
 
 @pytest.fixture

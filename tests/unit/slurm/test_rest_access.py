@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 from traitlets import TraitError
 
+from gateway_slurm.access import cluster_access
 from gateway_slurm.allocations.launcher import StepsInside
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import ConfigError, SlurmNotInstalled, StepsUnknown
 from gateway_slurm.link.server import ResponseSocket
-from gateway_slurm.slurm.access import make_reach
 from gateway_slurm.slurm.driver import CommandLineSlurm
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from gateway_slurm.slurm.rest.driver import RestSlurm
@@ -26,42 +26,42 @@ URL = "rest+http://127.0.0.1:6820"
 def settings(**traits: Any) -> ServiceSettings:
     """An admin's; ``log`` is one that tests read."""
     made = ServiceSettings(**traits)
-    made.log = logging.getLogger("test_rest_reach")
+    made.log = logging.getLogger("test_rest_access")
     return made
 
 
 def test_without_a_rest_interface_nothing_is_made_for_one() -> None:
     """Slurm's commands are the default, and are looked for on this machine."""
-    reach = make_reach(settings(slurm_path="/nonexistent", rest_user="ann"))
-    assert reach.user == process_user()
-    assert isinstance(reach.driver(reach.user), CommandLineSlurm)
-    assert reach.environment({"HOME": os.environ["HOME"]}) == {"HOME": os.environ["HOME"]}
+    access = cluster_access(settings(slurm_path="/nonexistent", rest_user="ann"))
+    assert access.user == process_user()
+    assert isinstance(access.driver(access.user), CommandLineSlurm)
+    assert access.environment({"HOME": os.environ["HOME"]}) == {"HOME": os.environ["HOME"]}
     with pytest.raises(SlurmNotInstalled):
-        reach.check()
+        access.check()
 
 
 def test_another_users_commands_are_run_by_the_helper() -> None:
     """Their runs are counted with the process's own."""
-    reach = make_reach(settings())
-    driver = reach.driver("somebody-else")
+    access = cluster_access(settings())
+    driver = access.driver("somebody-else")
     assert isinstance(driver, CommandLineSlurm)
     assert isinstance(driver.runner, UserRunner)
     assert driver.runner.user == "somebody-else"
-    assert driver.runner.counts is reach.runner.counts
+    assert driver.runner.counts is access.runner.counts
 
 
 def test_with_one_no_command_is_needed() -> None:
     """The drivers are REST's, this process's as the user whom Slurm knows it by; kernels get the nodes' homes."""
-    reach = make_reach(settings(cluster=URL, slurm_path="/nonexistent", rest_user="ann", **TOKENS))
-    reach.check()
-    assert reach.user == "ann"
+    access = cluster_access(settings(cluster=URL, slurm_path="/nonexistent", rest_user="ann", **TOKENS))
+    access.check()
+    assert access.user == "ann"
     for user in ("ann", "bob"):
-        driver = reach.driver(user)
+        driver = access.driver(user)
         assert isinstance(driver, RestSlurm)
         assert driver.user == user
         assert not driver.adopts
-    assert reach.environment({"HOME": os.environ["HOME"], "LANG": "C"}) == {"LANG": "C"}
-    assert make_reach(settings(cluster=URL, **TOKENS)).user == process_user()
+    assert access.environment({"HOME": os.environ["HOME"], "LANG": "C"}) == {"LANG": "C"}
+    assert cluster_access(settings(cluster=URL, **TOKENS)).user == process_user()
 
 
 async def test_drivers_find_the_launchers_of_a_service_that_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +76,11 @@ async def test_drivers_find_the_launchers_of_a_service_that_came_later(monkeypat
         async def listed(self, jobid: str) -> list[StepInfo]:
             return [StepInfo(stepid=f"{jobid}.0", user="ann", nodes="n1", name="work")]
 
-    reach = make_reach(settings(cluster=URL, **TOKENS))
-    driver = reach.driver(reach.user)
+    access = cluster_access(settings(cluster=URL, **TOKENS))
+    driver = access.driver(access.user)
     with pytest.raises(StepsUnknown, match="no launcher of this server"):
         await driver.steps("12")
-    reach.inside = lambda jobid: cast(StepsInside, Inside()) if jobid == "12" else None
+    access.find_launcher = lambda jobid: cast(StepsInside, Inside()) if jobid == "12" else None
     assert [step.stepid for step in await driver.steps("12")] == ["12.0"]
 
 
@@ -88,7 +88,7 @@ async def test_drivers_find_the_launchers_of_a_service_that_came_later(monkeypat
 def test_where_tokens_come_from_has_to_be_said_once(tokens: dict[str, Any]) -> None:
     """Neither, or both, is an error that names the settings."""
     with pytest.raises(ConfigError, match="rest_token_file and rest_token_command"):
-        make_reach(settings(cluster=URL, **tokens))
+        cluster_access(settings(cluster=URL, **tokens))
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ async def test_tokens_that_go_unencrypted_are_warned_of(
     url: str, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """To another machine, without TLS."""
-    reach = make_reach(settings(cluster=url, **TOKENS))
-    await reach.open(ResponseSocket(log=logging.getLogger("test_rest_reach")), lambda: None)
-    await reach.close()
+    access = cluster_access(settings(cluster=url, **TOKENS))
+    await access.open(ResponseSocket(log=logging.getLogger("test_rest_access")).connected, lambda: None)
+    await access.close()
     assert ("unencrypted" in caplog.text) == warned
 
 

@@ -256,7 +256,7 @@ class Notes:
 class Link:
     """What the response socket has of a connection."""
 
-    expected = None
+    is_authenticated = False
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -283,7 +283,7 @@ class Owner:
     def __init__(self) -> None:
         self.link = Link()
 
-    def connected(self, _transport: Relayed) -> Link:
+    def accept(self, _transport: asyncio.Transport) -> Link:
         return self.link
 
     def forget(self, _number: int) -> None:
@@ -294,7 +294,7 @@ def relayed() -> tuple[Relayed, Notes, Link]:
     """A connection that has begun."""
     owner, notes = Owner(), Notes()
     connection = Relayed(owner, notes, 5, "192.0.2.1")  # type: ignore[arg-type]
-    connection.begin(owner)  # type: ignore[arg-type]
+    connection.begin(owner.accept)
     return connection, notes, owner.link
 
 
@@ -364,7 +364,7 @@ async def test_a_link_by_the_relay_that_reads_nothing_is_given_up(monkeypatch: p
     socket, notes = server.ResponseSocket(log=logging.getLogger("test.relay")), Notes()
     lost = asyncio.Event()
     connection = Relayed(SimpleNamespace(forget=lambda _number: lost.set()), notes, 5, "192.0.2.1")  # type: ignore[arg-type]
-    connection.begin(socket)
+    connection.begin(socket.connected)
     connection.write(b"x" * (2 * WINDOW))
     await socket.close()
     assert CLOSE not in [kind for kind, _number, _payload in notes.sent]
