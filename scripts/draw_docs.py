@@ -239,7 +239,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "states": states_table,
     "rest-versions": versions_table,
-    "walk-steps": steps_table,
+    "path-check-steps": steps_table,
     "phases": phases_table,
     "environment": dropped_table,
     "messages": messages_table,

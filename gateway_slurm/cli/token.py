@@ -41,7 +41,7 @@ def _days(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (days := float(text)) <= 36500:
             return days
-    raise argparse.ArgumentTypeError("days are a number above 0, at most 36500")
+    raise argparse.ArgumentTypeError("must be a number of days above 0, at most 36500")
 
 
 def _add(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``jupyter slurm doctor``: what it finds, what it mends, and what it leaves alone, on the real Slurm."""
+"""``jupyter slurm doctor``: what it finds, what it fixes, and what it leaves alone, on the real Slurm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.kernel_clients import READY, job_state
 from helpers.private_slurm import poll, slurm
 from helpers.server_processes import server
 
-# A server with a row, or with none, that is killed.
+# A server that writes rows and is killed.
 DEAD_SERVER = """
     import os, sys
     from gateway_slurm.store import AllocationRecord, Registry
@@ -39,7 +39,7 @@ NO_PROCESS = 4_194_304  # more than any process id can be (proc(5), pid_max)
 
 @pytest.fixture(autouse=True)
 def home(service, tmp_path, monkeypatch) -> Path:
-    """Store, marks, sockets and connection files of the test's own."""
+    """A store, marks, sockets and connection files of the test's own."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     (tmp_path / "runtime").mkdir()
@@ -49,13 +49,13 @@ def home(service, tmp_path, monkeypatch) -> Path:
 
 
 def dead_server(*rows: str) -> str:
-    """Leave rows (``jobid:launcher_id:kernel_id``) behind; the store's id."""
+    """Leave rows (``jobid:launcher_id:kernel_id``) behind; return the store's id."""
     argv = [sys.executable, "-c", textwrap.dedent(DEAD_SERVER), *rows]
     return subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, timeout=READY).stdout.strip()
 
 
 def submit(cluster, launcher_id: str) -> str:
-    """A job as ours are named, that only sleeps; it runs."""
+    """Submit a job that is named as this package names its jobs, and only sleeps; return its id once it runs."""
     comment = f"--comment={JOB_NAME}:{launcher_id}"
     argv = ("sbatch", "--parsable", f"--job-name={JOB_NAME}", comment, "-o/dev/null", "--wrap", "sleep 300")
     jobid = slurm(*argv, cluster=cluster).stdout.strip()
@@ -64,24 +64,24 @@ def submit(cluster, launcher_id: str) -> str:
 
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it, as its user does."""
+    """Run the doctor without its path check, as its user does."""
     argv = [sys.executable, "-m", "gateway_slurm.cli.app", "doctor", "--no-walk", *arguments]
     return subprocess.run(argv, capture_output=True, text=True, timeout=READY, check=False)
 
 
 def findings(*arguments: str, status: int) -> list[dict[str, object]]:
-    """What it finds, with this exit status."""
+    """The doctor's findings; it must end with this exit status."""
     ran = doctor("--json", *arguments)
     assert ran.returncode == status, (ran.stdout, ran.stderr)
     return json.loads(ran.stdout)["findings"]
 
 
 def kinds(found: list[dict[str, object]]) -> list[str]:
-    """Their kinds."""
-    return sorted(str(one["kind"]) for one in found)
+    """The kinds of the findings, sorted."""
+    return sorted(str(finding["kind"]) for finding in found)
 
 
-def test_where_nothing_is_left_it_says_so_and_what_it_looked_at():
+def test_it_reports_that_nothing_is_left_and_what_it_checked():
     """The exit status is 0; the store, Slurm and the address are named."""
     ran = doctor()
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -89,8 +89,8 @@ def test_where_nothing_is_left_it_says_so_and_what_it_looked_at():
         assert words in ran.stdout
 
 
-def test_files_marks_and_rows_of_what_is_over_are_found_and_mended(home, tmp_path):
-    """One line each, with what --fix would do; afterwards there is nothing to find."""
+def test_files_marks_and_rows_that_are_left_are_found_and_removed(home, tmp_path):
+    """Each is one line with what ``--fix`` would do. After ``--fix`` nothing is found."""
     dead_server("99999999:gs-1:k")
     marks = Registry.default().marks
     marks.set("99999998", "gs-2")
@@ -114,7 +114,7 @@ def test_files_marks_and_rows_of_what_is_over_are_found_and_mended(home, tmp_pat
 
 
 def test_a_job_that_no_row_knows_is_cancelled_once_a_server_would_have_come_back(admin_settings, cluster):
-    """It says until when it is left, and then --fix ends it."""
+    """Until then the doctor says how long the job is left; afterwards ``--fix`` cancels it."""
     store_id = dead_server()
     job = submit(cluster, new_launcher_id(store_id))
     (found,) = findings("--fix", status=1)
@@ -129,8 +129,8 @@ def test_a_job_that_no_row_knows_is_cancelled_once_a_server_would_have_come_back
     assert poll(lambda: job_state(job) == "", timeout=READY)
 
 
-def test_a_dead_servers_job_is_told_of_with_its_kernels_and_left(cluster):
-    """When that server died is not known: its launcher does, and ends the job in time."""
+def test_a_dead_servers_job_is_reported_with_its_kernels_and_left(cluster):
+    """The doctor does not know when that server died. The launcher does, and ends the job in time."""
     launcher_id = new_launcher_id("0" * 32)
     job = submit(cluster, launcher_id)
     dead_server(f"{job}:{launcher_id}:k")
@@ -141,20 +141,20 @@ def test_a_dead_servers_job_is_told_of_with_its_kernels_and_left(cluster):
 
 
 def test_jobs_of_living_servers_and_of_other_stores_are_left_alone(admin_settings, cluster):
-    """However old they are: another store's is its own server's business, wherever that is."""
+    """However old they are: a server of the other store, on any machine, may still use them."""
     admin_settings(orphan_timeout=0.1)
     theirs = submit(cluster, new_launcher_id("f" * 32))
-    with server() as one:
+    with server() as living:
         ran = doctor("--fix")
         assert (ran.returncode, ran.stderr) == (0, ""), ran.stdout
         assert f"job {theirs} is of another store's server" in ran.stdout
-        assert job_state(one.jobid) == job_state(theirs) == "RUNNING"
-        one.end("in good order")
+        assert job_state(living.jobid) == job_state(theirs) == "RUNNING"
+        living.end("in good order")
     slurm("scancel", theirs, cluster=cluster)
 
 
-def test_what_others_may_read_is_closed_to_them():
-    """The state directory holds everybody's secrets, sealed or not."""
+def test_a_state_directory_that_others_can_read_is_closed():
+    """It holds secrets of all kernels."""
     dead_server()
     directory = Registry.default().directory
     directory.chmod(0o755)
@@ -162,8 +162,8 @@ def test_what_others_may_read_is_closed_to_them():
     assert (found["kind"], directory.stat().st_mode & 0o777) == ("mode", 0o700)
 
 
-def test_while_slurm_does_not_answer_jobs_are_not_judged_and_the_rest_is(home, admin_settings, tmp_path):
-    """The exit status says that not all could be looked at."""
+def test_without_an_answer_from_slurm_the_rest_is_checked(home, admin_settings, tmp_path):
+    """The exit status says that not everything could be checked."""
     dead_server("12:gs-1:")
     (home / f"gs-server{NO_PROCESS}-abc").mkdir()
     words = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
@@ -175,8 +175,8 @@ def test_while_slurm_does_not_answer_jobs_are_not_judged_and_the_rest_is(home, a
     assert len(Registry.default().all_records()) == 1
 
 
-def test_a_damaged_store_is_told_of_and_left_as_it_is(tmp_path):
-    """A copy of it may be put back."""
+def test_a_damaged_store_is_reported_and_left_as_it_is(tmp_path):
+    """The admin may restore it from a backup."""
     dead_server("12:gs-1:")
     (file,) = (tmp_path / "state" / "gateway_slurm").glob("*/store.sqlite")
     for name in ("-wal", "-shm"):
@@ -188,8 +188,8 @@ def test_a_damaged_store_is_told_of_and_left_as_it_is(tmp_path):
     assert file.read_bytes() == b"no database at all" * 1000
 
 
-def test_a_store_without_its_key_is_told_of_and_no_key_is_made_in_its_place(tmp_path):
-    """With another key its kernels could not be restored any more."""
+def test_a_store_without_its_key_is_reported_and_no_new_key_is_made(tmp_path):
+    """With another key its kernels could not be restored."""
     dead_server("12:gs-1:")
     (key,) = (path for path in (tmp_path / "state" / "gateway_slurm").glob("*") if path.is_file())
     key.unlink()
@@ -200,7 +200,7 @@ def test_a_store_without_its_key_is_told_of_and_no_key_is_made_in_its_place(tmp_
 
 
 def test_an_address_that_no_launcher_can_dial_is_found(admin_settings):
-    """Before a job waits in vain for its launcher to be let in."""
+    """Before a job runs whose launcher cannot connect."""
     admin_settings(response_address="no-such-host.invalid")
     (found,) = findings(status=1)
     assert "no-such-host.invalid" in str(found["what"])

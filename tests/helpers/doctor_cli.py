@@ -1,4 +1,4 @@
-"""``jupyter slurm doctor`` as its user runs it, and what its walk said."""
+"""``jupyter slurm doctor`` as its user runs it, and the output of its path check."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from helpers.kernel_clients import READY
 STEPS = (
     "settings", "login", "slurm", "server", "submit", "run", "dial", "python", "crypto", "kernel", "execute", "end",
 )  # fmt: skip
-ASKED = ("--project", "demo", "--partition", "batch")
+REQUEST = ("--project", "demo", "--partition", "batch")
 
 
 @dataclass
-class Walked:
-    """What came of a walk: its steps, by their keys, in the order in which they were told."""
+class PathCheckOutput:
+    """The result of a path check: its steps by their keys, in the order in which they were reported."""
 
     status: int
     steps: dict[str, dict[str, Any]]
@@ -32,32 +32,32 @@ class Walked:
 
     @property
     def is_good(self) -> bool:
-        """Whether it came to its end, by all steps, in their order."""
+        """Whether all steps passed, in their order."""
         return (self.status, tuple(self.steps), self.failed) == (0, STEPS, [])
 
     def said(self, step: str) -> str:
-        """What a step said, and what it would have changed."""
-        found = self.steps[step]
-        return f"{found['said']} | {found['change']}"
+        """A step's message, and its advice what to change."""
+        result = self.steps[step]
+        return f"{result['said']} | {result['change']}"
 
 
 def command(*arguments: str) -> list[str]:
-    """The argv of the doctor."""
+    """The doctor's argv."""
     return [sys.executable, "-m", "gateway_slurm.cli.app", "doctor", *arguments]
 
 
-def walk(*arguments: str, inside: Sequence[str] = ()) -> Walked:
-    """Walk, and look for nothing that is left; ``inside`` is a command that runs commands in another network."""
+def check_path(*arguments: str, inside: Sequence[str] = ()) -> PathCheckOutput:
+    """Run the path check alone; ``inside`` is a command that runs commands in another network."""
     argv = [*inside, *command("--only-walk", "--json", *arguments)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=2 * READY, env=os.environ, check=False)
     assert done.stderr == "", done.stderr
-    return Walked(done.returncode, {each["step"]: each for each in json.loads(done.stdout)["walk"]})
+    return PathCheckOutput(done.returncode, {step["step"]: step for step in json.loads(done.stdout)["walk"]})
 
 
-def failed_at(walked: Walked, step: str, *words: str) -> bool:
-    """Whether it failed there, told all before it as good and said these words; the exit status says so, too."""
-    before = [key for key in walked.steps if key not in (step, "end")]
-    assert walked.failed == [step], walked.steps
-    assert before == list(STEPS[: len(before)]), walked.steps
-    assert [word for word in words if word not in walked.said(step)] == [], walked.said(step)
-    return walked.status == 3
+def failed_at(output: PathCheckOutput, step: str, *words: str) -> bool:
+    """Whether the check failed at this step with these words, after it had passed all steps before; its status is 3."""
+    before = [key for key in output.steps if key not in (step, "end")]
+    assert output.failed == [step], output.steps
+    assert before == list(STEPS[: len(before)]), output.steps
+    assert [word for word in words if word not in output.said(step)] == [], output.said(step)
+    return output.status == 3

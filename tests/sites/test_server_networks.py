@@ -1,7 +1,7 @@
 """Where the server stands: behind a NAT, in another network, on IPv6 alone, known by name only, on several interfaces.
 
 Servers that launchers cannot reach by themselves are in a network namespace of the test's own, and reach Slurm by a
-login node; the nodes are this machine. What the walk of the doctor says of it is what kernels' starts go by.
+login node; the nodes are this machine. The doctor's path check reports what a kernel's start would meet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.service import SlurmService
-from helpers.doctor_cli import ASKED, Walked, failed_at, walk
+from helpers.doctor_cli import REQUEST, PathCheckOutput, check_path, failed_at
 from helpers.failing_starts import nothing_left, start_error
 from helpers.kernel_clients import execute, running_kernel, write_admin_settings
 from helpers.login_node import LoginNode, free_port, login_node
@@ -45,65 +45,65 @@ def state(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture
-def walk_apart(network, node, cluster, service) -> Iterator[Callable[..., Walked]]:
-    """Walk in that network, with these settings; a way out leads to the login node alone."""
+def check_apart(network, node, cluster, service) -> Iterator[Callable[..., PathCheckOutput]]:
+    """Run the path check in that network, with these settings; only the login node can be reached from it."""
     written: list[Path] = []
     with out_of(network, node.port) as way_out:
 
-        def walk_there(*, arguments: tuple[str, ...] = ASKED, **settings: object) -> Walked:
+        def check_there(*, arguments: tuple[str, ...] = REQUEST, **settings: object) -> PathCheckOutput:
             # The nodes try the server's port at addresses of their own, too: here, nobody else is to have it.
             common = {**node.settings(way_out.port), "link_timeout": 10.0, "response_port": str(free_port())}
             written.append(write_admin_settings(**{**common, **settings}))
-            return walk(*arguments, inside=network.inside)
+            return check_path(*arguments, inside=network.inside)
 
-        yield walk_there
+        yield check_there
     written[0].unlink()
 
 
 # -- in another network -----------------------------------------------------------------------------------
 
 
-def test_a_server_that_nodes_cannot_dial_is_told_why_at_each_of_its_addresses(walk_apart, cluster):
+def test_a_server_that_nodes_cannot_dial_is_told_why_at_each_of_its_addresses(check_apart, cluster):
     """One that does not answer, those where nobody listens, the host's name; what to change; no job is left."""
     with silent_port() as silent:
-        walked = walk_apart(relay="never", response_address=f"127.0.0.1:{silent}")
-    assert failed_at(walked, "dial", f"127.0.0.1:{silent}: no answer within 3 s", "Connection refused", "relay")
-    assert f"{socket.gethostname()}:" in walked.said("dial")
+        output = check_apart(relay="never", response_address=f"127.0.0.1:{silent}")
+    assert failed_at(output, "dial", f"127.0.0.1:{silent}: no answer within 3 s", "Connection refused", "relay")
+    assert f"{socket.gethostname()}:" in output.said("dial")
     assert nothing_left(cluster)
 
 
-def test_nodes_that_reach_only_the_relay_take_it_and_what_failed_before_is_told(walk_apart, node, cluster):
+def test_nodes_that_reach_only_the_relay_take_it_and_what_failed_before_is_told(check_apart, node, cluster):
     """The server's own addresses are tried, in vain, in the same second."""
-    walked = walk_apart(relay="auto")
-    assert walked.is_good, walked.steps
-    assert "\nnot at 127.0.0.1:" in walked.said("dial")
-    assert "Connection refused" in walked.said("dial")
-    assert "through the tunnel" in walked.said("kernel")
+    output = check_apart(relay="auto")
+    assert output.is_good, output.steps
+    assert "\nno connection to 127.0.0.1:" in output.said("dial")
+    assert "Connection refused" in output.said("dial")
+    assert "through the tunnel" in output.said("kernel")
     assert nothing_left(cluster)
 
 
-def test_behind_a_nat_the_announced_address_is_not_the_bound_one(walk_apart, network, cluster):
+def test_behind_a_nat_the_announced_address_is_not_the_bound_one(check_apart, network, cluster):
     """A port of another machine leads to the server's; it is the only way."""
     bound = network.call(free_port)
     with into(network, bound) as nat:
         assert nat.port != bound
         address = f"127.0.0.1:{nat.port}"
-        walked = walk_apart(relay="never", response_address=address, response_port=str(bound))
-        assert walked.is_good, walked.steps
-        assert f"to {address}" in walked.said("dial")
+        output = check_apart(relay="never", response_address=address, response_port=str(bound))
+        assert output.is_good, output.steps
+        assert f"to {address}" in output.said("dial")
         assert nat.passed == 1
 
 
-def test_a_host_name_and_a_port_will_do(walk_apart, network, cluster):
+def test_a_host_name_and_a_port_will_do(check_apart, network, cluster):
     """Where the nodes' resolver knows the server by a name, and each of its own addresses is another network's."""
     bound = network.call(free_port)
     with into(network, bound) as nat:
-        walked = walk_apart(relay="never", response_address=f"localhost:{nat.port}", response_port=str(bound))
-    assert walked.is_good, walked.steps
-    assert f"to localhost:{nat.port}" in walked.said("dial")
+        output = check_apart(relay="never", response_address=f"localhost:{nat.port}", response_port=str(bound))
+    assert output.is_good, output.steps
+    assert f"to localhost:{nat.port}" in output.said("dial")
 
 
-def test_something_on_the_way_that_changes_bytes_is_told(walk_apart, network, cluster):
+def test_something_on_the_way_that_changes_bytes_is_told(check_apart, network, cluster):
     """Nobody is let in who cannot prove that it is the launcher; the rest of the way is good."""
 
     def spoil(data: bytes) -> bytes:
@@ -112,32 +112,32 @@ def test_something_on_the_way_that_changes_bytes_is_told(walk_apart, network, cl
     bound = network.call(free_port)
     with into(network, bound, change=spoil) as nat:
         address = f"127.0.0.1:{nat.port}"
-        walked = walk_apart(relay="never", response_address=address, response_port=str(bound))
-    assert failed_at(walked, "crypto", "was not let in", "response_address")
+        output = check_apart(relay="never", response_address=address, response_port=str(bound))
+    assert failed_at(output, "crypto", "was not let in", "response_address")
     assert nothing_left(cluster)
 
 
 # -- addresses --------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_reached_by_ipv6_only_is_dialled_there(walk_apart, network, cluster):
+def test_a_server_that_is_reached_by_ipv6_only_is_dialled_there(check_apart, network, cluster):
     """By its interface's unique local address (RFC 4193), in brackets; the link-local one is not announced."""
     with network.joined("fd00:6773::1/64", "fd00:6773::2/64") as interface:
         spec = ("--kernelspec", "slurm-direct")  # which clients cannot dial there
-        walked = walk_apart(arguments=spec, relay="never", response_interface=interface)
-        assert walked.is_good, walked.steps
-        assert "to [fd00:6773::2]:" in walked.said("dial")
-        assert "fe80" not in walked.said("server")
-        assert "IPv4 addresses only" in walked.said("kernel")
+        output = check_apart(arguments=spec, relay="never", response_interface=interface)
+        assert output.is_good, output.steps
+        assert "to [fd00:6773::2]:" in output.said("dial")
+        assert "fe80" not in output.said("server")
+        assert "IPv4 addresses only" in output.said("kernel")
 
 
-def test_an_ipv6_address_may_be_set_without_brackets(walk_apart, network, cluster):
+def test_an_ipv6_address_may_be_set_without_brackets(check_apart, network, cluster):
     """It is dialled first, at the port that is bound; nothing else was tried before."""
     bound = network.call(free_port)
     with network.joined("fd00:6773::1/64", "fd00:6773::2/64"):
-        walked = walk_apart(relay="never", response_address="fd00:6773::2", response_port=str(bound))
-    assert walked.is_good, walked.steps
-    assert f"to [fd00:6773::2]:{bound} |" in walked.said("dial")
+        output = check_apart(relay="never", response_address="fd00:6773::2", response_port=str(bound))
+    assert output.is_good, output.steps
+    assert f"to [fd00:6773::2]:{bound} |" in output.said("dial")
 
 
 def test_of_a_range_the_first_free_port_is_taken(admin_settings, cluster):

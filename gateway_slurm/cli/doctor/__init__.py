@@ -1,1 +1,1 @@
-"""``jupyter slurm doctor``: what is wrong with a site or a kernelspec, and how to mend it. Changes nothing unasked."""
+"""``jupyter slurm doctor``: find what is wrong with a site or a kernelspec. It changes nothing without ``--fix``."""

@@ -1,4 +1,4 @@
-"""``jupyter slurm doctor``: a kernel's whole path, then what dead servers and ended jobs have left."""
+"""``jupyter slurm doctor``: check a kernel's whole path, then find what dead servers and ended jobs have left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.identity import identity_of
 from gateway_slurm.allocations.recovery import NEVER_GRACE, Orphan, cancel_orphan, find_orphans, is_gone, living_jobs
 from gateway_slurm.cli.common import OwnSlurm
-from gateway_slurm.cli.doctor.path import WALK_FAILED, Walk, add_options, walk
+from gateway_slurm.cli.doctor.path import PATH_CHECK_FAILED, PathCheck, add_path_check_options, check_path
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, SlurmError, StoreError
 from gateway_slurm.link.endpoints import parse_endpoint
@@ -35,25 +35,25 @@ from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.store import Found, ServerRecord
 from gateway_slurm.store.marks import Mark
 
-FOUND, TROUBLE = 1, 2
-# A connection file of a kernel that is reached through the tunnel names a socket in a server's directory.
+FOUND, TROUBLE = 1, 2  # exit statuses
+# The connection file of a kernel behind the tunnel names a socket in a directory of its server.
 _SOCKET = re.compile(r".*/gs-server\d+-[^/]+/[^/]+")
-_LARGEST_CONNECTION_FILE = 1 << 16
+_MAX_CONNECTION_FILE = 1 << 16  # bytes
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "doctor",
-        help="walk a kernel's whole path; look for what dead servers and ended jobs have left, and mend it",
-        description="Walk a kernel's whole path, from the settings to its answer, and name the first step that fails "
-        "and what to change; then look for what dead servers and ended jobs have left behind. The exit status is 0 "
-        "where all is well, 1 after findings (0 where --fix mended all of them), 2 where something could not be looked "
-        "at, 3 where the walk failed.",
+        help="check a kernel's whole path; find what dead servers and ended jobs have left, and fix it",
+        description="Check a kernel's whole path, from the settings to its first answer, and report the first step "
+        "that fails and what to change; then look for what dead servers and ended jobs have left behind. The exit "
+        "status is 0 if all is well, 1 after findings (0 if --fix fixed all of them), 2 if something could not be "
+        "checked, 3 if the path check failed.",
     )
-    parser.add_argument("--fix", action="store_true", help="mend what can be mended")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    add_options(parser)
+    parser.add_argument("--fix", action="store_true", help="fix what can be fixed")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_path_check_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,66 +62,76 @@ class Finding:
     """One thing that is not as it should be."""
 
     kind: str
-    what: str
-    whose: str = ""
+    problem: str
+    owner: str = ""
+    """The server and the Unix user that it belongs to, as text."""
     since: float | None = None
     """Seconds since the epoch."""
-    fix: str = ""
-    """What ``--fix`` does; empty where it is for people to mend."""
-    mend: Callable[[], str | None] | None = field(default=None, repr=False)
-    """Does it; the reason why it did not, if so. Raises GatewaySlurmError or OSError."""
-    mended: bool = False
-    left: str = ""
-    """Why it was not mended."""
+    remedy: str = ""
+    """What ``--fix`` does; without ``fix`` a hint for the user."""
+    fix: Callable[[], str | None] | None = field(default=None, repr=False)
+    """Fixes it, or returns the reason why not. Raises GatewaySlurmError or OSError."""
+    is_fixed: bool = False
+    failure: str = ""
+    """Why it was not fixed."""
 
     def line(self) -> str:
-        """For people."""
+        """The line that is printed without ``--json``."""
         since = "" if self.since is None else time.strftime("since %Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        fix = f"--fix {self.fix}" if self.mend is not None else self.fix
-        outcome = "mended" if self.mended else f"not mended: {self.left}" if self.left else fix
-        return "; ".join(part for part in (self.what, self.whose, since, outcome) if part)
+        remedy = f"--fix {self.remedy}" if self.fix is not None else self.remedy
+        outcome = "fixed" if self.is_fixed else f"not fixed: {self.failure}" if self.failure else remedy
+        return "; ".join(part for part in (self.problem, self.owner, since, outcome) if part)
 
     def row(self) -> dict[str, Any]:
-        """For programs."""
-        names = ("kind", "what", "whose", "since", "fix", "mended", "left")
-        return {name: getattr(self, name) for name in names} | {"can_fix": self.mend is not None}
+        """The JSON that ``--json`` prints."""
+        return {
+            "kind": self.kind,
+            "what": self.problem,
+            "whose": self.owner,
+            "since": self.since,
+            "fix": self.remedy,
+            "mended": self.is_fixed,
+            "left": self.failure,
+            "can_fix": self.fix is not None,
+        }
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Walk, look, mend if asked, and tell."""
-    walking = walk(arguments) if arguments.walk or arguments.only_walk else None
-    doctor = None if arguments.only_walk else _doctor(arguments, ask_slurm=walking is None or walking.slurm_answers)
+    """Check the path, look for leftovers, fix them if asked, and print the results; return the exit status."""
+    path_check = check_path(arguments) if arguments.walk or arguments.only_walk else None
+    ask_slurm = path_check is None or path_check.slurm_answers
+    doctor = None if arguments.only_walk else _doctor(arguments, ask_slurm=ask_slurm)
     if arguments.json:
-        _print_json(walking, doctor)
+        _print_json(path_check, doctor)
     elif doctor is not None:
         _print(doctor)
-    if walking is not None and walking.failed:
-        return WALK_FAILED
+    if path_check is not None and path_check.failed:
+        return PATH_CHECK_FAILED
     if doctor is None:
         return 0
     if doctor.trouble:
         return TROUBLE
-    return FOUND if any(not finding.mended for finding in doctor.findings) else 0
+    return FOUND if any(not finding.is_fixed for finding in doctor.findings) else 0
 
 
 def _doctor(arguments: argparse.Namespace, *, ask_slurm: bool) -> Doctor:
     settings = load_admin_config(SlurmService)
     with OwnSlurm(settings.access) as slurm:
         doctor = Doctor(settings, slurm if ask_slurm else None)
-        doctor.look()
+        doctor.examine()
         if arguments.fix:
-            doctor.mend()
+            doctor.fix()
     return doctor
 
 
-def _print_json(walking: Walk | None, doctor: Doctor | None) -> None:
-    found: dict[str, Any] = {}
-    if walking is not None:
-        found["walk"] = [outcome.row() for outcome in walking.outcomes]
+def _print_json(path_check: PathCheck | None, doctor: Doctor | None) -> None:
+    document: dict[str, Any] = {}
+    if path_check is not None:
+        document["walk"] = [result.row() for result in path_check.results]
     if doctor is not None:
         findings = [finding.row() for finding in doctor.findings]
-        found |= {"findings": findings, "trouble": doctor.trouble, "notes": doctor.notes}
-    print(json.dumps(found, indent=1))
+        document |= {"findings": findings, "trouble": doctor.trouble, "notes": doctor.notes}
+    print(json.dumps(document, indent=1))
 
 
 def _print(doctor: Doctor) -> None:
@@ -134,86 +144,85 @@ def _print(doctor: Doctor) -> None:
 
 
 class Doctor:
-    """Looks at all that this user has on this machine; nothing is changed before ``mend``.
-
-    Without ``slurm`` jobs are not judged.
-    """
+    """Examines what this user has on this machine; only ``fix`` changes it. Without ``slurm``, jobs are left out."""
 
     def __init__(self, settings: SlurmService, slurm: OwnSlurm | None) -> None:
         self.settings = settings
         self.findings: list[Finding] = []
         self.trouble: list[str] = []
-        """What could not be looked at, and why."""
+        """What could not be checked, and why."""
         self.notes: list[str] = []
-        """What is as it should be, or is not ours to judge."""
+        """What is in order, or belongs to another store."""
         self._slurm = slurm
         self._registry = settings.make_registry()
         self._grace = settings.orphan_timeout or NEVER_GRACE
 
-    def look(self) -> None:
-        """One look at everything."""
-        found = self._look_at_store()
+    def examine(self) -> None:
+        """Check the store, the jobs, the files and the response address; fill ``findings``."""
+        rows = self._read_store()
         marks = self._registry.marks.all()
-        jobs = self._ask_slurm(found, marks)
-        if found is not None and jobs is not None:
-            self._look_for_orphans(jobs, found, marks)
-            self._look_for_old_rows(jobs, found)
+        jobs = self._ask_slurm(rows, marks)
+        if rows is not None and jobs is not None:
+            self._find_orphans(jobs, rows, marks)
+            self._find_old_rows(jobs, rows)
         if jobs is not None:
-            self._look_for_old_marks(jobs, marks)
-        self._look_for_files()
-        self._look_at_address()
+            self._find_old_marks(jobs, marks)
+        self._find_files()
+        self._check_address()
 
-    def mend(self) -> None:
-        """Do what can be done; what fails is told with its finding."""
+    def fix(self) -> None:
+        """Fix what can be fixed; a failure is noted in its finding."""
         for finding in self.findings:
-            if finding.mend is None:
+            if finding.fix is None:
                 continue
             try:
-                finding.left = finding.mend() or ""
+                finding.failure = finding.fix() or ""
             except (GatewaySlurmError, OSError) as error:
-                finding.left = str(error)
-            finding.mended = not finding.left
+                finding.failure = str(error)
+            finding.is_fixed = not finding.failure
 
     # -- store and Slurm ----------------------------------------------------------------------------
 
-    def _look_at_store(self) -> list[Found] | None:
-        """Every row of allocations; None where the store cannot be used."""
+    def _read_store(self) -> list[Found] | None:
+        """All rows of allocations; None if the store cannot be used."""
         try:
-            # Opening it looks at its version, its key and its health, and writes to it.
+            # Opening the store checks its version and its key, and writes to it.
             self.notes.append(f"store: {self._registry.store.shown} can be used")
-            found = self._registry.all_records()
+            return self._registry.all_records()
         except StoreError as error:
             self.trouble.append(f"the store cannot be used: {error}")
             return None
-        return found
 
-    def _ask_slurm(self, found: list[Found] | None, marks: frozenset[Mark]) -> dict[str, JobInfo] | None:
-        """The jobs that are not over, of ours and of those on record; None where Slurm does not answer."""
+    def _ask_slurm(self, rows: list[Found] | None, marks: frozenset[Mark]) -> dict[str, JobInfo] | None:
+        """The jobs that are not over: this package's, and those on record or marked. None if Slurm does not answer."""
         if self._slurm is None:
-            self.trouble.append("Slurm was not asked about jobs: the walk did not reach it")
+            self.trouble.append("Slurm was not asked about jobs: the path check did not reach it")
             return None
-        jobids = {record.jobid for _server, record in found or [] if record.jobid} | {jobid for jobid, _other in marks}
+        jobids = {record.jobid for _server, record in rows or [] if record.jobid} | {
+            jobid for jobid, _identity in marks
+        }
         try:
             jobs = self._slurm.run(living_jobs(self._slurm.driver, jobids))
         except SlurmError as error:
             self.trouble.append(f"Slurm does not answer: {error}")
             return None
-        self.notes.append(f"Slurm: it answers; jobs of ours: {len(jobs)}")
+        self.notes.append(f"Slurm: it answers; jobs of this package: {len(jobs)}")
         return jobs
 
     # -- jobs and rows ------------------------------------------------------------------------------
 
-    def _look_for_orphans(self, jobs: Mapping[str, JobInfo], found: list[Found], marks: frozenset[Mark]) -> None:
+    def _find_orphans(self, jobs: Mapping[str, JobInfo], rows: list[Found], marks: frozenset[Mark]) -> None:
         store_id = self._registry.store_id
         timeout = self.settings.orphan_timeout
-        for orphan in find_orphans(jobs, found, marks, store_id=store_id, orphan_timeout=timeout):
+        for orphan in find_orphans(jobs, rows, marks, store_id=store_id, orphan_timeout=timeout):
             why = orphan.why_left(time.time())
             if orphan.foreign:
                 self.notes.append(f"{orphan.what}: {why}")
                 continue
-            finding = Finding("job", orphan.what, _whose(orphan.server, orphan.info.user), orphan.since, fix=why)
+            owner = _ownership(orphan.server, orphan.info.user)
+            finding = Finding("job", orphan.what, owner, orphan.since, remedy=why)
             if not why:
-                finding.fix, finding.mend = "cancels it", partial(self._cancel, orphan)
+                finding.remedy, finding.fix = "cancels it", partial(self._cancel, orphan)
             self.findings.append(finding)
 
     def _cancel(self, orphan: Orphan) -> str:
@@ -223,27 +232,27 @@ class Doctor:
             orphan.forget(self._registry)
         return why
 
-    def _look_for_old_rows(self, jobs: Mapping[str, JobInfo], found: list[Found]) -> None:
-        """Rows of dead servers whose jobs are over: the next server drops them, too."""
+    def _find_old_rows(self, jobs: Mapping[str, JobInfo], rows: list[Found]) -> None:
+        """Find rows of dead servers whose jobs are over. The next server drops such rows as well."""
         living = {identity_of(info) for info in jobs.values()}
-        for server, record in found:
+        for server, record in rows:
             identity = record.identity or record.launcher_id
             if identity not in living and is_gone(server, time.time(), self._grace):
                 job = f"job {record.jobid}" if record.jobid else "a job that was never submitted"
                 what = f"the store has a row of {job}, which is over, with {len(record.kernel_ids)} kernels"
                 drop = partial(self._registry.drop, [(server, record)])
                 since = server.lease_until if server.lease_until < time.time() else None
-                self._add("row", what, _whose(server, record.owner), since, "removes the row", drop)
+                self._add("row", what, _ownership(server, record.owner), since, "removes the row", drop)
 
-    def _look_for_old_marks(self, jobs: Mapping[str, JobInfo], marks: frozenset[Mark]) -> None:
+    def _find_old_marks(self, jobs: Mapping[str, JobInfo], marks: frozenset[Mark]) -> None:
         living = {(jobid, identity_of(info)) for jobid, info in jobs.items()}
         for jobid, identity in sorted(marks - living):
             remove = partial(self._registry.marks.remove, jobid, identity)
-            self._add("mark", f"job {jobid} is marked to be kept, and is over", "", None, "removes the mark", remove)
+            self._add("mark", f"job {jobid} is marked as kept, and is over", "", None, "removes the mark", remove)
 
     # -- files ----------------------------------------------------------------------------------------
 
-    def _look_for_files(self) -> None:
+    def _find_files(self) -> None:
         try:
             stale = stale_socket_directories(self.settings.tunnel_directory)
         except OSError as error:
@@ -251,8 +260,8 @@ class Doctor:
             stale = []
         for path in stale:
             since = _modified(path)
-            whose = "a server that is gone"
-            self._add("sockets", f"{path} holds no socket any more", whose, since, "removes it", partial(_rmtree, path))
+            what = f"{path} holds no socket any more"
+            self._add("sockets", what, "a server that is gone", since, "removes it", partial(_remove_tree, path))
         for path, name in _dead_connection_files(Path(jupyter_runtime_dir())):
             what = f"{path} is the connection file of a kernel whose sockets are gone"
             self._add("connection", what, name, _modified(path), "removes it", partial(os.unlink, path))
@@ -260,18 +269,18 @@ class Doctor:
             mode = stat.S_IMODE(private.stat().st_mode)
             if mode & 0o077:
                 right = 0o700 if private.is_dir() else 0o600
-                what = f"others may use {private} (mode {mode:04o}), which is yours alone"
+                what = f"other users may open {private} (mode {mode:04o}), which must be yours alone"
                 self._add("mode", what, "", None, f"makes it {right:04o}", partial(private.chmod, right))
 
     def _private_files(self) -> Iterable[Path]:
-        """The state directory and what is in it, as the store's key; a named key file is checked when read."""
+        """The state directory and its files, such as the store's key. ``store_key_file`` is checked when it is read."""
         directory = self._registry.directory
-        own = [directory, *sorted(directory.glob("*"))] if directory.is_dir() else []
-        return [path for path in own if not path.is_symlink()]
+        paths = [directory, *sorted(directory.glob("*"))] if directory.is_dir() else []
+        return [path for path in paths if not path.is_symlink()]
 
     # -- the response address ---------------------------------------------------------------------------
 
-    def _look_at_address(self) -> None:
+    def _check_address(self) -> None:
         name = self.settings.response_interface
         try:
             hosts = interface_addresses(name) if name else None
@@ -281,43 +290,44 @@ class Doctor:
         announced = endpoints(self.settings.response_address, hosts, 1)
         names = [host for host, _port in filter(None, map(parse_endpoint, announced))]
         if self.settings.response_address and not _resolves(names[0]):
-            self._add("address", f"SlurmService.response_address: this machine cannot find {names[0]!r}")
+            self._add("address", f"SlurmService.response_address: this machine cannot resolve {names[0]!r}")
         elif all(map(_is_loopback, names[:-1])):  # the last is the host's name
-            what = "launchers on other hosts find no address of this one: set SlurmService.response_address"
-            self._add("address", what)
+            what = "launchers on other hosts cannot dial this machine: it has loopback addresses only"
+            self._add("address", f"{what}; set SlurmService.response_address")
         else:
             self.notes.append(f"response address: launchers dial {', '.join(names)}")
 
     def _add(
         self,
         kind: str,
-        what: str,
-        whose: str = "",
+        problem: str,
+        owner: str = "",
         since: float | None = None,
-        fix: str = "",
-        mend: Callable[[], None] | None = None,
+        remedy: str = "",
+        fix: Callable[[], None] | None = None,
     ) -> None:
-        self.findings.append(Finding(kind, what, whose, since, fix, mend))
+        self.findings.append(Finding(kind, problem, owner, since, remedy, fix))
 
 
-def _whose(server: ServerRecord | None, user: str) -> str:
+def _ownership(server: ServerRecord | None, user: str) -> str:
+    """The server and the user that something belongs to, as text."""
     if server is None:
         return f"user {user}" if user else ""
-    words = f"of {server.process.host}, process {server.process.pid}"
-    return words + (f", user {user}" if user else "")
+    text = f"of {server.process.host}, process {server.process.pid}"
+    return text + (f", user {user}" if user else "")
 
 
 def _dead_connection_files(directory: Path) -> list[tuple[str, str]]:
-    """Path and kernel's name of each file that leads to sockets which are not there."""
+    """The path and the kernel's name of each connection file whose sockets are gone."""
     found = []
     for path in sorted(directory.glob("kernel-*.json")):
         try:
-            if path.stat().st_size > _LARGEST_CONNECTION_FILE:
+            if path.stat().st_size > _MAX_CONNECTION_FILE:
                 continue
             content = json.loads(path.read_bytes())
             prefix = str(content["ip"]) if content["transport"] == "ipc" else ""
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # not one of ours
+            continue  # not a connection file of this package
         if _SOCKET.fullmatch(prefix) and not os.path.isdir(os.path.dirname(prefix)):
             found.append((str(path), str(content.get("kernel_name", ""))))
     return found
@@ -330,7 +340,7 @@ def _modified(path: str) -> float | None:
         return None
 
 
-def _rmtree(path: str) -> None:
+def _remove_tree(path: str) -> None:
     shutil.rmtree(path)
 
 

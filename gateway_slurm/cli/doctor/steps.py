@@ -1,4 +1,4 @@
-"""The steps of the doctor's walk, which of them an error belongs to, and what to change then: tables."""
+"""Tables of the path check: its steps, the step that an error belongs to, and what to change when a step fails."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from gateway_slurm.errors import (
 )
 
 STEPS: Final[dict[str, str]] = {
-    "settings": "settings, and what is asked for",
-    "login": "the way to Slurm",
+    "settings": "settings and request fields",
+    "login": "access to Slurm",
     "slurm": "Slurm answers",
     "server": "store and response socket",
-    "submit": "a job is accepted",
-    "run": "it runs",
-    "dial": "its launcher dials back",
+    "submit": "Slurm accepts a job",
+    "run": "the job runs",
+    "dial": "the launcher dials back",
     "python": "the launcher's Python",
     "crypto": "the link is encrypted",
-    "kernel": "a kernel starts",
-    "execute": "it answers 1+1",
-    "end": "nothing is left",
+    "kernel": "the kernel starts",
+    "execute": "the kernel answers 1+1",
+    "end": "nothing is left behind",
 }
-"""In the order in which they are walked."""
+"""In the order in which they are checked."""
 
 _ERRORS: Final[tuple[tuple[type[GatewaySlurmError], str], ...]] = (
     (CryptoMissing, "python"),
@@ -55,41 +55,45 @@ _ERRORS: Final[tuple[tuple[type[GatewaySlurmError], str], ...]] = (
     (RequestError, "settings"),
     (ConfigError, "settings"),
 )
-"""Where an error of a kernel's start belongs; any other is of the step that was under way."""
+"""The step that an error of a kernel's start belongs to; any other error belongs to the current step."""
 
 _CHANGES: Final[tuple[tuple[str, type[GatewaySlurmError], str], ...]] = (
-    ("settings", ConfigError, "the setting that is named, in jupyter_slurm_config.py"),
-    ("settings", NotAllowed, "--user NAME, of a user who may have kernels"),
+    ("settings", ConfigError, "the setting that the message names, in jupyter_slurm_config.py"),
+    ("settings", NotAllowed, "--user: name a user who may have kernels"),
     (
         "settings",
         RequestError,
-        "the kernel.json of --kernelspec, or the option of that name (--project, --partition …)",
+        "the field in the kernel.json of --kernelspec, or the option of that name (--project, --partition …)",
     ),
     ("login", HostKeyRefused, "the known_hosts file, or SlurmService.ssh_known_hosts"),
     ("login", LoginRefused, "SlurmService.ssh_identity_files, ssh_password_file, or the user in SlurmService.cluster"),
-    ("login", SlurmNotInstalled, "SlurmService.slurm_path, or SlurmService.cluster where Slurm is elsewhere"),
-    ("login", SshError, "SlurmService.cluster; ssh_config, ssh_python and ssh_timeout, if it is reached"),
-    ("login", SlurmUnavailable, "SlurmService.cluster; rest_token_file or rest_token_command, if it is the token"),
+    ("login", SlurmNotInstalled, "SlurmService.slurm_path, or SlurmService.cluster if Slurm is on another machine"),
+    ("login", SshError, "SlurmService.cluster; if the login node answers, ssh_config, ssh_python or ssh_timeout"),
+    ("login", SlurmUnavailable, "SlurmService.cluster; if the token is wrong, rest_token_file or rest_token_command"),
     ("slurm", SlurmNotInstalled, "SlurmService.slurm_path"),
     (
         "slurm",
         SlurmUnavailable,
-        "have slurmctld (and munge) seen to; SlurmService.slurm_conf, if that is another cluster's; rest_token_file or "
-        "rest_token_command, if it is the token",
+        "check slurmctld and munge; if slurm.conf is another cluster's, SlurmService.slurm_conf; if the token is "
+        "wrong, rest_token_file or rest_token_command",
     ),
-    ("slurm", RequestError, "--partition, with the name of one of these"),
+    ("slurm", RequestError, "--partition: name one of the listed partitions"),
     ("server", StoreError, "SlurmService.store_url and store_key_file"),
     ("server", SshError, "SlurmService.relay_port and relay"),
     ("server", LinkError, "SlurmService.response_port and response_interface"),
     (
         "submit",
         SubmitRefused,
-        "what Slurm names: --partition, --project (the account), --qos, --reservation, --nodes …",
+        "what Slurm's message names: --partition, --project (the account), --qos, --reservation, --nodes …",
     ),
-    ("submit", SlurmUnavailable, "have slurmctld seen to"),
-    ("run", QueueTimeout, "--wait for longer, or ask for another partition or less (squeue --start says until when)"),
-    ("run", AllocationEnded, "what Slurm names; sacct and slurmctld's log say more"),
-    ("run", AllocationError, "the options that it names"),
+    ("submit", SlurmUnavailable, "check slurmctld"),
+    (
+        "run",
+        QueueTimeout,
+        "a longer --wait, another partition, or a smaller request (squeue --start shows the expected start)",
+    ),
+    ("run", AllocationEnded, "what Slurm's message names; sacct and slurmctld's log say more"),
+    ("run", AllocationError, "the options that the message names"),
     (
         "dial",
         OutOfReach,
@@ -100,61 +104,71 @@ _CHANGES: Final[tuple[tuple[str, type[GatewaySlurmError], str], ...]] = (
         CryptoMissing,
         "pip install 'pycryptodome>=3.23' for a Python of the nodes; SlurmService.launcher_python",
     ),
-    ("python", LauncherFailed, "SlurmService.launcher_python; log_directory, if it cannot be written"),
+    ("python", LauncherFailed, "SlurmService.launcher_python; log_directory, if the user cannot write there"),
     (
         "crypto",
         NotProven,
-        "what is between the nodes and SlurmService.response_address: it must pass bytes on unchanged",
+        "the forwarding between the nodes and SlurmService.response_address: it must pass bytes on unchanged",
     ),
-    ("kernel", KernelStartError, "the kernel's command in its kernelspec; SlurmService.start_timeout, if it is slow"),
+    (
+        "kernel",
+        KernelStartError,
+        "the kernel's command in its kernelspec; SlurmService.start_timeout, if the kernel is slow",
+    ),
     (
         "execute",
         KernelStartError,
-        "connect = 'tunnel', if the node cannot be dialled from here; else see the kernel's log",
+        "connect = 'tunnel', if this machine cannot dial the node; otherwise see the kernel's log",
     ),
-    ("end", AllocationError, "have slurmctld seen to; squeue --me, scancel"),
+    ("end", AllocationError, "check slurmctld; find the job with squeue --me and end it with scancel"),
 )
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Of one step; ``seconds`` is what it took, ``change`` what is to be changed where it failed."""
+class StepResult:
+    """The result of one step, which took ``seconds``; ``change`` says what to change where it failed."""
 
     step: str
     ok: bool
-    said: str
+    message: str
     seconds: float
     change: str = ""
 
     def row(self) -> dict[str, Any]:
-        """For programs."""
-        found = {name: getattr(self, name) for name in ("step", "ok", "said", "change")}
-        return {**found, "title": STEPS[self.step], "seconds": round(self.seconds, 3)}
+        """The JSON that ``--json`` prints."""
+        return {
+            "step": self.step,
+            "ok": self.ok,
+            "said": self.message,
+            "change": self.change,
+            "title": STEPS[self.step],
+            "seconds": round(self.seconds, 3),
+        }
 
     def lines(self) -> list[str]:
-        """For people."""
-        first, *more = self.said.splitlines() or [""]
+        """The lines that are printed without ``--json``."""
+        first, *more = self.message.splitlines() or [""]
         lines = [f"{'ok' if self.ok else 'FAILED':<7}{self.seconds:6.1f} s  {STEPS[self.step]}: {first}"]
         lines += [f"{'':<17}{line}" for line in more]
         return lines + ([f"{'':<17}change: {self.change}"] if self.change else [])
 
 
-def step_of(error: GatewaySlurmError, under_way: str) -> str:
-    """The step at which a walk that is at ``under_way`` failed by this error."""
-    if under_way in ("settings", "login", "slurm", "server", "execute", "end"):
-        return under_way
-    return next((step for kind, step in _ERRORS if isinstance(error, kind)), under_way)
+def step_of(error: GatewaySlurmError, current: str) -> str:
+    """The step that failed with ``error``, given the step that the check has reached."""
+    if current in ("settings", "login", "slurm", "server", "execute", "end"):
+        return current
+    return next((step for kind, step in _ERRORS if isinstance(error, kind)), current)
 
 
 def change_for(step: str, error: GatewaySlurmError) -> str:
-    """What to change; empty where only the error itself says."""
-    return next((text for at, kind, text in _CHANGES if at == step and isinstance(error, kind)), "")
+    """What to change; empty where the error's message says it."""
+    return next((text for name, kind, text in _CHANGES if name == step and isinstance(error, kind)), "")
 
 
 def steps_table() -> str:
-    """Draw the steps as markdown, one line each."""
+    """Draw the steps as a markdown table, one row a step."""
     lines = ["| step | if it fails, change |", "|---|---|"]
     for step, title in STEPS.items():
-        changes = dict.fromkeys(text.replace("|", "\\|") for at, _kind, text in _CHANGES if at == step)
+        changes = dict.fromkeys(text.replace("|", "\\|") for name, _kind, text in _CHANGES if name == step)
         lines.append(f"| {title} | {'<br>'.join(changes)} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""``jupyter slurm`` as a program: what is wrong is one message on standard error, and no traceback."""
+"""``jupyter slurm`` as a program: an error is one message on standard error, without a traceback."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SECONDS = 60
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
-    """A file with a token in it."""
+    """A token file with one token."""
     TokenFile(tmp_path / "tokens.json").add("ada")
     return tmp_path / "tokens.json"
 
 
 def run(*arguments: str, stdout: int = subprocess.PIPE, buffered: bool = True) -> subprocess.CompletedProcess[str]:
-    """The program, with what it prints kept until its end, or not."""
+    """Run the program with buffered or unbuffered output."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
     return subprocess.run(
         [*PROGRAM, *arguments],
@@ -39,8 +39,8 @@ def run(*arguments: str, stdout: int = subprocess.PIPE, buffered: bool = True) -
 
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize("command", ["--help", "token list", "token list --json"])
-def test_a_reader_who_has_enough_is_no_error_to_complain_of(tokens, command, buffered):
-    """As ``| head`` is."""
+def test_closed_output_is_no_error_to_report(tokens, command, buffered):
+    """As by ``| head``."""
     reader, writer = os.pipe()
     os.close(reader)
     options = [] if command == "--help" else [f"--tokens={tokens}"]
@@ -52,16 +52,16 @@ def test_a_reader_who_has_enough_is_no_error_to_complain_of(tokens, command, buf
 
 
 @pytest.mark.parametrize("buffered", [True, False])
-def test_a_full_disk_is_told(tokens, buffered):
-    """In the system's words."""
+def test_a_full_disk_is_reported(tokens, buffered):
+    """In the operating system's words."""
     with open("/dev/full", "w") as full:
         done = run("token", "list", f"--tokens={tokens}", stdout=full.fileno(), buffered=buffered)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["jupyter slurm: [Errno 28] No space left on device"]
 
 
-def test_ctrl_c_ends_a_command_without_a_word(monkeypatch, capsys):
-    """Its status is a shell's for it."""
+def test_ctrl_c_ends_a_command_without_a_message(monkeypatch, capsys):
+    """The exit status is 128 and the signal's number, as in a shell."""
 
     def interrupted(_arguments):
         raise KeyboardInterrupt
@@ -74,24 +74,24 @@ def test_ctrl_c_ends_a_command_without_a_word(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["token", "add", "ada", "--tokens=t", "--days", "soon"], "days are a number above 0"),
-        (["token", "add", "ada", "--tokens=t", "--days", "nan"], "days are a number above 0"),
-        (["doctor", "--wait", "-1"], "seconds are a number above 0"),
-        (["doctor", "--wait", "nan"], "seconds are a number above 0"),
-        (["doctor", "--wait", "long"], "seconds are a number above 0"),
+        (["token", "add", "ada", "--tokens=t", "--days", "soon"], "must be a number of days above 0"),
+        (["token", "add", "ada", "--tokens=t", "--days", "nan"], "must be a number of days above 0"),
+        (["doctor", "--wait", "-1"], "must be a number of seconds above 0"),
+        (["doctor", "--wait", "nan"], "must be a number of seconds above 0"),
+        (["doctor", "--wait", "long"], "must be a number of seconds above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_number_that_is_none_is_told_with_what_is_one(capsys, arguments, words):
-    """Before anything is done."""
+def test_an_invalid_number_is_reported_with_what_is_allowed(capsys, arguments, words):
+    """As a wrong command line."""
     with pytest.raises(SystemExit) as caught:
         app.main(arguments)
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_tokens_that_cannot_be_used_are_told(tmp_path, capsys):
-    """A directory is no file of tokens; a file that is not there has none."""
+def test_a_token_file_that_cannot_be_used_is_reported(tmp_path, capsys):
+    """A directory is an error; a file that does not exist holds no tokens."""
     assert app.main(["token", "list", f"--tokens={tmp_path}"]) == 1
     assert "it is no plain file" in capsys.readouterr().err
     assert app.main(["token", "list", f"--tokens={tmp_path / 'none'}"]) == 0
