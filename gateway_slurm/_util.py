@@ -1,4 +1,4 @@
-"""Small tools without a subject of their own: printable text, files, waits between attempts, tasks, log lines."""
+"""Small tools for all rooms: printable text, files, delays between attempts, log lines, tasks."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ T = TypeVar("T")
 
 
 def printable(text: object, line_end: str = "\n    ") -> str:
-    """``text`` with escapes for what a terminal would obey or that changes the order of what is read.
+    """Return ``text`` with escapes for characters that control a terminal or change the reading order.
 
-    That is all that Python calls not printable, but for tabs: C0 and C1, marks of writing direction, ends of lines of
-    other kinds. A line's end becomes ``line_end``, so that no line of a log begins with what the text says.
+    These are all characters that Python calls not printable, except tabs: C0 and C1 controls, marks of writing
+    direction, and unusual line separators. A line's end becomes ``line_end``, so that ``text`` cannot begin a line of
+    a log.
     """
     lines = str(text).replace("\r\n", "\n").split("\n")
-    return line_end.join("".join(map(_shown, line)) for line in lines)
+    return line_end.join("".join(map(_escaped, line)) for line in lines)
 
 
 def in_one_line(text: object) -> str:
-    """The same for a cell of a table."""
+    """Return ``text`` printable and in one line, for a cell of a table."""
     return printable(text, "\\n")
 
 
-def _shown(character: str) -> str:
+def _escaped(character: str) -> str:
     if character.isprintable() or character == "\t":
         return character
     return character.encode("unicode_escape").decode()
@@ -44,7 +45,7 @@ def _shown(character: str) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, seconds: float) -> Iterator[None]:
-    """Hold a lock file. Raises OSError when somebody (a stopped process) does not let it go within ``seconds``."""
+    """Hold a lock file. Raises OSError if another process, such as a stopped one, holds it longer than ``seconds``."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     deadline = time.monotonic() + seconds
     try:
@@ -62,9 +63,10 @@ def locked(path: Path, seconds: float) -> Iterator[None]:
 
 
 def exposure(status: os.stat_result) -> str:
-    """Why a file of secrets must not be used, given its status; empty for a plain file that only its user can open.
+    """Return the reason why a file with this status must not hold secrets; empty for a private file.
 
-    The file may belong to the process's user or to root.
+    A private file is a plain file that belongs to this process's user or to root and that no other user can read or
+    write.
     """
     if not stat.S_ISREG(status.st_mode):
         return "it is not a plain file"
@@ -78,8 +80,8 @@ def exposure(status: os.stat_result) -> str:
 def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
     """Replace a file as a whole, with mode 0600. A reader sees the old text or the new text.
 
-    ``durable`` writes to the disk before the file gets its name. Where root replaces a user's file, the user keeps it.
-    Raises OSError.
+    ``durable`` writes the text to the disk before the file gets its name. If root replaces a user's file, the new file
+    belongs to the same user. Raises OSError.
     """
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -101,9 +103,9 @@ def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 class Backoff:
-    """Waits between attempts, in seconds: each is twice the one before, up to ``longest``.
+    """Delays between attempts, in seconds: each is twice the previous one, up to ``longest``.
 
-    ``jitter`` is the share by which a wait may be shorter or longer, so that many clients do not come at once.
+    ``jitter`` is the fraction by which a delay may be shorter or longer, so that many clients do not retry together.
     """
 
     def __init__(self, first: float, longest: float, *, jitter: float = 0.0) -> None:
@@ -111,28 +113,28 @@ class Backoff:
         self._next = first
 
     def next(self) -> float:
-        """The wait before the next attempt."""
-        wait, self._next = self._next, min(2 * self._next, self._longest)
-        return wait * random.uniform(1 - self._jitter, 1 + self._jitter)  # noqa: S311 - jitter
+        """Return the delay before the next attempt."""
+        delay, self._next = self._next, min(2 * self._next, self._longest)
+        return delay * random.uniform(1 - self._jitter, 1 + self._jitter)  # noqa: S311 - jitter
 
     async def sleep(self) -> None:
-        """Wait before the next attempt."""
+        """Sleep for the delay before the next attempt."""
         await asyncio.sleep(self.next())
 
     def reset(self) -> None:
-        """An attempt succeeded: the next wait is the first one again."""
+        """Start again with the first delay, after an attempt that succeeded."""
         self._next = self._first
 
 
 class LogOnce:
-    """A log that has each complaint once, until ``clear`` says that its reason is gone."""
+    """Logs each complaint once until ``clear`` closes it."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._open: set[str] = set()
 
     def warning(self, key: str, message: str, *arguments: object) -> None:
-        """Log a warning, unless the complaint ``key`` is already open."""
+        """Log a warning and open the complaint ``key``, unless it is already open."""
         if key not in self._open:
             self._open.add(key)
             self._log.warning(message, *arguments, stacklevel=2)
@@ -148,14 +150,14 @@ class LogOnce:
 
 
 class TaskSet:
-    """The tasks of one owner, which calls ``close``. A task that is made after that is cancelled at once."""
+    """The tasks of one owner, which calls ``close``. A task that is created after ``close`` is cancelled at once."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
 
     def create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run ``coroutine`` as a task that ``close`` cancels."""
+        """Run ``coroutine`` as a task, which ``close`` cancels."""
         task = asyncio.ensure_future(coroutine)
         if self._closed:
             task.cancel()
@@ -170,7 +172,7 @@ class TaskSet:
         return iter(tuple(self._tasks))
 
     async def close(self) -> None:
-        """Cancel the tasks, and return when all of them have ended."""
+        """Cancel the tasks and wait until all of them have ended."""
         self._closed = True
         for task in self:
             task.cancel()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway_slurm.errors import RequestError
-from gateway_slurm.slurm.formats import FORMATS, TimeFormatError, minutes
+from gateway_slurm.slurm.formats import TIME_FORMATS, TimeFormatError, minutes
 
 MAX_ARGUMENT: Final = (128 << 10) - 1
 """Bytes of one item of kernel_argv: Linux's MAX_ARG_STRLEN, its NUL not counted."""
@@ -163,11 +163,11 @@ def _size(text: str) -> int:
 
 
 def _time(value: object) -> str:
-    text: str = _word(r"[0-9A-Za-z:-]+", FORMATS, longest=32)(value)
+    text: str = _word(r"[0-9A-Za-z:-]+", TIME_FORMATS, longest=32)(value)
     try:
         limit = minutes(text)
     except TimeFormatError as error:
-        raise _Invalid(FORMATS) from error
+        raise _Invalid(TIME_FORMATS) from error
     if limit == 0:
         # To Slurm, 0 means no limit at all, which nobody who writes 0 expects.
         raise _Invalid("a time above zero; for none, UNLIMITED")
@@ -226,7 +226,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field(name="memory", parse=_MEMORY, help="memory per node (Slurm's format: 4G; MiB if it has no unit)"),
     Field(name="constraint", parse=_CONSTRAINT, help="features that the nodes must have, with Slurm's operators"),
     Field(name="gres", parse=_GRES, help="generic resources per node, such as `shard:1`"),
-    Field(name="time", parse=_time, help=f"time limit (Slurm's format: {FORMATS}); wins over runtime"),
+    Field(name="time", parse=_time, help=f"time limit (Slurm's format: {TIME_FORMATS}); wins over runtime"),
     Field(
         name="connect",
         parse=_choice("auto", "direct", "tunnel"),

@@ -16,7 +16,7 @@ from gateway_slurm.link.output import Kept, read_kept
 from gateway_slurm.link.server import Expected, Link
 from gateway_slurm.link.tunnel import Streams
 from gateway_slurm.slurm import commands
-from gateway_slurm.slurm.formats import HostListError, expand
+from gateway_slurm.slurm.formats import HostListError, expand_hostlist
 from gateway_slurm.slurm.model import StepInfo, StepSpec
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class StepsInside:
             del self._listings[asked]
         if status != 0:
             raise SlurmUnavailable(
-                f"the launcher in job {jobid} could not list its steps: {commands.slurm_words(stderr)[:1000]}"
+                f"the launcher in job {jobid} could not list its steps: {commands.slurm_message(stderr)[:1000]}"
             )
         found = steps.parse_steps(jobid, listed)
         return [StepInfo(stepid=stepid, user=user, nodes=nodes, name=name) for stepid, user, nodes, name in found]
@@ -283,7 +283,7 @@ class Launcher:
     def nodelist(self, text: str) -> None:
         # Here, and not where the nodes are wanted: those are lists of everybody's jobs, on the service's loop.
         try:
-            self._nodelist, self.nodes = text, expand(text, MOST_NODES)
+            self._nodelist, self.nodes = text, expand_hostlist(text, MOST_NODES)
         except HostListError as error:
             self._nodelist, self.nodes = "", []
             self.log.warning("job %s: what its launcher says of its nodes is not taken: %s", self.jobid or "?", error)

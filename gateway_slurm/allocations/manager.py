@@ -111,7 +111,7 @@ class Allocations:
         best = self._choose(request, account, [one.offer() for one in own.values()])
         if best is not None:
             return own[best.jobid]
-        others = await self._elsewhere.offers(own) if self._driver.adopts else {}
+        others = await self._elsewhere.offers(own) if self._driver.can_adopt else {}
         best = self._choose(request, account, [offer for offer, _info in others.values()])
         return None if best is None else self._adopted(others[best.jobid][1])
 
@@ -183,7 +183,7 @@ class Allocations:
                 raise not_yours(jobid)
             info = await self._driver.describe(jobid)
             check_adoptable(jobid, info, self._owner.user)
-            if not self._driver.adopts:
+            if not self._driver.can_adopt:
                 raise not_adoptable(jobid)
             known = self._adopted(info)
         check_time(jobid, known.seconds_left, self._min_time_left)
@@ -250,7 +250,7 @@ class Allocations:
         """Unknown, not dead: ask Slurm soon, and again until the launcher or Slurm says more."""
         if not allocation.is_over and allocation.jobid:
             self._watch(allocation)
-            self._watcher.poke(allocation.jobid)
+            self._watcher.poll_soon(allocation.jobid)
 
     def _looked_up(self, allocation: Allocation, info: JobInfo | None) -> None:
         """The watcher's answer: Slurm's word on this job, or None when a healthy controller has none."""
@@ -267,7 +267,7 @@ class Allocations:
         if waits and (told is None or told.reason != info.reason):
             self.log.info("job %s waits in the queue: %s%s", info.jobid, info.state, _because(info))
         allocation.info = info
-        allocation.queue_place = self._watcher.places.get(info.jobid) if waits else None
+        allocation.queue_place = self._watcher.queue_positions.get(info.jobid) if waits else None
         self._books.record(allocation)
         if state is Meaning.OVER and info.state == "NODE_FAIL" and allocation.is_linked:
             self._given_up_by_slurm(allocation)

@@ -14,7 +14,7 @@ from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.sharing import Offer
 from gateway_slurm.errors import AllocationEnded, AllocationError, RequestError
 from gateway_slurm.request import KernelRequest, parse_request
-from gateway_slurm.slurm.formats import Meaning, expand, meaning
+from gateway_slurm.slurm.formats import Meaning, expand_hostlist, meaning
 from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.store import AllocationRecord, Registry
 
@@ -115,7 +115,7 @@ class Allocation:
     def nodes(self) -> list[str]:
         """The job's nodes, as Slurm or a launcher in it named them; empty until one of them has."""
         if self.info is not None and self.info.nodes:
-            return expand(self.info.nodes)
+            return expand_hostlist(self.info.nodes)
         told = [launcher.nodes for launcher in list(self.launchers.values()) if launcher.nodes]
         return list(told[0] if told else self.last_nodes)
 

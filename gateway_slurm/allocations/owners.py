@@ -120,9 +120,9 @@ class EverybodysSlurm:
         owner = self._owner_of(next(iter(jobids))) if len(jobids) == 1 and not found else None
         return await (await self._driver_of(owner)).jobs(jobids) if owner else found
 
-    async def queue(self, partitions: Collection[str]) -> dict[str, int]:
+    async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
         """Each waiting job's place in its partition's queue, as the process's own user sees it."""
-        return await self._own.queue(partitions)
+        return await self._own.queue_positions(partitions)
 
     async def find(self, name: str) -> dict[str, JobInfo]:
         """Ask with one squeue for each owner on record, and one for the process's own user."""

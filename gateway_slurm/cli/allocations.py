@@ -17,7 +17,7 @@ from gateway_slurm.cli.common import OwnSlurm
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import SlurmError, UnknownJob
 from gateway_slurm.service import SlurmService
-from gateway_slurm.slurm.formats import Meaning, expand
+from gateway_slurm.slurm.formats import Meaning, expand_hostlist
 from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.store import AllocationRecord, Registry, ServerRecord, by_job
 
@@ -109,7 +109,7 @@ def _slurms_word(info: JobInfo) -> dict[str, Any]:
     waits = info.meaning in (Meaning.WAITING, Meaning.HELD)
     return {
         "state": info.state,
-        "nodes": expand(info.nodes),
+        "nodes": expand_hostlist(info.nodes),
         "reason": info.reason if waits else "",
         "end_time": None if waits else info.end_time,
     }

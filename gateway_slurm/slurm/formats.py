@@ -1,8 +1,4 @@
-"""What every Slurm job state means for an allocation, as one table.
-
-Source: squeue(1), "JOB STATE CODES", of Slurm 22.05 to 25.11. Anything that is not in the table is UNKNOWN,
-and UNKNOWN is never read as dead: a newer Slurm must not make us throw away running kernels.
-"""
+"""Slurm's text formats as values: job states, pending reasons, host lists, times and memory. All functions are pure."""
 
 from __future__ import annotations
 
@@ -15,28 +11,46 @@ from typing import Final
 
 from gateway_slurm.errors import GatewaySlurmError
 
+MAX_HOSTS: Final = 65536
+"""The number of hosts that Slurm allows in a list by default (MAX_RANGE, 64 k); a longer list is refused."""
+TIME_FORMATS: Final = "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS or UNLIMITED"
+
+_MAX_HOSTLIST: Final = 1 << 20  # characters
+_MAX_DIGITS: Final = 18
+_MAX_HOST_NAME: Final = 255  # characters (RFC 1123, section 2.1)
+_HOSTLIST_PART: Final = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
+_HOSTLIST_RANGE: Final = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_HOST_NAME: Final = re.compile(r"[^\s,\[\]\x00-\x1f\x7f]+")
+_TIME_NUMBER: Final = r"([0-9]{1,9})"
+_TIME_WITH_DAYS: Final = re.compile(rf"{_TIME_NUMBER}-{_TIME_NUMBER}(?::{_TIME_NUMBER})?(?::{_TIME_NUMBER})?")
+_TIME_OF_DAY: Final = re.compile(rf"{_TIME_NUMBER}(?::{_TIME_NUMBER})?(?::{_TIME_NUMBER})?")
 _MEBIBYTES: Final = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
 
-def memory_in_mebibytes(text: str | None) -> int:
-    """Slurm's memory format as MiB, rounded up; 0 for None (sbatch(1), ``--mem``)."""
-    if not text:
-        return 0
-    digits = text.upper().removesuffix("B")
-    unit = digits[-1] if digits[-1] in _MEBIBYTES else "M"
-    return math.ceil(int(digits.rstrip("KMGT")) * _MEBIBYTES[unit])
+class HostListError(GatewaySlurmError, ValueError):
+    """The text is not a Slurm host list, or it names too many hosts."""
+
+
+class TimeFormatError(GatewaySlurmError, ValueError):
+    """The text is in none of Slurm's time formats."""
+
+
+# -- Job states and pending reasons --
+
+# Source: squeue(1), "JOB STATE CODES", of Slurm 22.05 to 25.11. A state that is not in the table is UNKNOWN.
+# UNKNOWN never means that the job is dead: a newer Slurm must not make the server discard running kernels.
 
 
 class Meaning(Enum):
-    """What a job state lets us do; the value is the sentence that the documentation shows."""
+    """What the server does with a job in a state; the value is the sentence that the documentation shows."""
 
     WAITING = "no nodes yet; wait"
-    HELD = "no nodes until somebody releases the job; wait, and say so"
+    HELD = "no nodes until the job is released; wait, and report it"
     USABLE = "kernels can run"
-    PAUSED = "the processes are stopped, the allocation may come back; wait"
+    PAUSED = "the processes are stopped and may resume; wait"
     ENDING = "the job is being torn down; start nothing in it"
     OVER = "final; every process of the job is gone"
-    UNKNOWN = "not a state we know; neither usable nor dead"
+    UNKNOWN = "not a known state; the job counts as neither usable nor dead"
 
 
 _TABLE: Final[tuple[tuple[str, str, Meaning], ...]] = (
@@ -70,36 +84,35 @@ _TABLE: Final[tuple[tuple[str, str, Meaning], ...]] = (
     ("REVOKED", "RV", Meaning.OVER),
 )
 
-STATES: Final[dict[str, Meaning]] = {name: what for name, _, what in _TABLE}
-_CODES: Final[dict[str, Meaning]] = {code: what for _, code, what in _TABLE}
+STATES: Final[dict[str, Meaning]] = {name: meaning for name, _, meaning in _TABLE}
+_CODES: Final[dict[str, Meaning]] = {code: meaning for _, code, meaning in _TABLE}
 
 
 def meaning(state_text: str) -> Meaning:
-    """Return what Slurm's word for a state means; case, compact codes and ``CANCELLED by 1000`` are
-    understood.
+    """Return the meaning of a state as Slurm writes it: in any case, as a compact code, or as ``CANCELLED by 1000``.
 
-    Never raises: an empty or unheard-of text is ``Meaning.UNKNOWN``.
+    An empty or unknown text is ``Meaning.UNKNOWN``.
     """
     words = state_text.upper().split(maxsplit=1)
     if not words:
         return Meaning.UNKNOWN
-    # sacct marks a word that it had to cut ("CANCELLED+"); cut or not, the word decides.
+    # sacct marks a word that it has cut off ("CANCELLED+").
     word = words[0].rstrip("+")
     return STATES.get(word) or _CODES.get(word) or Meaning.UNKNOWN
 
 
 def states_table() -> str:
-    """Draw the table as markdown, one line per state."""
-    lines = ["| state | code | for us | what we do |", "|---|---|---|---|"]
-    lines += [f"| `{name}` | `{code}` | {what.name} | {what.value} |" for name, code, what in _TABLE]
+    """Return the table of states as Markdown, one line per state."""
+    lines = ["| state | code | meaning | what the server does |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | `{code}` | {meaning.name} | {meaning.value} |" for name, code, meaning in _TABLE]
     lines.append(f"| anything else | | {Meaning.UNKNOWN.name} | {Meaning.UNKNOWN.value} |")
     return "\n".join(lines) + "\n"
 
 
-# Reasons for which a pending job waits in vain until somebody changes the job, the site's limits or its
-# configuration. Source: squeue(1), "JOB REASON CODES", and slurm_protocol_defs.c of 22.05 to 25.11. What ends
-# by itself (Resources, Priority, a group's limit that others' jobs use up, a node that is down) is not here.
-_HOPELESS: Final[dict[str, str]] = {
+# Reasons for which a job stays pending until the job, the site's limits or the site's configuration change.
+# Source: squeue(1), "JOB REASON CODES", and slurm_protocol_defs.c of 22.05 to 25.11. Reasons that pass by themselves
+# are not here: Resources, Priority, a group's limit that other jobs use up, a node that is down.
+_REMEDIES: Final[dict[str, str]] = {
     "PartitionTimeLimit": "ask for less time (runtime) or another partition",
     "PartitionNodeLimit": "ask for fewer nodes or another partition",
     "BadConstraints": "ask for what the nodes have (nodes, gpus, gres, constraint, memory, cpus)",
@@ -111,44 +124,28 @@ _HOPELESS: Final[dict[str, str]] = {
     "ReservationInvalid": "correct reservation",
     "DependencyNeverSatisfied": "submit it without that dependency",
 }
-# AssocMaxWallDurationPerJobLimit, QOSMaxCpuPerJobLimit, QOSMaxNodePerJobLimit, QOSMinGRES and their like: one
-# job alone is over (or under) a limit of the account's or of the quality of service's.
-_PER_JOB: Final = re.compile(r"(?:Assoc|QOS)(?:Max\w+PerJob(?:Limit)?|MaxWallDuration\w*|Min\w+)")
+# AssocMaxWallDurationPerJobLimit, QOSMaxCpuPerJobLimit, QOSMaxNodePerJobLimit, QOSMinGRES and similar reasons: the job
+# by itself is over (or under) a limit of the account or of the quality of service.
+_PER_JOB_LIMIT: Final = re.compile(r"(?:Assoc|QOS)(?:Max\w+PerJob(?:Limit)?|MaxWallDuration\w*|Min\w+)")
 
 
 def remedy(reason: str) -> str | None:
-    """Return what to do about a job that is pending for ``reason``; None if waiting may help."""
-    if _PER_JOB.fullmatch(reason):
+    """Return what the user can do about a job that is pending for ``reason``; None if waiting may help."""
+    if _PER_JOB_LIMIT.fullmatch(reason):
         return "ask for less (runtime, nodes, gpus, cpus, memory), or use another project or qos"
-    return _HOPELESS.get(reason)
+    return _REMEDIES.get(reason)
 
 
-# -- Slurm's host lists: ``a[1-2,07],b03,gpu[08-10]-ib`` to the names in it. --
+# -- Host lists: ``a[1-2,07],b03,gpu[08-10]-ib`` --
 
 
-MAX_HOSTS: Final = 65536
-"""As many hosts as Slurm's own default for a list (MAX_RANGE, 64 k); more is refused."""
-_MAX_TEXT: Final = 1 << 20
-_MAX_DIGITS: Final = 18
-_MAX_NAME: Final = 255
-"""Characters of one host name, as RFC 1123 has it, section 2.1."""
+def expand_hostlist(text: str, limit: int = MAX_HOSTS) -> list[str]:
+    """Return the host names in Slurm's order. ``""`` and ``(null)`` (a job without nodes) give ``[]``.
 
-_PART = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
-_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
-_NAME = re.compile(r"[^\s,\[\]\x00-\x1f\x7f]+")
-
-
-class HostListError(GatewaySlurmError, ValueError):
-    """The text is no Slurm host list, or it names too many hosts."""
-
-
-def expand(text: str, limit: int = MAX_HOSTS) -> list[str]:
-    """Return the host names in Slurm's order; ``""`` and ``(null)``, a job without nodes, give ``[]``.
-
-    Raises HostListError for unbalanced brackets, ranges that run backwards, and more than ``limit`` names.
+    Raises HostListError for unbalanced brackets, for descending ranges, and for more than ``limit`` names.
     """
-    if len(text) > _MAX_TEXT:
-        raise HostListError(f"a host list of {len(text)} characters; at most {_MAX_TEXT} are read")
+    if len(text) > _MAX_HOSTLIST:
+        raise HostListError(f"the host list has {len(text)} characters; at most {_MAX_HOSTLIST} are read")
     text = text.strip()
     if text in ("", "(null)", "None assigned"):
         return []
@@ -159,7 +156,7 @@ def expand(text: str, limit: int = MAX_HOSTS) -> list[str]:
 
 
 def _items(text: str) -> Iterator[str]:
-    """Split at the commas that are outside of brackets; empty items are skipped, as Slurm does."""
+    """Split at the commas outside brackets. Empty items are skipped, as in Slurm."""
     depth = start = 0
     for at, char in enumerate(text):
         if char == "[":
@@ -181,73 +178,72 @@ def _items(text: str) -> Iterator[str]:
 def _expand_item(item: str, room: int) -> list[str]:
     choices: list[list[str]] = []
     total, longest = 1, 0
-    for group, literal in _PART.findall(item):
+    for group, literal in _HOSTLIST_PART.findall(item):
         part = [literal] if literal else _expand_group(group, item, room)
         total *= len(part)
         if total > room:
             raise HostListError(f"the host list names too many hosts at {item[:200]!r}")
         longest += max(map(len, part))
-        if longest > _MAX_NAME:
-            raise HostListError(f"a host name of more than {_MAX_NAME} characters in the host list: {item[:200]!r}")
+        if longest > _MAX_HOST_NAME:
+            raise HostListError(
+                f"a host name of more than {_MAX_HOST_NAME} characters in the host list: {item[:200]!r}"
+            )
         choices.append(part)
     names = ["".join(parts) for parts in product(*choices)]
-    if not _NAME.fullmatch(names[0]):
-        raise HostListError(f"{item[:200]!r} in the host list is no host name")
+    if not _HOST_NAME.fullmatch(names[0]):
+        raise HostListError(f"{item[:200]!r} in the host list is not a host name")
     return names
 
 
 def _expand_group(group: str, item: str, room: int) -> list[str]:
-    """Expand what is between brackets; zeros that pad a range's first number pad all of it."""
+    """Expand the text between two brackets. Leading zeros of a range's first number apply to the whole range."""
     values: list[str] = []
     for text in group.split(","):
-        match = _RANGE.fullmatch(text)
+        match = _HOSTLIST_RANGE.fullmatch(text)
         if match is None or len(text) > 2 * _MAX_DIGITS:
-            raise HostListError(f"{text[:200]!r} in the host list item {item[:200]!r} is no range of numbers")
+            raise HostListError(f"{text[:200]!r} in the host list item {item[:200]!r} is not a range of numbers")
         low, high = match[1], match[2] or match[1]
         first, last = int(low), int(high)
         if last < first:
-            raise HostListError(f"the range {text[:200]!r} in the host list item {item[:200]!r} runs backwards")
+            raise HostListError(f"the range {text[:200]!r} in the host list item {item[:200]!r} is descending")
         if last - first >= room - len(values):
             raise HostListError(f"the host list names too many hosts at {item[:200]!r}")
         values += [str(number).zfill(len(low)) for number in range(first, last + 1)]
     return values
 
 
-# -- Slurm's time formats, read into minutes. --
-
-
-FORMATS: Final = "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS or UNLIMITED"
-
-_NUMBER = r"([0-9]{1,9})"
-_DAYS = re.compile(rf"{_NUMBER}-{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?")
-_CLOCK = re.compile(rf"{_NUMBER}(?::{_NUMBER})?(?::{_NUMBER})?")
-
-
-class TimeFormatError(GatewaySlurmError, ValueError):
-    """The text is in none of Slurm's time formats."""
+# -- Times and memory --
 
 
 def minutes(text: str) -> int | None:
-    """Return the minutes that Slurm reads in ``text``, rounded up to whole ones as Slurm does; None is no
-    limit.
+    """Return a time in Slurm's format as minutes, rounded up as Slurm does; None means no limit.
 
-    Raises TimeFormatError for anything that is not in one of FORMATS.
+    Raises TimeFormatError for text that is in none of TIME_FORMATS.
     """
     text = text.strip()
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return None
-    if match := _DAYS.fullmatch(text):
+    if match := _TIME_WITH_DAYS.fullmatch(text):
         days, hours, mins, secs = (int(part or 0) for part in match.groups())
-    elif match := _CLOCK.fullmatch(text):
+    elif match := _TIME_OF_DAY.fullmatch(text):
         days = 0
         hours, mins, secs = _clock(*match.groups())
     else:
-        raise TimeFormatError(f"{text[:200]!r} is no time that Slurm reads; it reads {FORMATS}")
+        raise TimeFormatError(f"{text[:200]!r} is not in a time format of Slurm: {TIME_FORMATS}")
     return (days * 24 + hours) * 60 + mins + -(-secs // 60)
 
 
 def _clock(first: str, second: str | None, third: str | None) -> tuple[int, int, int]:
-    """Read what has no days: two numbers are minutes and seconds, three begin with hours."""
+    """Read a time without days: two numbers are minutes and seconds, three begin with hours."""
     if third is not None:
         return int(first), int(second or 0), int(third)
     return 0, int(first), int(second or 0)
+
+
+def memory_in_mebibytes(text: str | None) -> int:
+    """Return a memory size in Slurm's format as MiB, rounded up; 0 for None (sbatch(1), ``--mem``)."""
+    if not text:
+        return 0
+    digits = text.upper().removesuffix("B")
+    unit = digits[-1] if digits[-1] in _MEBIBYTES else "M"
+    return math.ceil(int(digits.rstrip("KMGT")) * _MEBIBYTES[unit])

@@ -1,4 +1,4 @@
-"""What is asked of Slurm and what it answers, as values: jobs and job steps."""
+"""Requests to Slurm and its answers, as values: jobs, job steps, partitions."""
 
 from __future__ import annotations
 
@@ -8,26 +8,15 @@ from typing import Final
 
 from gateway_slurm.slurm.formats import Meaning, meaning
 
-# Of a job, what Slurm may refuse.
-_ASKED: Final = (
-    "partition",
-    "account",
-    "qos",
-    "reservation",
-    "nodes",
-    "nodelist",
-    "time",
-    "cpus",
-    "memory",
-    "constraint",
-)
+# The fields of a job for which Slurm may refuse it.
+_REQUESTED: Final = (
+    "partition", "account", "qos", "reservation", "nodes", "nodelist", "time", "cpus", "memory", "constraint",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """One job to submit. ``env`` is added to the job's environment and may hold secrets: it is never in
-    argv.
-    """
+    """One job to submit. ``env`` is added to the job's environment and may hold secrets: it is never in argv."""
 
     name: str
     script: str
@@ -45,26 +34,26 @@ class JobSpec:
     constraint: str | None = None
     nodelist: str | None = None
     signal_seconds: int | None = None
-    """Before its end, as it is then, Slurm sends the script (not what it started) SIGUSR1; up to a minute early."""
+    """Slurm sends SIGUSR1 to the script, not to the script's children, this many seconds before the job's time limit,
+    or up to a minute earlier.
+    """
     output: str = "/dev/null"
     extra: Sequence[str] = ()
-    """More options, as the admin allows them; each is one whole ``--name=value``."""
+    """Further options that the admin allows, each as ``--name=value``."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
-    def asked(self) -> str:
-        """For messages, as `` (partition devel, nodes 3)``: Slurm's own do not always name what they refuse."""
-        named = ((name, getattr(self, name)) for name in _ASKED)
-        told = [f"{name} {value}" for name, value in named if value is not None]
-        told += [f"gres {one}" for one in self.gres]
-        return f" ({', '.join(told)})" if told else ""
+    def requested(self) -> str:
+        """A suffix for messages, as `` (partition devel, nodes 3)``: Slurm's own words may not name what it refuses."""
+        values = ((name, getattr(self, name)) for name in _REQUESTED)
+        parts = [f"{name} {value}" for name, value in values if value is not None]
+        parts += [f"gres {gres}" for gres in self.gres]
+        return f" ({', '.join(parts)})" if parts else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec:
-    """One job step in an allocation that is there: ``script`` runs once, on ``node`` or on a node of
-    Slurm's choice.
-    """
+    """One job step in a running job: ``script`` runs once, on ``node`` or on a node that Slurm chooses."""
 
     jobid: str
     name: str
@@ -72,7 +61,7 @@ class StepSpec:
     node: str | None = None
     memory: str | None = None
     exact: bool = False
-    """A share of its own, or at once the error that none is free; else it overlaps with other steps."""
+    """Whether the step gets resources of its own, or fails at once if none are free; else it overlaps other steps."""
     cpus: int | None = None
     gres: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -80,13 +69,13 @@ class StepSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class JobInfo:
-    """What Slurm says of one job; times are seconds since the epoch, None where Slurm has none."""
+    """What Slurm says about one job. Times are seconds since the epoch, None where Slurm has none."""
 
     jobid: str
     state: str
     reason: str = ""
     nodes: str = ""
-    """A host list, to be read with ``hostlist.expand``; empty while the job has no nodes."""
+    """A host list, which ``formats.expand_hostlist`` reads; empty while the job has no nodes."""
     user: str = ""
     partition: str = ""
     account: str = ""
@@ -95,22 +84,22 @@ class JobInfo:
     submit_time: float | None = None
     start_time: float | None = None
     end_time: float | None = None
-    """While the job runs, the moment its time limit ends it; afterwards, when it ended."""
+    """When the time limit will end a running job, or when a finished job ended."""
     time_limit: int | None = None
-    """Minutes; None is no limit."""
+    """Minutes; None means no limit."""
     exit_code: int | None = None
     exit_signal: int | None = None
     display_id: str = ""
-    """``123_4`` or ``123+1`` for an array's task or a heterogeneous job's component; else the job id."""
+    """``123_4`` for an array task, ``123+1`` for a component of a heterogeneous job; else the job id."""
 
     @property
     def meaning(self) -> Meaning:
-        """What the state means for us."""
+        """The meaning of the state."""
         return meaning(self.state)
 
     @property
     def is_component(self) -> bool:
-        """True if this is an array's task or a heterogeneous job's component."""
+        """Whether this is an array task or a component of a heterogeneous job."""
         return self.display_id not in ("", self.jobid)
 
 
@@ -125,10 +114,41 @@ class StepInfo:
 
     @property
     def jobid(self) -> str:
-        """The id of the job it is in."""
+        """The id of the step's job."""
         return self.stepid.partition(".")[0]
 
     @property
     def number(self) -> str:
         """The part after the dot: a number, ``batch``, ``extern`` or ``interactive``."""
         return self.stepid.partition(".")[2]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition that jobs can ask for."""
+
+    name: str
+    is_default: bool = False
+    state: str = ""
+    """Slurm's word, ``up`` for a partition that runs jobs; empty if Slurm does not tell it."""
+    nodes: int | None = None
+
+    def __str__(self) -> str:
+        state = f" ({self.state})" if self.state not in ("", "up") else ""
+        return f"{self.name}{'*' if self.is_default else ''}{state}"
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What Slurm says about its cluster. ``version`` is the controller's; empty if Slurm does not tell it."""
+
+    version: str
+    partitions: tuple[Partition, ...] = ()
+
+    @property
+    def default_partition(self) -> str | None:
+        """The partition of jobs that name none, or the only partition; None if Slurm tells neither."""
+        names = [partition.name for partition in self.partitions if partition.is_default]
+        if not names and len(self.partitions) == 1:
+            return self.partitions[0].name
+        return names[0] if names else None

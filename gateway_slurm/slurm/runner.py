@@ -1,4 +1,4 @@
-"""Running Slurm's commands: asynchronously, in a scrubbed environment, bounded in time and output."""
+"""Run Slurm's commands asynchronously, in a scrubbed environment, with limits on time and output."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from typing import IO, Final
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable, Unanswered
 
 MAX_OUTPUT: Final = 16 << 20
-"""Bytes that are kept of one command's output and of its errors; what prints more is broken, and is
-killed."""
-_REAP_SECONDS: Final = 5.0
-TAIL: Final = 64 << 10
-"""Bytes that are kept of what a detached command said last."""
+"""Bytes of one command's stdout, and of its stderr. A command that prints more is killed."""
+MAX_TAIL: Final = 64 << 10
+"""Bytes that are kept of the end of a detached command's stderr."""
+_REAP_TIMEOUT: Final = 5.0  # seconds
 
-# Everything else of the process's own environment stays here: a stale SLURM_JOB_ID, SLURM_NTASKS or
-# SLURM_MEM_PER_NODE breaks or multiplies steps, and SQUEUE_FORMAT changes what our parsers read.
-KEPT: Final = ("PATH", "HOME", "USER", "LOGNAME", "TZ", "KRB5CCNAME", "SLURM_CONF")
-# Times as seconds since the epoch: no time zone can come between the controller and us.
-OURS: Final = {"LC_ALL": "C.UTF-8", "SLURM_TIME_FORMAT": "%s"}
+# A command gets no other variables of this process: a stale SLURM_JOB_ID, SLURM_NTASKS or SLURM_MEM_PER_NODE breaks or
+# multiplies steps, and SQUEUE_FORMAT changes the output that the parsers read.
+INHERITED_VARIABLES: Final = ("PATH", "HOME", "USER", "LOGNAME", "TZ", "KRB5CCNAME", "SLURM_CONF")
+# Times are seconds since the epoch, which do not depend on a time zone.
+FIXED_VARIABLES: Final = {"LC_ALL": "C.UTF-8", "SLURM_TIME_FORMAT": "%s"}
 _DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one command gave back; ``seconds`` is how long it ran."""
+class CommandResult:
+    """The result of one command; ``seconds`` is its running time."""
 
     exit_status: int
     stdout: str
@@ -42,11 +41,10 @@ class Result:
 
 
 class Runner:
-    """Runs commands for the Slurm driver; holds no resource between calls, so there is nothing to close.
+    """Runs commands for the Slurm driver. It holds no resource between calls, so it has no ``close``.
 
-    ``search_path`` is where Slurm's commands are looked for (default: PATH, when a command is run);
-    ``slurm_conf`` overrides SLURM_CONF; ``timeout`` is in seconds. ``counts`` says how often each command
-    ran.
+    ``search_path`` holds the directories of Slurm's commands (default: PATH at the time of each call); ``slurm_conf``
+    overrides SLURM_CONF; ``timeout`` is in seconds. ``counts`` is how often each command ran.
     """
 
     def __init__(
@@ -64,12 +62,12 @@ class Runner:
         self._max_output = max_output
 
     def environment(self, extra_env: Mapping[str, str | None] | None = None) -> dict[str, str]:
-        """Return the environment of a command; in ``extra_env`` None takes a variable away."""
-        env = {name: os.environ[name] for name in KEPT if name in os.environ}
+        """Return the environment of a command; None in ``extra_env`` removes a variable."""
+        env = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         env["PATH"] = self._search_path or env.get("PATH", _DEFAULT_PATH)
         if self._slurm_conf:
             env["SLURM_CONF"] = self._slurm_conf
-        env.update(OURS)
+        env.update(FIXED_VARIABLES)
         for name, value in (extra_env or {}).items():
             if value is None:
                 env.pop(name, None)
@@ -78,8 +76,8 @@ class Runner:
         return env
 
     def find(self, argv: Sequence[str]) -> str:
-        """Return the path of a command's program; raises SlurmNotInstalled."""
-        # By our own path: a PATH in extra_env is the job's, and must not choose which sbatch runs.
+        """Return the path of a command's program. Raises SlurmNotInstalled."""
+        # A PATH in extra_env is the job's and must not choose which sbatch runs.
         path = self._search_path or os.environ.get("PATH", _DEFAULT_PATH)
         program = shutil.which(argv[0], path=path)
         if program is None:
@@ -97,11 +95,11 @@ class Runner:
         input: bytes | None = None,  # noqa: A002 - subprocess's word for it
         extra_env: Mapping[str, str | None] | None = None,
         timeout: float | None = None,
-    ) -> Result:
-        """Run a command to its end and return what it said, whatever its exit status.
+    ) -> CommandResult:
+        """Run a command to its end and return its result, for any exit status.
 
-        On timeout and on cancellation its whole process group is killed and reaped. Raises SlurmNotInstalled,
-        and Unanswered for a command that does not end in time or prints without end.
+        On timeout and on cancellation the command's whole process group is killed and reaped. Raises
+        SlurmNotInstalled, and Unanswered for a command that does not end in time or prints too much.
         """
         limit = self._timeout if timeout is None else timeout
         began = time.monotonic()
@@ -113,14 +111,14 @@ class Runner:
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            stdout, stderr = await asyncio.wait_for(self._talk(process, input, argv), limit)
+            stdout, stderr = await asyncio.wait_for(self._communicate(process, input, argv), limit)
         except asyncio.TimeoutError as error:
             raise Unanswered(
                 f"{argv[0]} did not end within {limit:g} s; nothing is known about the jobs", argv=argv
             ) from error
         finally:
             await _end(process)
-        return Result(process.returncode or 0, stdout, stderr, time.monotonic() - began)
+        return CommandResult(process.returncode or 0, stdout, stderr, time.monotonic() - began)
 
     async def start(
         self,
@@ -129,7 +127,7 @@ class Runner:
         input: bytes = b"",  # noqa: A002 - as in run
         extra_env: Mapping[str, str | None] | None = None,
     ) -> DetachedProcess:
-        """Start a command that outlives this call, and this process: own session, no pipes to us."""
+        """Start a command that outlives this call and this process: it has its own session and no pipes to us."""
         stdin, stderr = await asyncio.to_thread(_files, input)
         try:
             process = await self._spawn(argv, extra_env, stdin=stdin, stdout=asyncio.subprocess.DEVNULL, stderr=stderr)
@@ -171,18 +169,23 @@ class Runner:
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # It may run already. Left to itself asyncio would kill it alone, and wait for ever for what it started
-            # to let go of our pipes.
+            # The command may run already. asyncio would kill only the command itself, and then wait without a limit
+            # for the command's children to close our pipes.
             with contextlib.suppress(OSError):
                 await _end(await starting)
             raise
         except OSError as error:
             raise SlurmUnavailable(f"{argv[0]} could not be run: {error}", argv=argv) from error
 
-    async def _talk(
-        self, process: asyncio.subprocess.Process, data: bytes | None, argv: Sequence[str], *, hold: bool = False
+    async def _communicate(
+        self,
+        process: asyncio.subprocess.Process,
+        data: bytes | None,
+        argv: Sequence[str],
+        *,
+        keep_stdin_open: bool = False,
     ) -> tuple[str, str]:
-        """Write ``data`` and return what came back; with ``hold`` its standard input stays open until then."""
+        """Write ``data`` and return stdout and stderr; ``keep_stdin_open`` closes stdin only after both have ended."""
         assert process.stdout is not None
         assert process.stderr is not None
         readers = [
@@ -191,13 +194,14 @@ class Runner:
         ]
         try:
             if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it said no without reading
+                # A command may fail without reading its input.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     process.stdin.write(data or b"")
                     await process.stdin.drain()
-                if not hold:
+                if not keep_stdin_open:
                     process.stdin.close()
             stdout, stderr = await asyncio.gather(*readers)
-            if hold and process.stdin is not None:
+            if keep_stdin_open and process.stdin is not None:
                 process.stdin.close()
             await process.wait()
         finally:
@@ -218,9 +222,7 @@ class Runner:
 
 
 class DetachedProcess:
-    """A command that was started and left running. Whoever started it calls ``wait``; nobody has to
-    ``kill`` it.
-    """
+    """A command that was started and left running. Its owner calls ``wait``; it need not be terminated."""
 
     def __init__(self, process: asyncio.subprocess.Process, stderr: IO[bytes]) -> None:
         self._process = process
@@ -229,50 +231,50 @@ class DetachedProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is its process group's, too."""
+        """The process id of the command, which is also its process group's id."""
         return self._process.pid
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs."""
+        """The command's exit status; None while it runs."""
         return self._process.returncode
 
     async def wait(self) -> int:
-        """Wait until it ends, and return its exit status; a caller that is cancelled leaves it running."""
+        """Wait until the command ends and return its exit status; cancellation leaves the command running."""
         status = await self._process.wait()
         self.stderr_tail()
         self._stderr.close()
         return status
 
     def stderr_tail(self) -> str:
-        """Return the last that it said, TAIL bytes at most."""
+        """Return the end of the command's stderr, at most MAX_TAIL bytes."""
         if not self._stderr.closed:
             size = os.fstat(self._stderr.fileno()).st_size
-            data = os.pread(self._stderr.fileno(), TAIL, max(0, size - TAIL))
+            data = os.pread(self._stderr.fileno(), MAX_TAIL, max(0, size - MAX_TAIL))
             self._tail = data.decode(errors="replace")
         return self._tail
 
     def terminate(self) -> None:
-        """Send its process group SIGTERM; does nothing to one that has ended."""
+        """Send SIGTERM to the command's process group; does nothing after the command has ended."""
         if self._process.returncode is None:
             _signal_group(self._process.pid, signal.SIGTERM)
 
 
 def _files(data: bytes) -> tuple[IO[bytes], IO[bytes]]:
-    """Return a file to read ``data`` from and one for errors, both without a name.
+    """Return two files without names: stdin with ``data``, and an empty one for stderr.
 
-    Files and not pipes: the command must neither stall nor die of SIGPIPE when this process goes away.
+    With files instead of pipes the command neither stalls nor dies of SIGPIPE when this process ends.
     """
-    stdin = tempfile.TemporaryFile()  # noqa: SIM115 - its owner closes it
+    stdin = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     stdin.write(data)
     stdin.seek(0)
     return stdin, tempfile.TemporaryFile()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Kill what is left of the command's process group, and reap the command."""
-    # Also when the command itself has ended: what it left behind may hold our pipes. A process group's
-    # number is not given to another process while the group has a member, and is free for long afterwards.
+    """Kill the rest of the command's process group, and reap the command."""
+    # Children of a command that has ended may hold our pipes. The kernel does not reuse a process group's id while the
+    # group has a member, and not soon afterwards.
     _signal_group(process.pid, signal.SIGKILL)
     if process.stdin is not None:
         process.stdin.close()
@@ -281,15 +283,14 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def reap(process: asyncio.subprocess.Process) -> None:
-    """Wait for a killed command.
+    """Wait for a killed command, for a few seconds at most.
 
-    asyncio calls a process ended when its pipes are, too, and reads no end from a pipe whose buffer was
-    full when nobody wanted more: what is left in them is read and thrown away. A child that left the
-    process group may hold them open; nobody waits for that one.
+    For asyncio a process has ended only when its pipes have, and asyncio stops reading a pipe whose buffer is full.
+    So the rest of both pipes is read and discarded. A child that left the process group may keep a pipe open longer.
     """
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(asyncio.gather(*map(_drain, (process.stdout, process.stderr))), _REAP_SECONDS)
-        await asyncio.wait_for(process.wait(), _REAP_SECONDS)
+        await asyncio.wait_for(asyncio.gather(*map(_drain, (process.stdout, process.stderr))), _REAP_TIMEOUT)
+        await asyncio.wait_for(process.wait(), _REAP_TIMEOUT)
 
 
 async def _drain(stream: asyncio.StreamReader | None) -> None:

@@ -1,11 +1,11 @@
-"""The text that runs on the node: a few lines of POSIX sh, then the launcher's own source.
+"""The job script: a few lines of POSIX sh, then the launcher's source.
 
-The program travels in the script, so no shared file system is needed for it, and nothing of ours has to be
-installed on a node. Python reads it from standard input in isolated mode (``-I``), so neither the working
-directory nor PYTHONPATH can put a module of somebody else's in its way.
+The script contains the program, so the nodes need no shared file system and no installation of this package. Python
+reads the program from standard input in isolated mode (``-I``), so neither the working directory nor PYTHONPATH can
+replace a module.
 
-SIGUSR1, which Slurm may send at any time, is ignored until the program asks for it: a signal that is ignored stays so
-over exec.
+Slurm may send SIGUSR1 at any time. The script ignores it until the program handles it: an ignored signal stays ignored
+across exec.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ exit 127
 def job_script(program: str, *, pythons: Sequence[str], log_dir: str, arguments: Sequence[str] = ()) -> str:
     """Return the script that starts ``program`` with the first of ``pythons`` that the node has.
 
-    ``log_dir`` may begin with ``~/``, which is the home directory *on the node*. The script's output, and the
-    program's, goes to ``launcher-$SLURM_JOB_ID.log`` there (0600 in a 0700 directory), or nowhere when that
-    cannot be written. Exits with 127 when the node has no such Python.
+    ``log_dir`` may begin with ``~/``, which is the home directory *on the node*. The output of the script and of the
+    program goes to ``launcher-$SLURM_JOB_ID.log`` in that directory (0600 in a 0700 directory), or is discarded if the
+    file cannot be written. The script exits with 127 if the node has none of the Pythons.
 
-    Raises ValueError for a NUL, which no shell script can carry, and for an empty ``pythons``.
+    Raises ValueError for a NUL, which a shell script cannot contain, and for an empty ``pythons``.
     """
     if not pythons:
         raise ValueError("job_script() needs the name of at least one Python")
     if any("\0" in text for text in (program, log_dir, *pythons, *arguments)):
-        raise ValueError("a job script cannot carry a NUL character")
+        raise ValueError("a job script cannot contain a NUL character")
     return _TEMPLATE.format(
         log_dir=_quote_home(log_dir),
         pythons=" ".join(_quote_home(python) for python in pythons),
@@ -60,16 +60,16 @@ def job_script(program: str, *, pythons: Sequence[str], log_dir: str, arguments:
 
 
 def _quote_home(path: str) -> str:
-    """Quote ``path`` for sh; only a leading ``~/`` is left for the node to fill in."""
+    """Quote ``path`` for sh; the node expands a leading ``~/``."""
     if path.startswith("~/"):
         return '"${HOME:-/nonexistent}"/' + shlex.quote(path[2:])
     return shlex.quote(path)
 
 
 def _marker(program: str) -> str:
-    """Return a here-document's end that no line of ``program`` is."""
+    """Return a delimiter for the here-document that is not a line of ``program``."""
     lines = set(program.split("\n"))
     marker = "PROGRAM_" + hashlib.sha256(program.encode(errors="surrogatepass")).hexdigest()[:16]
-    while marker in lines:  # possible only for a program made to hit it, and then once per round
+    while marker in lines:  # only in a program that was made for this
         marker += "_"
     return marker

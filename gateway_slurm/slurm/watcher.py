@@ -1,4 +1,4 @@
-"""One poller for all the jobs of which we do not hear by a link: pending ones, and those whose link broke."""
+"""One poller for all jobs without a link to their launcher: pending jobs, and jobs whose link is down."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ import random
 from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
+from gateway_slurm._util import LogOnce
 from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo
 
 _log = logging.getLogger(__name__)
 
 Callback = Callable[["JobInfo | None"], None]
-"""Called on the watcher's loop with what Slurm says; None: a healthy controller does not know the job (any
-more)."""
+"""Called on the watcher's loop with Slurm's answer; None if a healthy controller does not know the job."""
 
 _GROWTH: Final = 1.5
 _JITTER: Final = 0.1
-LEAST_PAUSE: Final = 1.0
-"""Seconds between two looks, or the shortest interval where that is less: however often anybody pokes."""
+MIN_POLL_INTERVAL: Final = 1.0
+"""Seconds between two polls, or the shortest interval if that is less, however often ``poll_soon`` is called."""
 _MISSES_TO_BE_GONE: Final = 2
-"""A job just submitted may not be known yet at a controller that fails over; one miss says nothing."""
+"""After a failover, a controller may not know a newly submitted job yet; so one miss is not conclusive."""
 
 
-class _Asks(Protocol):
+class _JobQueries(Protocol):
     async def jobs(self, jobids: Collection[str]) -> dict[str, JobInfo]: ...
-    async def queue(self, partitions: Collection[str]) -> dict[str, int]: ...
+    async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]: ...
 
 
 class JobWatcher:
-    """Asks Slurm about the watched jobs: one call for all, never two at once, none when nothing is watched.
+    """Polls Slurm for the watched jobs: one request for all jobs, one at a time, none if no job is watched.
 
-    ``interval`` is in seconds: the first look comes after the first number, then ×1.5 with jitter up to the
-    second; a new watch starts over. A poke is answered at once, but LEAST_PAUSE after the look before it. A call that
-    fails, is slow or is rubbish says nothing about any job: it is logged once, the pace slows down, and no callback
-    runs. Must be made and used on one loop; whoever made it awaits ``close``.
+    ``interval`` is in seconds: the first poll comes after the first number; then the interval grows by 1.5, with
+    jitter, up to the second number. A new watch resets it. ``poll_soon`` polls at once, but at the earliest
+    MIN_POLL_INTERVAL after the previous poll. A request that fails or whose answer cannot be read tells nothing about
+    any job: the failure is logged once, polling slows down, and no callback runs. All methods are called on one loop;
+    the owner awaits ``close``.
     """
 
-    def __init__(self, driver: _Asks, *, interval: tuple[float, float] = (1.0, 15.0)) -> None:
+    def __init__(self, driver: _JobQueries, *, interval: tuple[float, float] = (1.0, 15.0)) -> None:
         shortest, longest = interval
         if not 0 < shortest <= longest:
             raise ValueError(f"JobWatcher's interval must be 0 < shortest <= longest, not {interval!r}")
@@ -50,24 +51,22 @@ class JobWatcher:
         self._delay = shortest
         self._watched: dict[str, Callback] = {}
         self._misses: dict[str, int] = {}
-        # Each waiting job's place in its partition's queue, 1 for the next, as of the last look.
-        self.places: dict[str, int] = {}
+        # Each pending job's position in its partition's queue, 1 for the next, as of the last poll.
+        self.queue_positions: dict[str, int] = {}
         self._changed = asyncio.Event()
-        self._poked = False
-        self._asked_at = float("-inf")  # when the last look was over
-        self._failing = False
+        self._poll_requested = False
+        self._polled_at = float("-inf")  # when the last poll ended
+        self._complaints = LogOnce(_log)
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
     @property
     def watched(self) -> frozenset[str]:
-        """The ids that are being watched."""
+        """The watched job ids."""
         return frozenset(self._watched)
 
     def watch(self, jobid: str, callback: Callback) -> None:
-        """Call ``callback`` with each answer about ``jobid`` until ``unwatch``; a second watch replaces
-        the first.
-        """
+        """Call ``callback`` with each answer about ``jobid`` until ``unwatch``; a second watch replaces the first."""
         if self._closed:
             raise RuntimeError("the JobWatcher is closed")
         self._watched[jobid] = callback
@@ -78,21 +77,21 @@ class JobWatcher:
             self._task = asyncio.get_running_loop().create_task(self._poll(), name="slurm-job-watcher")
 
     def unwatch(self, jobid: str) -> None:
-        """Ask no more about ``jobid``, and call its callback no more; unknown ids are fine."""
+        """End the watch of ``jobid``; does nothing for an id that is not watched."""
         self._watched.pop(jobid, None)
         self._misses.pop(jobid, None)
         if not self._watched:
             self._changed.set()
 
-    def poke(self, jobid: str) -> None:
-        """Ask soon: something happened to ``jobid`` (its link broke). A call in flight is finished first."""
+    def poll_soon(self, jobid: str) -> None:
+        """Poll soon because ``jobid`` may have changed (its link broke). A request that is under way ends first."""
         if jobid in self._watched:
-            self._poked = True
+            self._poll_requested = True
             self._delay = self._shortest
             self._changed.set()
 
     async def close(self) -> None:
-        """Stop asking; a command that runs is killed. Idempotent."""
+        """Stop polling and kill a running command. Idempotent."""
         self._closed = True
         self._watched.clear()
         task, self._task = self._task, None
@@ -105,65 +104,63 @@ class JobWatcher:
         while self._watched:
             await self._pause()
             if self._watched:
-                await self._ask()
-                self._asked_at = asyncio.get_running_loop().time()
+                await self._poll_once()
+                self._polled_at = asyncio.get_running_loop().time()
 
     async def _pause(self) -> None:
-        """Wait for the next look's time, or for a poke; a new watch shortens a long wait."""
+        """Wait until the next poll is due; ``poll_soon`` and a new watch shorten a long wait."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         delay = self._delay
-        # Jitter, or gateways that were started together would ask together for ever.
-        spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret hangs on it
-        least = self._asked_at + min(LEAST_PAUSE, self._shortest)
+        # With jitter, gateways that started together do not keep polling together.
+        jitter = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret depends on it
+        earliest = self._polled_at + min(MIN_POLL_INTERVAL, self._shortest)
         while self._watched:
             self._changed.clear()
             delay = min(delay, self._delay)
-            left = (least if self._poked else began + delay * spread) - loop.time()
+            left = (earliest if self._poll_requested else began + delay * jitter) - loop.time()
             if left <= 0:
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), left)
-        self._poked = False
+        self._poll_requested = False
         self._delay = min(self._delay * _GROWTH, self._longest)
 
-    async def _ask(self) -> None:
-        asked = dict(self._watched)
+    async def _poll_once(self) -> None:
+        watched = dict(self._watched)
         try:
-            answer = await self._driver.jobs(list(asked))
+            answer = await self._driver.jobs(list(watched))
             partitions = {info.partition for info in answer.values() if info.meaning is Meaning.WAITING}
-            self.places = await self._driver.queue(partitions) if partitions else {}
-        except Exception as error:  # noqa: BLE001 - SlurmError or our own fault: the watch must go on
+            self.queue_positions = await self._driver.queue_positions(partitions) if partitions else {}
+        except Exception as error:  # noqa: BLE001 - a SlurmError, or a defect of this package: polling must go on
             self._failed(error)
             return
-        if self._failing:
-            self._failing = False
+        if self._complaints.clear("polling"):
             _log.info("Slurm answers again")
-        await self._confirm_missing(set(asked) - set(answer), alone=len(asked) == 1)
-        for jobid, callback in asked.items():
-            # The callback that was there when we asked: a watch that was replaced meanwhile waits for its
-            # own answer.
+        await self._confirm_missing(set(watched) - set(answer), alone=len(watched) == 1)
+        for jobid, callback in watched.items():
+            # A watch that was replaced during the request waits for its own answer.
             if self._watched.get(jobid) is callback:
-                self._tell(jobid, callback, answer.get(jobid))
+                self._notify(jobid, callback, answer.get(jobid))
 
     async def _confirm_missing(self, missing: set[str], *, alone: bool) -> None:
-        """Asked for one job alone a healthy controller says "Invalid job id"; silence among many says nothing."""
+        """Request each missing job alone: only then does a healthy controller report "Invalid job id"."""
         for jobid in missing:
             try:
                 if not alone and await self._driver.jobs([jobid]):
                     self._misses.pop(jobid, None)
                     continue
-            except Exception as error:  # noqa: BLE001 - as in _ask
+            except Exception as error:  # noqa: BLE001 - as in _poll_once
                 self._failed(error)
                 continue
             self._misses[jobid] = self._misses.get(jobid, 0) + 1
 
     def _failed(self, error: Exception) -> None:
-        if not self._failing:
-            self._failing = True
-            _log.warning("Slurm could not be asked about the jobs; their state is unknown, retrying: %s", error)
+        self._complaints.warning(
+            "polling", "Slurm did not report the jobs; their state is unknown, retrying: %s", error
+        )
 
-    def _tell(self, jobid: str, callback: Callback, info: JobInfo | None) -> None:
+    def _notify(self, jobid: str, callback: Callback, info: JobInfo | None) -> None:
         if info is None:
             if self._misses.get(jobid, 0) < _MISSES_TO_BE_GONE:
                 return
@@ -171,5 +168,5 @@ class JobWatcher:
             self._misses.pop(jobid, None)
         try:
             callback(info)
-        except Exception:  # noqa: BLE001 - logged, and the other jobs still hear theirs
+        except Exception:  # noqa: BLE001 - logged; the callbacks of the other jobs still run
             _log.exception("the watcher's callback for job %s failed", jobid)

@@ -19,7 +19,7 @@ from gateway_slurm.errors import (
     UnknownJob,
 )
 from gateway_slurm.slurm.driver import CommandLineSlurm
-from gateway_slurm.slurm.formats import Meaning, expand
+from gateway_slurm.slurm.formats import Meaning, expand_hostlist
 from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.watcher import JobWatcher
@@ -46,7 +46,7 @@ async def test_submit_and_describe(jobs: Jobs, driver: CommandLineSlurm) -> None
     jobid = await jobs.running(name=name, comment=comment, nodes=2, gres=["gpu:1"], time=7)
     info = await driver.describe(jobid)
     assert (info.name, info.comment, info.time_limit) == (name, comment, 7)
-    assert len(expand(info.nodes)) == 2
+    assert len(expand_hostlist(info.nodes)) == 2
     assert info.start_time is not None
     assert info.end_time == info.start_time + 7 * 60
 
@@ -129,7 +129,7 @@ async def test_describe_refuses_what_cannot_be_adopted(jobs: Jobs, driver: Comma
 async def test_step(jobs: Jobs, driver: CommandLineSlurm, tmp_path: Path) -> None:
     """A step runs beside the others, on the node asked for, with its environment and a large script."""
     jobid = await jobs.running(nodes=2)
-    node = expand((await driver.describe(jobid)).nodes)[1]
+    node = expand_hostlist((await driver.describe(jobid)).nodes)[1]
     out = tmp_path / "out"
     large = f"cat <<'E' | wc -c\n{'y' * 99_999}\nE\n"
     script = f"#!/bin/sh\n# {'x' * 200_000}\necho $SLURMD_NODENAME $FOO $({large}) >{out}\n"
@@ -154,7 +154,7 @@ async def test_steps_are_listed_until_killed(jobs: Jobs, driver: CommandLineSlur
 async def test_step_failures(jobs: Jobs, driver: CommandLineSlurm) -> None:
     """A step in an unknown job, on a foreign node, or whose program fails is an error of its own kind."""
     jobid = await jobs.running()
-    taken = expand((await driver.describe(jobid)).nodes)
+    taken = expand_hostlist((await driver.describe(jobid)).nodes)
     free = next(node for node in ("c1", "c2", "c3", "c4") if node not in taken)
     for spec, kind in (
         (StepSpec(jobid="99999999", name="s", script="true\n"), UnknownJob),
@@ -172,7 +172,7 @@ async def test_hostnames_as_slurm_expands_them(jobs: Jobs, driver: CommandLineSl
     theirs = await asyncio.to_thread(
         subprocess.run, ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
     )
-    assert expand(nodes) == theirs.stdout.split()
+    assert expand_hostlist(nodes) == theirs.stdout.split()
 
 
 async def test_watcher_on_the_real_thing(jobs: Jobs, driver: CommandLineSlurm) -> None:

@@ -96,7 +96,7 @@ class PathCheck:
         users = SlurmUsers(service, service.access)
         self._done("login", await service.run(service.access.connect()))
         self._driver = users.driver_of(self._options.user)
-        about = await service.run(self._driver.about())
+        about = await service.run(self._driver.cluster_info())
         self._specs.complete(about)
         self._done("slurm", f"version {about.version or 'unknown'}; partitions {', '.join(map(str, about.partitions))}")
         self._done("server", await self._open(service))

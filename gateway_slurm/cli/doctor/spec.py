@@ -11,7 +11,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKerne
 
 from gateway_slurm.errors import RequestError
 from gateway_slurm.request import FIELDS, parse_request
-from gateway_slurm.slurm.commands import About
+from gateway_slurm.slurm.model import ClusterInfo
 
 PROVISIONER: Final = "slurm-provisioner"
 OPTIONS: Final = tuple(
@@ -67,7 +67,7 @@ class CheckedKernelSpecs(KernelSpecManager):
         """Return a kernelspec by name, as the base class does."""
         return self._spec if kernel_name == _NAME else super().get_kernel_spec(kernel_name)
 
-    def complete(self, about: About) -> None:
+    def complete(self, about: ClusterInfo) -> None:
         """Fill in Slurm's default partition, where no partition is named. Raises RequestError if there is none."""
         if self.fields.get("partition"):
             return

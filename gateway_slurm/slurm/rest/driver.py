@@ -21,12 +21,19 @@ from gateway_slurm.errors import (
     Unanswered,
     UnknownJob,
 )
-from gateway_slurm.slurm.commands import About, partitions_in, version_in
-from gateway_slurm.slurm.driver import StepProcess, not_adoptable, the_plain_job
+from gateway_slurm.slurm.commands import partitions_in, version_in
+from gateway_slurm.slurm.driver import StepProcess, not_adoptable, plain_job
 from gateway_slurm.slurm.formats import Meaning
-from gateway_slurm.slurm.model import JobInfo, JobSpec, StepInfo, StepSpec
-from gateway_slurm.slurm.rest.answers import ALREADY_DONE, NO_CONTROLLER, UNKNOWN_JOB, jobid_of, jobs_in, words_of
-from gateway_slurm.slurm.rest.http import Answer, RestClient
+from gateway_slurm.slurm.model import ClusterInfo, JobInfo, JobSpec, StepInfo, StepSpec
+from gateway_slurm.slurm.rest.http import RestClient, RestResponse
+from gateway_slurm.slurm.rest.responses import (
+    ALREADY_DONE_ERROR,
+    NO_CONTROLLER_ERROR,
+    UNKNOWN_JOB_ERROR,
+    error_text,
+    jobid_of,
+    jobs_in,
+)
 from gateway_slurm.slurm.rest.tokens import Tokens
 from gateway_slurm.slurm.rest.versions import Version, announced, choose, encode, submission
 
@@ -77,7 +84,7 @@ class Rest:
                 _log.info("%s: version %s is spoken", self.client, self._version.name)
             return self._version
 
-    async def ask(self, method: str, what: str, user: str, spec: JobSpec | None = None) -> Answer:
+    async def ask(self, method: str, what: str, user: str, spec: JobSpec | None = None) -> RestResponse:
         """Ask about ``what`` (``jobs``, ``job/12``), again where the server was replaced by one of another version.
 
         Raises SlurmUnavailable.
@@ -92,7 +99,7 @@ class Rest:
             self._version = None
         return answer
 
-    async def send(self, method: str, path: str, user: str, body: bytes | None = None) -> Answer:
+    async def send(self, method: str, path: str, user: str, body: bytes | None = None) -> RestResponse:
         """Send a request with the user's token, and once more with another one where that is refused."""
         token = await self._tokens.token(user)
         answer = await self.client.ask(method, path, user=user, token=token, body=body)
@@ -107,9 +114,9 @@ class Rest:
         """The user's token; another one than ``refused``, where there is another."""
         return await self._tokens.token(user, refused=refused)
 
-    def unusable(self, answer: Answer, user: str) -> SlurmUnavailable:
+    def unusable(self, answer: RestResponse, user: str) -> SlurmUnavailable:
         """The error for an answer that says nothing about any job."""
-        said = words_of(answer.problems) or answer.excerpt or "nothing"
+        said = error_text(answer.errors) or answer.excerpt or "nothing"
         text = f"{self.client} answered {answer.status}: {said}"
         if answer.refuses_token:
             text += f". It does not take {user}'s token: see SlurmService.rest_token_file and rest_token_command"
@@ -130,7 +137,7 @@ class RestSlurm:
     """
 
     # A step in a job from outside needs srun; REST has none.
-    adopts: Final = False
+    can_adopt: Final = False
 
     def __init__(self, rest: Rest, user: str, *, inside: Callable[[str], InsideJob | None]) -> None:
         if not _USER.fullmatch(user):
@@ -138,10 +145,10 @@ class RestSlurm:
         self.rest, self.user = rest, user
         self._inside = inside
 
-    async def about(self) -> About:
+    async def cluster_info(self) -> ClusterInfo:
         """Ask with one request."""
         document = self._good(await self.rest.ask("GET", "partitions", self.user))
-        return About(version_in(document), partitions_in(document))
+        return ClusterInfo(version_in(document), partitions_in(document))
 
     async def submit(self, spec: JobSpec) -> str:
         """Submit with one request; where its answer says neither yes nor no the job is looked for by its comment.
@@ -176,11 +183,11 @@ class RestSlurm:
             # Beside errors, too: then it waits, "Requested partition configuration not available now".
             return jobid, SlurmUnavailable(""), True
         if answer.is_refusal:
-            words = words_of(answer.problems)
-            raise SubmitRefused(f"Slurm refused the job{spec.asked}: {words}", argv=["slurmrestd"], stderr=words)
-        if answer.refuses_token or any(one.number == NO_CONTROLLER for one in answer.problems):
+            words = error_text(answer.errors)
+            raise SubmitRefused(f"Slurm refused the job{spec.requested}: {words}", argv=["slurmrestd"], stderr=words)
+        if answer.refuses_token or any(one.number == NO_CONTROLLER_ERROR for one in answer.errors):
             raise self.rest.unusable(answer, self.user)
-        return "", self.rest.unusable(answer, self.user), bool(answer.problems)
+        return "", self.rest.unusable(answer, self.user), bool(answer.errors)
 
     async def _look_for(self, spec: JobSpec) -> str | None:
         """The job with this comment, which no other has; empty if there is none, None if Slurm does not say."""
@@ -211,7 +218,7 @@ class RestSlurm:
     async def _one(self, jobid: str) -> dict[str, JobInfo]:
         """The job, or an array's tasks, or a heterogeneous job's components; none where Slurm does not know it."""
         answer = await self.rest.ask("GET", f"job/{jobid}", self.user)
-        if any(one.number == UNKNOWN_JOB for one in answer.problems):
+        if any(one.number == UNKNOWN_JOB_ERROR for one in answer.errors):
             return {}
         found = jobs_in(self._good(answer))
         if not found:
@@ -224,7 +231,7 @@ class RestSlurm:
         # In a thread: of 10,000 jobs it takes as long as a kernel's start.
         return await asyncio.to_thread(jobs_in, document)
 
-    def _good(self, answer: Answer) -> Any:
+    def _good(self, answer: RestResponse) -> Any:
         if not answer.is_good:
             raise self.rest.unusable(answer, self.user)
         return answer.document
@@ -237,7 +244,7 @@ class RestSlurm:
             if info.name == name and info.user == self.user and info.meaning is not Meaning.OVER
         }
 
-    async def queue(self, partitions: Collection[str]) -> dict[str, int]:
+    async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
         """Return nothing: places are not known, and the list of all jobs at every look would be too much to ask."""
         return {}
 
@@ -248,16 +255,16 @@ class RestSlurm:
                 f"job {jobid} is a task of an array or a component of a heterogeneous job, which cannot be adopted yet",
                 jobid=jobid,
             )
-        return the_plain_job(jobid, await self.jobs([jobid]))
+        return plain_job(jobid, await self.jobs([jobid]))
 
     async def cancel(self, jobid: str) -> None:
         """End the job; slurmrestd sends SIGKILL by way of slurmctld, so what runs gets SIGTERM first (KillWait)."""
         answer = await self.rest.ask("DELETE", f"job/{_checked(jobid)}", self.user)
-        if answer.is_good or any(one.number in (UNKNOWN_JOB, ALREADY_DONE) for one in answer.problems):
+        if answer.is_good or any(one.number in (UNKNOWN_JOB_ERROR, ALREADY_DONE_ERROR) for one in answer.errors):
             return
         if not answer.is_refusal:
             raise self.rest.unusable(answer, self.user)
-        words = words_of(answer.problems)
+        words = error_text(answer.errors)
         raise SlurmError(f"job {jobid} could not be cancelled: {words}", argv=["slurmrestd"], stderr=words)
 
     async def steps(self, jobid: str) -> list[StepInfo]:

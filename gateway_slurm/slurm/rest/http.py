@@ -20,14 +20,14 @@ from tornado.httputil import HTTPHeaders
 from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from gateway_slurm.errors import ConfigError, SlurmUnavailable
-from gateway_slurm.slurm.commands import says_unavailable
-from gateway_slurm.slurm.rest.answers import (
-    NOT_AUTHENTICATED,
-    NOT_PERMITTED,
-    UNSPECIFIED,
-    ZERO_BYTES,
-    Problem,
-    problems,
+from gateway_slurm.slurm.commands import means_unavailable
+from gateway_slurm.slurm.rest.responses import (
+    NOT_AUTHENTICATED_ERROR,
+    NOT_PERMITTED_ERROR,
+    UNSPECIFIED_ERROR,
+    ZERO_BYTES_ERROR,
+    ReportedError,
+    reported_errors,
 )
 from gateway_slurm.slurm.url import ClusterUrl
 
@@ -37,30 +37,32 @@ MAX_CLIENTS: Final = 8
 """Requests to slurmrestd at once; more wait for their turn."""
 CONNECT_SECONDS: Final = 10.0
 _IN_THREAD: Final = 256 << 10  # bytes: reading more JSON than this takes longer than the loop may stand still
-_NOT_AUTHENTICATED: Final = (401, 511)  # RFC 9110, RFC 6585
+_NOT_AUTHENTICATED_STATUSES: Final = (401, 511)  # RFC 9110, RFC 6585
 _SHOWN: Final = 300
 _HIDDEN: Final = "(the token)"
 
 
 @dataclass(frozen=True)
-class Answer:
+class RestResponse:
     """What came back: ``document`` is the JSON object, empty where the body is none; ``excerpt`` shows the body."""
 
     status: int
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    problems: tuple[Problem, ...] = ()
+    errors: tuple[ReportedError, ...] = ()
     excerpt: str = ""
     content_type: str = ""
 
     @property
     def is_good(self) -> bool:
         """Whether the request was done, and the answer is one of slurmrestd's."""
-        return 200 <= self.status < 300 and bool(self.document) and not self.problems
+        return 200 <= self.status < 300 and bool(self.document) and not self.errors
 
     @property
     def refuses_token(self) -> bool:
         """Whether the token was not taken."""
-        return self.status in _NOT_AUTHENTICATED or any(one.number == NOT_AUTHENTICATED for one in self.problems)
+        return self.status in _NOT_AUTHENTICATED_STATUSES or any(
+            one.number == NOT_AUTHENTICATED_ERROR for one in self.errors
+        )
 
     @property
     def may_refuse_token(self) -> bool:
@@ -68,15 +70,15 @@ class Answer:
 
         Of a job to cancel, 24.11 and later have no other words for a controller that is down.
         """
-        vague = self.status >= 500 and any(one.number in (UNSPECIFIED, ZERO_BYTES) for one in self.problems)
-        vague |= any(one.number == NOT_PERMITTED for one in self.problems)
+        vague = self.status >= 500 and any(one.number in (UNSPECIFIED_ERROR, ZERO_BYTES_ERROR) for one in self.errors)
+        vague |= any(one.number == NOT_PERMITTED_ERROR for one in self.errors)
         return self.refuses_token or vague
 
     @property
     def is_refusal(self) -> bool:
         """Whether Slurm was asked, and said no: not a controller that is down, nor a token that is not taken."""
-        unasked = self.may_refuse_token or any(says_unavailable(one.words) for one in self.problems)
-        return bool(self.problems) and not unasked
+        unasked = self.may_refuse_token or any(means_unavailable(one.words) for one in self.errors)
+        return bool(self.errors) and not unasked
 
 
 class RestClient:
@@ -109,7 +111,7 @@ class RestClient:
             self._client.close()
             self._client = None
 
-    async def ask(self, method: str, path: str, *, user: str, token: str, body: bytes | None = None) -> Answer:
+    async def ask(self, method: str, path: str, *, user: str, token: str, body: bytes | None = None) -> RestResponse:
         """Send one request as ``user`` and return the answer, whatever its status.
 
         Raises SlurmUnavailable when none came, or none that is whole; whether a request was carried out is not
@@ -147,14 +149,14 @@ class RestClient:
             )
         return self._client
 
-    async def _read(self, response: HTTPResponse, token: str) -> Answer:
+    async def _read(self, response: HTTPResponse, token: str) -> RestResponse:
         raw = response.body or b""
         kind = str(response.headers.get("Content-Type", "")).partition(";")[0].strip().lower()
         document: Mapping[str, Any] = {}
         if kind == "application/json":
             document = _parse(raw, token) if len(raw) < _IN_THREAD else await asyncio.to_thread(_parse, raw, token)
-        found = tuple(problems(document))
-        return Answer(response.code, document, found, "" if found else _excerpt(raw, token), kind)
+        found = tuple(reported_errors(document))
+        return RestResponse(response.code, document, found, "" if found else _excerpt(raw, token), kind)
 
     def _unavailable(
         self, method: str, path: str, error: BaseException, seen: Mapping[str, str], token: str

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from gateway_slurm.errors import SlurmUnavailable
-from gateway_slurm.slurm.commands import slurm_words
+from gateway_slurm.slurm.commands import slurm_message
 from gateway_slurm.slurm.runner import Runner
 
 LONGEST: Final = 16 << 10
@@ -134,7 +134,7 @@ class CommandTokens:
         if result.exit_status or not token:
             # What it printed may be a token, or a part of one.
             stderr = _JWT.sub("(a token)", result.stderr)
-            words = slurm_words(stderr)[:1000] or "it said nothing"
+            words = slurm_message(stderr)[:1000] or "it said nothing"
             raise SlurmUnavailable(
                 f"SlurmService.rest_token_command gave no token for {user} "
                 f"({argv[0]} ended with status {result.exit_status}): {words}",

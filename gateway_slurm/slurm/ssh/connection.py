@@ -21,7 +21,7 @@ import paramiko
 from gateway_slurm.errors import GatewaySlurmError, HostKeyRefused, LoginRefused, SshError, SshTurnedAway
 from gateway_slurm.slurm.ssh.config import Target
 from gateway_slurm.slurm.ssh.login import Credentials, dial, log_in
-from gateway_slurm.slurm.ssh.remote import Frame, Program
+from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ TURNED_AWAY_LONGEST: Final = 10.0  # longer than PATIENCE: a host that stays bus
 
 
 @dataclass
-class Session:
+class TransportChain:
     """A connection that is up: the transports over the jump hosts, the login node's last."""
 
     transports: list[paramiko.Transport] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Session:
             transport.close()
 
 
-async def in_thread(act: Callable[[], T]) -> T:
+async def run_in_thread(act: Callable[[], T]) -> T:
     """Run what blocks in a thread of its own, which the end of the process does not wait for."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -102,8 +102,8 @@ class SshConnection:
         """Why the last attempt failed; None when it did not."""
         self._credentials, self._python = credentials, python
         self._timeout, self._heartbeat = timeout, heartbeat
-        self._session: Session | None = None
-        self._connecting: asyncio.Task[Session] | None = None
+        self._session: TransportChain | None = None
+        self._connecting: asyncio.Task[TransportChain] | None = None
         self._peer = ""
         self._failures = 0
         self._not_before = 0.0
@@ -111,12 +111,12 @@ class SshConnection:
 
     async def program(
         self, mode: str, *, on_frames: Callable[[list[Frame]], None], on_end: Callable[[SshError], None]
-    ) -> Program:
+    ) -> RemoteProgram:
         """Start a program on the login node, over the connection that is there or a new one. Raises SshError."""
         session = await self._up()
-        program = Program(session.transport, on_frames=on_frames, on_end=on_end, log=self.log)
+        program = RemoteProgram(session.transport, on_frames=on_frames, on_end=on_end, log=self.log)
         self.counts["channel"] += 1
-        await in_thread(
+        await run_in_thread(
             lambda: program.open(mode, python=self._python, heartbeat=self._heartbeat, timeout=self._timeout)
         )
         program.start(self._heartbeat)
@@ -129,11 +129,11 @@ class SshConnection:
             self._connecting.cancel()
         session, self._session = self._session, None
         if session is not None:
-            await in_thread(session.close)
+            await run_in_thread(session.close)
 
     # -- connecting ----------------------------------------------------------------------------------------
 
-    async def _up(self) -> Session:
+    async def _up(self) -> TransportChain:
         if self._closed:
             raise SshError("the service has ended")
         if self._session is not None and self._session.transport.is_active():
@@ -143,7 +143,7 @@ class SshConnection:
             self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._connecting)
 
-    async def _connect(self) -> Session:
+    async def _connect(self) -> TransportChain:
         loop = asyncio.get_running_loop()
         pause = self._not_before - loop.time()
         if pause > PATIENCE and self.trouble is not None:
@@ -152,7 +152,7 @@ class SshConnection:
             await asyncio.sleep(pause)
         old, self._session = self._session, None
         if old is not None:
-            await in_thread(old.close)
+            await run_in_thread(old.close)
         # A user is asked at the first login only: later ones come in the middle of something else.
         may_ask = self.counts["connected"] == 0
         try:
@@ -161,7 +161,7 @@ class SshConnection:
             self._failed(error)
             raise
         if self._closed:
-            await in_thread(session.close)
+            await run_in_thread(session.close)
             raise SshError("the service has ended")
         self.counts["connected"] += 1
         self._failures, self._not_before, self.trouble = 0, 0.0, None
@@ -169,13 +169,13 @@ class SshConnection:
         self.log.info("SSH: logged in to %s", self.target)
         return session
 
-    async def _make_patiently(self, *, may_ask: bool) -> Session:
+    async def _make_patiently(self, *, may_ask: bool) -> TransportChain:
         """Try again when sshd turns us away at the door, as it does at random when many log in (MaxStartups)."""
         began = time.monotonic()
         for pause in (*(() if self._failures else TURNED_AWAY_PAUSES), None):
             self.counts["connect"] += 1
             try:
-                return await in_thread(lambda: self._make(may_ask=may_ask))
+                return await run_in_thread(lambda: self._make(may_ask=may_ask))
             except SshTurnedAway:
                 if pause is None or self._closed or time.monotonic() - began > PATIENCE:
                     raise
@@ -195,10 +195,10 @@ class SshConnection:
             self.log.warning("SSH: %s", error)
         self.trouble = error
 
-    def _make(self, *, may_ask: bool) -> Session:
+    def _make(self, *, may_ask: bool) -> TransportChain:
         """Connect, over the jump hosts. Blocks; raises SshError or ConfigError."""
         answers = self._credentials.answers(may_ask=may_ask)
-        session = Session()
+        session = TransportChain()
         try:
             hops = [*self.target.jumps, self.target]
             # A name with several hosts behind it: the one that our relay and our processes are on.

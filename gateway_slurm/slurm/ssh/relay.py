@@ -32,7 +32,7 @@ from gateway_slurm.slurm.ssh.login_node.common import (
     pack,
     unpack,
 )
-from gateway_slurm.slurm.ssh.remote import Frame, Program
+from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
 
 LISTEN_SECONDS: Final = 15.0
 REFUSALS: Final = 20
@@ -69,7 +69,7 @@ class Relay:
         self.worked = False
         """Whether a launcher has come by it."""
         self._hosts: list[str] = []
-        self._program: Program | None = None
+        self._program: RemoteProgram | None = None
         self._previous: dict[str, Any] | None = None
         self._relayed: dict[int, Relayed] = {}
         # Ports that launchers know from before, with the process that may still have one; empty: none of ours.
@@ -175,7 +175,7 @@ class Relay:
             raise SshError(f"the relay on the login node does not say where it listens: {error!r}") from error
         return down
 
-    async def _ask(self, program: Program, ports: list[int], before: list[dict[str, Any]]) -> Frame:
+    async def _ask(self, program: RemoteProgram, ports: list[int], before: list[dict[str, Any]]) -> Frame:
         """Have it listen on the first free one of ``ports``, once these processes have ended. Raises SshError."""
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
@@ -189,13 +189,13 @@ class Relay:
         finally:
             self._answers.pop(number, None)
 
-    def _listen_on_earlier(self, program: Program, ports: Iterable[int]) -> None:
+    def _listen_on_earlier(self, program: RemoteProgram, ports: Iterable[int]) -> None:
         for port in ports:
             task = asyncio.ensure_future(self._listen_too(program, port))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _listen_too(self, program: Program, port: int) -> None:
+    async def _listen_too(self, program: RemoteProgram, port: int) -> None:
         """Try for a while to have a port of before, for the launchers that know it."""
         pause, words = _FIRST_PAUSE, ""
         for _attempt in range(REFUSALS):
@@ -220,7 +220,7 @@ class Relay:
         self._earlier.pop(port, None)
         self.log.warning("relay: launchers that know only port %d of the login node cannot come back: %s", port, words)
 
-    def _listens(self, program: Program, fields: dict[str, Any]) -> None:
+    def _listens(self, program: RemoteProgram, fields: dict[str, Any]) -> None:
         if self._previous is not None and self._previous["boot"] != program.info["boot"]:
             self.log.warning(
                 "relay: it was on another machine before: launchers that dialled it there cannot come back. Name one "
@@ -268,7 +268,7 @@ class Relay:
 class Relayed(asyncio.Transport):
     """One connection of a launcher's that came by the relay; its link closes it."""
 
-    def __init__(self, relay: Relay, program: Program, number: int, peer: str) -> None:
+    def __init__(self, relay: Relay, program: RemoteProgram, number: int, peer: str) -> None:
         super().__init__({"peername": (peer, 0)})
         self._relay, self._program, self._number = relay, program, number
         self._loop = asyncio.get_running_loop()

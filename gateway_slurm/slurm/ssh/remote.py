@@ -56,7 +56,7 @@ def bootstrap(python: str) -> str:
     return _BOOTSTRAP.format(python=python)
 
 
-class Program:
+class RemoteProgram:
     """One program on the login node. Its owner calls ``close``; it ends by itself when its channel does.
 
     ``on_frames`` and ``on_end`` are called on the loop that ``start`` was called on; ``info`` is what the program

@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gateway_slurm.errors import GatewaySlurmError, SlurmNotInstalled, SlurmUnavailable, SshError, Unanswered
-from gateway_slurm.slurm.runner import KEPT, MAX_OUTPUT, OURS, DetachedProcess, Result, Runner
+from gateway_slurm.slurm.runner import (
+    FIXED_VARIABLES,
+    INHERITED_VARIABLES,
+    MAX_OUTPUT,
+    CommandResult,
+    DetachedProcess,
+    Runner,
+)
 from gateway_slurm.slurm.ssh.connection import SshConnection
 from gateway_slurm.slurm.ssh.login_node.common import (
     ENDED,
@@ -24,7 +31,7 @@ from gateway_slurm.slurm.ssh.login_node.common import (
     pack,
     unpack,
 )
-from gateway_slurm.slurm.ssh.remote import Frame, Program
+from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
 
 AT_ONCE: Final = 32
 """Commands that run at once; others wait for their turn."""
@@ -45,8 +52,8 @@ class SshRunner(Runner):
     ) -> None:
         super().__init__(search_path, slurm_conf, timeout)
         self.connection = connection
-        self._program: Program | None = None
-        self._opening: asyncio.Task[Program] | None = None
+        self._program: RemoteProgram | None = None
+        self._opening: asyncio.Task[RemoteProgram] | None = None
         self._answers: dict[int, asyncio.Future[Frame]] = {}
         self._ends: dict[int, asyncio.Future[Frame]] = {}
         self._last = 0
@@ -70,7 +77,7 @@ class SshRunner(Runner):
         input: bytes | None = None,  # noqa: A002 - as in Runner
         extra_env: Mapping[str, str | None] | None = None,
         timeout: float | None = None,
-    ) -> Result:
+    ) -> CommandResult:
         """Run a command to its end on the login node; on timeout and on cancellation it is killed there.
 
         A connection that breaks meanwhile is SshError: the command may have been run.
@@ -98,7 +105,7 @@ class SshRunner(Runner):
         if fields["fault"]:
             raise _too_slow(argv, limit)
         stdout, stderr = (each.decode(errors="replace") for each in said)
-        return Result(int(fields["status"]), stdout, stderr, time.monotonic() - began)
+        return CommandResult(int(fields["status"]), stdout, stderr, time.monotonic() - began)
 
     async def start(
         self,
@@ -134,7 +141,7 @@ class SshRunner(Runner):
 
     # -- the program there -----------------------------------------------------------------------------------
 
-    async def _ready(self) -> Program:
+    async def _ready(self) -> RemoteProgram:
         """The program, started if it is not there. Raises SshError."""
         if self._program is not None and not self._program.ended:
             return self._program
@@ -145,7 +152,7 @@ class SshRunner(Runner):
         self._program = await asyncio.shield(self._opening)
         return self._program
 
-    def _ask(self, program: Program, kind: int, payload: bytes) -> tuple[int, asyncio.Future[Frame]]:
+    def _ask(self, program: RemoteProgram, kind: int, payload: bytes) -> tuple[int, asyncio.Future[Frame]]:
         self._last = self._last % 0xFFFFFFFF + 1
         answer = self._answers[self._last] = asyncio.get_running_loop().create_future()
         self.connection.counts["request"] += 1
@@ -157,10 +164,10 @@ class SshRunner(Runner):
     ) -> bytes:
         if len(data) > MAX_INPUT:
             raise SlurmUnavailable(f"{argv[0]} is to read {len(data)} bytes; at most {MAX_INPUT} are sent", argv=argv)
-        ours = {**OURS, **({"SLURM_CONF": self._slurm_conf} if self._slurm_conf else {})}
+        ours = {**FIXED_VARIABLES, **({"SLURM_CONF": self._slurm_conf} if self._slurm_conf else {})}
         fields: dict[str, Any] = {
             "argv": list(argv),
-            "keep": KEPT,
+            "keep": INHERITED_VARIABLES,
             "path": self._search_path or "",
             "set": {**ours, **(extra_env or {})},
             "limit": self._max_output,

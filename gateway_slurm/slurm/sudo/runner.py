@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any, Final
 
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable, Unanswered
-from gateway_slurm.slurm.runner import DetachedProcess, Result, Runner, reap
+from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, Runner, reap
 from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY, READY, VARIABLES
 
 # By how much the helper's limit is longer than ours: it counts only where we cannot say any more that it is over.
@@ -42,7 +42,7 @@ class UserRunner(Runner):
         input: bytes | None = None,  # noqa: A002 - as in Runner
         extra_env: Mapping[str, str | None] | None = None,
         timeout: float | None = None,
-    ) -> Result:
+    ) -> CommandResult:
         """Run a command to its end as the user; on timeout and on cancellation the helper kills it."""
         limit = self._timeout if timeout is None else timeout
         request = self._request(argv, extra_env, input or b"", limit + _MARGIN)
@@ -50,7 +50,7 @@ class UserRunner(Runner):
         self.counts[argv[0]] += 1
         process = await self._helper(argv, stderr=asyncio.subprocess.PIPE)
         try:
-            talk = self._talk(process, request, argv, hold=True)
+            talk = self._communicate(process, request, argv, keep_stdin_open=True)
             stdout, stderr = await asyncio.wait_for(talk, limit)
         except asyncio.TimeoutError as error:
             raise Unanswered(
@@ -61,7 +61,7 @@ class UserRunner(Runner):
         ready, stdout = stdout[: len(READY)], stdout[len(READY) :]
         if ready.encode() != READY:
             raise self._not_run(argv, process, stderr)
-        return Result(process.returncode or 0, stdout, stderr, time.monotonic() - began)
+        return CommandResult(process.returncode or 0, stdout, stderr, time.monotonic() - began)
 
     async def start(
         self,

@@ -170,7 +170,7 @@ async def test_slurmctld_is_down_for_a_while(by_rest, cluster, caplog):
             launcher.suspend()
             process.launcher.link.close("broken by the test")
             assert process.phase is Phase.LOST
-            assert await poll_async(lambda: "Slurm could not be asked about the jobs" in caplog.text, timeout=READY)
+            assert await poll_async(lambda: "Slurm did not report the jobs" in caplog.text, timeout=READY)
             assert process.phase is Phase.LOST
             launcher.resume()
             assert await poll_async(lambda: process.phase is Phase.RUNNING, timeout=READY)

@@ -9,9 +9,9 @@ import pytest
 
 from gateway_slurm.cli.doctor.spec import MINUTES, PROVISIONER, CheckedKernelSpecs, CheckOptions
 from gateway_slurm.errors import RequestError
-from gateway_slurm.slurm.commands import About, Partition
+from gateway_slurm.slurm.model import ClusterInfo, Partition
 
-CLUSTER = About("22.05.8", (Partition("batch"), Partition("devel", True)))
+CLUSTER = ClusterInfo("22.05.8", (Partition("batch"), Partition("devel", True)))
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_without_a_kernelspec_ipykernel_of_the_launchers_python_starts_in_the_de
     assert named.fields["partition"] == "batch"
     with pytest.raises(RequestError, match="no default one; its partitions are x, y"):
         CheckedKernelSpecs(CheckOptions(fields={"project": "p"}), ["p"]).complete(
-            About("", (Partition("x"), Partition("y")))
+            ClusterInfo("", (Partition("x"), Partition("y")))
         )
 
 

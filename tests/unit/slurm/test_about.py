@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gateway_slurm.errors import SlurmUnavailable
-from gateway_slurm.slurm.commands import About, Partition, parse_partitions, parse_version, partitions_in, version_in
+from gateway_slurm.slurm.commands import parse_partitions, parse_version, partitions_in, version_in
+from gateway_slurm.slurm.model import ClusterInfo, Partition
 
 
 def test_partitions_are_read_with_the_default_and_their_state():
@@ -35,14 +36,14 @@ def test_slurmrestds_partitions_are_read_and_what_is_no_list_is_unknown():
     """v0.0.38 says which is the default; others do not."""
     old = {"partitions": [{"name": "batch", "flags": ["default"]}, {"name": "devel", "flags": []}, {"name": 5}, "x"]}
     assert partitions_in(old) == (Partition("batch", True), Partition("devel"))
-    assert About("", partitions_in(old)).default_partition == "batch"
+    assert ClusterInfo("", partitions_in(old)).default_partition == "batch"
     new = {"partitions": [{"name": "batch", "nodes": {}}, {"name": "devel", "flags": None}]}
-    assert About("", partitions_in(new)).default_partition is None
+    assert ClusterInfo("", partitions_in(new)).default_partition is None
     with pytest.raises(SlurmUnavailable):
         partitions_in({"jobs": []})
 
 
 def test_the_only_partition_is_the_default():
     """Whoever has one need not say which."""
-    assert About("", (Partition("all"),)).default_partition == "all"
-    assert About("").default_partition is None
+    assert ClusterInfo("", (Partition("all"),)).default_partition == "all"
+    assert ClusterInfo("").default_partition is None

@@ -19,8 +19,8 @@ from gateway_slurm.errors import (
     UnknownJob,
 )
 from gateway_slurm.slurm import commands
-from gateway_slurm.slurm.commands import JobSpec, StepInfo, StepSpec
 from gateway_slurm.slurm.formats import Meaning
+from gateway_slurm.slurm.model import JobSpec, StepInfo, StepSpec
 
 MARK = "mab12"
 SEP = "\x1f" + MARK
@@ -324,7 +324,7 @@ EXPIRED = "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job
             AllocationEnded,
             "TIME LIMIT",
         ),
-        ("", AllocationError, "said nothing"),
+        ("", AllocationError, "printed no message"),
     ],
 )
 def test_step_failures(stderr: str, kind: type[GatewaySlurmError], words: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway_slurm.slurm.formats import MAX_HOSTS, HostListError, expand
+from gateway_slurm.slurm.formats import MAX_HOSTS, HostListError, expand_hostlist
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from gateway_slurm.slurm.formats import MAX_HOSTS, HostListError, expand
 )  # fmt: skip
 def test_expand(text: str, hosts: list[str]) -> None:
     """Groups, suffixes, padding and nested commas are expanded in Slurm's order."""
-    assert expand(text) == hosts
+    assert expand_hostlist(text) == hosts
 
 
 @pytest.mark.parametrize(
@@ -37,31 +37,31 @@ def test_expand(text: str, hosts: list[str]) -> None:
 def test_refused(text: str) -> None:
     """What is no host list, or names too many hosts, is a ValueError of ours."""
     with pytest.raises(HostListError):
-        expand(text)
+        expand_hostlist(text)
     assert issubclass(HostListError, ValueError)
 
 
 @pytest.mark.parametrize("text", ["a[1-5]", "a,b,c[1-3]", "a[1-2][1-2],b"])
 def test_more_than_are_wanted_are_refused(text: str) -> None:
     """By whoever believes a list only up to some size."""
-    assert len(expand(text, 5)) == 5
+    assert len(expand_hostlist(text, 5)) == 5
     with pytest.raises(HostListError, match="too many"):
-        expand(text, 4)
+        expand_hostlist(text, 4)
 
 
 @pytest.mark.parametrize("text", ["a" * 256, "a" * 250 + "[1-100000]", "a" * 250 + "[7,123456]", "a[1]" * 128])
 def test_no_name_is_longer_than_a_hosts_may_be(text: str) -> None:
     """Few characters would name very much otherwise."""
     with pytest.raises(HostListError):
-        expand(text)
-    assert expand("a" * 255) == ["a" * 255]
+        expand_hostlist(text)
+    assert expand_hostlist("a" * 255) == ["a" * 255]
 
 
 @given(st.text(alphabet="ab019[]-, \n", max_size=30))
 def test_only_our_error(text: str) -> None:
     """Any text gives names without brackets, or HostListError."""
     try:
-        hosts = expand(text)
+        hosts = expand_hostlist(text)
     except HostListError:
         return
     assert not any(set(host) & set("[], \n") for host in hosts)
@@ -107,4 +107,4 @@ def test_like_scontrol(conf: Path, items: list[str]) -> None:
         check=True,
         timeout=30,
     )
-    assert expand(text) == theirs.stdout.split()
+    assert expand_hostlist(text) == theirs.stdout.split()

@@ -59,7 +59,7 @@ def test_with_one_no_command_is_needed() -> None:
         driver = access.driver(user)
         assert isinstance(driver, RestSlurm)
         assert driver.user == user
-        assert not driver.adopts
+        assert not driver.can_adopt
     assert access.environment({"HOME": os.environ["HOME"], "LANG": "C"}) == {"LANG": "C"}
     assert cluster_access(settings(cluster=URL, **TOKENS)).user == process_user()
 

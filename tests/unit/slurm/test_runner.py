@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable
-from gateway_slurm.slurm.runner import TAIL, Runner
+from gateway_slurm.slurm.runner import MAX_TAIL, Runner
 
 
 async def until(condition: Callable[[], bool], within: float = 10) -> None:
@@ -167,7 +167,7 @@ async def test_detached(tmp_path: Path) -> None:
     process = await Runner().start([sys.executable, "-c", program], input=b"y" * 1_000_000)
     assert await process.wait() == 5
     assert process.stderr_tail().endswith("x1000000")
-    assert len(process.stderr_tail()) == TAIL
+    assert len(process.stderr_tail()) == MAX_TAIL
 
 
 async def test_detached_session() -> None:

@@ -38,7 +38,7 @@ from gateway_slurm.slurm.ssh.relay import Relayed
 from gateway_slurm.slurm.ssh.remote import bootstrap, program_text
 
 
-class Program:
+class RemoteProgram:
     """The program as a login node's shell starts it, at the other end of pipes."""
 
     def __init__(self, silence: float = 30.0) -> None:
@@ -93,9 +93,9 @@ class Program:
 
 
 @pytest.fixture
-def program() -> Iterator[Program]:
+def program() -> Iterator[RemoteProgram]:
     """One that is ended at the end."""
-    program = Program()
+    program = RemoteProgram()
     yield program
     if program.process.poll() is None:
         program.end()
@@ -108,7 +108,7 @@ def dial(port: int) -> socket.socket:
     return sock
 
 
-def test_bytes_go_both_ways_as_they_are(program: Program) -> None:
+def test_bytes_go_both_ways_as_they_are(program: RemoteProgram) -> None:
     """An OPEN for the connection, then DATA of it, until one side closes."""
     with dial(program.listen()) as node:
         _kind, number, peer = program.expect(OPEN)
@@ -121,7 +121,7 @@ def test_bytes_go_both_ways_as_they_are(program: Program) -> None:
         assert node.recv(100) == b""
 
 
-def test_a_connection_that_a_node_closes_is_told(program: Program) -> None:
+def test_a_connection_that_a_node_closes_is_told(program: RemoteProgram) -> None:
     """What it said before comes first."""
     with dial(program.listen()) as node:
         number = program.expect(OPEN)[1]
@@ -130,7 +130,7 @@ def test_a_connection_that_a_node_closes_is_told(program: Program) -> None:
     assert program.expect(CLOSE) == (CLOSE, number, b"")
 
 
-def test_no_more_than_a_window_is_read_without_credit(program: Program) -> None:
+def test_no_more_than_a_window_is_read_without_credit(program: RemoteProgram) -> None:
     """What a node sends without end waits on the node; credit lets as much more through."""
     with dial(program.listen()) as node:
         number = program.expect(OPEN)[1]
@@ -155,7 +155,7 @@ def test_no_more_than_a_window_is_read_without_credit(program: Program) -> None:
         assert len(program.expect(DATA)[2]) == 1000
 
 
-def test_a_node_that_reads_nothing_holds_up_no_other(program: Program) -> None:
+def test_a_node_that_reads_nothing_holds_up_no_other(program: RemoteProgram) -> None:
     """And credit for it is given only for what it took."""
     port = program.listen()
     with dial(port) as slow, dial(port) as other:
@@ -175,7 +175,7 @@ def test_a_node_that_reads_nothing_holds_up_no_other(program: Program) -> None:
         assert credited <= WINDOW
 
 
-def test_what_was_said_last_reaches_the_node_when_the_channel_ends(program: Program) -> None:
+def test_what_was_said_last_reaches_the_node_when_the_channel_ends(program: RemoteProgram) -> None:
     """A launcher that is released hears of it, and the program goes."""
     with dial(program.listen()) as node:
         number = program.expect(OPEN)[1]
@@ -187,7 +187,7 @@ def test_what_was_said_last_reaches_the_node_when_the_channel_ends(program: Prog
     assert taken == 1 << 20
 
 
-def test_a_port_that_is_taken_is_told(program: Program) -> None:
+def test_a_port_that_is_taken_is_told(program: RemoteProgram) -> None:
     """The first free one of a range is taken, otherwise."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -198,7 +198,7 @@ def test_a_port_that_is_taken_is_told(program: Program) -> None:
 
 def test_an_earlier_relay_gives_its_port_up_to_the_next() -> None:
     """It may not know yet that its connection broke."""
-    first, second = Program(), Program()
+    first, second = RemoteProgram(), RemoteProgram()
     try:
         port = first.listen()
         stranger = {**first.info, "ticks": "1"}
@@ -213,13 +213,13 @@ def test_an_earlier_relay_gives_its_port_up_to_the_next() -> None:
 
 def test_a_relay_whose_server_is_silent_ends() -> None:
     """Where sshd does not notice that the connection is gone."""
-    program = Program(silence=0.5)
+    program = RemoteProgram(silence=0.5)
     program.listen()
     assert program.process.wait(20) == 0
     program.end()
 
 
-def test_a_node_that_takes_nothing_holds_no_place_after_a_close(program: Program) -> None:
+def test_a_node_that_takes_nothing_holds_no_place_after_a_close(program: RemoteProgram) -> None:
     """It has a few seconds for what was said last; there are only so many places."""
     descriptors = f"/proc/{program.process.pid}/fd"
     with dial(program.listen()):

@@ -21,7 +21,7 @@ import pytest
 from gateway_slurm.environment import without_personal
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable
 from gateway_slurm.slurm import commands
-from gateway_slurm.slurm.commands import JobSpec, StepSpec
+from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.sudo import HELPER, helper
 from gateway_slurm.slurm.sudo.helper import LENGTH, Refused, Settings
 from gateway_slurm.slurm.sudo.runner import UserRunner, check_user, process_user

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from gateway_slurm.errors import SlurmUnavailable
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.slurm.watcher import LEAST_PAUSE, JobWatcher
+from gateway_slurm.slurm.watcher import MIN_POLL_INTERVAL, JobWatcher
 
 
 class FakeSlurm:
@@ -26,7 +26,7 @@ class FakeSlurm:
         self.asked: list[tuple[float, frozenset[str]]] = []
         self.in_flight = self.most_in_flight = 0
 
-    async def queue(self, partitions: Collection[str]) -> dict[str, int]:
+    async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
         """Nobody else waits."""
         return {}
 
@@ -110,7 +110,7 @@ async def test_one_call_in_flight(slurm: FakeSlurm, watcher: JobWatcher) -> None
     await until(lambda: slurm.in_flight == 1)
     for number in range(20):
         watcher.watch(str(number), lambda info: None)
-        watcher.poke("1")
+        watcher.poll_soon("1")
         await asyncio.sleep(0.005)
     assert len(slurm.asked) == 1
     slurm.gate.set()
@@ -178,9 +178,9 @@ async def test_poke_asks_soon(slurm: FakeSlurm) -> None:
     heard: list[object] = []
     watcher.watch("1", heard.append)
     slurm.table = {"1": "NODE_FAIL"}
-    watcher.poke("1")
+    watcher.poll_soon("1")
     await until(lambda: bool(heard))
-    watcher.poke("nobody")
+    watcher.poll_soon("nobody")
     await watcher.close()
 
 
@@ -191,7 +191,7 @@ async def test_who_pokes_without_end_is_answered_with_pauses(slurm: FakeSlurm) -
     began = asyncio.get_running_loop().time()
     while len(slurm.asked) < 5:
         watcher.watch("1", lambda info: None)
-        watcher.poke("1")
+        watcher.poll_soon("1")
         await asyncio.sleep(0.001)
     times = [when for when, _ in slurm.asked]
     assert times[0] - began < 0.09
@@ -204,12 +204,12 @@ async def test_a_poke_after_a_quiet_while_is_answered_at_once(slurm: FakeSlurm) 
     watcher = JobWatcher(slurm, interval=(1000, 1000))
     slurm.table = {"1": "RUNNING"}
     watcher.watch("1", lambda info: None)
-    watcher.poke("1")
+    watcher.poll_soon("1")
     await until(lambda: len(slurm.asked) == 1)
-    watcher.poke("1")
+    watcher.poll_soon("1")
     await until(lambda: len(slurm.asked) == 2)
     first, second = (when for when, _ in slurm.asked)
-    assert second - first >= LEAST_PAUSE
+    assert second - first >= MIN_POLL_INTERVAL
     await watcher.close()
 
 

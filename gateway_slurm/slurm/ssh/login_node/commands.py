@@ -23,6 +23,7 @@ from typing import Any
 from gateway_slurm.slurm.ssh.login_node.common import (
     ENDED,
     KILL,
+    MAX_TAIL,
     PING,
     PONG,
     READ_SIZE,
@@ -30,7 +31,6 @@ from gateway_slurm.slurm.ssh.login_node.common import (
     RUN,
     START,
     STARTED,
-    TAIL,
     TERM,
     WATCH,
     Frames,
@@ -152,7 +152,7 @@ class Commands:
             self.send(STARTED, number, pack(facts))
             status = child.wait()
             size = os.fstat(stderr.fileno()).st_size
-            tail = os.pread(stderr.fileno(), TAIL, max(0, size - TAIL))
+            tail = os.pread(stderr.fileno(), MAX_TAIL, max(0, size - MAX_TAIL))
         self.send(ENDED, number, pack({"status": status}, tail))
 
     def _watch(self, number: int, fields: dict[str, Any], _data: bytes) -> None:

@@ -17,7 +17,7 @@ RUN, RESULT, KILL, START, STARTED, ENDED, TERM, WATCH = 10, 11, 12, 13, 14, 15, 
 LISTEN, LISTENING, OPEN, DATA, CLOSE, CREDIT = 20, 21, 22, 23, 24, 25
 
 MAX_FRAME = 40 << 20  # bytes: a command's output and errors, both bounded, with what is said of them
-TAIL = 64 << 10  # bytes of what a started command said last
+MAX_TAIL = 64 << 10  # bytes of what a started command said last
 WINDOW = 4 << 20  # bytes of one relayed connection that may be under way in one direction
 READ_SIZE = 256 << 10
 

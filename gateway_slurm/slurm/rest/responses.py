@@ -16,14 +16,14 @@ from gateway_slurm.slurm.formats import STATES, Meaning, meaning
 from gateway_slurm.slurm.model import JobInfo
 
 # Numbers of slurm_errno.h.
-UNKNOWN_JOB: Final = 2017
-ALREADY_DONE: Final = 2021
-NO_CONTROLLER: Final = 1800  # no connection to it was made: it was told nothing
-NOT_AUTHENTICATED: Final = 1007
-UNSPECIFIED: Final = -1
-ZERO_BYTES: Final = 5005
+UNKNOWN_JOB_ERROR: Final = 2017
+ALREADY_DONE_ERROR: Final = 2021
+NO_CONTROLLER_ERROR: Final = 1800  # no connection to it was made: it was told nothing
+NOT_AUTHENTICATED_ERROR: Final = 1007
+UNSPECIFIED_ERROR: Final = -1
+ZERO_BYTES_ERROR: Final = 5005
 # No number of Slurm's: what slurm_kill_jobs(), which cancels from 24.05 on, makes of a controller that is down.
-NOT_PERMITTED: Final = 1
+NOT_PERMITTED_ERROR: Final = 1
 
 _LARGEST: Final = 0xFFFFFFFD  # above: INFINITE and NO_VAL, where a field has no other way to say so
 _SHOWN: Final = 2000
@@ -35,14 +35,14 @@ _BASE: Final = (
 
 
 @dataclass(frozen=True)
-class Problem:
+class ReportedError:
     """One of an answer's ``errors``: Slurm's number for it, 0 where there is none, and its words."""
 
     number: int
     words: str
 
 
-def problems(document: Mapping[str, Any]) -> list[Problem]:
+def reported_errors(document: Mapping[str, Any]) -> list[ReportedError]:
     """Return an answer's ``errors``, and those of each job that was to be cancelled.
 
     From 24.05 on a job that cannot be cancelled is not in ``errors``: the answer is a 200 with a ``status`` for each.
@@ -59,17 +59,17 @@ def _dicts(value: object) -> list[dict[str, Any]]:
 
 
 # Where the versions have Slurm's error number (slurm_errno.h).
-NUMBERS = ("error_number", "error_code", "errno", "code")
+ERROR_NUMBER_FIELDS = ("error_number", "error_code", "errno", "code")
 
 
-def _problem(item: Mapping[str, Any]) -> Problem:
-    number = next((item[key] for key in NUMBERS if isinstance(item.get(key), int)), 0)
+def _problem(item: Mapping[str, Any]) -> ReportedError:
+    number = next((item[key] for key in ERROR_NUMBER_FIELDS if isinstance(item.get(key), int)), 0)
     error, description = _plain(item.get("error") or item.get("string")), _plain(item.get("description"))
     words = error if description in ("", error) else description if error in description else f"{description}: {error}"
-    return Problem(number, words[:_SHOWN] or f"error {number}")
+    return ReportedError(number, words[:_SHOWN] or f"error {number}")
 
 
-def words_of(found: Sequence[Problem]) -> str:
+def error_text(found: Sequence[ReportedError]) -> str:
     """Return all that Slurm said."""
     return "; ".join(problem.words for problem in found)[:_SHOWN]
 

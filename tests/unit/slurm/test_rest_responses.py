@@ -14,7 +14,16 @@ from hypothesis import strategies as some
 from gateway_slurm.errors import SlurmUnavailable
 from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.slurm.rest.answers import Problem, exit_of, jobid_of, jobs_in, number, problems, state_of, words_of
+from gateway_slurm.slurm.rest.responses import (
+    ReportedError,
+    error_text,
+    exit_of,
+    jobid_of,
+    jobs_in,
+    number,
+    reported_errors,
+    state_of,
+)
 from gateway_slurm.slurm.rest.versions import VERSIONS
 
 
@@ -219,17 +228,17 @@ def test_errors_of_each_version() -> None:
         "error": "Invalid partition name specified",
         "source": "slurm_submit_batch_job()",
     }
-    found = problems({"errors": [old, new, {"description": "Unknown key"}, {}, "?"]})
+    found = reported_errors({"errors": [old, new, {"description": "Unknown key"}, {}, "?"]})
     assert found == [
-        Problem(2000, "Invalid partition name specified"),
-        Problem(2000, "Batch job submission failed: Invalid partition name specified"),
-        Problem(0, "Unknown key"),
-        Problem(0, "error 0"),
+        ReportedError(2000, "Invalid partition name specified"),
+        ReportedError(2000, "Batch job submission failed: Invalid partition name specified"),
+        ReportedError(0, "Unknown key"),
+        ReportedError(0, "error 0"),
     ]
-    assert words_of(found[:1]) == "Invalid partition name specified"
-    assert problems({"errors": None}) == []
+    assert error_text(found[:1]) == "Invalid partition name specified"
+    assert reported_errors({"errors": None}) == []
     of_jobs = {"status": [{"error": {"code": 0}}, {"error": {"code": 2002, "string": "Access/permission denied"}}, "?"]}
-    assert problems(of_jobs) == [Problem(2002, "Access/permission denied")]
+    assert reported_errors(of_jobs) == [ReportedError(2002, "Access/permission denied")]
 
 
 def test_the_id_of_a_submitted_job() -> None:
