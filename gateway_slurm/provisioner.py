@@ -19,6 +19,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
+from gateway_slurm._jupyter_compat import polling_restarter
 from gateway_slurm._util import printable
 from gateway_slurm.config import port_range
 from gateway_slurm.environment import fill_placeholders, kernel_environment, only_texts
@@ -33,43 +34,37 @@ from gateway_slurm.service import SlurmService
 
 
 def start_cancelled(manager: Any) -> None:
-    """What a cancelled start, or restart, leaves of itself with its manager is put right."""
-    # Whoever waits for it, as websockets do, would for ever.
-    ready = getattr(manager, "_ready", None)
+    """Leave the kernel manager in order after a start or restart that was cancelled."""
+    # Websockets and others wait for it.
+    ready = getattr(manager, "ready", None)
     if ready is not None and not ready.done():
         ready.set_exception(KernelStartError("the start of the kernel was cancelled"))
-        ready.exception()  # seen: nobody has to await it
+        ready.exception()  # retrieved: asyncio logs an exception that is not
     if manager is not None:
         manager.stop_restarter()  # it would find no kernel, and start one: in a new job
 
 
 def look_soon(manager: Any, is_dead: Callable[[], bool]) -> None:
-    """Have the manager's restarter, if it has one that runs, look after its kernel, which it does every 3 s.
+    """Have the manager's restarter, if one runs, poll now; by itself it polls every 3 s.
 
-    Any thread; returns at once. It looks on the loop that it runs on, and by its own rules, if ``is_dead`` says
-    so then and nobody has asked for the kernel's end, or restarted it, meanwhile.
+    Any thread may call this; it returns at once. The restarter polls on its own loop, if ``is_dead`` returns True
+    there and the kernel has not been shut down or restarted meanwhile.
     """
-    periodic = _periodic(manager)
-    if periodic is None:
+    polling = polling_restarter(manager)
+    if polling is None:
         return
+    _restarter, periodic = polling
     loop = periodic.io_loop
-    # By way of the loop, so that a shutdown that is to begin there goes first.
-    loop.add_callback(loop.add_callback, _look, manager, periodic, is_dead)
+    # Twice: a shutdown that begins in the loop's next round comes first.
+    loop.add_callback(loop.add_callback, _look, manager, polling, is_dead)
 
 
-def _periodic(manager: Any) -> Any:
-    """The PeriodicCallback of a restarter that runs: each restart, and the end, stops it first."""
-    return getattr(getattr(manager, "_restarter", None), "_pcallback", None)
-
-
-def _look(manager: Any, periodic: Any, is_dead: Callable[[], bool]) -> Any:
-    """Return what the restarter's poll does: an awaitable of an asynchronous manager's, which the loop awaits."""
-    if manager.shutting_down or _periodic(manager) is not periodic or not is_dead():
+def _look(manager: Any, polling: tuple[Any, Any], is_dead: Callable[[], bool]) -> Any:
+    """Poll; returns an awaitable where the manager is asynchronous, which the loop awaits."""
+    if manager.shutting_down or polling_restarter(manager) != polling or not is_dead():
         return None
-    return manager._restarter.poll()
-
-
-# -- ``slurm-provisioner``: what jupyter_client asks of a kernel provisioner, as calls to the service. --
+    restarter, _periodic = polling
+    return restarter.poll()
 
 
 T = TypeVar("T")

@@ -18,12 +18,12 @@ from pathlib import Path
 from traitlets import Enum, TraitType
 from traitlets.config import Configurable
 
+from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.cli.doctor.steps import steps_table
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.environment import dropped_table
 from gateway_slurm.gateway.app import SlurmGatewayApp
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
-from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.gateway.specs.projects import keys_table
 from gateway_slurm.kernels.model import TRANSITIONS, Phase

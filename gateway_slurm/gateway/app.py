@@ -8,7 +8,6 @@ of allocations are in ``jupyter_slurm_config.py``, as everywhere.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import signal
 import socket
@@ -62,7 +61,6 @@ def make_passing(app: Any) -> Passing:
 
 SERVICES = ["gateway_slurm.gateway.handlers"]
 DEPLOYMENT = "gateway"  # unless SlurmService.deployment says otherwise
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 256 << 10  # malloc.h; bytes
 ALIASES = {
     "ip": "SlurmGatewayApp.ip",
     "port": "SlurmGatewayApp.port",
@@ -90,18 +88,6 @@ FLAGS = {
     ),
     "y": ({"JupyterApp": {"answer_yes": True}}, "answer yes to questions instead of asking"),
 }
-
-
-def give_back_large_blocks() -> None:
-    """Let glibc take each large block from the system and give it back when it is freed (mallopt(3)).
-
-    By itself it raises that threshold to the largest block it has met: messages of a megabyte, made by
-    ZMQ's thread and freed by ours, then leave holes, and two frontends that read nothing of 400 MB cost
-    1.4 GB where 0.3 GB are in use. Another C library has no such function, and no need of it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 class SlurmGatewayApp(ServerApp):
@@ -200,11 +186,6 @@ class SlurmGatewayApp(ServerApp):
             place = "" if isinstance(error, SyntaxError) else f"{where.filename}, line {where.lineno}: "
             self.exit(f"a configuration file has a mistake: {place}{type(error).__name__}: {error}")
 
-    def init_resources(self) -> None:
-        """Also how memory is given back."""
-        super().init_resources()
-        give_back_large_blocks()
-
     def init_configurables(self) -> None:
         """Also the service, so that a mistake in its settings is found now and not at the first kernel."""
         super().init_configurables()
@@ -236,10 +217,10 @@ class SlurmGatewayApp(ServerApp):
             self.exit(self._exit_status)
 
     def init_signal(self) -> None:
-        """Also SIGINT ends in good order where nobody can be asked."""
+        """Without a terminal, SIGINT ends the server as SIGTERM does; with one, jupyter_server asks the user."""
         super().init_signal()
         if not (sys.stdin and sys.stdin.isatty()):
-            signal.signal(signal.SIGINT, self._signal_stop)
+            signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
 
     async def cleanup_kernels(self) -> None:
         """They are left running, or not, as is configured."""

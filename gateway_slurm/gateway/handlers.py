@@ -7,11 +7,11 @@ import json
 import mimetypes
 import re
 from collections.abc import Collection, Mapping
+from datetime import datetime, timezone
 from typing import Any
 
 from jupyter_client.jsonutil import json_default
 from jupyter_client.kernelspec import NoSuchKernel
-from jupyter_server._tz import isoformat, utcfromtimestamp
 from jupyter_server.auth.decorator import allow_unauthenticated, authorized, ws_authenticated
 from jupyter_server.base.handlers import APIHandler
 from jupyter_server.services.api.handlers import IdentityHandler
@@ -33,6 +33,7 @@ from gateway_slurm.errors import (
     UnknownJob,
 )
 from gateway_slurm.gateway.auth.identity import GatewayUser, kernel_owner
+from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.openapi import description
 from gateway_slurm.gateway.peers.forward import RETRY_AFTER, PassesOn, check_limits_everywhere, refuse_taken_id
@@ -534,35 +535,36 @@ class AllocationActionHandler(AllocationsHandler):
         self.finish()
 
 
-class StatusHandler(GatewayHandler):
+class StatusHandler(UntrackedHandler, GatewayHandler):
     """``/api/status``."""
-
-    _track_activity = False
 
     @web.authenticated
     @authorized
     async def get(self) -> None:
         """When the gateway started and was last used, and how many kernels and connections the user has."""
         models = await with_others(self, KERNELS, self.kernels.models_for(self.user))
-        started = self.settings["started"].timestamp()
         self.answer(
             {
-                "started": isoformat(utcfromtimestamp(started)),
-                "last_activity": isoformat(self.kernels.last_kernel_activity),
+                "started": _as_utc(self.settings["started"]),
+                "last_activity": _as_utc(self.kernels.last_kernel_activity),
                 "kernels": len(models),
                 "connections": sum(model["connections"] for model in models),
             }
         )
 
 
+def _as_utc(time: datetime) -> str:
+    """A time as Jupyter's REST API writes it."""
+    return time.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
+
+
 class MeHandler(GatewayHandler, IdentityHandler):
     """``/api/me``: Jupyter server's, with errors as everywhere here."""
 
 
-class LiveHandler(GatewayHandler):
+class LiveHandler(UntrackedHandler, GatewayHandler):
     """``/health/live``: the process answers."""
 
-    _track_activity = False
     waits_for_kernels = False
 
     @allow_unauthenticated
@@ -571,10 +573,9 @@ class LiveHandler(GatewayHandler):
         self.answer({"status": "live"})
 
 
-class ReadyHandler(GatewayHandler):
+class ReadyHandler(UntrackedHandler, GatewayHandler):
     """``/health/ready``: the kernels of before are there, and others can be started."""
 
-    _track_activity = False
     waits_for_kernels = False
 
     @allow_unauthenticated
@@ -594,10 +595,9 @@ async def _why_not_ready(service: SlurmService) -> str:
     return await service.why_not_ready()
 
 
-class DescriptionHandler(GatewayHandler):
+class DescriptionHandler(UntrackedHandler, GatewayHandler):
     """``/api/spec.json``: this API, as OpenAPI."""
 
-    _track_activity = False
     waits_for_kernels = False
 
     @allow_unauthenticated
@@ -606,10 +606,8 @@ class DescriptionHandler(GatewayHandler):
         self.answer(description(self.base_url))
 
 
-class UnknownHandler(GatewayHandler):
+class UnknownHandler(UntrackedHandler, GatewayHandler):
     """Whatever else there is not under ``/api`` and ``/kernelspecs``: those who ask expect JSON, also in a refusal."""
-
-    _track_activity = False
 
     async def prepare(self) -> None:  # type: ignore[override] # tornado awaits what is awaitable
         """Say 404, to a user; others hear no more of it than of anything else."""

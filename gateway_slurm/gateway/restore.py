@@ -1,7 +1,7 @@
-"""Kernels that an earlier server of the deployment had, as if this one had started them.
+"""Kernels outlive a server's process: how a server that stops leaves them, and how the next one restores them.
 
-What the earlier one knew of a kernel beside Slurm's part is on record, sealed: its kernelspec, who made it, and
-what it was started with, so that it can be restarted.
+The kernels' Slurm part is the service's. Here is what the kernel manager adds to their records, encrypted: the
+kernelspec, who started the kernel, and the arguments of its start, so that it can be restarted.
 """
 
 from __future__ import annotations
@@ -15,37 +15,234 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from datetime import datetime, timezone
 from typing import Any
 
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
-from jupyter_server._tz import utcnow
 from jupyter_server.prometheus.metrics import KERNEL_CURRENTLY_RUNNING_TOTAL
 
 from gateway_slurm.environment import kernel_environment
 from gateway_slurm.errors import GatewaySlurmError
+from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.kernels.restore import Restored
 from gateway_slurm.provisioner import SlurmProvisioner
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store.records import SessionRecord
 
+# Seconds that websockets have to take the last messages of a server that stops.
+FLUSH_SECONDS = 1.0
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-def server_deployment(port: int) -> str:
-    """The name under which a user's Jupyter server finds its kernels again when it is started anew.
+def ready_of(kernel: Any) -> asyncio.Future[None]:
+    """The future of the kernel manager's ``ready``, on this loop."""
+    ready = kernel.ready
+    return ready if isinstance(ready, asyncio.Future) else asyncio.wrap_future(ready)
 
-    By its port; that of a JupyterHub's is another each time, and its path the same.
+
+def server_deployment(port: int) -> str:
+    """The deployment's name for a user's Jupyter server, under which its next process finds its kernels.
+
+    The port identifies the server. A server of a JupyterHub gets another port with each start, and the same path.
     """
     prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX", "")
     place = f"hub-{prefix.strip('/')}" if prefix else f"server-{socket.gethostname()}-{port}"
     return _NOT_IN_NAMES.sub("_", f"{place}-{getpass.getuser()}")
 
 
-def _memory_of(kernel: Any, maker: str) -> dict[str, Any]:
-    """What of a kernel manager makes it again; JSON, with secrets."""
-    arguments = dict(kernel._launch_args or {})
+class KernelRestorer:
+    """Hands over and restores the kernels of one kernel manager. Its methods run on the manager's loop.
+
+    That loop is not the service's.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self._manager, self.log = manager, manager.log
+        self.done = asyncio.Event()
+        self.failure: GatewaySlurmError | None = None
+        # The server stops and its kernels run on: their records belong to the next server.
+        self.is_handing_over = False
+        # Called with the records of the sessions of restored kernels.
+        self.on_sessions: list[Callable[[list[SessionRecord]], None]] = []
+
+    @property
+    def is_keeping(self) -> bool:
+        """Whether there are records, and this server may change them."""
+        return self.done.is_set() and self.failure is None and not self.is_handing_over
+
+    # -- a server that stops ------------------------------------------------------------------------
+
+    async def hand_over_kernels(self) -> None:
+        """Leave running kernels to the next server and close the service; cancel starts, and their jobs."""
+        manager, self.is_handing_over = self._manager, True
+        service = SlurmService.instance(self.log)
+        kernels = {kernel_id: manager.get_kernel(kernel_id) for kernel_id in manager.list_kernel_ids()}
+        running = {kernel_id: kernel for kernel_id, kernel in kernels.items() if _runs_on_a_node(kernel)}
+        reason = "the server was stopped before the kernel had this cell: run it again"
+        channels = [session for kernel_id in running for session in manager.frontends.of(kernel_id)]
+        for session in channels:
+            session.give_back(reason)
+        if channels:
+            flushes = [asyncio.ensure_future(session.flushed()) for session in channels]
+            await asyncio.wait(flushes, timeout=FLUSH_SECONDS)
+        jobs = sorted({str(kernel.provisioner.jobid) for kernel in running.values()})
+        for kernel_id in running:
+            manager.frontends.hand_over(kernel_id, "the server was stopped")
+            self.detach(kernel_id)
+        if running:
+            self.log.warning(
+                "%s left running, in jobs %s: a server that is started %s has them again; else they end",
+                "1 kernel" if len(running) == 1 else f"{len(running)} kernels",
+                ", ".join(jobs),
+                f"within {service.orphan_timeout:g} s" if service.orphan_timeout else "some time",
+            )
+        # Starts that wait, and kernels that do not run on Slurm, end before the service.
+        await manager.shutdown_each(manager.list_kernel_ids())
+        try:
+            await asyncio.to_thread(service.close, leave=True)
+        except Exception:
+            # The process must end all the same; kernels and records outlive it in any case.
+            self.log.exception("the service did not close in good order")
+
+    def detach(self, kernel_id: str) -> None:
+        """Remove a kernel from Jupyter's tables; it runs on without this server."""
+        kernel = self._manager.get_kernel(kernel_id)
+        kernel.stop_restarter()
+        kernel.shutting_down = True
+        self._manager.stop_watching_activity(kernel_id)
+        jupyter_compat.close_control_socket(kernel)
+        KERNEL_CURRENTLY_RUNNING_TOTAL.labels(type=kernel.kernel_name).dec()
+        self._manager.remove_kernel(kernel_id)
+
+    # -- the server after it ------------------------------------------------------------------------
+
+    async def restore(self, deployment: str) -> None:
+        """Restore the kernels of the deployment's dead servers, and of servers that die later. Raises nothing.
+
+        ``failure`` is the reason where the store cannot be used.
+        """
+        service = self._service(deployment)
+        try:
+            self.adopt(await service.run(service.restore()))
+        except GatewaySlurmError as error:
+            self.failure = error
+        self.done.set()
+
+    def restore_now(self, deployment: str, seconds: float) -> None:
+        """Restore like ``restore``, and block this loop until that is done, for at most so many seconds.
+
+        After that time the kernels come later.
+        """
+        service = self._service(deployment)
+        restoring = service.submit(service.restore())
+        try:
+            self.adopt(restoring.result(timeout=seconds))
+        except concurrent.futures.TimeoutError:
+            self.log.error("earlier kernels are not restored after %g s; they may come later", seconds)
+            service.submit(self._adopt_later(service, restoring))
+        except GatewaySlurmError as error:
+            self.failure = error
+        self.done.set()
+
+    def _service(self, deployment: str) -> SlurmService:
+        service = SlurmService.instance(self.log)
+        service.deployment = service.deployment or deployment
+        loop = asyncio.get_running_loop()
+        service.on_claimed = lambda restored: _call_soon(loop, self.adopt, restored)
+        service.on_dropped = lambda kernel_ids: _call_soon(loop, self._drop, kernel_ids)
+        return service
+
+    async def _adopt_later(self, service: SlurmService, restoring: concurrent.futures.Future[list[Restored]]) -> None:
+        try:
+            service.on_claimed(await asyncio.wrap_future(restoring))
+        except GatewaySlurmError as error:
+            self.log.error("earlier kernels are not restored: %s", error)
+
+    def remember(self, kernel_id: str) -> None:
+        """Put on record what the next server needs to manage this kernel."""
+        kernel: Any = self._manager.get_kernel(kernel_id)
+        if isinstance(kernel.provisioner, SlurmProvisioner):
+            kernel.provisioner.remember(_manager_state(kernel, self._manager.maker_of(kernel_id)))
+
+    def adopt(self, kernels: list[Restored]) -> None:
+        """Manage these kernels, and restore their sessions."""
+        for restored in kernels:
+            try:
+                self._adopt_kernel(restored)
+            except Exception:
+                # A record that this version cannot read affects neither other kernels nor its own.
+                self.log.exception("kernel %s was not restored", restored.record.kernel_id)
+        registry = SlurmService.instance().registry
+        sessions = []
+        for session in registry.sessions():
+            if session.kernel_id in self._manager:
+                sessions.append(session)
+            else:
+                registry.remove_session(session.session_id)
+        for callback in self.on_sessions:
+            callback(sessions)
+
+    def _adopt_kernel(self, restored: Restored) -> None:
+        manager, record = self._manager, restored.record
+        if record.kernel_id in manager:
+            return
+        kernel = self._kernel_manager(restored)
+        provisioner = SlurmProvisioner(
+            kernel_id=record.kernel_id, kernel_spec=kernel.kernel_spec, parent=kernel, **_fields_of(kernel.kernel_spec)
+        )
+        kernel.provisioner = provisioner
+        info = provisioner.adopt(restored)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(kernel.connection_file)  # the earlier server's
+        kernel.load_connection_info(info)
+        kernel.write_connection_file()
+        jupyter_compat.mark_started(kernel)
+        jupyter_compat.set_ready(kernel)
+        kernel.execution_state, kernel.reason, kernel.last_activity = "unknown", "", datetime.now(timezone.utc)
+        kernel.start_restarter()
+        maker = str(record.manager.get("maker") or record.owner)
+        manager.adopt_kernel(record.kernel_id, kernel, record.owner, maker)
+
+    def _kernel_manager(self, restored: Restored) -> Any:
+        record, state = restored.record, restored.record.manager
+        name = str(state.get("kernel_name") or record.launch.get("connection", {}).get("kernel_name", ""))
+        kernel, _name, _kernel_id = self._manager.pre_start_kernel(name, {"kernel_id": record.kernel_id})
+        kernel.kernel_id = record.kernel_id
+        try:
+            kernel.kernel_spec  # noqa: B018 - the property looks for it
+        except (NoSuchKernel, GatewaySlurmError):
+            # It was uninstalled; the kernel runs nevertheless.
+            jupyter_compat.set_kernel_spec(kernel, KernelSpec(**state.get("kernel_spec", {})))
+        kernel.transport_encryption = state.get("transport_encryption", kernel.transport_encryption)
+        env = record.launch.get("env") or {}
+        arguments = dict(state.get("launch_args") or {"env": env, "cwd": record.launch.get("cwd")})
+        jupyter_compat.set_launch_args(kernel, arguments)
+        return kernel
+
+    def _drop(self, kernel_ids: list[str]) -> None:
+        """Another server has taken these kernels over: remove them here, and leave them running."""
+        for kernel_id in kernel_ids:
+            if kernel_id in self._manager:
+                self.log.warning("kernel %s has been taken over by another server", kernel_id)
+                self.detach(kernel_id)
+
+
+def _runs_on_a_node(kernel: Any) -> bool:
+    """Whether the kernel has a process on a node, which does not need this server."""
+    provisioner = getattr(kernel, "provisioner", None)
+    return (
+        isinstance(provisioner, SlurmProvisioner)
+        and ready_of(kernel).done()
+        and provisioner.has_process
+        and kernel.execution_state != "dead"
+    )
+
+
+def _manager_state(kernel: Any, maker: str) -> dict[str, Any]:
+    """What the next server needs to make the kernel's manager: JSON, with secrets."""
+    arguments = jupyter_compat.launch_args(kernel)
     if isinstance(arguments.get("env"), dict):
-        # A Jupyter server gives its whole environment, of which a kernel gets only what is its own.
+        # A Jupyter server passes its whole environment, of which a kernel gets a part.
         arguments["env"] = kernel_environment(arguments["env"])
     return {
         "kernel_name": kernel.kernel_name,
@@ -62,162 +259,6 @@ def _is_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-class KernelRestorer:
-    """For one kernel manager, on its loop, which is the one that is not the service's."""
-
-    def __init__(self, manager: Any) -> None:
-        self._manager, self.log = manager, manager.log
-        self.done = asyncio.Event()
-        self.failure: GatewaySlurmError | None = None
-        # The server ends and its kernels run on: their records are the next one's.
-        self.is_leaving = False
-        # Called with the records of sessions whose kernels are there again.
-        self.on_sessions: list[Callable[[list[SessionRecord]], None]] = []
-
-    @property
-    def is_keeping(self) -> bool:
-        """Whether there are records, and they are this server's to change."""
-        return self.done.is_set() and self.failure is None and not self.is_leaving
-
-    async def restore(self, deployment: str) -> None:
-        """Have the kernels of dead servers of the deployment, and of those that die later. Raises nothing.
-
-        Where the store cannot be used ``failure`` says why.
-        """
-        service = self._service(deployment)
-        try:
-            self.have(await service.run(service.restore()))
-        except GatewaySlurmError as error:
-            self.failure = error
-        self.done.set()
-
-    def restore_now(self, deployment: str, seconds: float) -> None:
-        """The same, and nothing else on this loop before it is done, or so long has passed: it goes on then."""
-        service = self._service(deployment)
-        begun = service.submit(service.restore())
-        try:
-            self.have(begun.result(timeout=seconds))
-        except concurrent.futures.TimeoutError:
-            self.log.error("kernels of before are not there after %g s; they may come later", seconds)
-            service.submit(self._tell_later(service, begun))
-        except GatewaySlurmError as error:
-            self.failure = error
-        self.done.set()
-
-    def _service(self, deployment: str) -> SlurmService:
-        service = SlurmService.instance(self.log)
-        service.deployment = service.deployment or deployment
-        loop = asyncio.get_running_loop()
-        service.on_claimed = lambda restored: _call_soon(loop, self.have, restored)
-        service.on_dropped = lambda kernel_ids: _call_soon(loop, self._drop, kernel_ids)
-        return service
-
-    async def _tell_later(self, service: SlurmService, begun: concurrent.futures.Future[list[Restored]]) -> None:
-        try:
-            service.on_claimed(await asyncio.wrap_future(begun))
-        except GatewaySlurmError as error:
-            self.log.error("kernels of before are not restored: %s", error)
-
-    def remember(self, kernel_id: str) -> None:
-        """Have on record what makes the kernel's manager again."""
-        kernel: Any = self._manager._kernels[kernel_id]
-        if isinstance(kernel.provisioner, SlurmProvisioner):
-            kernel.provisioner.remember(_memory_of(kernel, self._manager.maker_of(kernel_id)))
-
-    def have(self, restored: list[Restored]) -> None:
-        """Have these kernels, and their sessions."""
-        for one in restored:
-            try:
-                self._adopt(one)
-            except Exception:
-                # One that this version cannot read is not the end of the others, nor its own.
-                self.log.exception("kernel %s was not restored", one.record.kernel_id)
-        registry = SlurmService.instance().registry
-        records = registry.sessions()
-        there = [one for one in records if one.kernel_id in self._manager]
-        for session in records:
-            if session not in there:
-                registry.remove_session(session.session_id)
-        for callback in self.on_sessions:
-            callback(there)
-
-    def _adopt(self, restored: Restored) -> None:
-        manager, record, memory = self._manager, restored.record, restored.record.manager
-        kernel_id = record.kernel_id
-        if kernel_id in manager:
-            return
-        kernel = self._kernel_manager(restored)
-        provisioner = SlurmProvisioner(
-            kernel_id=kernel_id, kernel_spec=kernel.kernel_spec, parent=kernel, **_fields_of(kernel.kernel_spec)
-        )
-        kernel.provisioner = provisioner
-        info = provisioner.adopt(restored)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(kernel.connection_file)  # the earlier server's
-        kernel._reconcile_connection_info(info)
-        kernel._attempted_start = True
-        kernel._ready = asyncio.get_running_loop().create_future()
-        kernel._ready.set_result(None)
-        kernel.execution_state, kernel.reason, kernel.last_activity = "unknown", "", utcnow()
-        kernel.start_restarter()
-        kernel._connect_control_socket()
-        manager._owners[kernel_id] = record.owner, str(memory.get("maker") or record.owner)
-        self._have(kernel_id, kernel)
-
-    def _have(self, kernel_id: str, kernel: Any) -> None:
-        """As after a start."""
-        manager = self._manager
-        manager._kernels[kernel_id] = kernel
-        manager._kernel_connections[kernel_id] = 0
-        manager._kernel_ports[kernel_id] = kernel.ports
-        manager.frontends.expect(kernel_id)
-        manager.start_watching_activity(kernel_id)
-        manager.add_restart_callback(kernel_id, lambda: manager._handle_kernel_died(kernel_id), "dead")
-        manager.follow_restarts(kernel_id)
-        manager._own(manager._watch(kernel_id, kernel))
-        manager._own(self._restore_frontends(kernel_id, kernel))
-        KERNEL_CURRENTLY_RUNNING_TOTAL.labels(type=kernel.kernel_name).inc()
-        if not manager._initialized_culler:
-            manager.initialize_culler()
-
-    async def _restore_frontends(self, kernel_id: str, kernel: Any) -> None:
-        state = await self._manager.frontends.restore(kernel_id)
-        if kernel.execution_state == "unknown":
-            kernel.execution_state = state or "idle"
-
-    def _kernel_manager(self, restored: Restored) -> Any:
-        record, memory = restored.record, restored.record.manager
-        name = str(memory.get("kernel_name") or record.launch.get("connection", {}).get("kernel_name", ""))
-        kernel, _name, _kernel_id = self._manager.pre_start_kernel(name, {"kernel_id": record.kernel_id})
-        kernel.kernel_id = record.kernel_id
-        try:
-            kernel.kernel_spec  # noqa: B018 - it is looked for
-        except (NoSuchKernel, GatewaySlurmError):
-            # It was uninstalled; the kernel runs nevertheless.
-            kernel._kernel_spec = KernelSpec(**memory.get("kernel_spec", {}))
-        kernel.transport_encryption = memory.get("transport_encryption", kernel.transport_encryption)
-        env = record.launch.get("env") or {}
-        kernel._launch_args = dict(memory.get("launch_args") or {"env": env, "cwd": record.launch.get("cwd")})
-        return kernel
-
-    def _drop(self, kernel_ids: list[str]) -> None:
-        """Another server has these kernels: they are no longer here, and live on."""
-        for kernel_id in kernel_ids:
-            if kernel_id in self._manager:
-                self.log.warning("kernel %s is another server's now", kernel_id)
-                self.let_go(kernel_id)
-
-    def let_go(self, kernel_id: str) -> None:
-        """Forget a kernel that lives on without this server."""
-        kernel = self._manager._kernels[kernel_id]
-        kernel.stop_restarter()
-        kernel.shutting_down = True
-        self._manager.stop_watching_activity(kernel_id)
-        kernel._close_control_socket()
-        KERNEL_CURRENTLY_RUNNING_TOTAL.labels(type=kernel.kernel_name).dec()
-        self._manager.remove_kernel(kernel_id)
 
 
 def _fields_of(spec: KernelSpec) -> dict[str, Any]:

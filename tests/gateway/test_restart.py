@@ -255,7 +255,7 @@ async def test_a_jupyter_server_in_front_goes_on_after_the_gateways_restart(gate
 @ENDINGS
 async def test_a_jupyter_server_has_its_kernels_and_notebooks_again(gateway_environment, kernelspecs, cluster, signum):
     """With the kernel manager class, and nothing else set: a notebook's cell runs through the restart."""
-    option = "--ServerApp.kernel_manager_class=gateway_slurm.gateway.kernel_manager.SlurmMappingKernelManager"
+    option = "--ServerApp.kernel_manager_class=gateway_slurm.SlurmMappingKernelManager"
     with lasting_server(gateway_environment / "login", option) as server:
         me = server.of("me")
         body = {"path": "c.ipynb", "name": "c.ipynb", "type": "notebook", "kernel": {"name": "slurm"}}

@@ -14,7 +14,7 @@ from helpers.large_output import relay_small_and_large
 from helpers.notebook_server import V1, Frontend, HTTPClientError, running_server
 from helpers.private_slurm import jobs_of, slurm
 
-MANAGER = "gateway_slurm.gateway.kernel_manager.SlurmMappingKernelManager"
+MANAGER = "gateway_slurm.SlurmMappingKernelManager"
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from traitlets.config.loader import PyFileConfigLoader
 
+from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.config import FILE_NAME, load_admin_config
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
-from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.request import parse_request
 from gateway_slurm.service import SlurmService

@@ -35,7 +35,7 @@ from helpers.login_node import login_node
 from helpers.notebook_server import Frontend, running_server
 from helpers.private_slurm import jobs_of, poll
 
-GATEWAY_KERNELS = "--ServerApp.kernel_manager_class=gateway_slurm.gateway.kernel_manager.SlurmMappingKernelManager"
+GATEWAY_KERNELS = "--ServerApp.kernel_manager_class=gateway_slurm.SlurmMappingKernelManager"
 REJECTIONS = {"tcp reset": "Connection refused", "icmpx admin-prohibited": "No route to host"}
 
 

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "gateway_slurm"
 ORDER = (
     "errors",
     "_util",
+    "_jupyter_compat",
     "environment",
     "link",
     "slurm",

@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from jupyter_server.auth import IdentityProvider, User
 from tornado.httputil import HTTPServerRequest
@@ -133,6 +134,8 @@ class GatewayIdentityProvider(IdentityProvider):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # The user of each request that is being answered; jupyter_server asks more than once.
+        self._users: WeakKeyDictionary[RequestHandler, GatewayUser] = WeakKeyDictionary()
         self._complaint = ""
         self._token_file = TokenFile(Path(self.tokens_file).expanduser()) if self.tokens_file else None
         self._hub = self._make_hub() if self.hub_api_url else None
@@ -173,8 +176,8 @@ class GatewayIdentityProvider(IdentityProvider):
 
     async def get_user(self, handler: RequestHandler) -> User | None:
         """Who a request comes from; None lets jupyter_server refuse it where a user is needed."""
-        known = getattr(handler, "_jupyter_current_user", None)
-        if isinstance(known, GatewayUser):
+        known = self._users.get(handler)
+        if known is not None:
             return known
         self._take_url_token(handler.request)
         try:
@@ -188,7 +191,7 @@ class GatewayIdentityProvider(IdentityProvider):
         if isinstance(way, TrustedHeader):
             self._refuse_other_sites(handler)
         user.admin = user.admin or user.username in self.admins
-        handler._token_authenticated = True  # type: ignore[attr-defined]
+        self._users[handler] = user
         return user
 
     async def _principal(self, handler: RequestHandler) -> tuple[GatewayUser | None, Way | None]:
@@ -218,7 +221,7 @@ class GatewayIdentityProvider(IdentityProvider):
 
     def is_token_authenticated(self, handler: RequestHandler) -> bool:
         """Whether the request can be no other site's forgery, so that it needs no _xsrf cookie: all with a user."""
-        return bool(getattr(handler, "_token_authenticated", False))
+        return handler in self._users
 
     def get_token(self, handler: RequestHandler) -> str | None:
         return request_token(handler.request)

@@ -50,7 +50,7 @@ class Frontends:
         return self._deliveries[kernel_id]
 
     def _provisioner(self, kernel_id: str) -> SlurmProvisioner | None:
-        kernel = self._manager._kernels.get(kernel_id)
+        kernel = self._manager.find_kernel(kernel_id)
         provisioner = getattr(kernel, "provisioner", None)
         return provisioner if isinstance(provisioner, SlurmProvisioner) else None
 
@@ -62,7 +62,7 @@ class Frontends:
         if session_id not in sessions:
             manager = self._manager
             sessions[session_id] = KernelChannels(
-                manager._kernels[kernel_id],
+                manager.get_kernel(kernel_id),
                 session_id,
                 ready=partial(self._until_there, kernel_id),
                 subscribe_timeout=manager.kernel_info_timeout,
@@ -99,7 +99,7 @@ class Frontends:
         manager = self._manager
         if kernel_id not in manager:  # it was shut down meanwhile
             return
-        manager._kernel_ports[kernel_id] = manager._kernels[kernel_id].ports
+        manager.ports_changed(kernel_id)
         manager.stop_watching_activity(kernel_id)
         manager.start_watching_activity(kernel_id)
         for channels in self.of(kernel_id):
@@ -119,8 +119,8 @@ class Frontends:
             if other is not channels and not other.is_attached:
                 sessions.pop(session).close("another session went away after it")
 
-    def leave(self, kernel_id: str, reason: str) -> None:
-        """The kernel is left to the next server, which is told how far everybody is."""
+    def hand_over(self, kernel_id: str, reason: str) -> None:
+        """Close the kernel's channels after a last acknowledgement, from which the next server knows all positions."""
         delivery = self._deliveries.get(kernel_id)
         if delivery is not None:
             delivery.say()

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from typing import Any
 
 import zmq
 from jupyter_client.connect import channel_socket_types
-from jupyter_server._tz import utcnow
 
 from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.acks import Delivery
 from gateway_slurm.gateway.channels.messages import MessageError
+from gateway_slurm.gateway.jupyter_compat import channel_url
 
 # Messages that ZMQ itself may hold for one socket, whatever their size; ours are the queues that count bytes.
 RECEIVE_MARK = 64
@@ -49,11 +50,6 @@ class KernelSocket:
         except zmq.Again as error:
             raise MessageError(f"{SEND_MARK} messages wait for the kernel already") from error
         self._soon()  # sending, too, uses up a change that the descriptor told of
-
-    @property
-    def socket(self) -> zmq.Socket[bytes]:
-        """As a ZMQStream has it: jupyter_server looks whether it is closed."""
-        return self._socket
 
     def pause(self) -> None:
         """Read no further for now."""
@@ -93,13 +89,12 @@ class KernelSocket:
                 return
 
 
-def with_room(context: zmq.Context[Any]) -> zmq.Context[Any]:
-    """The context, before its first socket, for as many as ZMQ can have.
+def raise_socket_limit(context: zmq.Context[Any]) -> None:
+    """Let the context, before its first socket, have as many sockets as ZMQ supports.
 
-    Its own 1023 were enough for 500 kernels: each takes two, and each frontend five.
+    Its default of 1023 is enough for 500 kernels: each takes two, and each frontend five.
     """
     context.max_sockets = context.get(zmq.SOCKET_LIMIT)
-    return context
 
 
 def _connected(kernel: Any, channel: str, identity: bytes) -> zmq.Socket[bytes]:
@@ -113,7 +108,7 @@ def _connected(kernel: Any, channel: str, identity: bytes) -> zmq.Socket[bytes]:
     if kernel.curve_publickey is not None:
         made.curve_secretkey = kernel.curve_secretkey
         made.curve_publickey = made.curve_serverkey = kernel.curve_publickey
-    made.connect(kernel._make_url(channel))
+    made.connect(channel_url(kernel, channel))
     if channel == "iopub":
         made.subscribe(b"")
     return made
@@ -130,7 +125,7 @@ class Activity(KernelSocket):
 
     def __init__(self, manager: Any, kernel: Any, delivery: Delivery | None = None) -> None:
         self._manager, self._kernel, self._delivery = manager, kernel, delivery
-        kernel.reason, kernel.last_activity = "", utcnow()
+        kernel.reason, kernel.last_activity = "", datetime.now(timezone.utc)
         super().__init__(kernel, "iopub", b"", self._heard)
 
     def _heard(self, frames: list[bytes]) -> None:
@@ -138,7 +133,7 @@ class Activity(KernelSocket):
         kernel, tracks = self._kernel, self._manager.track_message_type
         msg_type, asked_by = messages.header_of(parts).get("msg_type"), messages.parent_header_of(parts).get("msg_type")
         if tracks(msg_type) or tracks(asked_by) or kernel.execution_state == "busy":
-            self._manager.last_kernel_activity = kernel.last_activity = utcnow()
+            self._manager.last_kernel_activity = kernel.last_activity = datetime.now(timezone.utc)
         if self._delivery is not None:
             self._delivery.unwanted(messages.id_of(parts))
         if msg_type != "status":

@@ -14,6 +14,7 @@ from jupyter_server.utils import url_path_join
 from traitlets import Bool, CFloat, List, TraitError, Unicode, validate
 
 from gateway_slurm.errors import ConfigError, NotAllowed
+from gateway_slurm.gateway.jupyter_compat import spec_directory
 from gateway_slurm.gateway.specs.catalog import PROVISIONER, Catalog, Served
 from gateway_slurm.gateway.specs.limits import check, client_environment, client_fields, merged
 from gateway_slurm.gateway.specs.members import Membership, ask_accounts
@@ -249,7 +250,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
         try:
             found = self._catalog.load(key)
             if found is None and self.serve_installed:
-                directory = self._find_spec_directory(key)
+                directory = spec_directory(self, key)
                 found = self._installed(key, directory) if directory else None
         except ConfigError as error:
             self._tell([*self._problems, str(error)])

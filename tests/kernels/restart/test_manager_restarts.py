@@ -12,9 +12,10 @@ import pytest
 from jupyter_client import AsyncKernelManager
 from tornado.web import HTTPError
 
+from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.errors import AllocationEnded, HandshakeError, LinkError
 from gateway_slurm.gateway.channels import messages
-from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager, ready_of
+from gateway_slurm.gateway.restore import ready_of
 from gateway_slurm.kernels import held as heldkernel
 from gateway_slurm.kernels.model import Phase
 from helpers.failing_starts import cut_links, nothing_left, on_loop

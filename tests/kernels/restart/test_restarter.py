@@ -11,7 +11,7 @@ import pytest
 from jupyter_client.ioloop import AsyncIOLoopKernelManager, IOLoopKernelManager
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 
-from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
+from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.kernels.model import Phase
 from helpers.failing_starts import nothing_left
 from helpers.kernel_clients import READY, poll_async, process_of
@@ -42,7 +42,7 @@ async def started_by(manager_class, directory):
     managers = manager_class(root_dir=str(directory))
     kernel_id = await managers.start_kernel(kernel_name="slurm")
     kernel = managers._kernels[kernel_id]
-    assert await poll_async(lambda: getattr(kernel, "_activity_stream", None) is not None, timeout=READY)
+    assert await poll_async(lambda: kernel_id in managers._kernel_ports, timeout=READY)
     return kernel, lambda: managers.shutdown_kernel(kernel_id)
 
 

@@ -20,7 +20,7 @@ from helpers.private_slurm import jobs_of, poll
 from helpers.restarting_servers import LastingFrontend, lasting_server
 
 COUNT = "import time\nfor number in range({}):\n    print(number, flush=True)\n    time.sleep(0.02)\n"
-KEEPING = "--ServerApp.kernel_manager_class=gateway_slurm.gateway.kernel_manager.SlurmMappingKernelManager"
+KEEPING = "--ServerApp.kernel_manager_class=gateway_slurm.SlurmMappingKernelManager"
 
 
 @pytest.fixture(scope="module")

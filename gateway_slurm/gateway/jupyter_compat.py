@@ -1,0 +1,169 @@
+"""Private members of jupyter_client and jupyter_server that the gateway uses, one function or method each.
+
+Each docstring names the member and says why nothing public serves. ``tests/unit/gateway/test_jupyter_compat.py`` has a
+test for each, which fails when a release changes the member.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+
+# -- One kernel's manager: jupyter_client's KernelManager --
+
+
+def set_ready(kernel: Any) -> None:
+    """Make ``kernel.ready`` a future that is done.
+
+    ``KernelManager._ready``: the property makes a future only where there is none. The future of a start or restart
+    that was cancelled stays pending, and a shutdown waits for it.
+    """
+    kernel._ready = asyncio.get_running_loop().create_future()
+    kernel._ready.set_result(None)
+
+
+def mark_started(kernel: Any) -> None:
+    """Have the next restart make a new ``ready``, as after a start.
+
+    ``KernelManager._attempted_start``: only a start sets it, and an adopted kernel has none.
+    """
+    kernel._attempted_start = True
+
+
+def launch_args(kernel: Any) -> dict[str, Any]:
+    """The arguments of the kernel's last start, with which a restart starts it again; empty before a start.
+
+    ``KernelManager._launch_args``: no method returns them.
+    """
+    return dict(kernel._launch_args or {})
+
+
+def set_launch_args(kernel: Any, arguments: dict[str, Any]) -> None:
+    """Set the arguments with which a restart starts the kernel.
+
+    ``KernelManager._launch_args``: only a start sets them, and an adopted kernel has none.
+    """
+    kernel._launch_args = arguments
+
+
+def set_kernel_spec(kernel: Any, spec: KernelSpec) -> None:
+    """Give the kernel's manager a kernelspec that is not installed.
+
+    ``KernelManager._kernel_spec``: the property looks among the installed ones only.
+    """
+    kernel._kernel_spec = spec
+
+
+def close_control_socket(kernel: Any) -> None:
+    """Close the socket on which the kernel's manager asks for a shutdown.
+
+    ``KernelManager._close_control_socket``: the public ``cleanup_resources`` ends the kernel as well.
+    """
+    kernel._close_control_socket()
+
+
+def channel_url(kernel: Any, channel: str) -> str:
+    """The ZMQ address of a kernel's channel, such as ``tcp://10.0.0.1:4711``.
+
+    ``ConnectionFileMixin._make_url``: the public ``connect_iopub`` and so on return sockets of the asyncio class.
+    """
+    return str(kernel._make_url(channel))
+
+
+# -- The kernels of a server: MultiKernelManager and MappingKernelManager --
+
+
+def add_kernel(manager: Any, kernel_id: str, kernel: Any) -> None:
+    """Put a running kernel into the server's tables.
+
+    ``MultiKernelManager._kernels``, ``MappingKernelManager._kernel_connections`` and ``_kernel_ports``: only a start
+    fills them.
+    """
+    manager._kernels[kernel_id] = kernel
+    manager._kernel_connections[kernel_id] = 0
+    manager._kernel_ports[kernel_id] = kernel.ports
+
+
+def pending_task(manager: Any, kernel_id: str) -> asyncio.Task[None] | None:
+    """The task of a start or shutdown that is under way.
+
+    ``MultiKernelManager._pending_kernels``: nothing public waits for a shutdown, or cancels a start.
+    """
+    task: asyncio.Task[None] | None = manager._pending_kernels.get(kernel_id)
+    return task
+
+
+def drop_pending_task(manager: Any, kernel_id: str) -> None:
+    """Remove that task from the table: a shutdown would wait for it.
+
+    ``MultiKernelManager._pending_kernels``: after an error jupyter_client leaves the task there.
+    """
+    manager._pending_kernels.pop(kernel_id, None)
+
+
+def take_finishing_task(manager: Any, kernel_id: str) -> asyncio.Task[None] | None:
+    """Remove and return the task that waits for the kernel's start.
+
+    ``MappingKernelManager._pending_kernel_tasks``: jupyter_server removes it only in its own shutdown.
+    """
+    task: asyncio.Task[None] | None = manager._pending_kernel_tasks.pop(kernel_id, None)
+    return task
+
+
+class HookedKernelManager(AsyncMappingKernelManager):
+    """Jupyter server's kernel manager, with public methods in place of three private ones that subclasses replace."""
+
+    async def finish_start(self, kernel_id: str) -> None:
+        """Called with each start; returns once the kernel runs or has failed.
+
+        ``MappingKernelManager._finish_kernel_start``: a failed start ends there, in the log.
+        """
+        await super()._finish_kernel_start(kernel_id)
+
+    async def _finish_kernel_start(self, kernel_id: str) -> None:
+        await self.finish_start(kernel_id)
+
+    async def await_start(self, kernel_id: str, kernel: Any, start: Awaitable[None]) -> None:
+        """Called with each start, to await it and to do what follows.
+
+        ``MultiKernelManager._add_kernel_when_ready``: it logs a failed start with a traceback, and keeps the task.
+        """
+        await super()._add_kernel_when_ready(kernel_id, kernel, start)
+
+    async def _add_kernel_when_ready(self, kernel_id: str, km: Any, kernel_awaitable: Awaitable[None]) -> None:
+        await self.await_start(kernel_id, km, kernel_awaitable)
+
+    def restarter_gave_up(self, kernel_id: str) -> None:
+        """Called when a kernel died and its restarter does not try again.
+
+        ``MappingKernelManager._handle_kernel_died``: it removes the kernel.
+        """
+        super()._handle_kernel_died(kernel_id)
+
+    def _handle_kernel_died(self, kernel_id: str) -> None:
+        self.restarter_gave_up(kernel_id)
+
+
+# -- Kernelspecs, and HTTP handlers --
+
+
+def spec_directory(manager: KernelSpecManager, name: str) -> str | None:
+    """The directory of an installed kernelspec; None where there is none.
+
+    ``KernelSpecManager._find_spec_directory``: the public ``find_kernel_specs`` lists all directories.
+    """
+    directory: str | None = manager._find_spec_directory(name)
+    return directory
+
+
+class UntrackedHandler:
+    """A base of handlers that do not count as activity of the server.
+
+    ``APIHandler._track_activity``: jupyter_server's own handlers set it, and there is no public setting.
+    """
+
+    _track_activity = False
