@@ -1,4 +1,4 @@
-"""``jupyter slurm allocations``: the user's own jobs that kernels run in, and what to do with them."""
+"""``jupyter slurm allocations``: list, keep, release and cancel the user's jobs that kernels run in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from gateway_slurm._util import in_one_line, printable
 from gateway_slurm.allocations.identity import identity_of
 from gateway_slurm.allocations.recovery import living_jobs
-from gateway_slurm.cli.common import OwnSlurm
+from gateway_slurm.cli.common import BlockingSlurm, print_table
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import SlurmError, UnknownJob
 from gateway_slurm.service import SlurmService
@@ -22,58 +22,59 @@ from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.store import AllocationRecord, Registry, ServerRecord, by_job
 
 COLUMNS = ("JOBID", "STATE", "NODES", "TIME LEFT", "KERNELS", "KEPT", "WAITS FOR")
-LINE_END = "\n" + 11 * " "
+LINE_END = "\n" + 11 * " "  # of a value that has several lines
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = subparsers.add_parser("allocations", help="list, keep, release and cancel your allocations")
     parser.set_defaults(run=_list, json=False)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    json_help = "print JSON, for programs"
+    parser.add_argument("--json", action="store_true", help=json_help)
     actions = parser.add_subparsers(metavar="ACTION")
     for name, run, text in (
-        ("list", _list, "all of them (the default)"),
-        ("show", _show, "one, with its kernels and what was asked for"),
-        ("keep", _keep, "let it stay after its last kernel"),
-        ("release", _release, "take that back, and end it if no kernel of a living server is in it"),
-        ("cancel", _cancel, "end it now, with its kernels"),
+        ("list", _list, "list all allocations (the default)"),
+        ("show", _show, "show one allocation with its kernels and request fields"),
+        ("keep", _keep, "keep an allocation after its last kernel has ended"),
+        ("release", _release, "undo keep; cancel the job if it has no kernels"),
+        ("cancel", _cancel, "cancel the job now, with its kernels"),
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.set_defaults(run=run)
         if name in ("list", "show"):
-            action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="for programs")
+            action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=json_help)
         if name != "list":
-            action.add_argument("jobid", metavar="JOBID", help="as listed")
+            action.add_argument("jobid", metavar="JOBID", help="job id in the list")
 
 
-def _slurm() -> OwnSlurm:
-    return OwnSlurm(load_admin_config(SlurmService).access)
+def _slurm() -> BlockingSlurm:
+    return BlockingSlurm(load_admin_config(SlurmService).access)
 
 
 @contextlib.contextmanager
 def _registry() -> Iterator[Registry]:
-    """The user's, where the admin has it."""
+    """The user's registry in the store that the settings name."""
     settings = load_admin_config(SlurmService)
     with contextlib.closing(Registry.default(url=settings.store_url, key_file=settings.store_key_file)) as registry:
         yield registry
 
 
 def _known(registry: Registry) -> tuple[dict[str, dict[str, Any]], str]:
-    """What the records and Slurm say, by job id; and why Slurm said nothing, where it did not."""
+    """The allocations by job id, from the store and from Slurm; and the reason, if Slurm did not answer."""
     records = by_job(registry.all_records())
     try:
         with _slurm() as slurm:
             jobs = slurm.run(living_jobs(slurm.driver, records))
     except SlurmError as error:
-        rows = {jobid: _row(jobid) | _from_record(*found) for jobid, found in records.items()}
+        rows = {jobid: _row(jobid) | _from_record(*record) for jobid, record in records.items()}
         return _marked(rows, registry), str(error)
-    # What Slurm no longer knows is over, whatever the records say; one of another job with that id says nothing.
+    # A job that Slurm does not know is over, even if it is on record. A record of another job with that id is ignored.
     rows = {}
     for jobid, info in jobs.items():
         identity = identity_of(info)
-        found = records.get(jobid)
-        of_this_job = found is not None and found[1].identity == identity
-        rows[jobid] = _row(jobid) | (_from_record(*found) if found and of_this_job else {}) | _slurms_word(info)
+        record = records.get(jobid)
+        is_same_job = record is not None and record[1].identity == identity
+        rows[jobid] = _row(jobid) | (_from_record(*record) if record and is_same_job else {}) | _from_slurm(info)
         rows[jobid]["identity"] = identity
     return _marked(rows, registry), ""
 
@@ -105,13 +106,13 @@ def _from_record(server: ServerRecord, record: AllocationRecord) -> dict[str, An
     }
 
 
-def _slurms_word(info: JobInfo) -> dict[str, Any]:
-    waits = info.meaning in (Meaning.WAITING, Meaning.HELD)
+def _from_slurm(info: JobInfo) -> dict[str, Any]:
+    is_waiting = info.meaning in (Meaning.WAITING, Meaning.HELD)
     return {
         "state": info.state,
         "nodes": expand_hostlist(info.nodes),
-        "reason": info.reason if waits else "",
-        "end_time": None if waits else info.end_time,
+        "reason": info.reason if is_waiting else "",
+        "end_time": None if is_waiting else info.end_time,
     }
 
 
@@ -129,13 +130,13 @@ def _list(arguments: argparse.Namespace) -> int:
     with _registry() as registry:
         rows, trouble = _known(registry)
     if trouble:
-        print(f"Slurm does not answer, this is from the records: {printable(trouble)}", file=sys.stderr)
+        print(f"Slurm does not answer, so this list is from the store: {printable(trouble)}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(sorted(rows.values(), key=_by_number), indent=1))
     elif not rows:
         print("You have no allocations.")
     else:
-        _print_table([_cells(row) for row in sorted(rows.values(), key=_by_number)])
+        print_table(COLUMNS, [_cells(row) for row in sorted(rows.values(), key=_by_number)])
     return 0
 
 
@@ -155,26 +156,20 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes} min"
 
 
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in [COLUMNS, *rows]) for column in range(len(COLUMNS))]
-    for row in [COLUMNS, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _one(jobid: str) -> dict[str, Any]:
-    """One of the allocations; raises UnknownJob for a job that is over, not the user's, or not a kernel's."""
+def _find(jobid: str) -> dict[str, Any]:
+    """The allocation with this job id. Raises UnknownJob for a job that is over, another user's, or without kernels."""
     with _registry() as registry:
         rows, trouble = _known(registry)
     if jobid not in rows:
         why = f"; Slurm does not answer: {trouble}" if trouble else ""
         raise UnknownJob(
-            f"{jobid[:80]!r} is no allocation of yours that kernels run in; see: jupyter slurm allocations{why}"
+            f"you have no allocation {jobid[:80]!r} that kernels run in; see: jupyter slurm allocations{why}"
         )
     return rows[jobid]
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    row = _one(arguments.jobid)
+    row = _find(arguments.jobid)
     if arguments.json:
         print(json.dumps(row, indent=1))
         return 0
@@ -184,9 +179,9 @@ def _show(arguments: argparse.Namespace) -> int:
         ("nodes", ", ".join(row["nodes"]) or "none yet"),
         ("ends", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["end_time"])) if row["end_time"] else "unknown"),
         ("kept", "yes" if row["kept"] else "no"),
-        ("server", row["server"] or "none that is known"),
+        ("server", row["server"] or "unknown"),
         ("kernels", "\n".join(row["kernel_ids"]) or "none"),
-        ("asked for", json.dumps(row["config"])),
+        ("request", json.dumps(row["config"])),
         ("logs", f"{load_admin_config(SlurmService).log_directory} on the nodes"),
     ):
         print(f"{name + ':':<11}{printable(value, LINE_END)}")
@@ -194,9 +189,9 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _keep(arguments: argparse.Namespace) -> int:
-    row = _one(arguments.jobid)
+    row = _find(arguments.jobid)
     _set_kept(row, True)
-    print(f"job {arguments.jobid} stays after its last kernel, until its time limit or until it is released")
+    print(f"job {arguments.jobid} is kept after its last kernel, until its time limit or until you release it")
     return 0
 
 
@@ -207,16 +202,16 @@ def _set_kept(row: dict[str, Any], kept: bool) -> None:
 
 
 def _release(arguments: argparse.Namespace) -> int:
-    row = _one(arguments.jobid)
+    row = _find(arguments.jobid)
     _set_kept(row, False)
     if row["kernel_ids"]:
-        print(f"job {row['jobid']} ends with the last of its kernels ({len(row['kernel_ids'])})")
+        print(f"job {row['jobid']} will end with the last of its kernels ({len(row['kernel_ids'])})")
         return 0
     return _cancel(arguments)
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
-    row = _one(arguments.jobid)
+    row = _find(arguments.jobid)
     with _slurm() as slurm:
         slurm.run(slurm.driver.cancel(row["jobid"]))
     _set_kept(row, False)

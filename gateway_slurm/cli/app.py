@@ -1,7 +1,7 @@
-"""``jupyter slurm``: finds the subcommand and turns errors into messages.
+"""``jupyter slurm``: run a subcommand and turn errors into messages.
 
-A subcommand is a module with ``add_parser(subparsers)``, which sets ``run`` to a function that takes the
-parsed arguments and returns the exit status. List it in ``_SUBCOMMANDS``.
+A subcommand is a module with ``add_parser(subparsers)``, which sets ``run`` to a function that takes the parsed
+arguments and returns the exit status. List it in ``_SUBCOMMANDS``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SUBCOMMANDS = (allocations, attach, cluster, doctor, gateway, token)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="jupyter slurm", description="Jupyter kernels on Slurm compute nodes.")
     parser.add_argument("--version", action="version", version=f"gateway_slurm {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -32,16 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``jupyter slurm``; the exit status is the command's, 1 after an error, 2 for a wrong command line."""
+    """Run ``jupyter slurm``; return the command's exit status, 1 after an error. A wrong command line exits with 2."""
     try:
         try:
             return _run(argv)
         finally:
             flush_output()
-    except BrokenPipeError:  # whoever reads has enough
+    except BrokenPipeError:  # the reader has closed the pipe, as head does
         discard_output()
         return 1
-    except OSError as error:  # a full disk, for one
+    except OSError as error:  # such as a full disk
         discard_output()
         return _failed(error)
     except GatewaySlurmError as error:

@@ -1,7 +1,7 @@
-"""``jupyter slurm attach``: kernels whose server process died, and how to have one of them again.
+"""``jupyter slurm attach``: list kernels whose server process died, and take one over.
 
 A notebook server or console that was killed leaves its kernels running for ``SlurmService.orphan_timeout``. This
-command takes one over, with what shares its job, and lets clients connect for as long as it runs.
+command takes over one of them and the kernels that share its job; clients can connect while the command runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from jupyter_core.paths import jupyter_runtime_dir
 
 from gateway_slurm._util import in_one_line, printable
+from gateway_slurm.cli.common import print_table
 from gateway_slurm.errors import GatewaySlurmError, LinkError
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.kernels.restore import Restored
@@ -25,43 +26,43 @@ from gateway_slurm.service import SlurmService
 from gateway_slurm.store import KernelRecord, ServerRecord
 
 COLUMNS = ("KERNEL", "NAME", "NODE", "STARTED", "SERVER")
-# How long the launcher of a kernel may take to dial in; it tries at least every three seconds.
-LINK_SECONDS = 15.0
+LINK_TIMEOUT = 15.0  # seconds for a launcher to connect; it tries at least every 3 s
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    text = "list kernels whose server died, and take one over for a console"
+    text = "list kernels whose server died, and take one over"
     parser = subparsers.add_parser("attach", help=text, description=text)
     parser.set_defaults(run=_run)
-    parser.add_argument("kernel_id", metavar="KERNEL_ID", nargs="?", help="the kernel, or how its id begins")
-    parser.add_argument("--stop", action="store_true", help="end the kernel; the last one in a job ends the job")
+    parser.add_argument("kernel_id", metavar="KERNEL_ID", nargs="?", help="the kernel's id, or its beginning")
+    parser.add_argument("--stop", action="store_true", help="end the kernel, and its job if no other kernel runs in it")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     service = SlurmService.instance()
     if arguments.kernel_id is None:
         if arguments.stop:
-            raise GatewaySlurmError("--stop needs the kernel's id; jupyter slurm attach, without one, lists them")
+            raise GatewaySlurmError("--stop needs a kernel's id; see: jupyter slurm attach")
         return _list(service)
-    # As Ctrl-C: no connection file is left behind.
-    for signum in (signal.SIGTERM, signal.SIGINT):  # a shell's background jobs begin with SIGINT ignored
+    # SIGTERM ends the command as Ctrl-C does, so that no connection file is left behind. SIGINT is set as well, since a
+    # shell starts its background jobs with SIGINT ignored.
+    for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.default_int_handler)
-    kernel_id = _named(_abandoned(service), arguments.kernel_id)
+    kernel_id = _find(_abandoned(service), arguments.kernel_id)
     restored = service.submit(service.take_over([kernel_id])).result()
-    mine = next((one for one in restored if one.record.kernel_id == kernel_id), None)
-    if mine is None:
-        raise GatewaySlurmError(f"kernel {kernel_id} was taken over by another server meanwhile")
+    chosen = next((kernel for kernel in restored if kernel.record.kernel_id == kernel_id), None)
+    if chosen is None:
+        raise GatewaySlurmError(f"another server has taken over kernel {kernel_id} in the meantime")
     if arguments.stop:
-        return _stop(service, mine)
-    return _serve(service, restored, mine)
+        return _stop(service, chosen)
+    return _serve(service, restored, chosen)
 
 
-# -- which there are ------------------------------------------------------------------------------
+# -- kernels without a server ------------------------------------------------------------------------------
 
 
 def _abandoned(service: SlurmService) -> list[tuple[ServerRecord, KernelRecord]]:
-    """Kernels whose server is dead, by this host's word or since its lease is over."""
+    """Kernels whose server is dead: its process on this host has ended, or its lease is over."""
     registry = service.make_registry()
     try:
         return [(server, kernel) for server, kernel in registry.all_kernels() if server.is_dead]
@@ -72,66 +73,65 @@ def _abandoned(service: SlurmService) -> list[tuple[ServerRecord, KernelRecord]]
 def _list(service: SlurmService) -> int:
     found = _abandoned(service)
     if not found:
-        print("no kernels without a server")
+        print("There are no kernels without a server.")
         return 0
-    rows = [COLUMNS, *(_row(server, kernel) for server, kernel in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(COLUMNS, [_row(server, kernel) for server, kernel in found])
     return 0
 
 
 def _row(server: ServerRecord, kernel: KernelRecord) -> tuple[str, ...]:
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(kernel.started_at)) if kernel.started_at else "?"
-    where = server.url or f"process {server.process.pid} on {server.process.host}"
+    last_server = server.url or f"process {server.process.pid} on {server.process.host}"
     name = _kernel_name(kernel) or "?"
-    return kernel.kernel_id, *(in_one_line(text)[:80] for text in (name, kernel.node, started, where))
+    return kernel.kernel_id, *(in_one_line(text)[:80] for text in (name, kernel.node, started, last_server))
 
 
 def _kernel_name(kernel: KernelRecord) -> str:
     return str(kernel.launch.get("connection", {}).get("kernel_name", ""))
 
 
-def _named(found: list[tuple[ServerRecord, KernelRecord]], text: str) -> str:
+def _find(found: list[tuple[ServerRecord, KernelRecord]], text: str) -> str:
+    """The id of the one kernel whose id begins with ``text``. Raises GatewaySlurmError."""
     matching = sorted(kernel.kernel_id for _server, kernel in found if kernel.kernel_id.startswith(text))
     if len(matching) == 1:
         return matching[0]
     if matching:
         raise GatewaySlurmError(f"several kernels' ids begin with {text!r}: {', '.join(matching)}")
     raise GatewaySlurmError(
-        f"{text[:80]!r} is no kernel without a server; jupyter slurm attach, without an id, lists those that there are"
+        f"no kernel without a server has an id that begins with {text[:80]!r}; see: jupyter slurm attach"
     )
 
 
-# -- what is done with one --------------------------------------------------------------------------
+# -- a kernel that was taken over --------------------------------------------------------------------------
 
 
 def _stop(service: SlurmService, restored: Restored) -> int:
     held = restored.held
-    # Without its launcher the job is cancelled, which ends the kernel, too.
+    # If the launcher does not connect, release() cancels the job, which ends the kernel as well.
     with contextlib.suppress(LinkError):
-        service.submit(held.process.launcher.until_linked(LINK_SECONDS)).result()
+        service.submit(held.process.launcher.until_linked(LINK_TIMEOUT)).result()
     service.submit(held.release()).result()
-    service.close(leave=True)  # what shares the job stays
-    print(f"kernel {restored.record.kernel_id} is stopped")
+    service.close(leave=True)  # other kernels in the job keep running
+    print(f"kernel {restored.record.kernel_id} has ended")
     return 0
 
 
-def _serve(service: SlurmService, restored: list[Restored], mine: Restored) -> int:
-    process, files = mine.held.process, []
+def _serve(service: SlurmService, restored: list[Restored], chosen: Restored) -> int:
+    process, files = chosen.held.process, []
     try:
-        # Dead by then, if its job is: Slurm was asked meanwhile.
+        # While the command waits, Slurm is asked, and a kernel whose job is over becomes DEAD.
         with contextlib.suppress(LinkError):
-            service.submit(process.launcher.until_linked(LINK_SECONDS)).result()
+            service.submit(process.launcher.until_linked(LINK_TIMEOUT)).result()
         if process.phase is not Phase.DEAD:
-            files = [_write_connection_file(one) for one in restored if one.held.process.phase is not Phase.DEAD]
-            _explain(mine, files)
+            living = [kernel for kernel in restored if kernel.held.process.phase is not Phase.DEAD]
+            files = [_write_connection_file(kernel) for kernel in living]
+            _explain(chosen, files)
         service.submit(process.wait()).result()
-        print(printable(_ending(mine)))
-        service.submit(mine.held.release()).result()
+        print(printable(_ending(chosen)))
+        service.submit(chosen.held.release()).result()
         return 0 if files else 1
     except KeyboardInterrupt:
-        print("\nthe kernel runs on; it is ended after SlurmService.orphan_timeout without a server")
+        print("\nThe kernel keeps running. Its launcher ends it after SlurmService.orphan_timeout without a server.")
         return 0
     finally:
         for path in files:
@@ -145,16 +145,16 @@ def _ending(restored: Restored) -> str:
     return f"{text}; the last lines of its output:\n{process.output_tail}" if process.output_tail else text
 
 
-def _explain(mine: Restored, files: list[Path]) -> None:
-    record, job = mine.record, mine.held.allocation.jobid
-    print(f"kernel {record.kernel_id} on node {in_one_line(record.node)} (job {job}) is this process's now.")
+def _explain(chosen: Restored, files: list[Path]) -> None:
+    record, job = chosen.record, chosen.held.allocation.jobid
+    print(f"Kernel {record.kernel_id} on node {in_one_line(record.node)} (job {job}) is attached. To connect:")
     for path in files:
         print(f"    jupyter console --existing {path.name}")
-    print("Ctrl-C leaves it running; jupyter slurm attach --stop ends it.", flush=True)
+    print("Ctrl-C leaves it running. To end it: jupyter slurm attach --stop", flush=True)
 
 
 def _write_connection_file(restored: Restored) -> Path:
-    """In Jupyter's runtime directory, where ``--existing`` looks; readable by the user alone."""
+    """Write a connection file to Jupyter's runtime directory, where ``--existing`` looks, with mode 0600."""
     info: dict[str, Any] = restored.held.process.connection_info()
     info["key"] = info["key"].decode()
     info["kernel_name"] = _kernel_name(restored.record)

@@ -1,7 +1,6 @@
-"""``jupyter slurm cluster``: a private Slurm to try things on.
+"""``jupyter slurm cluster``: a private Slurm for trials and development.
 
-What a shell is to evaluate goes to stdout, everything said to people to stderr, so that
-``eval "$(jupyter slurm cluster up)"`` works.
+Lines for the shell go to stdout and messages go to stderr, so that ``eval "$(jupyter slurm cluster up)"`` works.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add ``cluster up``, ``down`` and ``status``."""
     parser = subparsers.add_parser(
         "cluster",
-        help="a private Slurm on this machine, to try things on",
-        description="A real Slurm of your own on this machine; no root needed once its packages are there.",
+        help="run a private Slurm on this machine, for trials",
+        description="A real Slurm of your own on this machine. Once its packages are installed, it needs no root.",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_up(actions)
     for name, run, text in (
-        ("status", _status, "say which daemons run, and the nodes' states"),
-        ("down", _down, "stop it with its jobs, and remove its files"),
+        ("status", _status, "show which daemons run, and the states of the nodes"),
+        ("down", _down, "stop the cluster and its jobs, and remove its files"),
     ):
         action = actions.add_parser(name, help=text, description=f"{text.capitalize()}.")
         _add_directory(action)
@@ -36,19 +35,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_up(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     up = actions.add_parser(
         "up",
-        help="start it, and print the line that makes Slurm's commands use it",
-        description='Start it; use it with: eval "$(jupyter slurm cluster up)"',
+        help="start the cluster, and print the lines that make Slurm's commands use it",
+        description='Start the cluster. To use it: eval "$(jupyter slurm cluster up)"',
     )
     _add_directory(up)
-    up.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes (default: %(default)s)")
-    up.add_argument("--gpus", type=int, default=2, metavar="N", help="pretended GPUs per node (default: %(default)s)")
+    up.add_argument("--nodes", type=int, default=4, metavar="N", help="number of nodes (default: %(default)s)")
+    up.add_argument("--gpus", type=int, default=2, metavar="N", help="simulated GPUs per node (default: %(default)s)")
     up.add_argument("--cpus", type=int, default=8, metavar="N", help="cores per node (default: %(default)s)")
     up.add_argument(
         "--accounting",
         action="store_true",
-        help="with slurmdbd on a MariaDB of its own: the account 'demo' exists, others are refused",
+        help="with slurmdbd and MariaDB: the account 'demo' exists, and Slurm refuses all others",
     )
-    up.add_argument("--rest", action="store_true", help="with slurmrestd, for tokens by 'scontrol token'")
+    up.add_argument("--rest", action="store_true", help="with slurmrestd, which takes tokens from 'scontrol token'")
     up.set_defaults(run=_up)
 
 
@@ -59,12 +58,12 @@ def _add_directory(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         default=_default_directory(),
-        help="where its files are (default: %(default)s)",
+        help="the directory of its files (default: %(default)s)",
     )
 
 
 def _default_directory() -> Path:
-    """A directory of this user's, by the XDG base directory specification."""
+    """The user's state directory by the XDG base directory specification, and in it ``gateway_slurm/cluster``."""
     base = os.environ.get("XDG_STATE_HOME", "")
     state = Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "state"
     return state / "gateway_slurm" / "cluster"

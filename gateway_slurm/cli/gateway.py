@@ -1,4 +1,4 @@
-"""``jupyter slurm gateway``: everything behind it is for the application, which has its own options."""
+"""``jupyter slurm gateway``: the shared gateway, a Jupyter application that parses its own options."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the gateway until it is told to end."""
-    # jsonschema, if it finds this, compiles a grammar for a format that no schema here has: 1.4 s of the 2.3 s
-    # that a gateway needs until it can have its kernels again.
+    """Run the gateway until a signal ends it."""
+    # If jsonschema finds this module, it compiles a grammar for a format that no schema here uses. That takes 1.4 s of
+    # the 2.3 s after which a gateway can restore its kernels.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-    # Here, since it imports all of jupyter_server.
+    # Imported late, since it imports all of jupyter_server.
     from gateway_slurm.gateway.app import SlurmGatewayApp
 
     SlurmGatewayApp.launch_instance(arguments.rest)

@@ -86,7 +86,7 @@ def test_a_released_job_without_its_server_ends_with_the_last_kernel(quick, clus
     with server(spec(kernelspecs, keep_allocation=True)) as one:
         one.end("SIGKILL")
     with running_kernel(spec(kernelspecs, jobid=one.jobid)):
-        assert "ends with the last of its kernels" in allocations("release", one.jobid)
+        assert "will end with the last of its kernels" in allocations("release", one.jobid)
         assert job_state(one.jobid) == "RUNNING"
     assert nothing_left(cluster)
 
@@ -108,7 +108,7 @@ async def test_release_wins_over_keep_allocation(service, kernelspecs, cluster):
     async with async_kernel("keeper") as (manager, _client):
         jobid = jobid_of(manager)
         said = await asyncio.to_thread(allocations, "release", jobid)
-        assert "ends with the last of its kernels" in said
+        assert "will end with the last of its kernels" in said
         assert job_state(jobid) == "RUNNING"
     assert await poll_async(lambda: not jobs_of(cluster), timeout=READY)
     async with async_kernel("keeper") as (manager, _client):

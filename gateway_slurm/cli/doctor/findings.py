@@ -24,7 +24,7 @@ from gateway_slurm._util import printable
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.identity import identity_of
 from gateway_slurm.allocations.recovery import NEVER_GRACE, Orphan, cancel_orphan, find_orphans, is_gone, living_jobs
-from gateway_slurm.cli.common import OwnSlurm
+from gateway_slurm.cli.common import BlockingSlurm
 from gateway_slurm.cli.doctor.path import PATH_CHECK_FAILED, PathCheck, add_path_check_options, check_path
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, SlurmError, StoreError
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace, *, ask_slurm: bool) -> Doctor:
     settings = load_admin_config(SlurmService)
-    with OwnSlurm(settings.access) as slurm:
+    with BlockingSlurm(settings.access) as slurm:
         doctor = Doctor(settings, slurm if ask_slurm else None)
         doctor.examine()
         if arguments.fix:
@@ -146,7 +146,7 @@ def _print(doctor: Doctor) -> None:
 class Doctor:
     """Examines what this user has on this machine; only ``fix`` changes it. Without ``slurm``, jobs are left out."""
 
-    def __init__(self, settings: SlurmService, slurm: OwnSlurm | None) -> None:
+    def __init__(self, settings: SlurmService, slurm: BlockingSlurm | None) -> None:
         self.settings = settings
         self.findings: list[Finding] = []
         self.trouble: list[str] = []

@@ -80,15 +80,15 @@ def test_a_killed_processs_kernel_is_listed_attached_left_and_stopped(abandoned)
             assert execute(client, "print(x)") == "41"
             assert execute(client, PID) == str(abandoned["pid"])
             client.stop_channels()
-            assert attach().stdout == "no kernels without a server\n"
+            assert attach().stdout == "There are no kernels without a server.\n"
             process.send_signal(signal.SIGINT)
             assert process.wait(READY) == 0
         assert not path.exists()
         assert job_state(jobid) == "RUNNING"
     stopped = attach("--stop", kernel_id)
-    assert stopped.stdout == f"kernel {kernel_id} is stopped\n"
+    assert stopped.stdout == f"kernel {kernel_id} has ended\n"
     assert poll(lambda: job_state(jobid) == "", timeout=READY)
-    assert attach().stdout == "no kernels without a server\n"
+    assert attach().stdout == "There are no kernels without a server.\n"
 
 
 def test_a_kernel_that_ended_while_it_is_attached_is_told(abandoned):
@@ -108,9 +108,9 @@ def test_only_kernels_without_a_server_can_be_attached(service, kernelspecs, tmp
         known = first.call("start", name="slurm")
         refused = attach(known["kernel_id"])
         assert refused.returncode == 1
-        assert "is no kernel without a server" in refused.stderr
+        assert "no kernel without a server has an id that begins with" in refused.stderr
         assert first.call("execute", kernel_id=known["kernel_id"], code="1") == "ok"
         first.call("shutdown", kernel_id=known["kernel_id"])
     nameless = attach("--stop")
     assert nameless.returncode == 1
-    assert "--stop needs the kernel's id" in nameless.stderr
+    assert "--stop needs a kernel's id" in nameless.stderr
