@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable
 
-from gateway_slurm.allocations.owners import EverybodysSlurm
+from gateway_slurm.allocations.owners import MultiUserSlurm
 from gateway_slurm.config import ServiceSettings, port_range
 from gateway_slurm.environment import without_personal
 from gateway_slurm.errors import ConfigError
@@ -124,7 +124,7 @@ class SlurmUsers:
             await self.check_allowed(owner)
             return self.driver_of(owner)
 
-        return EverybodysSlurm(process_driver, registry, owner_of=owner_of, driver_of=driver_of)
+        return MultiUserSlurm(process_driver, registry, owner_of=owner_of, driver_of=driver_of)
 
     async def log_end(self, path: str) -> str:
         """The end of a launcher's log; empty where this process's user cannot read it."""

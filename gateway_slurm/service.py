@@ -19,15 +19,14 @@ from typing import Any, TypeVar
 
 from gateway_slurm.access import SlurmUsers, cluster_access
 from gateway_slurm.addresses import endpoints, interface_addresses
-from gateway_slurm.allocations.keep import Keeping
+from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.launcher import Launcher
-from gateway_slurm.allocations.manager import Allocations
-from gateway_slurm.allocations.model import Allocation, Books, Owner, Place, Waiting
+from gateway_slurm.allocations.manager import Allocations, AllocationSettings, make_allocations
+from gateway_slurm.allocations.model import Allocation, Owner, Place, Waiting
 from gateway_slurm.allocations.owners import Owners
-from gateway_slurm.allocations.recovery import recover, see_to_orphans
-from gateway_slurm.allocations.release import Leaving
-from gateway_slurm.allocations.start import LauncherSettings, Launching
-from gateway_slurm.allocations.walltime import TimeLimits
+from gateway_slurm.allocations.recovery import recover, watch_orphans
+from gateway_slurm.allocations.start import LauncherSite
+from gateway_slurm.allocations.table import AllocationTable, OwnerContext
 from gateway_slurm.config import ServiceSettings, load_admin_config, port_range
 from gateway_slurm.errors import GatewaySlurmError, LinkError
 from gateway_slurm.kernels.held import HeldKernel
@@ -41,82 +40,7 @@ from gateway_slurm.link.tunnel import make_socket_directory
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.watcher import JobWatcher
-from gateway_slurm.store import RENEW_SECONDS, Lost, Registry
-
-
-def assemble(
-    owner: str,
-    *,
-    settings: ServiceSettings,
-    users: SlurmUsers,
-    owners: Owners,
-    socket: ResponseSocket,
-    watcher: JobWatcher,
-    keeping: Keeping,
-    registry: Registry,
-    endpoints: Callable[[], list[str]],
-    addresses: Callable[[], list[str]],
-) -> Allocations:
-    """A new owner's; all owners share the response socket, the watcher and the records."""
-    driver, log = users.driver_of(owner), settings.log
-    launching = Launching(
-        driver,
-        socket,
-        _launcher_settings(settings),
-        registry=registry,
-        endpoints=endpoints,
-        addresses=addresses,
-        log_end=users.log_end,
-        new_token=lambda: secrets.token_bytes(32),
-        log=log,
-        on_up=lambda allocation: allocations.linked(allocation),
-        on_lost=lambda allocation: allocations.link_lost(allocation),
-        on_walltime=lambda allocation, launcher, end, due: limits.look(allocation, launcher, end, due=due),
-    )
-    books = Books(registry)
-    keeping.add(books)
-    limits = TimeLimits(driver, books, warnings=settings.walltime_warnings, log=log)
-    leaving = Leaving(driver, socket, watcher, keeping, books, idle_timeout=settings.idle_timeout, log=log)
-    told_apart = settings.run_as == "user"
-    allocations = Allocations(
-        driver,
-        watcher,
-        launching,
-        leaving,
-        keeping,
-        books,
-        owner=Owner(
-            name=owner,
-            user=users.user_of(owner),
-            may_adopt=lambda jobid: owners.may_adopt(owner, jobid, told_apart=told_apart),
-        ),
-        min_time_left=settings.min_time_left,
-        log=log,
-    )
-    return allocations
-
-
-def _heartbeat(settings: ServiceSettings) -> float:
-    """Seconds. Where others take over, a launcher misses a server that hangs as soon as the lease is over."""
-    takes_over = settings.deployment and settings.store_url
-    return min(settings.heartbeat, RENEW_SECONDS) if takes_over else settings.heartbeat
-
-
-def _launcher_settings(settings: ServiceSettings) -> LauncherSettings:
-    return LauncherSettings(
-        pythons=tuple(settings.launcher_python),
-        log_dir=settings.log_directory,
-        heartbeat=_heartbeat(settings),
-        orphan_timeout=settings.orphan_timeout,
-        link_timeout=settings.link_timeout,
-        queue_timeout=settings.queue_timeout,
-        walltime_warnings=tuple(settings.walltime_warnings),
-        kept_output=settings.kept_output * 2**20,
-    )
-
-
-# -- The service: one per process, with its own thread and loop; the composition root and the admin's traits. --
-
+from gateway_slurm.store import Lost, Registry
 
 T = TypeVar("T")
 
@@ -233,19 +157,27 @@ class SlurmService(ServiceSettings):
         self._directory = await asyncio.to_thread(make_socket_directory, self.tunnel_directory)
         self._kernels: dict[str, HeldKernel] = {}
         self.dialling = Dialling(self.log)
-        self._keeping = Keeping(self.registry.marks, interval=self.heartbeat, log=self.log)
+        self._keep_flags = KeepFlags(self.registry.marks, interval=self.heartbeat, log=self.log)
         self._reports = HubReports.wanted_by(os.environ, self.log)
         self.owners = Owners(self._allocations_for, self.registry)
-        self.access.find_launcher = self.owners.inside
+        self.access.find_launcher = self.owners.steps_of
         self.all_jobs = self._users.all_jobs(self.registry, self.owners.owner_of)
         self._watcher = JobWatcher(self.all_jobs, interval=(self.watch_interval, 15 * self.watch_interval))
         self.registry.on_lost = self._lost
-        self.allocations.own(self._keeping.watch())
+        self.allocations.create_task(self._keep_flags.watch())
         if self.recovers:
-            self.allocations.own(recover(self.registry, self.all_jobs, self.log, deployment=self.deployment))
+            self.allocations.create_task(recover(self.registry, self.all_jobs, self.log, deployment=self.deployment))
         # A program that starts one kernel asks Slurm for no more than that.
         if self.deployment or self.orphan_jobs != "leave":
-            self.allocations.own(see_to_orphans(self.registry, self.all_jobs, self, self.log))
+            self.allocations.create_task(
+                watch_orphans(
+                    self.registry,
+                    self.all_jobs,
+                    self.log,
+                    policy=self.orphan_jobs,
+                    orphan_timeout=self.orphan_timeout,
+                )
+            )
         await self.access.open(self._socket.connected, self._failover.announce)
 
     def make_registry(self) -> Registry:
@@ -277,17 +209,27 @@ class SlurmService(ServiceSettings):
         await self._socket.also_listen(self._hosts, port)
 
     def _allocations_for(self, owner: str) -> Allocations:
-        return assemble(
-            owner,
-            settings=self,
-            users=self._users,
-            owners=self.owners,
-            socket=self._socket,
-            watcher=self._watcher,
-            keeping=self._keeping,
-            registry=self.registry,
-            endpoints=lambda: self.access.endpoints(self.endpoints),
-            addresses=self._failover.addresses,
+        separate_users = self.run_as == "user"
+        return make_allocations(
+            Owner(
+                name=owner,
+                user=self._users.user_of(owner),
+                may_adopt=lambda jobid: self.owners.may_adopt(owner, jobid, separate_users=separate_users),
+            ),
+            OwnerContext(
+                driver=self._users.driver_of(owner),
+                socket=self._socket,
+                watcher=self._watcher,
+                table=AllocationTable(self.registry, self._socket),
+                log=self.log,
+            ),
+            self._keep_flags,
+            LauncherSite(
+                endpoints=lambda: self.access.endpoints(self.endpoints),
+                addresses=self._failover.addresses,
+                log_end=self._users.log_end,
+            ),
+            AllocationSettings.of(self),
         )
 
     def close(self, *, leave: bool = False) -> None:
@@ -395,9 +337,9 @@ class SlurmService(ServiceSettings):
         try:
             info = await process.start(launch)
         except BaseException:
-            await asyncio.shield(allocations.own(held.release()))
+            await asyncio.shield(allocations.create_task(held.release()))
             raise
-        allocation.used = True
+        allocation.mark_used()
         self.hold(held)
         held.remember(manager)
         held.expect_take_over()
@@ -427,13 +369,13 @@ class SlurmService(ServiceSettings):
 
     async def keep_allocation(self, owner: str | None, jobid: str) -> None:
         """Let it stay after its last kernel, until its time limit or until it is released."""
-        allocations, allocation = await self._find(owner, jobid)
-        await allocations.keep(allocation)
+        await self.open()
+        self.owners.keep(owner, jobid)
 
     async def release_allocation(self, owner: str | None, jobid: str) -> None:
         """Take that back: it ends with its last kernel; now, if there is none in it."""
-        allocations, allocation = await self._find(owner, jobid)
-        await allocations.release(allocation)
+        await self.open()
+        await self.owners.release(owner, jobid)
 
     async def cancel_allocation(self, owner: str | None, jobid: str) -> None:
         """End it now, with its kernels."""

@@ -8,17 +8,20 @@ the script writes nothing, and its exit status is 1 if a file differs from what 
 from __future__ import annotations
 
 import argparse
+import enum
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from traitlets import Enum, TraitType
 from traitlets.config import Configurable
 
 from gateway_slurm import SlurmMappingKernelManager
+from gateway_slurm.allocations import model as allocation_model
 from gateway_slurm.cli.doctor.steps import steps_table
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.environment import dropped_table
@@ -31,6 +34,8 @@ from gateway_slurm.link import wire
 from gateway_slurm.request import fields_table
 from gateway_slurm.slurm.formats import states_table
 from gateway_slurm.slurm.rest.versions import versions_table
+
+E = TypeVar("E", bound=enum.Enum)
 
 SAMPLE = "etc/jupyter_slurm_config.py"
 GATEWAY_SAMPLE = "etc/jupyter_slurm_gateway_config.py"
@@ -116,7 +121,7 @@ MESSAGE_TEXTS = {
     "STOP": "kill a kernel's process group and remove its files",
     "RELEASE": "end all kernels and exit",
     "UNTIL": "the new end of the job, after Slurm reported a changed time limit",
-    "TELL": "a line for a kernel's standard error, by which a plain Jupyter server warns the user",
+    "TELL": "a line for a direct kernel's standard error, which warns the user",
     "REDIRECT": "instead of WELCOME: another server has taken the launcher over, and this is its address",
     "ACK": "every client has a kernel's output up to this message: the launcher may drop it",
     "STEP": "start a job step from inside the job, because the server cannot run srun",
@@ -225,13 +230,23 @@ def messages_table() -> str:
 
 def phases_table() -> str:
     """Format the phases of a kernel and their transitions, as a table and as a diagram."""
+    return _state_machine(TRANSITIONS, PHASE_TEXTS)
+
+
+def allocation_phases_table() -> str:
+    """The same for an allocation."""
+    return _state_machine(allocation_model.TRANSITIONS, allocation_model.PHASE_TEXTS)
+
+
+def _state_machine(transitions: Mapping[E, frozenset[E]], texts: Mapping[E, str]) -> str:
     lines = ["| phase | meaning | may become |", "|---|---|---|"]
-    edges = []
-    for phase, following in TRANSITIONS.items():
-        names = [other.name for other in Phase if other in following]
-        lines.append(f"| {phase.name} | {PHASE_TEXTS[phase]} | {', '.join(names)} |")
+    edges = [f"    [*] --> {next(iter(transitions)).name}"]
+    for phase, following in transitions.items():
+        names = [other.name for other in transitions if other in following]
+        lines.append(f"| {phase.name} | {texts[phase]} | {', '.join(names) or 'none'} |")
         edges += [f"    {phase.name} --> {name}" for name in names]
-    return "\n".join([*lines, "", "```mermaid", "stateDiagram-v2", "    [*] --> NEW", *edges, "```"]) + "\n"
+        edges += [] if names else [f"    {phase.name} --> [*]"]
+    return "\n".join([*lines, "", "```mermaid", "stateDiagram-v2", *edges, "```"]) + "\n"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -241,6 +256,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rest-versions": versions_table,
     "path-check-steps": steps_table,
     "phases": phases_table,
+    "allocation-phases": allocation_phases_table,
     "environment": dropped_table,
     "messages": messages_table,
     "project-keys": keys_table,

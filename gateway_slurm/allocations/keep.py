@@ -1,8 +1,8 @@
-"""Which allocations stay after their last kernel, and after their server: as requests and the user's marks say.
+"""Which allocations stay after their last kernel and after their server, by requests and by the user's keep flags.
 
-A mark is set by ``keep_allocation`` and by ``jupyter slurm allocations keep``, in whatever process, and taken
-back by ``release``. The server looks at all marks at once, on the heartbeat's rhythm, and tells the launchers:
-one that holds a kept job stays when its server is gone.
+``keep_allocation`` and ``jupyter slurm allocations keep`` set a flag, in any process; ``release`` removes it. The
+server reads all flags at once, at the heartbeat's interval, and sends the result to the launchers: the launcher of
+a kept job stays when its server is gone.
 """
 
 from __future__ import annotations
@@ -10,84 +10,84 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from gateway_slurm.allocations.model import Allocation, Books
+from gateway_slurm._util import LogOnce
+from gateway_slurm.allocations.model import Allocation
+from gateway_slurm.allocations.table import AllocationTable
 from gateway_slurm.store.marks import KeepMarks
 
 
-class Keeping:
-    """For all owners' allocations; ``interval`` is in seconds. Lives on the service's loop."""
+class KeepFlags:
+    """The keep flags of all owners' allocations. ``interval`` is in seconds. Lives on the service's loop."""
 
-    def __init__(self, marks: KeepMarks, *, interval: float, log: logging.Logger) -> None:
-        self._marks, self._interval, self.log = marks, interval, log
-        self._all_books: list[Books] = []
-        # Kept by request where the mark could not be written: for as long as this process remembers it.
-        self._unmarked: set[Allocation] = set()
-        self._complained = False
+    def __init__(self, files: KeepMarks, *, interval: float, log: logging.Logger) -> None:
+        self._files, self._interval, self.log = files, interval, log
+        self._tables: list[AllocationTable] = []
+        # Kept by request where the file could not be written: for as long as this process remembers it.
+        self._without_file: set[Allocation] = set()
+        self._complaints = LogOnce(log)
 
-    def add(self, books: Books) -> None:
-        """See to the allocations in these, too."""
-        self._all_books.append(books)
+    def add(self, table: AllocationTable) -> None:
+        """Watch the allocations of one more table."""
+        self._tables.append(table)
 
     async def watch(self) -> None:
-        """Look at the marks for ever; who calls it owns the task."""
+        """Read the flags again and again; the caller owns the task."""
         while True:
             await asyncio.sleep(self._interval)
             await self.refresh()
 
     async def refresh(self) -> None:
-        """One listing for all allocations; where it fails, all stay as they are."""
-        if not any(books.by_jobid for books in self._all_books):
+        """Read all flags with one listing; where that fails, all allocations stay as they are."""
+        if not any(table.by_jobid for table in self._tables):
             return
         try:
-            marks = await asyncio.to_thread(self._marks.all)
+            flags = await asyncio.to_thread(self._files.all)
         except OSError as error:
             self._complain(error)
             return
-        for allocation in [one for books in self._all_books for one in books.by_jobid.values()]:
-            if not allocation.is_over:
-                self._set(allocation, (allocation.jobid, allocation.identity) in marks or allocation in self._unmarked)
+        for allocation in [allocation for table in self._tables for allocation in table.listed()]:
+            flagged = (allocation.jobid, allocation.identity) in flags or allocation in self._without_file
+            self._set(allocation, flagged)
 
     async def is_kept(self, allocation: Allocation) -> bool:
-        """Whether it is to stay, as of now."""
+        """Whether the allocation stays, by the flags as they are now."""
         await self.refresh()
         return allocation.keep
 
     def keep(self, allocation: Allocation) -> None:
-        """It is asked for: mark the job, once it has an id. The last word counts: a release before is void."""
+        """Set the flag, once the job has an id. The last call counts: an earlier ``release`` is void."""
         if allocation.jobid:
             try:
-                self._marks.set(allocation.jobid, allocation.identity)
+                self._files.set(allocation.jobid, allocation.identity)
             except OSError as error:
-                self._unmarked.add(allocation)
+                self._without_file.add(allocation)
                 self._complain(error)
         self._set(allocation, True)
 
     def release(self, allocation: Allocation) -> None:
-        """That is taken back."""
+        """Remove the flag."""
         self.forget(allocation)
         self._set(allocation, False)
 
     def forget(self, allocation: Allocation) -> None:
-        """The job is over: so is the mark."""
-        self._unmarked.discard(allocation)
+        """The job is over, and the flag with it."""
+        self._without_file.discard(allocation)
         try:
-            self._marks.remove(allocation.jobid, allocation.identity)
+            self._files.remove(allocation.jobid, allocation.identity)
         except OSError as error:
             self._complain(error)
 
     def _set(self, allocation: Allocation, kept: bool) -> None:
         if allocation.keep == kept:
             return
-        allocation.keep = kept
+        allocation.set_keep(kept)
         for launcher in allocation.launchers.values():
             launcher.beat()
-        for books in self._all_books:
-            if books.by_jobid.get(allocation.jobid) is allocation:
-                books.record(allocation)
-                words = "to be kept, as asked" if kept else "no longer to be kept"
-                self.log.info("job %s is %s", allocation.jobid, words)
+        for table in self._tables:
+            if table.by_jobid.get(allocation.jobid) is allocation:
+                table.record(allocation)
+                change = "is kept, as requested" if kept else "is no longer kept"
+                self.log.info("job %s %s", allocation.jobid, change)
 
     def _complain(self, error: OSError) -> None:
-        if not self._complained:
-            self.log.warning("which jobs are to be kept is not known: %s", error)
-        self._complained = True
+        self._complaints.warning("files", "which jobs must be kept is not known: %s", error)

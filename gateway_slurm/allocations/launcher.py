@@ -1,4 +1,4 @@
-"""The server's handle on one launcher."""
+"""The server's handle on one launcher: its link, its kernels, its probes and the job steps that it starts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 from gateway_slurm._util import printable
 from gateway_slurm.errors import AllocationError, CryptoMissing, GatewaySlurmError, LinkError, SlurmUnavailable
@@ -19,56 +20,70 @@ from gateway_slurm.slurm import commands
 from gateway_slurm.slurm.formats import HostListError, expand_hostlist
 from gateway_slurm.slurm.model import StepInfo, StepSpec
 
-if TYPE_CHECKING:
-    from gateway_slurm.kernels.process import KernelProcess
-from typing import TYPE_CHECKING
+PROBE_TIMEOUT: Final = 3.0
+"""Seconds for the launcher's answer to PROBE; whether the link lives at all is the heartbeat's business."""
+LIST_STEPS_TIMEOUT: Final = 30.0
+"""Seconds; longer than a launcher gives squeue."""
+MAX_STEP_ID: Final = 100
+"""Characters of a step's id."""
+LAUNCHER_GONE: Final = "the launcher that holds the job is gone, and with it the steps that it started"
+UNKNOWN_NODE: Final = "?"
+"""The node's name until the launcher is linked."""
+MAX_NODES: Final = 4096
+"""Nodes of a job that a launcher may report: the list is expanded on the loop, in a few milliseconds a link."""
+TEN_YEARS: Final = 10 * 366 * 86400.0
+MAX_UNKNOWN_KERNELS: Final = 1000
+"""Kernels of one REPORT that the server does not know and stops."""
+MAX_KERNEL_ID: Final = 100
+"""Characters of such a kernel's id."""
 
-PROBED_SECONDS: Final = 3.0  # for the launcher's answer; its link has a heartbeat
+
+# -- Probes --
 
 
-class Probing:
-    """What one launcher answers to PROBE; ``send`` sends it a message, or returns False where there is no link."""
+class Prober:
+    """Sends PROBE to one launcher and awaits PROBED. ``send`` sends a message; it returns False without a link."""
 
     def __init__(self, send: Callable[..., bool]) -> None:
         self._send = send
-        self._asked: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._pending: dict[str, asyncio.Future[dict[str, Any]]] = {}
 
     async def ask(self, **fields: Any) -> dict[str, Any]:
-        """PROBED's fields. Raises LinkError when they do not come in PROBED_SECONDS."""
+        """Return PROBED's fields. Raises LinkError when they do not arrive within PROBE_TIMEOUT."""
         probe = secrets.token_hex(8)
-        answer = self._asked[probe] = asyncio.get_running_loop().create_future()
+        answer = self._pending[probe] = asyncio.get_running_loop().create_future()
         try:
             if not self._send("PROBE", probe=probe, **fields):
                 raise LinkError("the link to its launcher is down")
-            return await asyncio.wait_for(answer, PROBED_SECONDS)
+            return await asyncio.wait_for(answer, PROBE_TIMEOUT)
         except asyncio.TimeoutError:
-            raise LinkError(f"its launcher did not answer in {PROBED_SECONDS:g} s") from None
+            raise LinkError(f"its launcher did not answer in {PROBE_TIMEOUT:g} s") from None
         finally:
-            del self._asked[probe]
+            del self._pending[probe]
 
     def message(self, fields: dict[str, Any]) -> None:
-        """PROBED came."""
-        answer = self._asked.get(str(fields.get("probe")))
+        """Take PROBED."""
+        answer = self._pending.get(str(fields.get("probe")))
         if answer is not None and not answer.done():
             answer.set_result(fields)
 
 
-LISTING_SECONDS: Final = 30.0
-"""Longer than a launcher gives squeue."""
-STEP_CHARACTERS: Final = 100
-NO_LAUNCHER: Final = "the launcher that holds the job is gone, and the steps that it started with it"
+# -- Job steps that the launcher starts --
 
 
-class InsideStep:
-    """One step; ``StepProcess`` for whoever started it."""
+class LauncherStep:
+    """One job step that a launcher starts; a ``StepProcess`` for the server."""
 
     def __init__(self, step: str, jobid: str, send: Callable[..., bool]) -> None:
         self.step, self._jobid, self._send = step, jobid, send
-        # Exit status and the last of what srun said; a status of None: the launcher is gone.
+        # The exit status and the end of srun's stderr. The status is None where the launcher is gone.
         self.over: asyncio.Future[tuple[int | None, str]] = asyncio.get_running_loop().create_future()
 
     async def wait(self) -> None:
-        """Return when the step has ended well; raise what ``commands.parse_step_failure`` makes of it otherwise."""
+        """Return when the step has succeeded; else raise what ``commands.parse_step_failure`` makes of srun's words.
+
+        Raises AllocationError where the launcher is gone.
+        """
         status, stderr = await asyncio.shield(self.over)
         if status is None:
             raise AllocationError(f"the step in job {self._jobid} failed: {stderr}", jobid=self._jobid)
@@ -80,19 +95,19 @@ class InsideStep:
         self._send("STEP_END", step=self.step)
 
 
-class StepsInside:
-    """The steps of one launcher; ``send`` sends it a message, or returns False where there is no link."""
+class LauncherSteps:
+    """The job steps of one launcher. ``send`` sends a message to it; it returns False without a link."""
 
     def __init__(self, send: Callable[..., bool]) -> None:
         self._send = send
-        self._steps: dict[str, InsideStep] = {}
-        # Those that were asked for before the link that is there now: its REPORT knows them, or nobody does.
+        self._steps: dict[str, LauncherStep] = {}
+        # Steps that were sent over an earlier link. The launcher got them only if the next REPORT names them.
         self._doubtful: set[str] = set()
         self._listings: dict[str, asyncio.Future[tuple[int, str, str]]] = {}
 
-    async def start(self, spec: StepSpec) -> InsideStep:
-        """Have a step started. Raises AllocationError where that cannot be said, or not be done like this."""
-        step = InsideStep(secrets.token_hex(8), spec.jobid, self._send)
+    async def start(self, spec: StepSpec) -> LauncherStep:
+        """Have a step started. Raises AllocationError where the link is down or the step is not allowed."""
+        step = LauncherStep(secrets.token_hex(8), spec.jobid, self._send)
         try:
             fields = steps.checked(step_fields(step.step, spec))
         except wire.WireError as error:
@@ -106,16 +121,16 @@ class StepsInside:
         return step
 
     async def listed(self, jobid: str) -> list[StepInfo]:
-        """The running steps of the job, as Slurm tells the launcher. Raises SlurmUnavailable."""
+        """The running steps of the job, as Slurm lists them to the launcher. Raises SlurmUnavailable."""
         asked = secrets.token_hex(8)
         answer = self._listings[asked] = asyncio.get_running_loop().create_future()
         try:
             if not self._send("LIST_STEPS", asked=asked):
                 raise SlurmUnavailable(f"the steps of job {jobid} are not known: the link to its launcher is down")
-            status, listed, stderr = await asyncio.wait_for(answer, LISTING_SECONDS)
+            status, listed, stderr = await asyncio.wait_for(answer, LIST_STEPS_TIMEOUT)
         except asyncio.TimeoutError as error:
             raise SlurmUnavailable(
-                f"the launcher in job {jobid} did not list its steps within {LISTING_SECONDS:g} s"
+                f"the launcher in job {jobid} did not list its steps within {LIST_STEPS_TIMEOUT:g} s"
             ) from error
         finally:
             del self._listings[asked]
@@ -127,7 +142,7 @@ class StepsInside:
         return [StepInfo(stepid=stepid, user=user, nodes=nodes, name=name) for stepid, user, nodes, name in found]
 
     def message(self, name: str, fields: dict[str, Any]) -> None:
-        """STEPPED or STEPS came."""
+        """Take STEPPED or STEPS."""
         if name == "STEPPED":
             self._ended(fields)
             return
@@ -137,12 +152,12 @@ class StepsInside:
             answer.set_result((status if isinstance(status, int) else 1, listed, stderr))
 
     def linked(self) -> None:
-        """A new link is there; REPORT follows."""
+        """There is a new link; REPORT follows."""
         self._doubtful = set(self._steps)
 
     def reported(self, reports: list[dict[str, Any]]) -> None:
-        """What the launcher knows: of the other steps the word was lost on the way."""
-        # More than an honest one has: 256 that are under way, and those that have ended since the last link.
+        """Take REPORT's steps. Steps that it does not name were lost with an earlier link."""
+        # An honest launcher has fewer: 256 that run, and those that have ended since the last link.
         for fields in reports[: 4 * steps.STEPS_LIMIT]:
             if fields.get("status") is not None:
                 self._ended(fields)
@@ -151,8 +166,8 @@ class StepsInside:
 
     def _ended(self, fields: dict[str, Any]) -> None:
         step, status = str(fields.get("step")), fields.get("status")
-        if len(step) > STEP_CHARACTERS:
-            return  # none that a server asked for
+        if len(step) > MAX_STEP_ID:
+            return  # no server gave a step such an id
         self._finish(step, status if isinstance(status, int) else 1, str(fields.get("stderr")))
         self._send("STEP_SEEN", step=step)
 
@@ -162,13 +177,13 @@ class StepsInside:
             found.over.set_result((status, stderr))
 
     def gone(self) -> None:
-        """The launcher is no more."""
+        """The launcher has ended."""
         for step in list(self._steps):
-            self._finish(step, None, NO_LAUNCHER)
+            self._finish(step, None, LAUNCHER_GONE)
 
 
 def step_fields(step: str, spec: StepSpec) -> dict[str, Any]:
-    """Return STEP's fields."""
+    """STEP's fields."""
     options = {
         "job-name": spec.name,
         "nodelist": spec.node,
@@ -185,19 +200,80 @@ def step_fields(step: str, spec: StepSpec) -> dict[str, Any]:
     }
 
 
-# -- The server's handle on one launcher. --
+# -- What a launcher works with --
 
 
-UNKNOWN_NODE = "?"  # until the launcher dials in
-# Nodes of a job that a launcher is believed: each of its links costs a few milliseconds of the loop then.
-MOST_NODES = 4096
-TEN_YEARS = 10 * 366 * 86400.0
-# Kernels in a REPORT that nobody knows are stopped: so many at a time, with ids of so many characters.
-MOST_UNKNOWN, ID_CHARACTERS = 1000, 100
+@dataclass(frozen=True)
+class LauncherSettings:
+    """The admin's settings that every launcher is made with; times are in seconds unless the name says otherwise."""
+
+    pythons: tuple[str, ...]
+    log_dir: str
+    heartbeat: float
+    orphan_timeout: float
+    link_timeout: float
+    queue_timeout: float
+    walltime_warnings: tuple[float, ...]
+    """Minutes before the job's end."""
+    kept_output: int
+    """Bytes a kernel."""
+
+
+class LauncherKernel(Protocol):
+    """A kernel as its launcher's handle sees it."""
+
+    walltime_end: float | None
+
+    def message(self, name: str, fields: dict[str, Any]) -> None:
+        """Take STARTED, FAILED or EXIT."""
+
+    def reported(self, fields: dict[str, Any]) -> None:
+        """Take the kernel's part of REPORT, which follows each new link."""
+
+    def unreported(self) -> None:
+        """REPORT does not name the kernel."""
+
+    def lost(self) -> None:
+        """The link broke; the kernel may live on."""
+
+    def ended_with_job(self, reason: str) -> None:
+        """The job or the launcher is over, and the kernel with it."""
+
+    def warn(self, text: str) -> None:
+        """Show a warning to the kernel's users."""
+
+
+class LauncherJob(Protocol):
+    """The allocation as its launcher's handle sees it."""
+
+    @property
+    def keep(self) -> bool:
+        """Whether the job stays when its server is gone."""
+
+    @property
+    def minutes(self) -> int | None:
+        """The time limit that the job was submitted with."""
+
+    @property
+    def end_time(self) -> float | None:
+        """When the time limit ends the job, in seconds since the epoch."""
+
+
+class LauncherEvents(Protocol):
+    """What a launcher reports to the owner of its allocation; all calls are on the service's loop."""
+
+    def linked(self) -> None:
+        """The link is up, and the launcher has reported its kernels."""
+
+    def link_lost(self, reason: str) -> None:
+        """The link broke unasked, or slurmd went away from the node or came back: Slurm must be asked."""
+
+    def end_reported(self, launcher: Launcher, end_time: float | None, *, due: bool) -> None:
+        """The launcher calculates this end. ``due``: it is time for a warning; else Slurm's signal arrived."""
 
 
 def walltime_warning(jobid: str, remaining: float, end_time: float) -> str:
-    """What users are told ``remaining`` seconds before their job's end; ``end_time`` is since the epoch."""
+    """The message to users ``remaining`` seconds before their job's end; ``end_time`` is in seconds since the epoch."""
     left = f"{remaining / 60:.0f} minutes" if remaining >= 90 else f"{max(remaining, 0):.0f} seconds"
     clock = time.strftime("%H:%M", time.localtime(end_time))
     return f"gateway_slurm: job {jobid} reaches its time limit in {left}, at {clock}: save your work"
@@ -206,67 +282,62 @@ def walltime_warning(jobid: str, remaining: float, end_time: float) -> str:
 class Launcher:
     """One launcher: its link, its kernels, its node. Lives on the service's loop.
 
-    ``keep`` says whether its job is to stay when its server is gone, ``addresses`` where else it may
-    dial. ``on_up`` is called when its link is there, ``on_lost`` when it broke unasked or the node lost
-    its slurmd: who owns the allocation then asks Slurm. ``on_walltime`` gets the end that the launcher
-    reckons with, and whether a warning is due; if not, Slurm said to look again.
+    ``job`` is its allocation. ``addresses`` are all servers that it may dial when this one is gone. The owner of the
+    allocation hears of it through ``events``.
     """
 
     def __init__(
         self,
         launcher_id: str,
+        job: LauncherJob,
+        settings: LauncherSettings,
         *,
-        welcome: Callable[[], dict[str, Any]],
-        keep: Callable[[], bool],
-        heartbeat: float,
         addresses: Callable[[], list[str]],
+        events: LauncherEvents,
         log: logging.Logger,
-        on_up: Callable[[], None],
-        on_lost: Callable[[Launcher, str], None],
-        on_walltime: Callable[[Launcher, float | None, bool], None],
     ) -> None:
         self.launcher_id = launcher_id
         self.log = log
         self.jobid = ""
         self.node = UNKNOWN_NODE
         self.link: Link | None = None
-        self.kernels: dict[str, KernelProcess] = {}
+        self.kernels: dict[str, LauncherKernel] = {}
         self.streams = Streams(lambda: self.link)
-        self.inside = StepsInside(self.send)
-        self.probing = Probing(self.send)
-        self.probes = False  # it understands PROBE
-        self.own_ip = ""  # the node's address on the way to us, as it says itself
+        self.steps = LauncherSteps(self.send)
+        self.prober = Prober(self.send)
+        self.probes = False  # whether it understands PROBE
+        self.own_ip = ""  # the node's address on the way to the server, as the launcher sees it
         self.expected: Expected | None = None
         # The launch token and its successor, drawn when the launcher is made.
         self.tokens = (b"", b"")
-        # Set once the launcher is there for the first time; carries LauncherFailed when it cannot be.
+        # Resolved once the launcher is up for the first time; carries an error when it cannot be.
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.terminated = False  # Slurm sent it SIGTERM: the job ends
-        self.slurmd_missing = False  # on its node: Slurm may take the job for lost while the link lives
+        self.slurmd_missing = False  # on its node: Slurm may declare the job lost while the link lives
         self.isolated = False  # it serves one kernel, in a job step with an exact share
         self.holds_job = False  # it is the job's own script: the job ends with it, and not with a step
-        self.stepid = ""  # of the job step that it is, a number; Slurm gives the batch step one, too
-        self._nodelist = ""  # the job's nodes, as Slurm told the launcher
+        self.stepid = ""  # the number of its job step; Slurm numbers the batch step, too
+        self._nodelist = ""  # the job's nodes, as Slurm named them to the launcher
         self.nodes: list[str] = []  # the same, as a list
-        self.reached = ""  # the address of ours that worked
-        self.in_vain: list[tuple[str, str]] = []  # those tried before that, and why they did not
-        self.python = ""  # that runs it, and its version
+        self.reached = ""  # the server's address that worked
+        self.in_vain: list[tuple[str, str]] = []  # the addresses that it tried before, and why they did not work
+        self.python = ""  # the Python that runs it, and its version
         self.end_time: float | None = None  # of the job, in seconds since the epoch
-        self.leaving = False  # we sent RELEASE
-        self.restored = False  # from a record: an earlier server process has seen it up
+        self.leaving = False  # the server sent RELEASE
+        self.restored = False  # an earlier server process has seen it up, by its record
         # Set while there is no link.
         self.gone = asyncio.Event()
         self.gone.set()
-        self._there = asyncio.Event()  # set while there is one, and it has said how its kernels are
-        self._welcome, self._heartbeat, self._on_up, self._on_lost = welcome, heartbeat, on_up, on_lost
-        self._on_walltime, self._keep, self._addresses = on_walltime, keep, addresses
-        # Which taking over by a server this is: the launcher refuses one that is older than it has seen.
+        self._is_up = asyncio.Event()  # set while there is a link on which it has reported its kernels
+        self._job, self._settings, self._addresses, self._events = job, settings, addresses, events
+        # The number of the takeover by which this server has it: the launcher rejects a lower one than it has seen.
         self.epoch = 0
         self._beat: asyncio.TimerHandle | None = None
         self.slots: dict[str, int] = {}
 
     @property
     def where(self) -> str:
+        """The launcher in words, for messages."""
         return f"the launcher on node {self.node} (job {self.jobid})"
 
     @property
@@ -276,38 +347,38 @@ class Launcher:
 
     @property
     def nodelist(self) -> str:
-        """The job's nodes, as Slurm told the launcher; what it said that is none, or too long, is as nothing."""
+        """The job's nodes, as Slurm named them to the launcher; a list that is malformed or too long is ignored."""
         return self._nodelist
 
     @nodelist.setter
     def nodelist(self, text: str) -> None:
-        # Here, and not where the nodes are wanted: those are lists of everybody's jobs, on the service's loop.
+        # Expanded here, once a link: lists of all users' jobs read the nodes, on the service's loop.
         try:
-            self._nodelist, self.nodes = text, expand_hostlist(text, MOST_NODES)
+            self._nodelist, self.nodes = text, expand_hostlist(text, MAX_NODES)
         except HostListError as error:
             self._nodelist, self.nodes = "", []
-            self.log.warning("job %s: what its launcher says of its nodes is not taken: %s", self.jobid or "?", error)
+            self.log.warning("job %s: its launcher's list of nodes is ignored: %s", self.jobid or "?", error)
 
     @property
     def _stays(self) -> bool:
-        return self.holds_job and self._keep()
+        return self.holds_job and self._job.keep
 
     def slot_of(self, kernel_id: str) -> int:
-        """A small number for the kernel's directory on the node: it stays over restarts, and paths stay short."""
+        """A small number that names the kernel's directory on the node: paths stay short, also over restarts."""
         return self.slots.setdefault(kernel_id, len(self.slots))
 
     @property
     def was_up(self) -> bool:
-        """Whether it has ever been there."""
+        """Whether it has ever been up."""
         if self.restored:
             return True
         return self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
 
     def fail(self, error: GatewaySlurmError) -> None:
-        """It will not be there: whoever waits for it is told, if anybody does."""
+        """It will not come up: starts that wait for it get ``error``."""
         if not self.ready.done():
             self.ready.set_exception(error)
-            self.ready.exception()
+            self.ready.exception()  # seen, where no start waits
 
     def send(self, name: str, **fields: Any) -> bool:
         """Send a message; False when there is no link."""
@@ -317,26 +388,31 @@ class Launcher:
         return True
 
     async def read_kept(self, kernel_id: str) -> Kept:
-        """What it has kept of a kernel's output; raises LinkError."""
-        return await read_kept(self.streams, kernel_id, limit=int(self._welcome().get("kept_output", 0)))
+        """The output of a kernel that the launcher has kept. Raises LinkError."""
+        return await read_kept(self.streams, kernel_id, limit=self._settings.kept_output)
 
     def release(self) -> None:
-        """Tell the launcher to end its kernels and exit; with it the job ends."""
+        """Have the launcher end its kernels and exit. If it holds the job, the job ends with it."""
         self.leaving = True
         self.send("RELEASE")
+
+    def end_kernels(self, reason: str) -> None:
+        """The job or the launcher is over for this server, and its kernels with it."""
+        for kernel in list(self.kernels.values()):
+            kernel.ended_with_job(reason)
 
     async def until_linked(self, seconds: float) -> None:
         """Wait for its link; raise LinkError when there is none within ``seconds``."""
         try:
-            await asyncio.wait_for(self._there.wait(), seconds)
+            await asyncio.wait_for(self._is_up.wait(), seconds)
         except asyncio.TimeoutError as error:
             raise LinkError(f"the link to {self.where} is down, and did not come back in {seconds:g} s") from error
 
-    # -- LinkHandler ------------------------------------------------------------------------
+    # -- LinkHandler --
 
     def link_up(self, link: Link, hello: dict[str, Any]) -> dict[str, Any]:
         self.link = link
-        self.inside.linked()
+        self.steps.linked()
         self.gone.clear()
         self.node = str(hello.get("slurmd_nodename") or hello.get("hostname") or UNKNOWN_NODE)
         self.probes, self.own_ip = hello.get("probes") is True, str(hello.get("ip", ""))
@@ -345,10 +421,20 @@ class Launcher:
         self.end_time = self._end_time_of(hello)
         self.python = f"{str(hello.get('executable', 'Python'))[:500]} ({str(hello.get('python', '?'))[:50]})"
         self.reached, self.in_vain = _dialled(hello)
-        self.log.info("job %s: the launcher on node %s is there, by %s", self.jobid or "?", self.node, self.reached)
+        self.log.info("job %s: the launcher on node %s is linked, by %s", self.jobid or "?", self.node, self.reached)
         self._schedule_beat()
         ours = {"keep": self._stays, "addresses": self._addresses(), "epoch": self.epoch}
         return {**self._welcome(), **ours, **self.streams.attach(link)}
+
+    def _welcome(self) -> dict[str, Any]:
+        return {
+            "heartbeat": self._settings.heartbeat,
+            "orphan_timeout": self._settings.orphan_timeout,
+            "minutes": self._job.minutes,
+            "end_time": self._job.end_time,
+            "warn_minutes": self._settings.walltime_warnings,
+            "kept_output": self._settings.kept_output,
+        }
 
     def link_message(self, link: Link, name: str, payload: Any) -> None:
         if name in ("DATA", "CREDIT", "CLOSE"):
@@ -359,9 +445,9 @@ class Launcher:
         elif name == "NOTICE":
             self._notice(payload)
         elif name == "PROBED":
-            self.probing.message(payload)
+            self.prober.message(payload)
         elif name in ("STEPPED", "STEPS"):
-            self.inside.message(name, payload)
+            self.steps.message(name, payload)
         else:
             kernel = self.kernels.get(str(payload.get("kernel_id")))
             if kernel is not None:
@@ -377,19 +463,19 @@ class Launcher:
         for kernel in self.kernels.values():
             kernel.lost()
         self.gone.set()
-        self._there.clear()
+        self._is_up.clear()
         if not self.leaving:
             self.log.log(
                 logging.INFO if self.terminated else logging.WARNING, "%s: the link is down: %s", self.where, reason
             )
-            self._on_lost(self, reason)
+            self._events.link_lost(reason)
 
     def link_writable(self, link: Link) -> None:
         self.streams.read_on()
 
     def forgotten(self) -> None:
         self.streams.end()
-        self.inside.gone()
+        self.steps.gone()
 
     def complained(self, reason: str) -> None:
         self.fail(
@@ -400,18 +486,18 @@ class Launcher:
         )
 
     def _end_time_of(self, hello: dict[str, Any]) -> float | None:
-        """What it was told by us; Slurm's, where it tells its jobs (from 22.05 on some sites); else reckoned."""
-        told = str(hello.get("slurm_job_end_time", ""))
-        slurms = float(told) if told.isascii() and told.isdigit() else None
+        """The end that a server has sent it; else Slurm's, where jobs have it (22.05, some sites); else calculated."""
+        text = str(hello.get("slurm_job_end_time", ""))
+        slurms = float(text) if text.isascii() and text.isdigit() else None
         end = moment(hello.get("end_time")) or moment(slurms)
-        minutes, started = self._welcome().get("minutes"), moment(hello.get("started"))
+        minutes, started = self._job.minutes, moment(hello.get("started"))
         return end if end or not (minutes and started) else started + 60.0 * minutes
 
-    # -- inside -----------------------------------------------------------------------------
+    # -- REPORT, NOTICE and HEARTBEAT --
 
     def _reported(self, fields: dict[str, Any]) -> None:
-        # It has the successor: the launch token, which stands in the job's environment, opens nothing any more,
-        # at no later server either.
+        # The launcher has the successor. The launch token, which is in the job's environment, is void from now on,
+        # at later servers too.
         self.tokens = (self.tokens[-1], self.tokens[-1])
         reports = {report["kernel_id"]: report for report in fields.get("kernels", [])}
         for kernel_id, kernel in list(self.kernels.items()):
@@ -419,16 +505,16 @@ class Launcher:
                 kernel.reported(reports[kernel_id])
             else:
                 kernel.unreported()
-        self.inside.reported(fields.get("steps", []))
-        unknown = [each for each in reports if each not in self.kernels and len(str(each)) <= ID_CHARACTERS]
-        for kernel_id in unknown[:MOST_UNKNOWN]:
-            # Shut down while there was no link, or started by a server that died before it could be told.
-            self.log.warning("%s has kernel %s, which nobody knows: it is stopped", self.where, kernel_id)
+        self.steps.reported(fields.get("steps", []))
+        unknown = [key for key in reports if key not in self.kernels and len(str(key)) <= MAX_KERNEL_ID]
+        for kernel_id in unknown[:MAX_UNKNOWN_KERNELS]:
+            # It was shut down while there was no link, or its server died before it had the answer to START.
+            self.log.warning("%s has kernel %s, which this server does not know: it is stopped", self.where, kernel_id)
             self.send("STOP", kernel_id=kernel_id)
-        self._there.set()
+        self._is_up.set()
         if not self.ready.done():
             self.ready.set_result(None)
-        self._on_up()
+        self._events.linked()
 
     def _notice(self, fields: dict[str, Any]) -> None:
         kind = fields.get("kind")
@@ -436,21 +522,21 @@ class Launcher:
             self.terminated = True
             self.log.warning("job %s: Slurm is ending it (SIGTERM on node %s)", self.jobid, self.node)
         elif kind == "walltime":
-            self._on_walltime(self, moment(fields.get("end_time")), True)
+            self._events.end_reported(self, moment(fields.get("end_time")), due=True)
         elif kind == "signal":
-            self._on_walltime(self, self.end_time, False)
+            self._events.end_reported(self, self.end_time, due=False)
         elif kind == "slurmd":
             if self.slurmd_missing == bool(fields.get("missing")):
                 return
             self.slurmd_missing = bool(fields.get("missing"))
-            words = "is gone: Slurm will take the job for lost if it stays away" if self.slurmd_missing else "is back"
-            self.log.warning("job %s: slurmd on node %s %s", self.jobid, self.node, words)
-            self._on_lost(self, "slurmd")
+            change = "is gone: Slurm will declare the job lost if it stays away" if self.slurmd_missing else "is back"
+            self.log.warning("job %s: slurmd on node %s %s", self.jobid, self.node, change)
+            self._events.link_lost("slurmd")
         else:
             self.log.warning("job %s, node %s: %s", self.jobid, self.node, printable(str(fields.get("message"))[:1000]))
 
     def warn_of_end(self, end_time: float) -> None:
-        """The job's time limit is near: say so in the log and to the kernels' users."""
+        """The job's time limit is near: warn the kernels' users, or the log where there is no kernel."""
         self.end_time = end_time
         text = walltime_warning(self.jobid, end_time - time.time(), end_time)
         if not self.kernels:
@@ -462,34 +548,34 @@ class Launcher:
     def _schedule_beat(self) -> None:
         if self._beat is not None:
             self._beat.cancel()
-        self._beat = asyncio.get_running_loop().call_later(self._heartbeat, self._beat_once)
+        self._beat = asyncio.get_running_loop().call_later(self._settings.heartbeat, self._beat_once)
 
     def _beat_once(self) -> None:
         link = self.link
         if link is None:
             return
         silent = asyncio.get_running_loop().time() - link.last_heard
-        if silent > 3 * self._heartbeat:
+        if silent > 3 * self._settings.heartbeat:
             link.close(f"nothing heard for {silent:.0f} s", at_once=True)
             return
         self.beat()
         self._schedule_beat()
 
     def beat(self) -> None:
-        """A sign of life, whether the launcher is to stay when there will be none, and where else to dial then."""
+        """Send HEARTBEAT: a sign of life, whether the launcher stays without a server, and where else it may dial."""
         self.send("HEARTBEAT", keep=self._stays, addresses=self._addresses())
 
 
-def moment(told: Any) -> float | None:
-    """``told`` as seconds since the epoch, if it is a number within ten years of now; None for anything else."""
+def moment(value: Any) -> float | None:
+    """``value`` as seconds since the epoch, if it is a number within ten years of now; None for anything else."""
     now = time.time()
-    return float(told) if isinstance(told, (int, float)) and now - TEN_YEARS < told < now + TEN_YEARS else None
+    return float(value) if isinstance(value, (int, float)) and now - TEN_YEARS < value < now + TEN_YEARS else None
 
 
 def _dialled(hello: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    """What HELLO says of the addresses that were tried; what is not as it should be is left out."""
-    told = hello.get("dialled")
-    fields = told if isinstance(told, dict) else {}
+    """HELLO's address that worked, and those that did not, each with the reason; malformed ones are left out."""
+    dialled = hello.get("dialled")
+    fields = dialled if isinstance(dialled, dict) else {}
     pairs = fields.get("in_vain")
     in_vain = [
         (str(pair[0])[:300], str(pair[1])[:300])

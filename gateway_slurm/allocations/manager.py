@@ -1,123 +1,175 @@
-"""Allocations: submitted, adopted by jobid, shared by their kernels, relinquished by the last one.
+"""An owner's allocations: submitted, adopted by jobid, shared by their kernels, and ended by the last one.
 
-Lives on the service's loop. Slurm is told of a new allocation by one ``sbatch``; that it runs we
-learn from its launcher. Slurm is asked only about jobs that wait or whose link broke.
+A new allocation costs one ``sbatch``; its launcher reports that it runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from gateway_slurm.allocations.identity import identity_of
-from gateway_slurm.allocations.keep import Keeping
-from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.allocations.keep import KeepFlags
+from gateway_slurm.allocations.launcher import Launcher, LauncherSettings
 from gateway_slurm.allocations.model import (
     Allocation,
-    Books,
     Owner,
     Place,
     Waiting,
     check_adoptable,
     check_time,
     not_yours,
-    restored_allocation,
-    take_over,
 )
-from gateway_slurm.allocations.release import Leaving
-from gateway_slurm.allocations.sharing import Elsewhere, Offer, choose, misfit
-from gateway_slurm.allocations.start import Launching
-from gateway_slurm.errors import AllocationEnded, Unanswered
+from gateway_slurm.allocations.monitor import AllocationMonitor
+from gateway_slurm.allocations.release import AllocationReleaser
+from gateway_slurm.allocations.sharing import ForeignAllocations, Offer, choose, misfit
+from gateway_slurm.allocations.start import LauncherSite, LauncherStarter
+from gateway_slurm.allocations.table import OwnerContext
+from gateway_slurm.allocations.walltime import WalltimeMonitor
+from gateway_slurm.config import ServiceSettings
+from gateway_slurm.errors import Unanswered
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.account import Account
-from gateway_slurm.slurm.driver import SlurmDriver, not_adoptable
-from gateway_slurm.slurm.formats import Meaning, meaning
+from gateway_slurm.slurm.driver import not_adoptable
 from gateway_slurm.slurm.model import JobInfo, JobSpec
-from gateway_slurm.slurm.watcher import JobWatcher
-from gateway_slurm.store import AllocationRecord
+from gateway_slurm.store import RENEW_SECONDS, AllocationRecord
 from gateway_slurm.store.records import LauncherRecord
 
+T = TypeVar("T")
+
 # How long the end of the process waits for an sbatch that runs.
-SUBMIT_SECONDS = 10.0
+SUBMIT_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class AllocationSettings:
+    """The admin's settings of allocations; times are in seconds."""
+
+    launcher: LauncherSettings
+    idle_timeout: float
+    min_time_left: float
+
+    @classmethod
+    def of(cls, settings: ServiceSettings) -> AllocationSettings:
+        """The part of the service's settings that allocations use."""
+        launcher = LauncherSettings(
+            pythons=tuple(settings.launcher_python),
+            log_dir=settings.log_directory,
+            heartbeat=_heartbeat(settings),
+            orphan_timeout=settings.orphan_timeout,
+            link_timeout=settings.link_timeout,
+            queue_timeout=settings.queue_timeout,
+            walltime_warnings=tuple(settings.walltime_warnings),
+            kept_output=settings.kept_output * 2**20,
+        )
+        return cls(launcher, idle_timeout=settings.idle_timeout, min_time_left=settings.min_time_left)
+
+
+def _heartbeat(settings: ServiceSettings) -> float:
+    """Seconds. Where other servers take over, launchers must miss a hanging server as soon as its lease is over."""
+    takes_over = settings.deployment and settings.store_url
+    return min(settings.heartbeat, RENEW_SECONDS) if takes_over else settings.heartbeat
+
+
+def make_allocations(
+    owner: Owner, context: OwnerContext, keep_flags: KeepFlags, site: LauncherSite, settings: AllocationSettings
+) -> Allocations:
+    """A new owner's allocations. All owners share the response socket, the watcher, the keep flags and the records."""
+    keep_flags.add(context.table)
+    releaser = AllocationReleaser(context, keep_flags, idle_timeout=settings.idle_timeout)
+    walltime = WalltimeMonitor(context, warnings=settings.launcher.walltime_warnings)
+    monitor = AllocationMonitor(context, keep_flags, releaser, walltime)
+    starter = LauncherStarter(context, monitor, settings.launcher, site)
+    return Allocations(context, keep_flags, releaser, monitor, starter, owner, min_time_left=settings.min_time_left)
 
 
 class Allocations:
-    """All allocations of one owner; whoever made it awaits ``close``. ``min_time_left`` is in seconds."""
+    """All allocations of one owner; its maker awaits ``close``. ``min_time_left`` is in seconds."""
 
     def __init__(
         self,
-        driver: SlurmDriver,
-        watcher: JobWatcher,
-        launching: Launching,
-        leaving: Leaving,
-        keeping: Keeping,
-        books: Books,
-        *,
+        context: OwnerContext,
+        keep_flags: KeepFlags,
+        releaser: AllocationReleaser,
+        monitor: AllocationMonitor,
+        starter: LauncherStarter,
         owner: Owner,
+        *,
         min_time_left: float,
-        log: logging.Logger,
     ) -> None:
-        self._owner = owner
-        self._elsewhere = Elsewhere(driver, books.registry, owner.name, owner.user, log)
-        self._driver, self._watcher, self._launching, self._leaving = driver, watcher, launching, leaving
-        self._keeping, self._books, self._min_time_left, self.log = keeping, books, min_time_left, log
-        self.leave, self.own, self.record_launcher = leaving.leave, books.own, launching.record
+        self._driver, self._table, self.log = context.driver, context.table, context.log
+        self._keep_flags, self._releaser, self._monitor, self._starter = keep_flags, releaser, monitor, starter
+        self._owner, self._min_time_left = owner, min_time_left
+        self._foreign = ForeignAllocations(
+            self._driver, self._table.registry, owner=owner.name, user=owner.user, log=self.log
+        )
         self._submissions: dict[asyncio.Task[None], Allocation] = {}
 
-    # -- acquire ----------------------------------------------------------------------------
+    def create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a task that ``close`` cancels."""
+        return self._table.create_task(coroutine)
+
+    # -- A kernel's place --
 
     async def acquire(self, request: KernelRequest, account: Account, place: Place) -> tuple[Allocation, Launcher]:
-        """An allocation with a place for a kernel, and the launcher there; ``leave`` gives it back.
+        """An allocation with a place for a kernel, and the launcher there; ``release_place`` gives it back.
 
-        Raises AllocationError, SlurmError or LauncherFailed; cancelled or failed, it leaves no job
-        that it made.
+        Raises AllocationError, SlurmError or LauncherFailed. A call that fails or is cancelled leaves no job that it
+        submitted.
         """
         allocation = await self._find(request, account)
-        allocation.places.add(place)
+        allocation.add_place(place)
         if allocation.jobid:
-            self._books.record(allocation)  # other servers that have the job must not end it now
+            self._table.record(allocation)  # from now on, other servers that have the job must not end it
         if request.keep_allocation:
-            self._keeping.keep(allocation)
+            self._keep_flags.keep(allocation)
         try:
             if not allocation.jobid:
                 await self._submit(allocation, request, account)
             place.launcher = await self._launcher(allocation, request, place)
         except BaseException:
-            await asyncio.shield(self._books.own(self.leave(allocation, place)))
+            await asyncio.shield(self.create_task(self.release_place(allocation, place)))
             raise
-        self._books.record(allocation)
+        self._table.record(allocation)
         return allocation, place.launcher
+
+    async def release_place(self, allocation: Allocation, place: Place) -> None:
+        """The kernel of ``place`` is over; the last one releases the allocation."""
+        await self._releaser.release_place(allocation, place)
+
+    # -- Finding or submitting a job --
 
     async def _find(self, request: KernelRequest, account: Account) -> Allocation:
         """The allocation that the request names or may share; else a new one, not submitted yet."""
         if request.jobid:
             return await self._named(request.jobid)
         if request.share:
-            looked = False
-            while not looked or self._being_submitted(request, account):
-                # Starts that come together are to share one job: all but one wait for it, and look again.
+            searched = False
+            while not searched or self._being_submitted(request, account):
+                # Starts that come together share one job: all but one wait for it, and search again.
                 while suitable := self._being_submitted(request, account):
                     await asyncio.wait(suitable)
-                shared, looked = await self._shared(request, account), True
+                shared, searched = await self._shared(request, account), True
                 if shared is not None:
                     return shared
         # No await from here to its submission: another start would submit a second job.
         return Allocation(ours=True, owner=self._owner.name, request=request, account=account.account)
 
     async def _shared(self, request: KernelRequest, account: Account) -> Allocation | None:
-        """The best fit among this server's jobs, for which Slurm is not asked; else among other servers'."""
-        own = {one.jobid: one for one in self._books.by_jobid.values() if one.ours and not one.is_over}
-        best = self._choose(request, account, [one.offer() for one in own.values()])
+        """The best fit among this server's jobs, for which Slurm is not asked; else among other servers' jobs."""
+        own = {allocation.jobid: allocation for allocation in self._table.listed() if allocation.ours}
+        best = self._choose(request, account, [allocation.offer() for allocation in own.values()])
         if best is not None:
             return own[best.jobid]
-        others = await self._elsewhere.offers(own) if self._driver.can_adopt else {}
+        others = await self._foreign.offers(own) if self._driver.can_adopt else {}
         best = self._choose(request, account, [offer for offer, _info in others.values()])
         return None if best is None else self._adopted(others[best.jobid][1])
 
     def _being_submitted(self, request: KernelRequest, account: Account) -> set[asyncio.Task[None]]:
-        """The submissions of which a job may come that suits the request."""
-        offers = {task: one.offer() for task, one in self._submissions.items() if not task.done()}
+        """The submissions that may bring a job which suits the request."""
+        offers = {task: allocation.offer() for task, allocation in self._submissions.items() if not task.done()}
         return {task for task, offer in offers.items() if not misfit(request, account.account, offer)}
 
     def _choose(self, request: KernelRequest, account: Account, offers: list[Offer]) -> Offer | None:
@@ -127,58 +179,56 @@ class Allocations:
         return best
 
     async def _submit(self, allocation: Allocation, request: KernelRequest, account: Account) -> None:
-        launcher, token = self._launching.expect(allocation)
-        allocation.identity = launcher.launcher_id
-        # On record before Slurm knows of it: whoever comes after us finds the job by this comment, and lets
-        # its launcher in.
-        self._books.record(allocation)
-        self._launching.record(allocation, launcher)
-        job = self._launching.job(launcher, token, request, account)
-        submission = self._books.own(self._submit_on_record(allocation, launcher, job))
+        launcher, token = self._starter.register(allocation)
+        allocation.identify(launcher.launcher_id)
+        # On record before Slurm knows of the job: a later server finds the job by this comment, and accepts its
+        # launcher.
+        self._table.record(allocation)
+        self._table.record_launcher(allocation, launcher)
+        job = self._starter.job(launcher, token, request, account)
+        submission = self.create_task(self._submit_recorded(allocation, launcher, job))
         self._submissions[submission] = allocation
         submission.add_done_callback(self._submissions.pop)
         try:
             await asyncio.shield(submission)
         except asyncio.CancelledError:
-            # A start that is cancelled, however often, must learn the job's id, or it could not take the job with it.
+            # A start that is cancelled, however often, must learn the job's id, or it could not cancel the job.
             while not submission.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait({submission})
             if not submission.cancelled():
-                submission.exception()  # it counts for nothing any more
+                submission.exception()  # seen: the start is cancelled anyway
             raise
         self.log.info("job %s submitted to partition %s", allocation.jobid, request.partition)
 
-    async def _submit_on_record(self, allocation: Allocation, launcher: Launcher, job: JobSpec) -> None:
-        await self._books.registry.flushed()
+    async def _submit_recorded(self, allocation: Allocation, launcher: Launcher, job: JobSpec) -> None:
+        await self._table.registry.flushed()
         try:
             jobid = await self._driver.submit(job)
         except (Unanswered, asyncio.CancelledError):
-            # There may be a job: the next server looks for it, and ends it, since nobody's start it is.
-            allocation.keep = False
-            self._books.record(allocation)
-            self._books.unsettle(allocation)
+            # There may be a job. The next server looks for it, and ends it: no start waits for it.
+            allocation.lose_answer()
+            self._table.record(allocation)
+            self._table.mark_pending_cancel(allocation)
             raise
-        self._name(allocation, launcher, jobid)
+        self._accepted(allocation, launcher, jobid)
 
-    def _name(self, allocation: Allocation, launcher: Launcher, jobid: str) -> None:
-        allocation.jobid = launcher.jobid = jobid
-        self._books.by_jobid[jobid] = allocation
+    def _accepted(self, allocation: Allocation, launcher: Launcher, jobid: str) -> None:
+        allocation.accept(jobid)
+        launcher.jobid = jobid
+        self._table.add(allocation)
         assert launcher.expected is not None
         launcher.expected.jobid.set_result(jobid)
         if allocation.keep:
-            self._keeping.keep(allocation)  # before the job's id is on record: recovery counts on it
-        self._books.record(allocation)
-        self._launching.record(allocation, launcher)
-        self._watch(allocation)
-
-    def _watch(self, allocation: Allocation) -> None:
-        self._watcher.watch(allocation.jobid, lambda info: self._looked_up(allocation, info))
+            self._keep_flags.keep(allocation)  # before the job's id is on record: recovery relies on it
+        self._table.record(allocation)
+        self._table.record_launcher(allocation, launcher)
+        self._monitor.watch(allocation)
 
     async def _named(self, jobid: str) -> Allocation:
-        """The allocation with this id: known to us, or adopted now."""
-        known = self._books.by_jobid.get(jobid)
-        if known is None or known.is_over:
+        """The allocation with this id: one that this server has, or one that it adopts now."""
+        known = self._table.find(jobid)
+        if known is None:
             if not await self._owner.may_adopt(jobid):
                 raise not_yours(jobid)
             info = await self._driver.describe(jobid)
@@ -190,209 +240,132 @@ class Allocations:
         return known
 
     def _adopted(self, info: JobInfo) -> Allocation:
-        """A job that this server has not made; another start may have adopted it a moment ago."""
-        known = self._books.by_jobid.get(info.jobid)
-        if known is None or known.is_over:
-            known = Allocation(
-                ours=False,
-                owner=self._owner.name,
-                request=KernelRequest(jobid=info.jobid),
-                jobid=info.jobid,
-                info=info,
-                identity=identity_of(info),
-            )
-            self._books.by_jobid[info.jobid] = known
-            self._watch(known)
+        """A job that this server has not submitted; another start may have adopted it a moment ago."""
+        known = self._table.find(info.jobid)
+        if known is None:
+            known = Allocation.adopted(info, self._owner.name)
+            self._table.add(known)
+            self._monitor.watch(known)
         return known
 
-    # -- launchers --------------------------------------------------------------------------
+    # -- The launcher for a kernel --
 
     async def _launcher(self, allocation: Allocation, request: KernelRequest, place: Place) -> Launcher:
-        """The launcher for this kernel, there and linked."""
+        """The launcher for this kernel, linked."""
         if not allocation.runs and allocation.launchers:
-            # Which nodes there are is known once the job's own launcher is there.
-            await self._launching.wait_for(allocation, next(iter(allocation.launchers.values())))
+            # The job's nodes are known once its own launcher is up.
+            await self._starter.wait_for(allocation, next(iter(allocation.launchers.values())))
         elif not allocation.runs:
-            await self._launching.wait_until_running(allocation)
+            await self._starter.wait_until_running(allocation)
         place.node = allocation.choose_node(request.node)
         launcher = None if request.isolate else self._launcher_on(allocation, place.node)
         if launcher is None:
-            launcher, step = await self._launching.start_step(
-                allocation, place.node, request if request.isolate else None
-            )
-            following = self._books.own(self._launching.follow_step(allocation, launcher, step))
-            allocation.steps[launcher.launcher_id] = following
+            isolated = request if request.isolate else None
+            launcher, step = await self._starter.start_step(allocation, place.node, isolated)
+            watching = self.create_task(self._starter.watch_step(allocation, launcher, step))
+            allocation.add_step(launcher.launcher_id, watching)
         place.launcher = launcher
-        await self._launching.wait_for(allocation, launcher)
+        await self._starter.wait_for(allocation, launcher)
         place.node = launcher.node
         return launcher
 
     @staticmethod
     def _launcher_on(allocation: Allocation, node: str | None) -> Launcher | None:
-        """A launcher for all on ``node`` (None = any); one that has not dialled in yet may be for any."""
+        """A launcher on ``node`` (None: any node) that is not isolated; one that has not dialled in yet may be it."""
         for launcher in allocation.launchers.values():
             if not launcher.isolated and (node is None or launcher.node == node):
                 return launcher
         return None
 
-    # -- what Slurm and the links say --------------------------------------------------------
+    def record_launcher(self, allocation: Allocation, launcher: Launcher) -> None:
+        """Put on record what the next server process needs of a launcher."""
+        self._table.record_launcher(allocation, launcher)
 
-    def linked(self, allocation: Allocation) -> None:
-        """A link is up: while all of them are, the launchers tell us all there is to know."""
-        allocation.own_steps |= {launcher.stepid for launcher in allocation.launchers.values()}
-        for launcher in allocation.launchers.values():
-            self._launching.record(allocation, launcher)
-        if all(launcher.link and not launcher.slurmd_missing for launcher in allocation.launchers.values()):
-            self._watcher.unwatch(allocation.jobid)
-            self._books.record(allocation)
-
-    def link_lost(self, allocation: Allocation) -> None:
-        """Unknown, not dead: ask Slurm soon, and again until the launcher or Slurm says more."""
-        if not allocation.is_over and allocation.jobid:
-            self._watch(allocation)
-            self._watcher.poll_soon(allocation.jobid)
-
-    def _looked_up(self, allocation: Allocation, info: JobInfo | None) -> None:
-        """The watcher's answer: Slurm's word on this job, or None when a healthy controller has none."""
-        if allocation.relinquished:
-            return
-        if info is None:
-            self._end(allocation, "UNKNOWN", f"job {allocation.jobid} is gone: Slurm no longer knows it")
-            return
-        if allocation.restored and allocation.info is None and identity_of(info) != allocation.identity:
-            self._end(allocation, "UNKNOWN", f"job {allocation.jobid} is gone: the job with that id is another one")
-            return
-        state, told = meaning(info.state), allocation.info
-        waits = state in (Meaning.WAITING, Meaning.HELD)
-        if waits and (told is None or told.reason != info.reason):
-            self.log.info("job %s waits in the queue: %s%s", info.jobid, info.state, _because(info))
-        allocation.info = info
-        allocation.queue_place = self._watcher.queue_positions.get(info.jobid) if waits else None
-        self._books.record(allocation)
-        if state is Meaning.OVER and info.state == "NODE_FAIL" and allocation.is_linked:
-            self._given_up_by_slurm(allocation)
-        elif state is Meaning.OVER:
-            self._end(allocation, info.state, f"job {allocation.jobid} ended: {info.state}{_because(info)}")
-        elif waits and any(launcher.was_up for launcher in allocation.launchers.values()):
-            # Its kernels are gone, and its launcher's token is spent: it cannot come back to us.
-            words = f"job {allocation.jobid} was taken off its nodes and queued again"
-            self._end(allocation, info.state, words, on_record=allocation.ours)
-            if allocation.ours:
-                self._books.own(self._leaving.cancel(allocation))
-        elif state is Meaning.USABLE and allocation.launchers:
-            self.linked(allocation)
-
-    def _given_up_by_slurm(self, allocation: Allocation) -> None:
-        """The node's slurmd stayed away; the kernels live until it comes back and ends them, or their link breaks."""
-        self._watcher.unwatch(allocation.jobid)
-        text = (
-            f"job {allocation.jobid} is NODE_FAIL: Slurm has given its node up, and will end the kernel; save your work"
-        )
-        kernels = [kernel for launcher in allocation.launchers.values() for kernel in launcher.kernels.values()]
-        for kernel in kernels:
-            kernel.warn(text)
-
-    def _end(self, allocation: Allocation, state: str, reason: str, *, on_record: bool = False) -> None:
-        """It is over for its kernels; it stays ``on_record`` where Slurm has yet to be told."""
-        self._watcher.unwatch(allocation.jobid)
-        if not allocation.ended.done():
-            allocation.ended.set_result(AllocationEnded(reason, jobid=allocation.jobid, state=state))
-            self.log.warning("%s", reason)
-        self._books.unsettle(allocation) if on_record else self._books.forget(allocation)
-        self._keeping.forget(allocation)
-        for launcher in list(allocation.launchers.values()):
-            self._launching.drop(allocation, launcher, reason)
-
-    async def close(self, *, leave: bool = False) -> None:
-        """Leave every allocation, as its last kernel would, and cancel what is under way.
-
-        With ``leave`` those in which kernels run, or which are kept, stay with their kernels.
-        """
-        if self._submissions:
-            # A job that Slurm has accepted must be known here, to be ended; what takes longer stays on record.
-            await asyncio.wait(set(self._submissions), timeout=SUBMIT_SECONDS)
-        await (self._leaving.leave_running() if leave else self._leaving.leave_all())
-        await self._books.close()
-
-    # -- after an earlier server process ---------------------------------------------------------
+    # -- Between server processes --
 
     def restore(self, record: AllocationRecord, launchers: list[LauncherRecord]) -> Allocation:
-        """Have a job again that another process had, with its launchers, which ``let_in`` is to let in.
+        """Restore a job of another server process with its launchers, which may dial in after ``allow_reconnect``.
 
-        Slurm is asked about it until they are all there.
+        Slurm is asked about the job until they are all linked.
         """
-        allocation = self._books.by_jobid.get(record.jobid or "")
-        if allocation is None or allocation.is_over:
-            allocation = restored_allocation(record)
-            self._books.by_jobid[allocation.jobid] = allocation
+        allocation = self._table.find(record.jobid or "")
+        if allocation is None:
+            allocation = Allocation.from_record(record)
+            self._table.add(allocation)
         else:
-            # Both had kernels in it.
+            # This server has kernels in the job, too.
             older = allocation.record_key
-            take_over(allocation, record)
+            allocation.merge(record)
             if older != allocation.record_key:
-                self._books.registry.remove(older)
-        for each in launchers:
-            self._launching.restore(allocation, each)
-        self._watch(allocation)
+                self._table.registry.remove(older)
+        for launcher in launchers:
+            self._starter.restore(allocation, launcher)
+        self._monitor.watch(allocation)
         return allocation
 
-    def let_in(self, allocation: Allocation) -> None:
-        """Its launchers may come, now that their kernels are known."""
-        self._books.record(allocation)
+    def allow_reconnect(self, allocation: Allocation) -> None:
+        """Let the allocation's launchers dial in, now that their kernels are known."""
+        self._table.record(allocation)
         for launcher in allocation.launchers.values():
             if launcher.expected is None:
-                self._launching.let_in(launcher)
-                self._launching.record(allocation, launcher)
+                self._starter.allow_reconnect(launcher)
+                self._table.record_launcher(allocation, launcher)
                 if not launcher.holds_job:
-                    following = self._books.own(self._launching.follow_restored_step(allocation, launcher))
-                    allocation.steps[launcher.launcher_id] = following
-        self.own(self._leaving.leave_unused(allocation))
+                    watching = self.create_task(self._starter.watch_restored_step(allocation, launcher))
+                    allocation.add_step(launcher.launcher_id, watching)
+        self.create_task(self._releaser.release_unused(allocation))
 
-    def give_away(self, allocation: Allocation) -> None:
-        """Another server has it now: let go of it, and tell neither Slurm nor its launchers."""
-        self._watcher.unwatch(allocation.jobid)
-        allocation.relinquished = True
-        self._books.let_go(allocation)
-        for launcher_id in list(allocation.launchers):
-            self._launching.let_go(allocation, launcher_id)
+    def hand_over(self, allocation: Allocation) -> None:
+        """Another server has the allocation now: drop it here, without a word to Slurm or its launchers."""
+        self._monitor.unwatch(allocation)
+        allocation.detach()
+        self._table.discard(allocation)
+        for launcher in list(allocation.launchers.values()):
+            self._table.hand_over_launcher(allocation, launcher)
 
-    # -- what the owner asks for ----------------------------------------------------------------
+    async def close(self, *, leave: bool = False) -> None:
+        """Release every allocation, as its last kernel would, and cancel what is under way.
+
+        With ``leave``, allocations in which kernels run, or which are kept, stay with their kernels.
+        """
+        if self._submissions:
+            # A job that Slurm has accepted must be known here, to be ended. Slower submissions stay on record.
+            await asyncio.wait(set(self._submissions), timeout=SUBMIT_TIMEOUT)
+        await (self._releaser.detach_all() if leave else self._releaser.release_all())
+        await self._table.close()
+
+    # -- Requests of the owner --
 
     def listed(self) -> list[Allocation]:
-        """Those that Slurm knows; memory only, any thread may ask."""
-        return [allocation for allocation in list(self._books.by_jobid.values()) if not allocation.is_over]
+        """The allocations with a job id that are not over. Reads memory only; any thread may call this."""
+        return self._table.listed()
 
     def find(self, jobid: str) -> Allocation | None:
         """The allocation with this id; None for one that is over or not this owner's."""
-        known = self._books.by_jobid.get(jobid)
-        return None if known is None or known.is_over else known
+        return self._table.find(jobid)
 
-    async def keep(self, allocation: Allocation) -> None:
+    def keep(self, allocation: Allocation) -> None:
         """Let it stay after its last kernel."""
-        self._keeping.keep(allocation)
+        self._keep_flags.keep(allocation)
 
     async def release(self, allocation: Allocation) -> None:
-        """Take ``keep`` back; one without kernels ends, unless another step runs in it."""
-        self._keeping.release(allocation)
-        # Whoever asks may go away meanwhile.
-        await asyncio.shield(self.own(self._leaving.relinquish_if_empty(allocation)))
+        """Take ``keep`` back. An allocation without kernels ends, unless another step runs in it."""
+        self._keep_flags.release(allocation)
+        # The end goes on if the caller is cancelled.
+        await asyncio.shield(self.create_task(self._releaser.release_if_empty(allocation)))
 
     async def cancel(self, allocation: Allocation) -> None:
         """End it now, with its kernels. Raises SlurmError when Slurm could not be asked, or refused."""
         await self._driver.cancel(allocation.jobid)
-        self._keeping.release(allocation)
-        self.link_lost(allocation)  # Slurm tells soon
+        self._keep_flags.release(allocation)
+        self._monitor.ask_soon(allocation)  # Slurm will say that it is over
 
     def waiting(self, kernel_id: str) -> Waiting | None:
         """Why the kernel's start takes its time; None when it does not wait for Slurm."""
-        for allocation in list(self._books.by_jobid.values()):
-            if not allocation.runs and any(place.kernel_id == kernel_id for place in list(allocation.places)):
+        for allocation in list(self._table.by_jobid.values()):
+            if not allocation.runs and kernel_id in allocation.kernel_ids:
                 info = allocation.info
                 state, reason = (info.state, info.reason) if info is not None else ("PENDING", "")
                 start = info.start_time if info is not None else None
                 return Waiting(allocation.jobid, state, reason, allocation.queue_place, start)
         return None
-
-
-def _because(info: JobInfo) -> str:
-    return f" ({info.reason})" if info.reason and info.reason not in ("None", info.state) else ""

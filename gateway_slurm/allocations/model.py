@@ -1,32 +1,67 @@
-"""One allocation: a Slurm job that holds nodes, who holds a place in it, and what is known of it."""
+"""One allocation: a Slurm job that holds nodes, its phase, the kernels in it, and what this server knows of it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
+from gateway_slurm.allocations.identity import identity_of
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.sharing import Offer
 from gateway_slurm.errors import AllocationEnded, AllocationError, RequestError
 from gateway_slurm.request import KernelRequest, parse_request
 from gateway_slurm.slurm.formats import Meaning, expand_hostlist, meaning
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.store import AllocationRecord, Registry
+from gateway_slurm.store import AllocationRecord
+
+
+class AllocationPhase(enum.Enum):
+    """How this server stands to an allocation. Slurm's own word for the job is ``Allocation.state``."""
+
+    NEW = "new"
+    UNCONFIRMED = "unconfirmed"
+    ACTIVE = "active"
+    RELEASED = "released"
+    DETACHED = "detached"
+    ENDED = "ended"
+
+
+PHASE_TEXTS = {
+    AllocationPhase.NEW: "made for a request; Slurm has not accepted a job for it",
+    AllocationPhase.UNCONFIRMED: "`sbatch` gave no answer: there may be a job, which is cancelled once it is found",
+    AllocationPhase.ACTIVE: "Slurm has accepted the job and kernels may run in it, whether it waits or runs",
+    AllocationPhase.RELEASED: "its last kernel left: this server ends the job, through its launcher or by `scancel`",
+    AllocationPhase.DETACHED: "the job lives on without this server: it is kept, or another server or user has it",
+    AllocationPhase.ENDED: "Slurm says that the job is over, or no longer knows it",
+}
+
+# The one table of allowed transitions; any other one is a fault in this package and raises AssertionError.
+TRANSITIONS: dict[AllocationPhase, frozenset[AllocationPhase]] = {
+    AllocationPhase.NEW: frozenset({AllocationPhase.ACTIVE, AllocationPhase.UNCONFIRMED}),
+    AllocationPhase.UNCONFIRMED: frozenset(),
+    AllocationPhase.ACTIVE: frozenset({AllocationPhase.RELEASED, AllocationPhase.DETACHED, AllocationPhase.ENDED}),
+    AllocationPhase.RELEASED: frozenset(),
+    AllocationPhase.DETACHED: frozenset(),
+    AllocationPhase.ENDED: frozenset(),
+}
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Whom allocations belong to."""
+    """The user that allocations belong to."""
 
-    name: str  # empty for the user of this process
-    user: str  # the Unix user whose jobs they are to Slurm
-    # Whether a job with this id, which Slurm takes for one of ``user``'s, can be this owner's.
+    name: str
+    """Empty for the user of this process."""
+    user: str
+    """The Unix user that submits the jobs to Slurm."""
     may_adopt: Callable[[str], Awaitable[bool]]
+    """Whether a job with this id, which Slurm says is one of ``user``'s, can be this owner's."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +71,15 @@ class Waiting:
     jobid: str
     state: str
     reason: str
-    place: int | None  # in its partition's queue, 1 for the next
-    expected_start: float | None  # seconds since the epoch, as Slurm reckons; None where it does not
+    place: int | None
+    """In its partition's queue; 1 is the next job to start."""
+    expected_start: float | None
+    """Slurm's estimate in seconds since the epoch; None where Slurm gives none."""
 
 
 @dataclass(eq=False)
 class Place:
-    """A kernel's place in an allocation, from before its launcher is there until it leaves."""
+    """A kernel's place in an allocation, from before its launcher is up until the kernel leaves."""
 
     kernel_id: str
     node: str | None = None
@@ -51,44 +88,165 @@ class Place:
 
 @dataclass(eq=False)
 class Allocation:
-    """*Ours* (we submitted it for ``request``) or *adopted* (named by ``jobid``)."""
+    """*Ours* (a server submitted it for ``request``) or *adopted* (a request named it by ``jobid``).
+
+    Other objects read the fields; only the methods of this class set them.
+    """
 
     ours: bool
     request: KernelRequest
-    # Whom it belongs to; empty for the user of this process.
     owner: str = ""
+    """The name of the user that it belongs to; empty for the user of this process."""
     account: str = ""
     jobid: str = ""
+    phase: AllocationPhase = AllocationPhase.NEW
     info: JobInfo | None = None
-    # Where the job waits in its partition's queue, 1 for the next; None where that is not known.
     queue_place: int | None = None
+    """Of a waiting job in its partition's queue, 1 for the next; None where it is not known."""
     launchers: dict[str, Launcher] = field(default_factory=dict)
-    # Of launchers that are job steps: the tasks that wait for the steps' ends.
     steps: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    # The steps that are or were launchers of ours; others' launchers are others' steps.
+    """For each launcher that is a job step of its own: the task that waits for the step's end."""
     own_steps: set[str] = field(default_factory=set)
+    """The steps that are or were launchers of this server; other servers' launchers are not among them."""
     places: set[Place] = field(default_factory=set)
-    # Resolved with the reason when the job is over.
     ended: asyncio.Future[AllocationEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    relinquished: bool = False
-    # Whether a kernel ever ran in it: a start that fails costs nobody the job that they had made.
+    """Resolved with the reason once the phase is ENDED."""
     used: bool = False
-    # Whether it stays after its last kernel (keeping).
+    """Whether a kernel ever ran in it: an adopted job is not ended because a start in it failed."""
     keep: bool = False
-    # Whether an earlier server process had it before us.
+    """Whether the job stays after its last kernel."""
     restored: bool = False
-    # What was last known of it then: state, nodes and end.
+    """Whether an earlier server process had it."""
     last_state: str = ""
+    """The state on record when it was restored; ``last_nodes`` and ``last_end`` likewise."""
     last_nodes: list[str] = field(default_factory=list)
     last_end: float | None = None
-    # What tells the job from others with its id (launching.identity_of).
     identity: str = ""
-    # By which the registry knows it.
+    """What tells the job from others with its id (``identity.identity_of``)."""
     record_key: str = ""
+    """The key of its record in the registry; empty until it is recorded."""
+
+    @classmethod
+    def adopted(cls, info: JobInfo, owner: str) -> Allocation:
+        """A job that this server has not submitted, as Slurm describes it."""
+        allocation = cls(ours=False, owner=owner, request=KernelRequest(jobid=info.jobid))
+        allocation.info, allocation.identity = info, identity_of(info)
+        allocation.accept(info.jobid)
+        return allocation
+
+    @classmethod
+    def from_record(cls, record: AllocationRecord) -> Allocation:
+        """A job on record with an id. Whether it still exists is not known yet."""
+        allocation = cls(ours=record.ours, owner=record.owner, request=KernelRequest(jobid=record.jobid), restored=True)
+        allocation.accept(record.jobid or "")
+        allocation.merge(record)
+        return allocation
+
+    # -- Transitions --
+
+    def _enter(self, phase: AllocationPhase) -> None:
+        if phase not in TRANSITIONS[self.phase]:
+            raise AssertionError(f"allocation {self.jobid or '?'}: {self.phase.value} cannot become {phase.value}")
+        self.phase = phase
+
+    def accept(self, jobid: str) -> None:
+        """Note the id that Slurm has given the job."""
+        self._enter(AllocationPhase.ACTIVE)
+        self.jobid = jobid
+
+    def lose_answer(self) -> None:
+        """``sbatch`` gave no answer. If there is a job, no start waits for it, so it is not kept either."""
+        self._enter(AllocationPhase.UNCONFIRMED)
+        self.keep = False
+
+    def release(self) -> None:
+        """Note that this server begins to end the job."""
+        self._enter(AllocationPhase.RELEASED)
+
+    def detach(self) -> None:
+        """Note that this server drops the job and does not end it."""
+        self._enter(AllocationPhase.DETACHED)
+
+    def end(self, reason: AllocationEnded) -> None:
+        """Slurm says that the job is over. This resolves ``ended``."""
+        self._enter(AllocationPhase.ENDED)
+        self.ended.set_result(reason)
+
+    # -- Facts that become known --
+
+    def identify(self, launcher_id: str) -> None:
+        """The job will be submitted with this launcher as its script."""
+        self.identity = launcher_id
+
+    def update(self, info: JobInfo, queue_place: int | None = None) -> None:
+        """Take Slurm's answer about the job."""
+        self.info, self.queue_place = info, queue_place
+
+    def merge(self, record: AllocationRecord) -> None:
+        """Take what another server has on record of the same job. The job is ours if either server submitted it."""
+        if record.ours or not self.record_key:
+            self.ours, self.identity, self.account = record.ours, record.identity, record.account
+            self.record_key = record.launcher_id
+            # The request is text from a file, and only says which kernels the job would suit.
+            with contextlib.suppress(RequestError):
+                self.request = parse_request(record.config)
+        self.last_state, self.last_nodes, self.last_end = record.state, record.nodelist, record.end_time
+        self.keep = self.keep or record.keep
+        ran = record.ours and record.state not in ("", "PENDING")
+        self.used = self.used or record.keep or ran
+
+    def assign_record_key(self) -> str:
+        """Return the key under which the registry has the job from now on."""
+        self.record_key = self.identity if self.ours else f"job-{self.jobid}"
+        return self.record_key
+
+    def mark_used(self) -> None:
+        """A kernel runs, or ran, in the job."""
+        self.used = True
+
+    def set_keep(self, keep: bool) -> None:
+        """Set whether the job stays after its last kernel."""
+        self.keep = keep
+
+    # -- Kernels and launchers --
+
+    def add_place(self, place: Place) -> None:
+        """Reserve a kernel's place; the job is not ended while there is one."""
+        self.places.add(place)
+
+    def remove_place(self, place: Place) -> None:
+        """Give a kernel's place back; an unknown one is ignored."""
+        self.places.discard(place)
+
+    def clear_places(self) -> None:
+        """Give all places back: the server ends."""
+        self.places.clear()
+
+    def add_launcher(self, launcher: Launcher) -> None:
+        """Count a launcher as one of the job's. A restored one brings the step id on record."""
+        self.launchers[launcher.launcher_id] = launcher
+        if launcher.stepid:
+            self.own_steps.add(launcher.stepid)
+
+    def remove_launcher(self, launcher_id: str) -> asyncio.Task[None] | None:
+        """Forget a launcher; return the task that waits for its step's end, where there is one."""
+        self.launchers.pop(launcher_id, None)
+        return self.steps.pop(launcher_id, None)
+
+    def add_step(self, launcher_id: str, watching: asyncio.Task[None]) -> None:
+        """Note the task that waits for the end of a launcher's step."""
+        self.steps[launcher_id] = watching
+
+    def note_own_steps(self) -> None:
+        """Note the steps that the launchers say they are."""
+        self.own_steps |= {launcher.stepid for launcher in self.launchers.values()}
+
+    # -- What is known --
 
     @property
     def is_over(self) -> bool:
-        return self.ended.done() or self.relinquished
+        """Whether this server has no part in the job any more."""
+        return self.phase in (AllocationPhase.RELEASED, AllocationPhase.DETACHED, AllocationPhase.ENDED)
 
     @property
     def runs(self) -> bool:
@@ -97,18 +255,19 @@ class Allocation:
 
     @property
     def is_linked(self) -> bool:
+        """Whether a launcher in the job has a link to this server."""
         return any(launcher.link for launcher in list(self.launchers.values()))
 
     @property
     def state(self) -> str:
-        """Slurm's word for how the job is, as far as we know."""
+        """Slurm's word for the job's state, as far as this server knows it."""
         if self.is_linked:
             return "RUNNING"
         return (self.info.state if self.info is not None else self.last_state) or "PENDING"
 
     @property
     def minutes(self) -> int | None:
-        """The time limit that it was made with; None for no limit, or for an adopted one."""
+        """The time limit that the job was submitted with; None for no limit, or for an adopted job."""
         return self.request.minutes if self.ours else None
 
     @property
@@ -116,12 +275,12 @@ class Allocation:
         """The job's nodes, as Slurm or a launcher in it named them; empty until one of them has."""
         if self.info is not None and self.info.nodes:
             return expand_hostlist(self.info.nodes)
-        told = [launcher.nodes for launcher in list(self.launchers.values()) if launcher.nodes]
-        return list(told[0] if told else self.last_nodes)
+        reported = [launcher.nodes for launcher in list(self.launchers.values()) if launcher.nodes]
+        return list(reported[0] if reported else self.last_nodes)
 
     @property
     def end_time(self) -> float | None:
-        """When its time limit ends it, in seconds since the epoch; None where that is not known."""
+        """When the time limit ends the job, in seconds since the epoch; None where that is not known."""
         if self.info is not None and self.runs and self.info.end_time:
             return self.info.end_time
         known = [launcher.end_time for launcher in list(self.launchers.values()) if launcher.end_time]
@@ -129,19 +288,20 @@ class Allocation:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until its time limit; None where that is not known, or there is none."""
+        """Seconds until the time limit; None where that is not known, or there is none."""
         end = self.end_time
         return None if end is None else end - time.time()
 
     @property
     def kernel_ids(self) -> list[str]:
+        """The ids of the kernels that have a place in the job, sorted."""
         return sorted(place.kernel_id for place in list(self.places))
 
     def row(self) -> dict[str, Any]:
-        """What there is to know of it, for lists; memory only, any thread may ask.
+        """The allocation for lists. Reads memory only; any thread may call this.
 
         ``state`` and ``reason`` are Slurm's words; ``queue_place`` is 1 for the next in the queue;
-        ``expected_start`` and ``end_time`` are seconds since the epoch; None is not known.
+        ``expected_start`` and ``end_time`` are seconds since the epoch. None means that it is not known.
         """
         info, waits = self.info, not self.runs
         return {
@@ -160,10 +320,10 @@ class Allocation:
         }
 
     def offer(self) -> Offer:
-        """What a further kernel would find here."""
+        """What the allocation has left for one more kernel."""
         left = self.seconds_left
         if left is None and self.minutes is not None:
-            left = 60.0 * self.minutes  # it waits in the queue: all of its time is left
+            left = 60.0 * self.minutes  # the job waits in the queue: all of its time is left
         return Offer(
             jobid=self.jobid,
             request=self.request,
@@ -172,30 +332,30 @@ class Allocation:
             kernels=len(self.places),
         )
 
-    def choose_node(self, asked: str | None) -> str | None:
-        """The node for one more kernel: the one asked for, else the one with the fewest; None for any.
+    def choose_node(self, wanted: str | None) -> str | None:
+        """The node for one more kernel: the one that the request names, else the one with the fewest kernels.
 
-        Raises AllocationError with the nodes' names when the one asked for is not among them.
+        None means any node. Raises AllocationError, with the job's nodes, when the named one is not among them.
         """
         nodes = self.nodes
-        if asked is not None:
-            if nodes and asked not in nodes:
+        if wanted is not None:
+            if nodes and wanted not in nodes:
                 raise AllocationError(
-                    f"node {asked} is not in job {self.jobid}; its nodes are {', '.join(nodes)}", jobid=self.jobid
+                    f"node {wanted} is not in job {self.jobid}; its nodes are {', '.join(nodes)}", jobid=self.jobid
                 )
-            return asked
+            return wanted
         if len(nodes) < 2:
             return None
-        crowd = Counter(place.node for place in self.places)
+        kernels = Counter(place.node for place in self.places)
         ready = {launcher.node for launcher in self.launchers.values()}
-        return min(nodes, key=lambda node: (crowd[node], node not in ready, nodes.index(node)))
+        return min(nodes, key=lambda node: (kernels[node], node not in ready, nodes.index(node)))
 
 
-# -- Whether a kernel may go into a job that its ``jobid`` names: whose the job is, how it is, how long it lives. --
+# -- Checks for a job that a request names --
 
 
 def not_yours(jobid: str) -> AllocationError:
-    """Whose it is, and whether it is there at all, is not for everybody to know."""
+    """The error for another user's job. It does not say whether the job exists: that is not every user's to know."""
     return AllocationError(f"jobid {jobid} is not a job of yours; name one of your own, or none", jobid=jobid)
 
 
@@ -219,111 +379,3 @@ def check_time(jobid: str, seconds_left: float | None, least: float) -> None:
             f"(SlurmService.min_time_left is {least:g} s); name another job, or none",
             jobid=jobid,
         )
-
-
-# -- The books of an owner's allocations: which there are, what is on record of them, the tasks under way for them. --
-
-
-T = TypeVar("T")
-
-# A command may have a thousand arguments of 128 KiB: a record is for finding a job, and for people to read.
-ARGUMENTS, CHARACTERS = 20, 200
-
-
-class Books:
-    """Kept on the service's loop; whoever made them awaits ``close``."""
-
-    def __init__(self, registry: Registry) -> None:
-        self.registry = registry
-        # Those that Slurm has given an id and that are not over.
-        self.by_jobid: dict[str, Allocation] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._closed = False
-
-    def record(self, allocation: Allocation) -> None:
-        """Put what is known of it on record, for whoever comes after this process."""
-        if allocation.is_over:
-            return
-        key = allocation.record_key = allocation.identity if allocation.ours else f"job-{allocation.jobid}"
-        self.registry.put(
-            AllocationRecord(
-                launcher_id=key,
-                jobid=allocation.jobid or None,
-                ours=allocation.ours,
-                state=allocation.state,
-                nodelist=allocation.nodes,
-                end_time=allocation.end_time,
-                kernel_ids=allocation.kernel_ids,
-                config=_short(allocation.request.as_config()),
-                keep=allocation.keep,
-                owner=allocation.owner,
-                account=allocation.account,
-                identity=allocation.identity,
-            )
-        )
-
-    def let_go(self, allocation: Allocation) -> None:
-        """It is another server's; so are its records."""
-        if self.by_jobid.get(allocation.jobid) is allocation:
-            del self.by_jobid[allocation.jobid]
-
-    def unsettle(self, allocation: Allocation) -> None:
-        """No kernel is to join it; it stays on record, whoever ends meanwhile, until it is known to be over."""
-        self.registry.unsettled.add(allocation.record_key)
-        self.let_go(allocation)
-
-    def is_unsettled(self, allocation: Allocation) -> bool:
-        """Whether there may be a job of it that Slurm is to end, or of which it has not said that there is one."""
-        return allocation.record_key in self.registry.unsettled
-
-    def forget(self, allocation: Allocation) -> None:
-        """It is over, or no longer ours to see to."""
-        self.let_go(allocation)
-        self.registry.unsettled.discard(allocation.record_key)
-        if allocation.record_key:
-            self.registry.remove(allocation.record_key)
-        for launcher_id in allocation.launchers:
-            self.registry.remove_launcher(launcher_id)
-
-    def own(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run as a task that ``close`` cancels; none begins after it: what is on record then, the next server does."""
-        task = asyncio.ensure_future(coroutine)
-        if self._closed:
-            task.cancel()
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def close(self) -> None:
-        """Cancel the tasks that are under way."""
-        self._closed = True
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def restored_allocation(record: AllocationRecord) -> Allocation:
-    """What the record says of a job; whether it is still there nobody has asked yet."""
-    allocation = Allocation(ours=record.ours, request=KernelRequest(jobid=record.jobid), jobid=record.jobid or "")
-    allocation.owner, allocation.restored = record.owner, True
-    take_over(allocation, record)
-    return allocation
-
-
-def take_over(allocation: Allocation, record: AllocationRecord) -> None:
-    """The record of another server that had kernels in the same job: the job is ours if it is of either's making."""
-    if record.ours or not allocation.record_key:
-        allocation.ours, allocation.identity, allocation.account = record.ours, record.identity, record.account
-        allocation.record_key = record.launcher_id
-        # Text from a file: what it was made for only says which kernels it would suit.
-        with contextlib.suppress(RequestError):
-            allocation.request = parse_request(record.config)
-    allocation.last_state, allocation.last_nodes, allocation.last_end = record.state, record.nodelist, record.end_time
-    allocation.keep = allocation.keep or record.keep
-    ran = record.ours and record.state not in ("", "PENDING")
-    allocation.used = allocation.used or record.keep or ran
-
-
-def _short(config: dict[str, Any]) -> dict[str, Any]:
-    argv = config.get("kernel_argv")
-    return config if argv is None else {**config, "kernel_argv": [item[:CHARACTERS] for item in argv[:ARGUMENTS]]}

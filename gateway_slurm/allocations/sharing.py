@@ -1,9 +1,8 @@
-"""Whether a kernel may join an allocation that is there, and which of several: pure, and explained.
+"""Whether a kernel may join an existing allocation, and which one: pure functions that explain their choice.
 
-A request with ``share`` joins only an allocation of the same user's, in the same partition, account,
-reservation, QOS and constraint, with at least the resources asked for and enough time left. Of
-those that fit, the one with the least to spare is taken; equals are told apart by their job id, so
-that the same question always has the same answer.
+A request with ``share`` joins only an allocation of the same user, in the same partition, account, reservation, QOS
+and constraint, with at least the requested resources and enough time left. Of those that fit, the one with the least
+to spare is taken, and of equals the one with the lowest job id, so that the choice is always the same.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ TIME_FRACTION = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What an allocation has: the request that it was made for, what is left of it, who is in it."""
+    """What an allocation has: the request that it was made for, the time left, the number of kernels in it."""
 
     jobid: str
     request: KernelRequest
     account: str
     seconds_left: float | None
-    """None is no limit."""
+    """None means no limit."""
     kernels: int
 
 
@@ -43,14 +42,14 @@ def misfit(request: KernelRequest, account: str, offer: Offer) -> str:
     """Why ``offer`` does not fit, in a few words; empty where it does."""
     theirs = offer.request
     for name in ("partition", "reservation", "qos", "constraint"):
-        asked, there = getattr(request, name), getattr(theirs, name)
-        if asked != there:
-            return f"{name} is {there}, not {asked}"
+        asked, offered = getattr(request, name), getattr(theirs, name)
+        if asked != offered:
+            return f"{name} is {offered}, not {asked}"
     if account != offer.account:
         return f"account is {offer.account}, not {account}"
-    for name, asked, there in _amounts(request, theirs):
-        if asked > there:
-            return f"{name}: {there} of {asked}"
+    for name, asked, offered in _amounts(request, theirs):
+        if asked > offered:
+            return f"{name}: {offered} of {asked}"
     missing = set(request.gres_list) - set(theirs.gres_list) - {f"gpu:{request.gpus}"}
     if missing:
         return f"no {', '.join(sorted(missing))}"
@@ -72,7 +71,7 @@ def _too_short(request: KernelRequest, seconds_left: float | None) -> str:
 
 
 def choose(request: KernelRequest, account: str, offers: Iterable[Offer]) -> tuple[Offer | None, list[str]]:
-    """The best fit, or None; and for each offer a line that says why it was taken or not."""
+    """The best fit, or None; and lines that explain the choice."""
     fitting: list[Offer] = []
     lines: list[str] = []
     for offer in offers:
@@ -89,18 +88,18 @@ def choose(request: KernelRequest, account: str, offers: Iterable[Offer]) -> tup
 
 
 def _to_spare(request: KernelRequest, offer: Offer) -> tuple[object, ...]:
-    """Scarce things first: GPUs, nodes, CPUs, memory, then the crowd in it and its time."""
-    nodes, gpus, cpus, memory = (there - asked for _name, asked, there in _amounts(request, offer.request))
+    """What the offer has to spare, scarce things first: GPUs, nodes, CPUs, memory, then kernels in it and time."""
+    nodes, gpus, cpus, memory = (offered - asked for _name, asked, offered in _amounts(request, offer.request))
     left = float("inf") if offer.seconds_left is None else offer.seconds_left
     return gpus, nodes, cpus, memory, offer.kernels, left, int(offer.jobid)
 
 
-# -- Allocations of the same owner's that other servers hold. --
+# -- Allocations of the same owner that other servers have --
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """Where to look: ``owner`` is as records name it, ``user`` as Slurm does."""
+class ForeignAllocations:
+    """Finds them on record. ``owner`` is the name in records, ``user`` the one in Slurm."""
 
     driver: SlurmDriver
     registry: Registry
@@ -109,20 +108,20 @@ class Elsewhere:
     log: logging.Logger
 
     async def offers(self, own: Iterable[str]) -> dict[str, tuple[Offer, JobInfo]]:
-        """What is on offer but this server's ``own`` jobs, by job id; at most one squeue, and none without records."""
+        """Their offers by job id, without this server's ``own`` jobs; one squeue at most, and none without records."""
         try:
-            found, marks = await asyncio.to_thread(self._on_record)
+            found, flags = await asyncio.to_thread(self._on_record)
         except StoreError as error:
             self.log.info("share: other servers' jobs are not joined, since they cannot be read: %s", error)
             return {}
         taken = set(own)
-        # Of one job there may be several: a job of long ago had the same id, or another server joined it.
+        # A job may have several records: an earlier job had the same id, or another server joined it.
         records = [
             record
             for server, record in found
             if record.jobid and record.jobid not in taken and record.ours and record.owner == self.owner
             # Without its server a job is about to end, unless it is kept.
-            if not server.is_gone or (record.jobid, record.identity) in marks
+            if not server.is_gone or (record.jobid, record.identity) in flags
         ]
         try:
             jobs = await self.driver.jobs(sorted({record.jobid or "" for record in records}))
@@ -142,13 +141,13 @@ class Elsewhere:
 
     def _on_record(self) -> tuple[list[Found], frozenset[Mark]]:
         try:
-            marks = self.registry.marks.all()
+            flags = self.registry.marks.all()
         except OSError:
-            marks = frozenset()
-        return self.registry.all_records(), marks
+            flags = frozenset()
+        return self.registry.all_records(), flags
 
     def _unconfirmed(self, record: AllocationRecord, jobs: Mapping[str, JobInfo]) -> str:
-        """Why what the record says is not to be believed; empty where Slurm confirms it."""
+        """Why the record is not trusted; empty where Slurm confirms it."""
         info = jobs.get(record.jobid or "")
         if info is None:
             return "Slurm does not know it"
@@ -159,7 +158,7 @@ class Elsewhere:
         try:
             parse_request(record.config)
         except RequestError as error:
-            return f"what it was made for is not known: {error}"
+            return f"the request that it was made for is not known: {error}"
         return ""
 
 

@@ -180,7 +180,7 @@ class HeldKernel:
         self._released = asyncio.get_running_loop().create_future()
         self._released.set_result(None)
         self.service.let_go(self)
-        self.allocation.places.discard(self._place)
+        self.allocation.remove_place(self._place)
         self.process.give_away(reason)
         self._tell_over()
 
@@ -194,4 +194,4 @@ class HeldKernel:
         self.service.forget(self)
         self.process.close()
         self._tell_over()
-        await self.service.owners.of(self.allocation.owner).leave(self.allocation, self._place)
+        await self.service.owners.of(self.allocation.owner).release_place(self.allocation, self._place)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gateway_slurm.allocations.identity import JOB_NAME, identity_of
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation, Place
-from gateway_slurm.allocations.recovery import FIRST_PAUSE, INTENT_SECONDS
+from gateway_slurm.allocations.recovery import INTENT_RETRY_DELAY, INTENT_TIMEOUT
 from gateway_slurm.errors import GatewaySlurmError, SlurmError
 from gateway_slurm.kernels.held import HeldKernel
 from gateway_slurm.kernels.process import KernelProcess
@@ -63,9 +63,9 @@ class Restoring:
             self._service.registry.remove_kernel(lost.kernel_id)
         intents = [record for record in claimed.allocations if not record.jobid]
         if intents:
-            self._service.allocations.own(self._settle(intents, launchers))
+            self._service.allocations.create_task(self._settle(intents, launchers))
         # A thousand kernels have five thousand sockets: their clients come later, and can wait for them.
-        self._service.allocations.own(self._reopen(restored))
+        self._service.allocations.create_task(self._reopen(restored))
         return restored
 
     def _try_allocation(
@@ -90,7 +90,7 @@ class Restoring:
             for kernel in kernels[launcher.launcher_id]
             if (one := self._kernel(allocation, allocation.launchers[launcher.launcher_id], kernel)) is not None
         ]
-        allocations.let_in(allocation)
+        allocations.allow_reconnect(allocation)
         return restored
 
     def _kernel(self, allocation: Allocation, launcher: Launcher, record: KernelRecord) -> Restored | None:
@@ -103,9 +103,9 @@ class Restoring:
             self.log.error("kernel %s cannot be restored: its record is incomplete: %r", record.kernel_id, error)
             service.registry.remove_kernel(record.kernel_id)
             return None
-        allocation.used = True
+        allocation.mark_used()
         place = Place(record.kernel_id, record.node, launcher)
-        allocation.places.add(place)
+        allocation.add_place(place)
         held = HeldKernel(service, process, allocation, place)
         held.manager = dict(record.manager)
         service.hold(held)
@@ -125,7 +125,7 @@ class Restoring:
     async def _settle(self, intents: list[AllocationRecord], launchers: dict[str, list[LauncherRecord]]) -> None:
         """Look for jobs whose sbatch was under way, for a while: they are cancelled, or kept as was asked."""
         loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + INTENT_SECONDS, FIRST_PAUSE
+        deadline, pause = loop.time() + INTENT_TIMEOUT, INTENT_RETRY_DELAY
         waiting = {record.launcher_id: record for record in intents}
         while waiting:
             try:
@@ -221,13 +221,13 @@ class FailOver:
         restored = await self.claim() if self._service.deployment else []
         if self._service.deployment and not self._watching:
             self._watching = True
-            self._service.allocations.own(self._watch())
+            self._service.allocations.create_task(self._watch())
         return restored
 
     async def claim(self, kernel_ids: Iterable[str] | None = None) -> list[Restored]:
         """Take over from dead servers; with ``kernel_ids`` these kernels, with what shares their allocations."""
         # Who asks may go away; what the store says is ours by then must be had.
-        return await asyncio.shield(self._service.allocations.own(self._claim(kernel_ids)))
+        return await asyncio.shield(self._service.allocations.create_task(self._claim(kernel_ids)))
 
     async def _claim(self, kernel_ids: Iterable[str] | None) -> list[Restored]:
         async with self._claiming:
@@ -327,7 +327,7 @@ class FailOver:
         for held in dropped:
             held.give_away("another server has taken it over")
         for allocation in gone:
-            service.owners.of(allocation.owner).give_away(allocation)
+            service.owners.of(allocation.owner).hand_over(allocation)
         if gone:
             self.log.warning(
                 "this server was not heard of for too long: another one has taken over %d kernels in jobs %s",

@@ -118,7 +118,7 @@ def test_a_job_that_no_row_knows_is_cancelled_once_a_server_would_have_come_back
     store_id = dead_server()
     job = submit(cluster, new_launcher_id(store_id))
     (found,) = findings("--fix", status=1)
-    assert "no row of it knows the job" in str(found["what"])
+    assert "has no record of the job" in str(found["what"])
     assert "may come back" in str(found["fix"])
     assert job_state(job) == "RUNNING"
     admin_settings(orphan_timeout=0.1)
@@ -135,7 +135,7 @@ def test_a_dead_servers_job_is_reported_with_its_kernels_and_left(cluster):
     job = submit(cluster, launcher_id)
     dead_server(f"{job}:{launcher_id}:k")
     (found,) = findings("--fix", status=1)
-    assert f"job {job} is of a server that is dead; nobody reaches its kernels (1)" in str(found["what"])
+    assert f"job {job} is of a server that is dead; its kernels (1) are out of reach" in str(found["what"])
     assert job_state(job) == "RUNNING"
     slurm("scancel", job, cluster=cluster)
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 from typing import Any
 
+from gateway_slurm.allocations.launcher import LauncherSettings
 from gateway_slurm.link import envelope, server, wire
 
 
@@ -109,3 +110,17 @@ async def connect(
     assert name == "WELCOME"
     peer.token = bytes.fromhex(fields["token"])
     return peer
+
+
+def launcher_settings() -> LauncherSettings:
+    """Settings for a ``Launcher`` that has no real launcher behind it."""
+    return LauncherSettings(
+        pythons=(),
+        log_dir="",
+        heartbeat=10.0,
+        orphan_timeout=60.0,
+        link_timeout=60.0,
+        queue_timeout=0.0,
+        walltime_warnings=(),
+        kept_output=0,
+    )

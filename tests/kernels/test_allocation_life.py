@@ -155,7 +155,7 @@ async def test_an_idle_allocation_that_is_kept_meanwhile_stays(admin_settings, k
         jobid = jobid_of(manager)
         looked = asyncio.Event()
         allocations = service.allocations
-        keeping, is_kept = allocations._keeping, allocations._keeping.is_kept
+        keep_flags, is_kept = allocations._keep_flags, allocations._keep_flags.is_kept
     await service.run(service.keep_allocation("", jobid))
 
     async def noted(allocation):
@@ -164,7 +164,7 @@ async def test_an_idle_allocation_that_is_kept_meanwhile_stays(admin_settings, k
         return kept
 
     loop = asyncio.get_running_loop()
-    keeping.is_kept = noted
+    keep_flags.is_kept = noted
     await asyncio.wait_for(looked.wait(), READY)
     assert job_state(jobid) == "RUNNING"
     await service.run(service.release_allocation("", jobid))

@@ -158,6 +158,6 @@ async def test_a_disk_that_takes_no_mark_still_keeps(service, kernelspecs, clust
     async with async_kernel("keeper") as (manager, _client):
         jobid = jobid_of(manager)
     assert job_state(jobid) == "RUNNING"
-    assert "which jobs are to be kept is not known" in caplog.text
+    assert "which jobs must be kept is not known" in caplog.text
     slurm("scancel", jobid, cluster=cluster)
     (registry / "keep").unlink()

@@ -113,7 +113,7 @@ def test_something_on_the_way_that_changes_bytes_is_told(check_apart, network, c
     with into(network, bound, change=spoil) as nat:
         address = f"127.0.0.1:{nat.port}"
         output = check_apart(relay="never", response_address=address, response_port=str(bound))
-    assert failed_at(output, "crypto", "was not let in", "response_address")
+    assert failed_at(output, "crypto", "was not accepted", "response_address")
     assert nothing_left(cluster)
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from jupyter_client import AsyncKernelManager
 
-from gateway_slurm.allocations import manager as allocations
-from gateway_slurm.allocations import release as leaving
+from gateway_slurm.allocations import manager, release
 from gateway_slurm.allocations.recovery import recover
 from gateway_slurm.errors import SubmitRefused, Unanswered
 from gateway_slurm.slurm.driver import CommandLineSlurm
@@ -69,7 +68,7 @@ async def test_a_job_is_found_however_its_sbatch_ended(cluster, tmp_path, after)
 
 async def test_a_job_that_comes_after_its_start_has_failed_is_cancelled(admin_settings, cluster, tmp_path, monkeypatch):
     """It stays on record until then."""
-    monkeypatch.setattr(leaving, "COMES_AGAIN", 0.2)
+    monkeypatch.setattr(release, "LATE_JOB_RETRY_DELAY", 0.2)
     late = tmp_path / "late"
     lines = f"script=$(cat); (until test -e {late}; do sleep 0.1; done; submit <<<$script) </dev/null >/dev/null 2>&1 &"
     lines = lines.replace("<<<$script", '<<<"$script"')
@@ -101,7 +100,7 @@ async def test_a_submission_that_the_servers_end_cuts_off_is_on_record(
     admin_settings, cluster, tmp_path, monkeypatch, caplog
 ):
     """The next server finds its job, and cancels it."""
-    monkeypatch.setattr(allocations, "SUBMIT_SECONDS", 0.5)
+    monkeypatch.setattr(manager, "SUBMIT_TIMEOUT", 0.5)
     admin_settings(slurm_path=an_sbatch(tmp_path / "bin", "submit >/dev/null; sleep 600"))
     start = asyncio.ensure_future(AsyncKernelManager(kernel_name="slurm").start_kernel())
     assert await poll_async(lambda: jobs_of_ours(cluster), timeout=READY)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gateway_slurm._util import in_one_line, printable
 from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.recovery import Orphan, cancel_orphan
 from gateway_slurm.cli import app
 from gateway_slurm.cli.doctor.findings import Doctor, Finding, _print
@@ -19,7 +20,9 @@ from gateway_slurm.errors import GatewaySlurmError, KernelStartError
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.kernels.process import SAID_LIMIT, KernelProcess
 from gateway_slurm.kernels.transport import Dialling
+from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo, StepInfo
+from helpers.raw_links import launcher_settings
 
 FORGED = "died\n[W 2030-01-01 SlurmGatewayApp] token accepted for admin\r\n\x1b]0;owned\x07\x9b2J\u202egnp.exe"
 
@@ -74,17 +77,8 @@ def written():
 @pytest.fixture
 async def kernel():
     """A kernel that is being started, by a launcher that says what it likes."""
-    launcher = Launcher(
-        "gs-a",
-        welcome=dict,
-        keep=lambda: False,
-        heartbeat=10,
-        addresses=list,
-        log=LOG,
-        on_up=lambda: None,
-        on_lost=lambda *_: None,
-        on_walltime=lambda *_: None,
-    )
+    allocation = Allocation(ours=True, request=KernelRequest())
+    launcher = Launcher("gs-a", allocation, launcher_settings(), addresses=list, events=None, log=LOG)
     launcher.jobid = "7"
     kernel = KernelProcess("k", launcher, tunnel_prefix="/nonexistent/t", dialling=Dialling(LOG), log=LOG)
     kernel._enter(Phase.STARTING)

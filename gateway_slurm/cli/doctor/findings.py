@@ -23,7 +23,14 @@ from jupyter_core.paths import jupyter_runtime_dir
 from gateway_slurm._util import printable
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.identity import identity_of
-from gateway_slurm.allocations.recovery import NEVER_GRACE, Orphan, cancel_orphan, find_orphans, is_gone, living_jobs
+from gateway_slurm.allocations.recovery import (
+    NO_TIMEOUT_GRACE,
+    Orphan,
+    cancel_orphan,
+    find_orphans,
+    is_gone,
+    living_jobs,
+)
 from gateway_slurm.cli.common import BlockingSlurm
 from gateway_slurm.cli.doctor.path import PATH_CHECK_FAILED, PathCheck, add_path_check_options, check_path
 from gateway_slurm.config import load_admin_config
@@ -155,7 +162,7 @@ class Doctor:
         """What is in order, or belongs to another store."""
         self._slurm = slurm
         self._registry = settings.make_registry()
-        self._grace = settings.orphan_timeout or NEVER_GRACE
+        self._grace = settings.orphan_timeout or NO_TIMEOUT_GRACE
 
     def examine(self) -> None:
         """Check the store, the jobs, the files and the response address; fill ``findings``."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gateway_slurm.allocations import release as leaving
+from gateway_slurm.allocations import release
 from gateway_slurm.kernels.model import Phase
 from helpers.failing_starts import cut_links, nothing_left, spec, wrapped_command
 from helpers.kernel_clients import READY, async_kernel, forget_service, job_state, jobid_of, poll_async
@@ -98,7 +98,7 @@ async def test_who_works_in_a_job_goes_on_when_its_last_kernel_stops_without_a_l
 
 async def test_who_works_in_a_job_goes_on_while_slurm_does_not_say_so(admin_settings, cluster, tmp_path, monkeypatch):
     """It is asked again, and the job ends when it has said that nobody works there any more."""
-    monkeypatch.setattr(leaving, "STEPS_AGAIN_FIRST", 0.2)
+    monkeypatch.setattr(release, "IN_USE_RETRY_DELAY", 0.2)
     squeue = Failing(tmp_path, "squeue")
     admin_settings(slurm_path=squeue.path)
     async with async_kernel("slurm") as (manager, _client):
@@ -115,8 +115,8 @@ async def test_who_works_in_a_job_goes_on_while_slurm_does_not_say_so(admin_sett
 
 async def test_a_job_of_ours_is_not_kept_on_a_guess_for_ever(admin_settings, cluster, tmp_path, monkeypatch, caplog):
     """Where Slurm goes on to say nothing the launcher is told to go."""
-    monkeypatch.setattr(leaving, "STEPS_AGAIN_FIRST", 0.2)
-    monkeypatch.setattr(leaving, "STEPS_UNKNOWN_SECONDS", 0.5)
+    monkeypatch.setattr(release, "IN_USE_RETRY_DELAY", 0.2)
+    monkeypatch.setattr(release, "MAX_STEPS_UNKNOWN", 0.5)
     squeue = Failing(tmp_path, "squeue")
     admin_settings(slurm_path=squeue.path)
     async with async_kernel("slurm") as (manager, _client):
@@ -132,7 +132,7 @@ async def test_a_job_stays_on_record_until_slurm_has_ended_it(
     admin_settings, kernelspecs, adopted, tmp_path, monkeypatch
 ):
     """However often scancel has to be run for that."""
-    monkeypatch.setattr(leaving, "CANCEL_AGAIN_LONGEST", 0.5)
+    monkeypatch.setattr(release, "MAX_CANCEL_RETRY_DELAY", 0.5)
     scancel = Failing(tmp_path, "scancel")
     admin_settings(slurm_path=scancel.path)
     async with async_kernel(spec(kernelspecs, jobid=adopted)) as (manager, _client):
@@ -149,7 +149,7 @@ async def test_a_job_stays_on_record_until_slurm_has_ended_it(
 
 async def test_a_server_that_ends_meanwhile_leaves_it_on_record(admin_settings, cluster, tmp_path, monkeypatch):
     """For the next one, which its launcher may come back to, or which sees when the job is over."""
-    monkeypatch.setattr(leaving, "ENDING_SECONDS", 2.0)
+    monkeypatch.setattr(release, "END_TIMEOUT", 2.0)
     scancel = Failing(tmp_path, "scancel")
     admin_settings(slurm_path=scancel.path, orphan_timeout=1.0, heartbeat=0.3)
     async with async_kernel("slurm") as (manager, _client):

@@ -88,7 +88,7 @@ async def test_a_job_that_no_kernel_ever_ran_in_is_cancelled_and_others_are_not(
     assert await recover(registry, driver, LOG) == []
     assert [record.launcher_id for _process, record in registry.orphans()] == ["gs-3", "gs-4"]
     slurm("scancel", other, kept, used, cluster=cluster)
-    monkeypatch.setattr(recovery, "INTENT_SECONDS", 0.0)  # one look: the kept job's id was never on record
+    monkeypatch.setattr(recovery, "INTENT_TIMEOUT", 0.0)  # one look: the kept job's id was never on record
     assert poll(lambda: not jobs_of(cluster), timeout=READY)
     assert await recover(registry, driver, LOG) == []
     assert registry.orphans() == []
@@ -108,7 +108,7 @@ async def test_an_intent_is_looked_for_until_its_job_is_there(driver, cluster, t
 
 async def test_an_intent_without_a_job_is_forgotten_in_the_end(driver, cluster, tmp_path, monkeypatch, registry):
     """Looking for it is bounded, and what was not there by then never was."""
-    monkeypatch.setattr(recovery, "INTENT_SECONDS", 1.5)
+    monkeypatch.setattr(recovery, "INTENT_TIMEOUT", 1.5)
     leave_behind(tmp_path, AllocationRecord(launcher_id="gs-1", jobid=None))
     assert await recover(registry, driver, LOG) == []
     assert registry.orphans() == []
@@ -158,7 +158,7 @@ async def test_where_nothing_was_left_slurm_is_not_asked(driver, tmp_path, regis
 
 async def test_while_slurm_does_not_answer_nothing_is_forgotten(tmp_path, monkeypatch, registry):
     """The next server tries again."""
-    monkeypatch.setattr(recovery, "INTENT_SECONDS", 0.0)
+    monkeypatch.setattr(recovery, "INTENT_TIMEOUT", 0.0)
 
     class Down:
         async def find(self, name: str) -> dict[str, object]:
@@ -175,7 +175,7 @@ async def test_while_slurm_does_not_answer_nothing_is_forgotten(tmp_path, monkey
 def test_a_server_killed_around_sbatch_leaves_no_job(service, kernelspecs, cluster, tmp_path, monkeypatch, when):
     """Killed before sbatch ran, or before its answer was heard: the next server finds the job and cancels it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(recovery, "INTENT_SECONDS", 3.0)
+    monkeypatch.setattr(recovery, "INTENT_TIMEOUT", 3.0)
     filler = slurm(
         "sbatch", "--parsable", "--exclusive", "-N4", "-o/dev/null", "--wrap", "sleep 300", cluster=cluster
     ).stdout.strip()

@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 
 from gateway_slurm.allocations.identity import JOB_NAME, STEP_NAME, is_of_store, new_launcher_id
-from gateway_slurm.allocations.recovery import NEVER_GRACE, find_orphans, see_to_orphans
-from gateway_slurm.config import ServiceSettings
+from gateway_slurm.allocations.recovery import NO_TIMEOUT_GRACE, find_orphans, watch_orphans
 from gateway_slurm.errors import StepsUnknown
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from gateway_slurm.store import AllocationRecord, ServerRecord, this_process
@@ -61,11 +60,11 @@ def test_a_dead_servers_job_may_be_cancelled_once_its_launcher_would_have_ended_
     """Until then the server's successor, or attach, may have it."""
     (orphan,) = orphans([job("1", "gs-1")], [(DEAD, row("1", "gs-1", kernel_ids=["k", "l"]))])
     assert (orphan.since, orphan.due, orphan.why_left(NOW)) == (NOW - 100, NOW - 40, "")
-    assert "nobody reaches its kernels (2)" in orphan.what
+    assert "its kernels (2) are out of reach" in orphan.what
     (young,) = orphans([job("1", "gs-1")], [(DEAD, row("1", "gs-1"))], orphan_timeout=900.0)
     assert "may come back for it" in young.why_left(NOW)
     (patient,) = orphans([job("1", "gs-1")], [(DEAD, row("1", "gs-1"))], orphan_timeout=0.0)
-    assert patient.due == NOW - 100 + NEVER_GRACE
+    assert patient.due == NOW - 100 + NO_TIMEOUT_GRACE
 
 
 def test_when_a_server_without_a_lease_died_is_not_known_so_its_time_begins_when_that_is_seen():
@@ -108,7 +107,7 @@ def test_what_is_to_be_kept_is_left_and_what_is_over_or_somebody_elses_is_not_lo
     over = job("2", launcher_id, state="COMPLETED")
     foreign = replace(job("3", launcher_id), name="theirs")
     (kept,) = orphans([job("1", launcher_id), over, foreign], marks=frozenset({("1", launcher_id)}))
-    assert "to be kept" in kept.why_left(NOW)
+    assert "must be kept" in kept.why_left(NOW)
 
 
 # -- the policy ----------------------------------------------------------------------------------------
@@ -153,8 +152,8 @@ class Rows:
 
 async def settled(slurm: Slurm, rows: Rows, policy: str, *, orphan_timeout: float = 60.0) -> None:
     """Let the policy be done."""
-    settings = ServiceSettings(orphan_jobs=policy, orphan_timeout=orphan_timeout)
-    await see_to_orphans(rows, slurm, settings, LOG, pause=lambda _seconds: 0.0)
+    no_wait = {"pause": lambda _seconds: 0.0}
+    await watch_orphans(rows, slurm, LOG, policy=policy, orphan_timeout=orphan_timeout, **no_wait)
 
 
 @pytest.fixture

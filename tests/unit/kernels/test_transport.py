@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 
 from gateway_slurm.allocations import launcher
-from gateway_slurm.allocations.launcher import Probing
+from gateway_slurm.allocations.launcher import Prober
 from gateway_slurm.errors import LauncherFailed, LinkError, NodeUnreachable, RequestError
 from gateway_slurm.kernels import transport as dialling
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.process import KernelProcess
-from gateway_slurm.kernels.transport import NOT_KEPT, Dialling, choose_mode
+from gateway_slurm.kernels.transport import Dialling, choose_mode
 from gateway_slurm.link import wire
 from helpers.kernel_clients import poll_async
 
@@ -44,7 +44,7 @@ class Node:
         self.kernels, self.asked, self.sent = {}, [], []
         self.streams = None
         self.answer = answer
-        self.probing = Probing(self.send)
+        self.prober = Prober(self.send)
 
     def send(self, name, **fields):
         """A link that is never down."""
@@ -53,7 +53,7 @@ class Node:
             self.asked.append(fields)
             told = self.answer(fields)
             if told is not None:
-                self.probing.message({"probe": fields["probe"], **told})
+                self.prober.message({"probe": fields["probe"], **told})
         return True
 
     def slot_of(self, _kernel_id):
@@ -125,15 +125,6 @@ async def test_a_node_whose_answer_comes_is_direct(settle, dialled):
     assert (settled.launch.mode, settled.ip, settled.ports) == ("direct", HERE, ports)
     assert settled.launch.connection == LAUNCH.connection
     assert sorted(dialled) == sorted((HERE, port) for port in ports.values())
-
-
-async def test_a_direct_kernel_whose_output_is_not_kept_says_so(settle, caplog):
-    """In the log, and in the reason that the kernel's model shows."""
-    caplog.set_level(logging.INFO)
-    async with honest_node() as (node, _ports):
-        settled = await settle(node, replace(LAUNCH, mode="direct", why=NOT_KEPT))
-    assert settled.launch.why == f"connect = direct, and node n1 can be dialled at {HERE}; {NOT_KEPT}"
-    assert settled.launch.why in caplog.text
 
 
 async def test_an_ipv4_address_that_a_socket_for_both_shows_is_ipv4(settle, dialled):
@@ -269,7 +260,7 @@ async def test_a_port_that_is_closed_is_named(settle):
 
 async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(settle, dialled, monkeypatch):
     """The start goes on through the tunnel."""
-    monkeypatch.setattr(launcher, "PROBED_SECONDS", 0.05)
+    monkeypatch.setattr(launcher, "PROBE_TIMEOUT", 0.05)
     settled = await settle(Node(lambda _fields: None))
     assert (settled.launch.mode, dialled) == ("ipc", [])
     assert "did not answer" in settled.launch.why
@@ -277,7 +268,7 @@ async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(settle, di
 
 def test_an_answer_that_nobody_asked_for_is_nothing():
     """Neither an unknown probe nor one that has no name."""
-    probing = Probing(lambda *_arguments, **_fields: True)
+    probing = Prober(lambda *_arguments, **_fields: True)
     for fields in ({}, {"probe": "x"}, {"probe": ["x"]}, {"probe": None, "ports": {}}):
         probing.message(fields)
 
@@ -481,31 +472,14 @@ CURVE = {"supported_encryption": ["curve"]}
 )
 def test_the_request_goes_over_the_admins_setting(asked, admins, metadata, required, mode, why):
     """What remains for the node to decide is ``auto``."""
-    chosen, reason = choose_mode(asked, admins, metadata, curve_required=required, keeps_output=False)
+    chosen, reason = choose_mode(asked, admins, metadata, curve_required=required)
     assert chosen == mode
     assert why in reason
     assert bool(why) == bool(reason)
-
-
-@pytest.mark.parametrize(
-    ("asked", "metadata", "required", "mode", "why"),
-    [
-        (None, CURVE, False, "ipc", "its output is kept on the node (SlurmService.kept_output)"),
-        ("auto", CURVE, False, "ipc", "its output is kept on the node (SlurmService.kept_output)"),
-        (None, {}, False, "ipc", "does not declare CurveZMQ"),
-        ("tunnel", CURVE, False, "ipc", "its kernelspec asks for tunnel"),
-        ("direct", CURVE, False, "direct", NOT_KEPT),
-        (None, CURVE, True, "direct", NOT_KEPT),
-    ],
-)
-def test_where_output_is_kept_only_an_explicit_request_makes_a_kernel_direct(asked, metadata, required, mode, why):
-    """``connect = auto`` is the tunnel. A direct kernel is told apart by the reason, which the model shows."""
-    chosen, reason = choose_mode(asked, "auto", metadata, curve_required=required, keeps_output=True)
-    assert (chosen, why in reason) == (mode, True)
 
 
 @pytest.mark.parametrize(("asked", "metadata"), [("direct", {}), ("tunnel", CURVE), (None, {})])
 def test_what_cannot_be_is_refused(asked, metadata):
     """Direct without CurveZMQ, and a manager that requires it for a kernel that goes through the tunnel."""
     with pytest.raises(RequestError, match="CurveZMQ"):
-        choose_mode(asked, "auto", metadata, curve_required=True, keeps_output=False)
+        choose_mode(asked, "auto", metadata, curve_required=True)

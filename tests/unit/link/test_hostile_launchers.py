@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from gateway_slurm.allocations import walltime as timelimits
+from gateway_slurm.allocations import walltime
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation
-from gateway_slurm.allocations.walltime import TimeLimits
+from gateway_slurm.allocations.table import OwnerContext
+from gateway_slurm.allocations.walltime import WalltimeMonitor
 from gateway_slurm.link import server, wire
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo
 from helpers.kernel_clients import poll_async
-from helpers.raw_links import Handler, Peer, connect, draw_tokens
+from helpers.raw_links import Handler, Peer, connect, draw_tokens, launcher_settings
 
 LOG = logging.getLogger("test.hostile")
 
@@ -32,24 +33,25 @@ class Owner:
     def __init__(self, socket: server.ResponseSocket) -> None:
         self.socket = socket
         self.told: list[tuple[Any, ...]] = []
-        self.launcher = Launcher(
-            "L1",
-            welcome=lambda: {"heartbeat": 10, "minutes": None},
-            keep=lambda: False,
-            heartbeat=10,
-            addresses=list,
-            log=LOG,
-            on_up=lambda: self.told.append(("up",)),
-            on_lost=lambda _launcher, reason: self.told.append(("lost", reason)),
-            on_walltime=lambda _launcher, end, due: self.told.append(("walltime", end, due)),
-        )
+        self.allocation = Allocation(ours=True, request=KernelRequest())
+        self.allocation.accept("12")
+        self.launcher = Launcher("L1", self.allocation, launcher_settings(), addresses=list, events=self, log=LOG)
         self.launcher.jobid, self.launcher.tokens = "12", draw_tokens()
         self.launcher.expected = socket.expect("L1", self.launcher.tokens, self.launcher)
         self.launcher.expected.jobid.set_result("12")
-        self.allocation = Allocation(ours=True, request=KernelRequest(), jobid="12")
-        self.allocation.launchers["L1"] = self.launcher
+        self.allocation.add_launcher(self.launcher)
 
-    async def linked(self, **hello: Any) -> Peer:
+    def linked(self) -> None:
+        """An event of the launcher's, like the next two."""
+        self.told.append(("up",))
+
+    def link_lost(self, reason: str) -> None:
+        self.told.append(("lost", reason))
+
+    def end_reported(self, _launcher: Launcher, end_time: float | None, *, due: bool) -> None:
+        self.told.append(("walltime", end_time, due))
+
+    async def connect(self, **hello: Any) -> Peer:
         """The launcher's end, after WELCOME."""
         return await connect(self.socket, self.launcher.tokens[0], **hello)
 
@@ -93,7 +95,7 @@ NODELISTS = {
 @pytest.mark.parametrize("text", NODELISTS.values(), ids=NODELISTS)
 async def test_a_list_of_nodes_that_is_none_is_as_nothing(owner: Owner, text: str) -> None:
     """Lists of everybody's allocations hold this one, too, after a restart as well: without nodes."""
-    await owner.linked(slurm_job_nodelist=text)
+    await owner.connect(slurm_job_nodelist=text)
     assert owner.allocation.row()["nodes"] == []
     assert owner.launcher.nodelist == ""
     owner.launcher.nodelist = text  # as from a record
@@ -102,7 +104,7 @@ async def test_a_list_of_nodes_that_is_none_is_as_nothing(owner: Owner, text: st
 
 async def test_the_nodes_are_reckoned_once_a_link(owner: Owner) -> None:
     """Whoever asks gets the list that was made when the link came up."""
-    await owner.linked(slurm_job_nodelist="c[1-2]")
+    await owner.connect(slurm_job_nodelist="c[1-2]")
     assert owner.allocation.nodes == ["c1", "c2"]
     made = owner.launcher.nodes
     owner.allocation.row()
@@ -115,7 +117,7 @@ ENDS = [math.inf, -math.inf, math.nan, 1e300, 10**400, -1, True, "soon", [], Non
 @pytest.mark.parametrize("end", ENDS, ids=repr)
 async def test_an_end_that_no_job_has_is_not_believed(owner: Owner, end: Any) -> None:
     """Not in HELLO, and not in a warning: it would be in records, and in JSON that no browser reads."""
-    peer = await owner.linked(end_time=end, started=end, slurm_job_end_time=str(end))
+    peer = await owner.connect(end_time=end, started=end, slurm_job_end_time=str(end))
     assert owner.launcher.end_time is None
     json.dumps(owner.allocation.row(), allow_nan=False)
     peer.say(wire.encode("NOTICE", kind="walltime", end_time=end))
@@ -125,16 +127,16 @@ async def test_an_end_that_no_job_has_is_not_believed(owner: Owner, end: Any) ->
 @pytest.mark.parametrize("text", ["²", "1" * 8, "9" * 400, "x"])
 async def test_a_time_that_slurm_would_not_say_keeps_nobody_out(owner: Owner, text: str) -> None:
     """The link comes up without it."""
-    await owner.linked(slurm_job_end_time=text)
+    await owner.connect(slurm_job_end_time=text)
     assert owner.launcher.end_time is None
 
 
 async def test_an_end_that_a_job_may_have_is_believed(owner: Owner) -> None:
     """The launcher's own word before Slurm's."""
     near = int(time.time()) + 3600
-    await owner.linked(end_time=near, slurm_job_end_time=str(near + 5))
+    await owner.connect(end_time=near, slurm_job_end_time=str(near + 5))
     assert owner.launcher.end_time == near
-    await owner.linked(end_time=None, slurm_job_end_time=str(near + 5))
+    await owner.connect(end_time=None, slurm_job_end_time=str(near + 5))
     assert owner.launcher.end_time == near + 5
 
 
@@ -158,7 +160,7 @@ async def test_a_hello_that_its_owner_cannot_take_ends_the_link(socket: server.R
 
 async def test_a_second_report_on_one_link_ends_it(owner: Owner) -> None:
     """It answers WELCOME, which comes once."""
-    peer = await owner.linked()
+    peer = await owner.connect()
     report = wire.encode("REPORT", kernels=[])
     peer.say(report, report, report)
     assert "a second REPORT" in await owner.until_lost()
@@ -198,7 +200,7 @@ async def test_others_have_their_turn_between_a_launchers_messages(socket: serve
 
 async def test_a_launcher_that_does_not_read_has_a_bounded_number_of_messages_wait(owner: Owner) -> None:
     """Its link ends; streams of data have bounds of their own."""
-    await owner.linked()
+    await owner.connect()
     link = owner.launcher.link
     assert link is not None
     sent = 0
@@ -213,7 +215,7 @@ async def test_a_launcher_that_does_not_read_has_a_bounded_number_of_messages_wa
 
 async def test_one_that_reads_may_be_told_much(owner: Owner) -> None:
     """As when a dozen kernels with large environments start at once."""
-    peer = await owner.linked()
+    peer = await owner.connect()
     for number in range(15):
         owner.launcher.send("TELL", kernel_id=str(number), text="x" * (1 << 20))
     assert [(await peer.message())[1]["kernel_id"] for _ in range(15)] == [str(number) for number in range(15)]
@@ -223,7 +225,7 @@ async def test_one_that_reads_may_be_told_much(owner: Owner) -> None:
 
 async def test_ids_that_no_server_gives_are_not_repeated(owner: Owner) -> None:
     """Of steps and of kernels: what a launcher says is not sent back to it at any length."""
-    peer = await owner.linked()
+    peer = await owner.connect()
     stepped = {"status": 0, "stderr": ""}
     kernels = [{"kernel_id": each} for each in ("k" * 101, "k", 7)]
     peer.say(wire.encode("REPORT", kernels=kernels, steps=[{"step": "s" * 101, **stepped}, {"step": "s1", **stepped}]))
@@ -241,7 +243,7 @@ async def test_a_report_of_very_many_kernels_is_answered_for_some(
     owner: Owner, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither the log nor the link is filled by it."""
-    peer = await owner.linked()
+    peer = await owner.connect()
     caplog.clear()
     peer.say(wire.encode("REPORT", kernels=[{"kernel_id": f"k{number}"} for number in range(20_000)]))
     assert await poll_async(lambda: ("up",) in owner.told, timeout=10)
@@ -260,9 +262,9 @@ def deaf(link: server.Link | None) -> Any:
 
 async def test_a_link_that_is_replaced_is_gone_at_once(owner: Owner) -> None:
     """One that dials again and again, and reads nothing, holds one connection."""
-    first = await owner.linked()
+    first = await owner.connect()
     sock = deaf(owner.launcher.link)
-    second = await owner.linked()
+    second = await owner.connect()
     assert await poll_async(lambda: sock.fileno() == -1, timeout=server.GOODBYE_SECONDS - 1)
     for peer in (first, second):
         peer.writer.close()
@@ -273,7 +275,7 @@ async def test_a_launcher_that_reads_nothing_is_waited_for_a_while_only(
 ) -> None:
     """What was said last has its time to go out."""
     monkeypatch.setattr(server, "GOODBYE_SECONDS", 0.2)
-    peer = await owner.linked()
+    peer = await owner.connect()
     link = owner.launcher.link
     sock = deaf(link)
     assert link is not None
@@ -288,7 +290,7 @@ async def test_a_launcher_that_reads_nothing_is_waited_for_a_while_only(
 
 async def test_a_slurmd_is_told_of_when_it_goes_and_when_it_is_back(owner: Owner) -> None:
     """Saying it again asks nothing of Slurm."""
-    peer = await owner.linked()
+    peer = await owner.connect()
     for missing in (False, True, True, True, False, False):
         peer.say(wire.encode("NOTICE", kind="slurmd", missing=missing))
     await owner.until_taken(peer)
@@ -313,15 +315,16 @@ async def limits(owner: Owner) -> AsyncIterator[SimpleNamespace]:
     """What looks at ends, its Slurm, and the warnings that came of it."""
     slurm, tasks, warned = Slurm(), set(), []
 
-    def own(coroutine: Any) -> asyncio.Task[Any]:
+    def create_task(coroutine: Any) -> asyncio.Task[Any]:
         tasks.add(task := asyncio.ensure_future(coroutine))
         return task
 
-    books: Any = SimpleNamespace(own=own, record=lambda _allocation: None)
+    table: Any = SimpleNamespace(create_task=create_task, record=lambda _allocation: None)
     owner.launcher.warn_of_end = warned.append  # type: ignore[method-assign]
-    found = TimeLimits(slurm, books, warnings=[10], log=LOG)  # type: ignore[arg-type]
+    context = OwnerContext(driver=slurm, socket=owner.socket, watcher=None, table=table, log=LOG)  # type: ignore[arg-type]
+    found = WalltimeMonitor(context, warnings=[10])
     yield SimpleNamespace(
-        look=lambda *arguments, due: found.look(owner.allocation, owner.launcher, *arguments, due=due),
+        look=lambda *arguments, due: found.check(owner.allocation, owner.launcher, *arguments, due=due),
         slurm=slurm,
         warned=warned,
         tasks=tasks,
@@ -344,7 +347,7 @@ async def test_a_warning_that_is_due_is_not_lost_among_other_looks(
     limits: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm's signal comes with the first warning, before it or after it."""
-    monkeypatch.setattr(timelimits, "PAUSE", 0.05)
+    monkeypatch.setattr(walltime, "CHECK_INTERVAL", 0.05)
     limits.look(limits.slurm.end, due=True)
     limits.look(limits.slurm.end, due=False)
     assert await poll_async(lambda: limits.warned == [limits.slurm.end], timeout=10)

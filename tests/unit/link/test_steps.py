@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from gateway_slurm.allocations.launcher import StepsInside, step_fields
+from gateway_slurm.allocations.launcher import LauncherSteps, step_fields
 from gateway_slurm.errors import AllocationError, LauncherFailed, SlurmUnavailable
 from gateway_slurm.link import steps, wire
 from gateway_slurm.slurm import commands
@@ -45,7 +45,7 @@ class Ends:
         self.linked = True
         self.timers: list[Callable[[], None]] = []
         reactor: Any = SimpleNamespace(later=lambda _seconds, callback: self.timers.append(callback))
-        self.inside = StepsInside(self.down)
+        self.inside = LauncherSteps(self.down)
         self.launcher = Steps(reactor, "12", self.up)
         self.launcher._env["PATH"] = f"{programs}:/usr/bin:/bin"
 

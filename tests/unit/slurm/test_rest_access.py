@@ -10,7 +10,7 @@ import pytest
 from traitlets import TraitError
 
 from gateway_slurm.access import cluster_access
-from gateway_slurm.allocations.launcher import StepsInside
+from gateway_slurm.allocations.launcher import LauncherSteps
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import ConfigError, SlurmNotInstalled, StepsUnknown
 from gateway_slurm.link.server import ResponseSocket
@@ -80,7 +80,7 @@ async def test_drivers_find_the_launchers_of_a_service_that_came_later(monkeypat
     driver = access.driver(access.user)
     with pytest.raises(StepsUnknown, match="no launcher of this server"):
         await driver.steps("12")
-    access.find_launcher = lambda jobid: cast(StepsInside, Inside()) if jobid == "12" else None
+    access.find_launcher = lambda jobid: cast(LauncherSteps, Inside()) if jobid == "12" else None
     assert [step.stepid for step in await driver.steps("12")] == ["12.0"]
 
 

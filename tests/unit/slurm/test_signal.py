@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway_slurm.allocations.walltime import LONGEST_SIGNAL, signal_seconds
+from gateway_slurm.allocations.walltime import MAX_SIGNAL_SECONDS, signal_seconds
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from gateway_slurm.allocations.walltime import LONGEST_SIGNAL, signal_seconds
         ([10, 5, 1], 3, 60),
         ([10, 5, 1], 2, None),
         ([0.5], 60, 30),
-        ([5000], 10_000, LONGEST_SIGNAL),
+        ([5000], 10_000, MAX_SIGNAL_SECONDS),
         ([], 60, None),
         ([0], 60, None),
         ([-5], 60, None),

@@ -1,0 +1,130 @@
+"""What Slurm and the launchers' links say of allocations, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway_slurm.allocations.identity import identity_of
+from gateway_slurm.allocations.keep import KeepFlags
+from gateway_slurm.allocations.launcher import Launcher, LauncherEvents
+from gateway_slurm.allocations.model import Allocation
+from gateway_slurm.allocations.release import AllocationReleaser
+from gateway_slurm.allocations.table import OwnerContext
+from gateway_slurm.allocations.walltime import WalltimeMonitor
+from gateway_slurm.errors import AllocationEnded
+from gateway_slurm.slurm.formats import Meaning, meaning
+from gateway_slurm.slurm.model import JobInfo
+
+
+class AllocationMonitor:
+    """Watches an owner's allocations. Slurm is asked only about jobs that wait or whose link broke.
+
+    While all launchers of a job are linked, they report what there is to know. Lives on the service's loop.
+    """
+
+    def __init__(
+        self, context: OwnerContext, keep_flags: KeepFlags, releaser: AllocationReleaser, walltime: WalltimeMonitor
+    ) -> None:
+        self._watcher, self._table, self.log = context.watcher, context.table, context.log
+        self._keep_flags, self._releaser, self._walltime = keep_flags, releaser, walltime
+
+    def events(self, allocation: Allocation) -> LauncherEvents:
+        """The receiver of what the allocation's launchers report."""
+        return _Events(self, self._walltime, allocation)
+
+    def watch(self, allocation: Allocation) -> None:
+        """Ask Slurm about the job until its launchers are linked or it is over."""
+        self._watcher.watch(allocation.jobid, lambda info: self._update(allocation, info))
+
+    def unwatch(self, allocation: Allocation) -> None:
+        """Ask Slurm no more about the job."""
+        self._watcher.unwatch(allocation.jobid)
+
+    def ask_soon(self, allocation: Allocation) -> None:
+        """Ask Slurm at once, and again until the launcher or Slurm says more. The job's state is unknown, not over."""
+        if not allocation.is_over and allocation.jobid:
+            self.watch(allocation)
+            self._watcher.poll_soon(allocation.jobid)
+
+    def linked(self, allocation: Allocation) -> None:
+        """A launcher's link is up."""
+        allocation.note_own_steps()
+        for launcher in allocation.launchers.values():
+            self._table.record_launcher(allocation, launcher)
+        if all(launcher.link and not launcher.slurmd_missing for launcher in allocation.launchers.values()):
+            self._watcher.unwatch(allocation.jobid)
+            self._table.record(allocation)
+
+    def _update(self, allocation: Allocation, info: JobInfo | None) -> None:
+        """Take the watcher's answer: Slurm's description of the job, or None when a healthy controller has none."""
+        if allocation.is_over:
+            return
+        if info is None:
+            self._end(allocation, "UNKNOWN", f"job {allocation.jobid} is gone: Slurm no longer knows it")
+            return
+        if allocation.restored and allocation.info is None and identity_of(info) != allocation.identity:
+            self._end(allocation, "UNKNOWN", f"job {allocation.jobid} is gone: the job with that id is another one")
+            return
+        state, known = meaning(info.state), allocation.info
+        waits = state in (Meaning.WAITING, Meaning.HELD)
+        if waits and (known is None or known.reason != info.reason):
+            self.log.info("job %s waits in the queue: %s%s", info.jobid, info.state, _because(info))
+        allocation.update(info, self._watcher.queue_positions.get(info.jobid) if waits else None)
+        self._table.record(allocation)
+        if state is Meaning.OVER and info.state == "NODE_FAIL" and allocation.is_linked:
+            self._node_failed(allocation)
+        elif state is Meaning.OVER:
+            self._end(allocation, info.state, f"job {allocation.jobid} ended: {info.state}{_because(info)}")
+        elif waits and any(launcher.was_up for launcher in allocation.launchers.values()):
+            # Its kernels are gone, and its launcher's token is spent: the launcher cannot come back.
+            reason = f"job {allocation.jobid} was taken off its nodes and queued again"
+            self._end(allocation, info.state, reason, pending_cancel=allocation.ours)
+            if allocation.ours:
+                self._table.create_task(self._releaser.cancel(allocation))
+        elif state is Meaning.USABLE and allocation.launchers:
+            self.linked(allocation)
+
+    def _node_failed(self, allocation: Allocation) -> None:
+        """The node's slurmd stayed away. The kernels live until it comes back and ends them, or their link breaks."""
+        self._watcher.unwatch(allocation.jobid)
+        text = (
+            f"job {allocation.jobid} is NODE_FAIL: Slurm has given its node up, and will end the kernel; save your work"
+        )
+        kernels = [kernel for launcher in allocation.launchers.values() for kernel in launcher.kernels.values()]
+        for kernel in kernels:
+            kernel.warn(text)
+
+    def _end(self, allocation: Allocation, state: str, reason: str, *, pending_cancel: bool = False) -> None:
+        """The job is over for its kernels. With ``pending_cancel`` it stays on record until Slurm has ended it."""
+        self._watcher.unwatch(allocation.jobid)
+        allocation.end(AllocationEnded(reason, jobid=allocation.jobid, state=state))
+        self.log.warning("%s", reason)
+        if pending_cancel:
+            self._table.mark_pending_cancel(allocation)
+        else:
+            self._table.forget(allocation)
+        self._keep_flags.forget(allocation)
+        for launcher in list(allocation.launchers.values()):
+            self._table.remove_launcher(allocation, launcher, reason)
+
+
+@dataclass(frozen=True)
+class _Events:
+    """``LauncherEvents`` of the launchers of one allocation."""
+
+    monitor: AllocationMonitor
+    walltime: WalltimeMonitor
+    allocation: Allocation
+
+    def linked(self) -> None:
+        self.monitor.linked(self.allocation)
+
+    def link_lost(self, reason: str) -> None:
+        self.monitor.ask_soon(self.allocation)
+
+    def end_reported(self, launcher: Launcher, end_time: float | None, *, due: bool) -> None:
+        self.walltime.check(self.allocation, launcher, end_time, due=due)
+
+
+def _because(info: JobInfo) -> str:
+    return f" ({info.reason})" if info.reason and info.reason not in ("None", info.state) else ""

@@ -1,0 +1,162 @@
+"""The table of an owner's allocations: in memory, on record, and the tasks that run for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from gateway_slurm._util import TaskSet
+from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.allocations.model import Allocation
+from gateway_slurm.errors import LauncherFailed
+from gateway_slurm.link.server import ResponseSocket
+from gateway_slurm.slurm.driver import SlurmDriver
+from gateway_slurm.slurm.watcher import JobWatcher
+from gateway_slurm.store import AllocationRecord, Registry
+from gateway_slurm.store.records import LauncherRecord
+
+T = TypeVar("T")
+
+# A command may have a thousand arguments of 128 KiB; the record only has to let people recognise it.
+MAX_ARGUMENTS, MAX_CHARACTERS = 20, 200
+
+
+class AllocationTable:
+    """Lives on the service's loop; its maker awaits ``close``."""
+
+    def __init__(self, registry: Registry, socket: ResponseSocket) -> None:
+        self.registry, self._socket = registry, socket
+        self.by_jobid: dict[str, Allocation] = {}
+        """The allocations that have a job id and are not over."""
+        self._tasks = TaskSet()
+
+    def add(self, allocation: Allocation) -> None:
+        """Put an allocation into the table by its job id."""
+        self.by_jobid[allocation.jobid] = allocation
+
+    def find(self, jobid: str) -> Allocation | None:
+        """The allocation with this id; None for one that is over or not in the table."""
+        known = self.by_jobid.get(jobid)
+        return None if known is None or known.is_over else known
+
+    def listed(self) -> list[Allocation]:
+        """The allocations that are not over. Reads memory only; any thread may call this."""
+        return [allocation for allocation in list(self.by_jobid.values()) if not allocation.is_over]
+
+    # -- Allocations --
+
+    def record(self, allocation: Allocation) -> None:
+        """Put an allocation on record, for a later server process; one that is over is not recorded."""
+        if allocation.is_over:
+            return
+        self.registry.put(
+            AllocationRecord(
+                launcher_id=allocation.assign_record_key(),
+                jobid=allocation.jobid or None,
+                ours=allocation.ours,
+                state=allocation.state,
+                nodelist=allocation.nodes,
+                end_time=allocation.end_time,
+                kernel_ids=allocation.kernel_ids,
+                config=_shortened(allocation.request.as_config()),
+                keep=allocation.keep,
+                owner=allocation.owner,
+                account=allocation.account,
+                identity=allocation.identity,
+            )
+        )
+
+    def discard(self, allocation: Allocation) -> None:
+        """Take an allocation out of the table; its record stays."""
+        if self.by_jobid.get(allocation.jobid) is allocation:
+            del self.by_jobid[allocation.jobid]
+
+    def mark_pending_cancel(self, allocation: Allocation) -> None:
+        """Let no kernel join the allocation, and keep its record until Slurm is known to have ended the job."""
+        self.registry.unsettled.add(allocation.record_key)
+        self.discard(allocation)
+
+    def is_pending_cancel(self, allocation: Allocation) -> bool:
+        """Whether there may be a job that Slurm has yet to end, or of which Slurm has not said that it exists."""
+        return allocation.record_key in self.registry.unsettled
+
+    def forget(self, allocation: Allocation) -> None:
+        """Remove an allocation and its records: the job is over, or this server has no part in it."""
+        self.discard(allocation)
+        self.registry.unsettled.discard(allocation.record_key)
+        if allocation.record_key:
+            self.registry.remove(allocation.record_key)
+        for launcher_id in allocation.launchers:
+            self.registry.remove_launcher(launcher_id)
+
+    # -- Launchers --
+
+    def record_launcher(self, allocation: Allocation, launcher: Launcher) -> None:
+        """Put on record what a later server process needs to accept the launcher and to find its kernels."""
+        self.registry.put_launcher(
+            LauncherRecord(
+                launcher_id=launcher.launcher_id,
+                record_key=allocation.record_key,
+                jobid=launcher.jobid,
+                tokens=launcher.tokens,
+                node=launcher.node if launcher.was_up else "",
+                holds_job=launcher.holds_job,
+                isolated=launcher.isolated,
+                stepid=launcher.stepid,
+                nodelist=launcher.nodelist,
+                end_time=launcher.end_time,
+                slots=dict(launcher.slots),
+                epoch=launcher.epoch,
+            )
+        )
+
+    def remove_launcher(self, allocation: Allocation, launcher: Launcher, reason: str) -> None:
+        """The launcher has ended, and its kernels with it."""
+        launcher.release()  # Slurm may call a job over whose launcher still answers
+        self._socket.forget(launcher.launcher_id)
+        self.registry.remove_launcher(launcher.launcher_id)
+        allocation.remove_launcher(launcher.launcher_id)
+        launcher.fail(LauncherFailed(reason))
+        launcher.end_kernels(reason)
+
+    def hand_over_launcher(self, allocation: Allocation, launcher: Launcher) -> None:
+        """Another server has the launcher now: close its link here and send it nothing."""
+        reason = "another server has taken over its job"
+        watching = allocation.remove_launcher(launcher.launcher_id)
+        launcher.end_kernels(reason)  # kernels that are starting
+        launcher.fail(LauncherFailed(reason))
+        self._socket.forget(launcher.launcher_id)
+        if watching is not None:
+            watching.cancel()
+
+    # -- Tasks --
+
+    def create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a task that ``close`` cancels. After that none begins: the next server does what is on record then."""
+        return self._tasks.create_task(coroutine)
+
+    async def close(self) -> None:
+        """Cancel the tasks that run."""
+        await self._tasks.close()
+
+
+@dataclass(frozen=True)
+class OwnerContext:
+    """What all objects that handle one owner's allocations share; each lives on the service's loop."""
+
+    driver: SlurmDriver
+    """Reaches Slurm as the owner's Unix user."""
+    socket: ResponseSocket
+    watcher: JobWatcher
+    table: AllocationTable
+    log: logging.Logger
+
+
+def _shortened(config: dict[str, Any]) -> dict[str, Any]:
+    argv = config.get("kernel_argv")
+    if argv is None:
+        return config
+    return {**config, "kernel_argv": [item[:MAX_CHARACTERS] for item in argv[:MAX_ARGUMENTS]]}
