@@ -40,7 +40,7 @@ from gateway_slurm.link.tunnel import make_socket_directory
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.watcher import JobWatcher
-from gateway_slurm.store import Lost, Registry
+from gateway_slurm.store import LostRows, Registry
 
 T = TypeVar("T")
 
@@ -157,7 +157,7 @@ class SlurmService(ServiceSettings):
         self._directory = await asyncio.to_thread(make_socket_directory, self.tunnel_directory)
         self._kernels: dict[str, HeldKernel] = {}
         self.dialling = Dialling(self.log)
-        self._keep_flags = KeepFlags(self.registry.marks, interval=self.heartbeat, log=self.log)
+        self._keep_flags = KeepFlags(self.registry.keep_flags, interval=self.heartbeat, log=self.log)
         self._reports = HubReports.wanted_by(os.environ, self.log)
         self.owners = Owners(self._allocations_for, self.registry)
         self.access.find_launcher = self.owners.steps_of
@@ -184,7 +184,7 @@ class SlurmService(ServiceSettings):
         """The store as the admin has set it, not opened yet; whoever opens it closes it."""
         return Registry.default(url=self.store_url, key_file=self.store_key_file, deployment=self.deployment)
 
-    def _lost(self, lost: Lost) -> None:
+    def _lost(self, lost: LostRows) -> None:
         """Called on the store's thread."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._failover.lose, lost)

@@ -13,13 +13,13 @@ import logging
 from gateway_slurm._util import LogOnce
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.table import AllocationTable
-from gateway_slurm.store.marks import KeepMarks
+from gateway_slurm.store.keep_flags import KeepFlagFiles
 
 
 class KeepFlags:
     """The keep flags of all owners' allocations. ``interval`` is in seconds. Lives on the service's loop."""
 
-    def __init__(self, files: KeepMarks, *, interval: float, log: logging.Logger) -> None:
+    def __init__(self, files: KeepFlagFiles, *, interval: float, log: logging.Logger) -> None:
         self._files, self._interval, self.log = files, interval, log
         self._tables: list[AllocationTable] = []
         # Kept by request where the file could not be written: for as long as this process remembers it.

@@ -297,7 +297,7 @@ class Allocations:
             older = allocation.record_key
             allocation.merge(record)
             if older != allocation.record_key:
-                self._table.registry.remove(older)
+                self._table.registry.remove_allocation(older)
         for launcher in launchers:
             self._starter.restore(allocation, launcher)
         self._monitor.watch(allocation)

@@ -147,7 +147,7 @@ class MultiUserSlurm:
     async def find(self, name: str) -> dict[str, JobInfo]:
         """Ask with one squeue for each owner on record, and one for the process's own user."""
         jobs = await self._driver.find(name)
-        records = await asyncio.to_thread(self._registry.all_records)
+        records = await asyncio.to_thread(self._registry.all_allocations)
         owner_of = {f"{JOB_NAME}:{record.launcher_id}": record.owner for _process, record in records}
         for owner in sorted(set(owner_of.values()) - {""}):
             try:

@@ -14,8 +14,8 @@ from gateway_slurm.errors import SlurmError, StepsUnknown, StoreError
 from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.store import LEASE_SECONDS, AllocationRecord, Found, Registry, ServerRecord, this_process
-from gateway_slurm.store.marks import Mark
+from gateway_slurm.store import LEASE_SECONDS, AllocationRecord, Registry, ServerAllocation, ServerRecord, this_process
+from gateway_slurm.store.keep_flags import KeepFlag
 
 # A record without a job id is an intent. For so long after its server's death the job of an sbatch may still appear;
 # and the first pause between two looks for it.
@@ -81,21 +81,21 @@ class _Recovery:
             return True
         living = {(jobid, identity_of(info)) for jobid, info in jobs.items()}
         for flag in flags - living:
-            self._registry.marks.remove(*flag)
+            self._registry.keep_flags.remove(*flag)
         return bool(waiting)
 
-    def _found(self) -> tuple[list[Found], frozenset[Mark]]:
+    def _found(self) -> tuple[list[ServerAllocation], frozenset[KeepFlag]]:
         # Before Slurm is asked: a flag that is set meanwhile may be of a job that Slurm's answer lacks.
-        flags = self._registry.marks.all()
+        flags = self._registry.keep_flags.all()
         orphans = self._registry.orphans()
         return [found for found in orphans if not self._deployment or found[0].deployment != self._deployment], flags
 
     async def _settle_all(
-        self, orphans: list[Found], jobs: dict[str, JobInfo], flags: frozenset[Mark], used: set[str]
-    ) -> tuple[list[Found], list[Found]]:
+        self, orphans: list[ServerAllocation], jobs: dict[str, JobInfo], flags: frozenset[KeepFlag], used: set[str]
+    ) -> tuple[list[ServerAllocation], list[ServerAllocation]]:
         """Return the records that can be dropped, and the intents of which a job may still appear."""
-        settled: list[Found] = []
-        waiting: list[Found] = []
+        settled: list[ServerAllocation] = []
+        waiting: list[ServerAllocation] = []
         for server, record in orphans:
             info = _job_of(record, jobs)
             if info is not None and info.jobid not in used and await self._settle(record, info, flags):
@@ -104,12 +104,12 @@ class _Recovery:
                 (waiting if record.jobid is None else settled).append((server, record))
         return settled, waiting
 
-    async def _settle(self, record: AllocationRecord, info: JobInfo, flags: frozenset[Mark]) -> bool:
+    async def _settle(self, record: AllocationRecord, info: JobInfo, flags: frozenset[KeepFlag]) -> bool:
         """Deal with one job; return whether its record can be dropped."""
         flag = (info.jobid, identity_of(info))
         unflagged = record.keep and record.jobid is None
         if unflagged:
-            self._registry.marks.set(*flag)  # its server died before it could
+            self._registry.keep_flags.set(*flag)  # its server died before it could
         if not record.ours or unflagged or flag in flags:
             return False
         never_ran = record.state in ("", "PENDING")
@@ -184,8 +184,8 @@ class Orphan:
 
 def find_orphans(
     jobs: Mapping[str, JobInfo],
-    found: Iterable[Found],
-    flags: frozenset[Mark],
+    found: Iterable[ServerAllocation],
+    flags: frozenset[KeepFlag],
     *,
     store_id: str,
     orphan_timeout: float,
@@ -200,7 +200,7 @@ def find_orphans(
     seen = {} if seen is None else seen
     now = time.time() if now is None else now
     grace = orphan_timeout or NO_TIMEOUT_GRACE
-    by_identity: dict[str, list[Found]] = {}
+    by_identity: dict[str, list[ServerAllocation]] = {}
     for server, record in found:
         by_identity.setdefault(record.identity or record.launcher_id, []).append((server, record))
     orphans = []
@@ -294,8 +294,8 @@ class _OrphanWatch:
         jobs = await self._driver.find(JOB_NAME)
         if not jobs:
             return []
-        flags = await asyncio.to_thread(self._registry.marks.all)
-        found = await asyncio.to_thread(self._registry.all_records)
+        flags = await asyncio.to_thread(self._registry.keep_flags.all)
+        found = await asyncio.to_thread(self._registry.all_allocations)
         store_id, timeout = self._registry.store_id, self._orphan_timeout
         return find_orphans(jobs, found, flags, store_id=store_id, orphan_timeout=timeout, seen=self._seen)
 

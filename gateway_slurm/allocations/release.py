@@ -141,7 +141,7 @@ class AllocationReleaser:
     async def _is_used_by_others(self, allocation: Allocation) -> bool:
         """Whether another server has kernels in the job, or another step of the user's runs there or may run there."""
         try:
-            used = await asyncio.to_thread(self._table.registry.used_jobs, elsewhere=True)
+            used = await asyncio.to_thread(self._table.registry.used_jobs, by_others=True)
         except StoreError as error:
             # A job that is not known to be idle is not ended.
             self.log.warning("job %s is kept for now: the store cannot be read (%s)", allocation.jobid, error)
@@ -211,7 +211,7 @@ class AllocationReleaser:
         if allocation.ours:
             return False
         try:
-            found = await asyncio.to_thread(self._table.registry.all_records)
+            found = await asyncio.to_thread(self._table.registry.all_allocations)
         except StoreError:
             return True
         return any(

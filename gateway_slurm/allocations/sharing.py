@@ -19,8 +19,8 @@ from gateway_slurm.request import KernelRequest, parse_request
 from gateway_slurm.slurm.driver import SlurmDriver
 from gateway_slurm.slurm.formats import Meaning, memory_in_mebibytes
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.store import AllocationRecord, Found, Registry, by_job
-from gateway_slurm.store.marks import Mark
+from gateway_slurm.store import AllocationRecord, Registry, ServerAllocation, by_job
+from gateway_slurm.store.keep_flags import KeepFlag
 
 # An allocation is older than the request that would join it, so it never has the whole time left.
 TIME_FRACTION = 0.5
@@ -139,12 +139,12 @@ class ForeignAllocations:
             for jobid, record in sorted(confirmed.items())
         }
 
-    def _on_record(self) -> tuple[list[Found], frozenset[Mark]]:
+    def _on_record(self) -> tuple[list[ServerAllocation], frozenset[KeepFlag]]:
         try:
-            flags = self.registry.marks.all()
+            flags = self.registry.keep_flags.all()
         except OSError:
             flags = frozenset()
-        return self.registry.all_records(), flags
+        return self.registry.all_allocations(), flags
 
     def _unconfirmed(self, record: AllocationRecord, jobs: Mapping[str, JobInfo]) -> str:
         """Why the record is not trusted; empty where Slurm confirms it."""

@@ -61,7 +61,7 @@ def _registry() -> Iterator[Registry]:
 
 def _known(registry: Registry) -> tuple[dict[str, dict[str, Any]], str]:
     """The allocations by job id, from the store and from Slurm; and the reason, if Slurm did not answer."""
-    records = by_job(registry.all_records())
+    records = by_job(registry.all_allocations())
     try:
         with _slurm() as slurm:
             jobs = slurm.run(living_jobs(slurm.driver, records))
@@ -117,7 +117,7 @@ def _from_slurm(info: JobInfo) -> dict[str, Any]:
 
 
 def _marked(rows: dict[str, dict[str, Any]], registry: Registry) -> dict[str, dict[str, Any]]:
-    marks = registry.marks.all()
+    marks = registry.keep_flags.all()
     for jobid, row in rows.items():
         row["kept"] = (jobid, row["identity"]) in marks
     return rows
@@ -197,7 +197,7 @@ def _keep(arguments: argparse.Namespace) -> int:
 
 def _set_kept(row: dict[str, Any], kept: bool) -> None:
     with _registry() as registry:
-        change = registry.marks.set if kept else registry.marks.remove
+        change = registry.keep_flags.set if kept else registry.keep_flags.remove
         change(row["jobid"], row["identity"])
 
 

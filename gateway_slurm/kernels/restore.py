@@ -22,7 +22,7 @@ from gateway_slurm.kernels.held import HeldKernel
 from gateway_slurm.kernels.process import KernelProcess
 from gateway_slurm.link.endpoints import parse_endpoint
 from gateway_slurm.store import AllocationRecord
-from gateway_slurm.store.records import Claimed, KernelRecord, LauncherRecord
+from gateway_slurm.store.records import ClaimedRows, KernelRecord, LauncherRecord
 
 if TYPE_CHECKING:
     from gateway_slurm.service import SlurmService
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 
 from gateway_slurm.errors import StoreError
 from gateway_slurm.link.server import Redirect
-from gateway_slurm.store import Lost, ServerRecord, this_process
+from gateway_slurm.store import LostRows, ServerRecord, this_process
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Restoring:
         self._service, self.log = service, service.log
         self._detours: dict[str, str] = {}  # of kernels, why they cannot be dialled
 
-    async def restore(self, claimed: Claimed) -> list[Restored]:
+    async def restore(self, claimed: ClaimedRows) -> list[Restored]:
         """Have what was claimed, whatever has become of it meanwhile; the kernels' sockets open soon after."""
         launchers, kernels = _by_record(claimed.launchers), _by_launcher(claimed.kernels)
         self._detours = await self._service.dialling.detours(claimed.kernels)
@@ -141,7 +141,7 @@ class Restoring:
             await asyncio.sleep(pause)
             pause = min(2 * pause, max(0.0, deadline - loop.time()) + 0.1)
         for key in waiting:
-            self._service.registry.remove(key)
+            self._service.registry.remove_allocation(key)
             for launcher in launchers[key]:
                 self._service.registry.remove_launcher(launcher.launcher_id)
 
@@ -160,7 +160,7 @@ def _by_launcher(kernels: Iterable[KernelRecord]) -> dict[str, list[KernelRecord
     return found
 
 
-def _missing(claimed: Claimed) -> list[AllocationRecord]:
+def _missing(claimed: ClaimedRows) -> list[AllocationRecord]:
     """Of jobs that recovery by another process took for over: kernels are to end with a word on it all the same."""
     known = {record.launcher_id for record in claimed.allocations}
     owners = {kernel.launcher_id: kernel.owner for kernel in claimed.kernels}
@@ -319,7 +319,7 @@ class FailOver:
 
     # -- letting go -------------------------------------------------------------------------------
 
-    def lose(self, lost: Lost) -> None:
+    def lose(self, lost: LostRows) -> None:
         """Another server took these: let go of them, and of what is with them in the same jobs."""
         service = self._service
         gone = [one for one in service.owners.listed() if one.record_key in lost.allocations]

@@ -1,20 +1,22 @@
-"""Remember jobs, launchers, kernels and sessions beyond the process, and which server has them. Knows records only.
+"""Keep records of jobs, launchers, kernels and sessions beyond the process, and of the server that owns them.
 
-The database itself (``store.database``: ``Store``, ``open_store``) is imported late, off the loop: SQLAlchemy is large.
+This room knows records only. The database module (``store.database``: ``Store``, ``open_store``) is imported late,
+off the loop: SQLAlchemy is large.
 """
 
 from gateway_slurm.store.export import EXPORT_NAME, by_job
+from gateway_slurm.store.keep_flags import KeepFlag, KeepFlagFiles
 from gateway_slurm.store.records import (
     LEASE_SECONDS,
     RENEW_SECONDS,
     AllocationRecord,
-    Claimed,
-    Found,
+    ClaimedRows,
     KernelRecord,
     LauncherRecord,
-    Lost,
+    LostRows,
     ProcessInfo,
     Rows,
+    ServerAllocation,
     ServerRecord,
     SessionRecord,
     this_process,
@@ -26,14 +28,16 @@ __all__ = [
     "LEASE_SECONDS",
     "RENEW_SECONDS",
     "AllocationRecord",
-    "Claimed",
-    "Found",
+    "ClaimedRows",
+    "KeepFlag",
+    "KeepFlagFiles",
     "KernelRecord",
     "LauncherRecord",
-    "Lost",
+    "LostRows",
     "ProcessInfo",
     "Registry",
     "Rows",
+    "ServerAllocation",
     "ServerRecord",
     "SessionRecord",
     "by_job",

@@ -1,8 +1,8 @@
-"""Taking over from dead servers, in one transaction: what is looked at, locked and moved. Imports SQLAlchemy.
+"""Takeovers from dead servers, each in one transaction. This module imports SQLAlchemy: import it late, off the loop.
 
-Claims are one after the other: each begins with the lock on the epoch's row (SQLite: on the file). A server that
-renews its lease or writes locks its own row, and so do we: it has either renewed before we look, and lives; or it
-finds itself ended, and writes nothing.
+Only one claim runs at a time: each begins with the lock on the epoch's row (SQLite: on the file). A server that renews
+its lease or writes locks its own row, and so does a claim. Either the server has renewed before the claim looks, and
+lives; or it finds itself ended, and writes nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gateway_slurm.store.schema import ALLOCATIONS, KERNELS, LAUNCHERS, META, SE
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Who claims, and what: everything of a deployment's dead servers, or what these kernels are in."""
+class ClaimRequest:
+    """The claiming server, and its claim: all rows of its deployment's dead servers, or these kernels' allocations."""
 
     server_id: str
     deployment: str
@@ -29,8 +29,8 @@ class Wanted:
 
 
 @dataclass
-class Moved:
-    """Rows as they are now, by table."""
+class MovedRows:
+    """The rows after the move, by table; the launchers' new epoch; the servers that had the rows."""
 
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     epoch: int = 0
@@ -38,7 +38,7 @@ class Moved:
 
 
 def server_of(row: Any, ahead: float) -> ServerRecord:
-    """A server's row as its record; ``ahead``: seconds by which this machine's clock is before the database's."""
+    """A server's row as its record; ``ahead``: seconds by which this host's clock is ahead of the database's."""
     return ServerRecord(
         server_id=row["server_id"],
         deployment=row["deployment"],
@@ -51,47 +51,52 @@ def server_of(row: Any, ahead: float) -> ServerRecord:
     )
 
 
-def dead_servers(connection: sa.Connection, wanted: Wanted, now: float, *, lock: bool = False) -> list[ServerRecord]:
-    """Those that may be taken over from; none while the claimer is no living server itself."""
-    me = connection.execute(sa.select(SERVERS).where(SERVERS.c.server_id == wanted.server_id)).mappings().first()
-    if me is None or me["ended"]:
+def dead_servers(
+    connection: sa.Connection, request: ClaimRequest, now: float, *, lock: bool = False
+) -> list[ServerRecord]:
+    """The servers whose rows may be claimed; none if the claiming server is itself ended or unknown."""
+    claimer = connection.execute(sa.select(SERVERS).where(SERVERS.c.server_id == request.server_id)).mappings().first()
+    if claimer is None or claimer["ended"]:
         return []
-    others = sa.select(SERVERS).where(SERVERS.c.server_id != wanted.server_id)
-    if wanted.kernel_ids is None:
-        others = others.where(SERVERS.c.deployment == wanted.deployment)
+    others = sa.select(SERVERS).where(SERVERS.c.server_id != request.server_id)
+    if request.kernel_ids is None:
+        others = others.where(SERVERS.c.deployment == request.deployment)
     else:
         others = others.where(
-            SERVERS.c.server_id.in_(sa.select(KERNELS.c.server_id).where(KERNELS.c.kernel_id.in_(wanted.kernel_ids)))
+            SERVERS.c.server_id.in_(sa.select(KERNELS.c.server_id).where(KERNELS.c.kernel_id.in_(request.kernel_ids)))
         )
     rows = connection.execute(others.with_for_update() if lock else others).mappings()
     found = [server_of(row, time.time() - now) for row in rows]
-    # Where the claimer's own lease had a gap, so had the others' maybe: the database was away. They may renew first.
-    caught_up = now - me["leased_since"] >= LEASE_SECONDS
-    return [one for one in found if one.ended or one.process.is_dead or (caught_up and one.is_dead)]
+    # A gap in the claimer's own lease may mean that the database was away: the other servers may renew first.
+    caught_up = now - claimer["leased_since"] >= LEASE_SECONDS
+    return [server for server in found if server.ended or server.process.is_dead or (caught_up and server.is_dead)]
 
 
-def claim(connection: sa.Connection, wanted: Wanted, clock: Callable[[], float]) -> Moved:
-    """Move the rows; the caller's transaction commits it."""
+def claim(connection: sa.Connection, request: ClaimRequest, clock: Callable[[], float]) -> MovedRows:
+    """Move the rows. The caller's transaction commits the move."""
     epoch = connection.execute(sa.select(META.c.value).where(META.c.key == "epoch").with_for_update()).scalar_one()
-    dead = dead_servers(connection, wanted, clock(), lock=True)
+    dead = dead_servers(connection, request, clock(), lock=True)
     if not dead:
-        return Moved()
-    moved = Moved(epoch=int(epoch) + 1)
-    owners = [one.server_id for one in dead]
-    scope = _everything(owners) if wanted.kernel_ids is None else _around(connection, owners, wanted.kernel_ids)
+        return MovedRows()
+    moved = MovedRows(epoch=int(epoch) + 1)
+    dead_ids = [server.server_id for server in dead]
+    if request.kernel_ids is None:
+        scope = _all_rows(dead_ids)
+    else:
+        scope = _allocations_of(connection, dead_ids, request.kernel_ids)
     moved.rows = {
         name: [dict(row) for row in connection.execute(sa.select(table).where(scope[name])).mappings()]
         for name, table in TABLES.items()
     }
     for name in ("launchers", "kernels", "sessions"):
-        values = {"server_id": wanted.server_id} | ({"epoch": moved.epoch} if name == "launchers" else {})
+        values = {"server_id": request.server_id} | ({"epoch": moved.epoch} if name == "launchers" else {})
         connection.execute(sa.update(TABLES[name]).where(scope[name]).values(**values))
         moved.rows[name] = [row | values for row in moved.rows[name]]
-    moved.rows["allocations"] = _move_allocations(connection, wanted.server_id, moved.rows["allocations"])
+    moved.rows["allocations"] = _move_allocations(connection, request.server_id, moved.rows["allocations"])
     connection.execute(sa.update(META).where(META.c.key == "epoch").values(value=str(moved.epoch)))
-    # Should it live after all: it finds out before it writes the next row.
-    connection.execute(sa.update(SERVERS).where(SERVERS.c.server_id.in_(owners)).values(ended=True))
-    sweep(connection, owners)
+    # A server that lives after all finds itself ended before it writes the next row.
+    connection.execute(sa.update(SERVERS).where(SERVERS.c.server_id.in_(dead_ids)).values(ended=True))
+    remove_empty_servers(connection, dead_ids)
     moved.servers = dead
     return moved
 
@@ -99,16 +104,16 @@ def claim(connection: sa.Connection, wanted: Wanted, clock: Callable[[], float])
 Scope = dict[str, sa.ColumnElement[bool]]
 
 
-def _everything(owners: list[str]) -> Scope:
-    return {name: table.c.server_id.in_(owners) for name, table in TABLES.items()}
+def _all_rows(dead_ids: list[str]) -> Scope:
+    return {name: table.c.server_id.in_(dead_ids) for name, table in TABLES.items()}
 
 
-def _around(connection: sa.Connection, owners: list[str], kernel_ids: Iterable[str]) -> Scope:
-    """The allocations that these kernels are in, and all in them.
+def _allocations_of(connection: sa.Connection, dead_ids: list[str], kernel_ids: Iterable[str]) -> Scope:
+    """The allocations of these kernels, and all rows in them.
 
-    A launcher has one server: whoever takes one over has all its kernels to see to.
+    A launcher has one server: the server that takes over a launcher takes over all its kernels.
     """
-    named = KERNELS.c.kernel_id.in_(list(kernel_ids)) & KERNELS.c.server_id.in_(owners)
+    named = KERNELS.c.kernel_id.in_(list(kernel_ids)) & KERNELS.c.server_id.in_(dead_ids)
     places = sa.select(KERNELS.c.server_id, KERNELS.c.record_key).where(named)
     pairs = [tuple(row) for row in connection.execute(places)]
     inside = [tuple(row) for row in connection.execute(sa.select(KERNELS.c.kernel_id).where(_in_any(KERNELS, pairs)))]
@@ -116,60 +121,64 @@ def _around(connection: sa.Connection, owners: list[str], kernel_ids: Iterable[s
         "allocations": _in_any(ALLOCATIONS, pairs),
         "launchers": _in_any(LAUNCHERS, pairs),
         "kernels": _in_any(KERNELS, pairs),
-        "sessions": SESSIONS.c.kernel_id.in_([one for (one,) in inside]) & SESSIONS.c.server_id.in_(owners),
+        "sessions": SESSIONS.c.kernel_id.in_([kernel_id for (kernel_id,) in inside])
+        & SESSIONS.c.server_id.in_(dead_ids),
     }
 
 
 def _in_any(table: sa.Table, pairs: Iterable[tuple[Any, ...]]) -> sa.ColumnElement[bool]:
     key = table.c.launcher_id if table is ALLOCATIONS else table.c.record_key
-    return sa.or_(sa.false(), *(sa.and_(table.c.server_id == owner, key == one) for owner, one in set(pairs)))
+    return sa.or_(
+        sa.false(),
+        *(sa.and_(table.c.server_id == server_id, key == record_key) for server_id, record_key in set(pairs)),
+    )
 
 
 def _move_allocations(connection: sa.Connection, new: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a job: where the claimer, or two of the dead, have the same adopted job, its kernels become one list."""
+    """Move the allocations to one row per job: a job that several of these servers adopted gets all their kernels."""
     keys = [row["launcher_id"] for row in rows]
     mine = sa.select(ALLOCATIONS).where(ALLOCATIONS.c.server_id == new, ALLOCATIONS.c.launcher_id.in_(keys))
     kept = {row["launcher_id"]: dict(row) for row in connection.execute(mine).mappings()}
     this_row = sa.and_(
-        ALLOCATIONS.c.server_id == sa.bindparam("owner_was"), ALLOCATIONS.c.launcher_id == sa.bindparam("key_was")
+        ALLOCATIONS.c.server_id == sa.bindparam("old_server"), ALLOCATIONS.c.launcher_id == sa.bindparam("old_key")
     )
     gone, moving = [], []
     for row in rows:
-        where = {"owner_was": row["server_id"], "key_was": row["launcher_id"]}
+        where = {"old_server": row["server_id"], "old_key": row["launcher_id"]}
         known = kept.get(row["launcher_id"])
         if known is None:
             kept[row["launcher_id"]] = row | {"server_id": new}
             moving.append(where)
         else:
-            known["record"] = _joined(known["record"], row["record"])
+            known["record"] = _merged(known["record"], row["record"])
             gone.append(where)
     if gone:
         connection.execute(sa.delete(ALLOCATIONS).where(this_row), gone)
     if moving:
         connection.execute(sa.update(ALLOCATIONS).where(this_row).values(server_id=new), moving)
-    for key in {one["key_was"] for one in gone}:
-        own = (ALLOCATIONS.c.server_id == new) & (ALLOCATIONS.c.launcher_id == key)
-        connection.execute(sa.update(ALLOCATIONS).where(own).values(record=kept[key]["record"]))
+    for key in {row["old_key"] for row in gone}:
+        mine = (ALLOCATIONS.c.server_id == new) & (ALLOCATIONS.c.launcher_id == key)
+        connection.execute(sa.update(ALLOCATIONS).where(mine).values(record=kept[key]["record"]))
     return list(kept.values())
 
 
-def _joined(known: str, other: str) -> str:
+def _merged(known: str, other: str) -> str:
     first, second = json.loads(known), json.loads(other)
     if first.get("identity") == second.get("identity"):
         first["kernel_ids"] = sorted({*first.get("kernel_ids", ()), *second.get("kernel_ids", ())})
     return json.dumps(first)
 
 
-def remove(connection: sa.Connection, owner: str, record_key: str) -> None:
-    """One allocation and all in it."""
-    inside = (KERNELS.c.server_id == owner) & (KERNELS.c.record_key == record_key)
+def remove_allocation(connection: sa.Connection, server_id: str, record_key: str) -> None:
+    """Remove one allocation, with the launchers, kernels and sessions in it."""
+    inside = (KERNELS.c.server_id == server_id) & (KERNELS.c.record_key == record_key)
     sessions = SESSIONS.c.kernel_id.in_(sa.select(KERNELS.c.kernel_id).where(inside))
-    connection.execute(sa.delete(SESSIONS).where(SESSIONS.c.server_id == owner, sessions))
+    connection.execute(sa.delete(SESSIONS).where(SESSIONS.c.server_id == server_id, sessions))
     for table in (KERNELS, LAUNCHERS, ALLOCATIONS):
-        connection.execute(sa.delete(table).where(_in_any(table, [(owner, record_key)])))
+        connection.execute(sa.delete(table).where(_in_any(table, [(server_id, record_key)])))
 
 
-def sweep(connection: sa.Connection, dead: Iterable[str]) -> None:
-    """Forget those of these dead servers that have nothing any more."""
+def remove_empty_servers(connection: sa.Connection, dead: Iterable[str]) -> None:
+    """Remove the servers, of these dead ones, that have no rows."""
     empty = [sa.not_(sa.exists().where(table.c.server_id == SERVERS.c.server_id)) for table in TABLES.values()]
     connection.execute(sa.delete(SERVERS).where(SERVERS.c.server_id.in_(list(dead)), *empty))

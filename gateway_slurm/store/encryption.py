@@ -1,7 +1,7 @@
-"""Secrets at rest: AES-256-GCM under the key in a file that only its user can read.
+"""Encryption of secrets at rest: AES-256-GCM under a key from a file that only its user can read.
 
-What is sealed is bound to its store, table and row: a blob that is copied elsewhere does not open. Nonces are
-random (96 bits), which is safe for 2^32 of them under one key (NIST SP 800-38D, 8.3).
+Each encrypted value is bound to its store, table and row: copied to another place, it cannot be decrypted. Nonces
+are random (96 bits), which is safe for 2^32 of them under one key (NIST SP 800-38D, 8.3).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from Crypto.Cipher import AES
 
+from gateway_slurm._util import exposure
 from gateway_slurm.errors import StoreError
 
 KEY_NAME = "store.key"
@@ -23,24 +23,24 @@ KEY_BYTES = 32
 _VERSION, _NONCE, _TAG = b"\x01", 12, 16
 
 
-class Seal:
-    """Seals and opens the secrets of one store."""
+class RowCipher:
+    """Encrypts and decrypts the secrets in one store's rows."""
 
     def __init__(self, key: bytes, store_id: str) -> None:
         self._key, self.store_id = key, store_id
 
-    def close(self, table: str, row_id: str, content: Any) -> bytes:
-        """Seal JSON content for one row."""
+    def encrypt(self, table: str, row_id: str, content: Any) -> bytes:
+        """Encrypt JSON content for one row."""
         nonce = secrets.token_bytes(_NONCE)
-        sealed, tag = self._cipher(nonce, table, row_id).encrypt_and_digest(json.dumps(content).encode())
-        return bytes(_VERSION + nonce + tag + sealed)
+        encrypted, tag = self._cipher(nonce, table, row_id).encrypt_and_digest(json.dumps(content).encode())
+        return bytes(_VERSION + nonce + tag + encrypted)
 
-    def open(self, table: str, row_id: str, blob: bytes) -> Any:
-        """Return what was sealed. Raises ValueError for what was not, or not with this key, here and for this row."""
+    def decrypt(self, table: str, row_id: str, blob: bytes) -> Any:
+        """Return the JSON content. Raises ValueError unless it was encrypted with this key, for this store and row."""
         if blob[:1] != _VERSION:
-            raise ValueError("it is sealed in no way that this version knows")
-        nonce, tag, sealed = blob[1 : 1 + _NONCE], blob[1 + _NONCE : 1 + _NONCE + _TAG], blob[1 + _NONCE + _TAG :]
-        return json.loads(self._cipher(nonce, table, row_id).decrypt_and_verify(sealed, tag))
+            raise ValueError("its encryption is of a version that this gateway_slurm does not know")
+        nonce, tag, encrypted = blob[1 : 1 + _NONCE], blob[1 + _NONCE : 1 + _NONCE + _TAG], blob[1 + _NONCE + _TAG :]
+        return json.loads(self._cipher(nonce, table, row_id).decrypt_and_verify(encrypted, tag))
 
     def _cipher(self, nonce: bytes, table: str, row_id: str) -> Any:
         cipher = AES.new(self._key, AES.MODE_GCM, nonce=nonce)
@@ -58,11 +58,10 @@ def read_key(path: Path) -> bytes:
         raise
     except OSError as error:
         raise StoreError(f"the store's key file {path} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid()):
+    if why := exposure(status):
         raise StoreError(
-            f"the store's key file {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}, owner "
-            f"{status.st_uid}): give it to its user alone (chmod 600); where somebody may have read it, remove it and "
-            "the store while no kernel runs"
+            f"the store's key file {path} cannot be used: {why}; if another user may have read it, remove it and the "
+            "store while no kernel runs"
         )
     try:
         key = bytes.fromhex(text.decode().strip())
@@ -77,7 +76,7 @@ def read_key(path: Path) -> bytes:
 
 
 def make_key(path: Path) -> bytes:
-    """Make the file with a new key, or read the one that another process has made meanwhile."""
+    """Make the file with a new key and return the key, or the key in the file that another process has just made."""
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # 0600
         try:
@@ -85,6 +84,7 @@ def make_key(path: Path) -> bytes:
                 file.write(secrets.token_hex(KEY_BYTES) + "\n")
                 file.flush()
                 os.fsync(descriptor)
+            # A hard link, unlike a rename, never replaces another process's key.
             os.link(temporary, path)
         except FileExistsError:
             pass

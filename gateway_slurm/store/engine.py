@@ -1,4 +1,7 @@
-"""The connection to a database: how each kind is opened, and its errors in our words. Imports SQLAlchemy."""
+"""The connection to a database: how each kind is opened, and its errors as StoreErrors that say what to do.
+
+This module imports SQLAlchemy: import it late, off the loop.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ from sqlalchemy.pool import QueuePool
 from gateway_slurm.errors import StoreError, StoreUnavailable
 
 MEMORY = "memory:"
-# How long another process's write may take: SQLite's lock is the whole file's.
+# How long a write waits for another process's write: SQLite locks the whole file.
 BUSY_SECONDS = 5.0
-# What a PostgreSQL that does not answer costs before it is tried again.
+# How long a PostgreSQL that does not answer may delay a call.
 CONNECT_SECONDS, STATEMENT_SECONDS, IDLE_SECONDS = 5, 30, 10
 
 
 class RowRefused(StoreError):
-    """The database will never take this row, whatever the reason is."""
+    """The database will never accept this row."""
 
 
 class Database:
-    """An engine, and transactions on it. ``shown`` names it without its password; ``path`` is SQLite's file."""
+    """An engine, and transactions on it. ``name`` is for messages, without a password; ``path`` is SQLite's file."""
 
-    def __init__(self, engine: sa.Engine, shown: str, path: Path | None = None) -> None:
-        self.engine, self.shown, self._path = engine, shown, path
+    def __init__(self, engine: sa.Engine, name: str, path: Path | None = None) -> None:
+        self.engine, self.name, self._path = engine, name, path
         self._file = _identity(path)
         self.is_sqlite = engine.dialect.name == "sqlite"
 
@@ -42,7 +45,7 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """One transaction, of all or nothing. Raises StoreError."""
+        """One transaction, which commits all changes or none. Raises StoreError."""
         with (
             self._errors(),
             self.engine.connect() as connection,
@@ -58,10 +61,11 @@ class Database:
 
     @property
     def was_removed(self) -> bool:
-        """Whether its file is not there any more, or another one is in its place."""
+        """Whether SQLite's file has been removed or replaced."""
         return self._path is not None and _identity(self._path) != self._file
 
     def close(self) -> None:
+        """Close the connections."""
         self.engine.dispose()
 
     @contextlib.contextmanager
@@ -69,21 +73,21 @@ class Database:
         try:
             yield
         except (exc.DataError, exc.IntegrityError, TypeError, ValueError) as error:
-            raise RowRefused(f"the store {self.shown} refuses a row: {_words(error)}") from error
+            raise RowRefused(f"the store {self.name} refuses a row: {_message(error)}") from error
         except (exc.SQLAlchemyError, OSError) as error:
-            raise self._in_our_words(error) from error
+            raise self._store_error(error) from error
 
-    def _in_our_words(self, error: Exception) -> StoreError:
-        words = _words(error)
+    def _store_error(self, error: Exception) -> StoreError:
+        message = _message(error)
         if not self.is_sqlite:
             return StoreUnavailable(
-                f"the store {self.shown} does not answer as it should: {words}; see that this PostgreSQL runs, and "
-                "that the user, password and database of SlurmService.store_url are right"
+                f"the store {self.name} does not answer as it should: {message}; check that this PostgreSQL runs, and "
+                "the user, password and database in SlurmService.store_url"
             )
         for part, kind, what_to_do in _SQLITE_ERRORS:
-            if part in words:
-                return kind(f"the store {self.shown} cannot be used: {words}; {what_to_do}")
-        return StoreUnavailable(f"the store {self.shown} cannot be used: {words}")
+            if part in message:
+                return kind(f"the store {self.name} cannot be used: {message}; {what_to_do}")
+        return StoreUnavailable(f"the store {self.name} cannot be used: {message}")
 
 
 def _identity(path: Path | None) -> tuple[int, int] | None:
@@ -94,32 +98,36 @@ def _identity(path: Path | None) -> tuple[int, int] | None:
     return (status.st_dev, status.st_ino) if status is not None else None
 
 
-_ELSEWHERE = "or name another store in SlurmService.store_url"
+_OTHER_STORE = "or name another store in SlurmService.store_url"
 _MOVE_AWAY = (
     "it is left as it is: move it away (with its -wal file) for a new one to be made, or put a copy of it back; jobs "
     "that run are still listed by: jupyter slurm allocations"
 )
-_FULL = f"its disk is full, or a quota is used up: make room, {_ELSEWHERE}"
-_READ_ONLY = f"make the file, its directory and its file system writable for this user, {_ELSEWHERE}"
+_FULL = f"its disk is full, or a quota is used up: make room, {_OTHER_STORE}"
+_READ_ONLY = f"make the file, its directory and its file system writable for this user, {_OTHER_STORE}"
 _SQLITE_ERRORS: tuple[tuple[str, type[StoreError], str], ...] = (
-    # What SQLite says; whether it can be over in a moment; what to do.
+    # SQLite's message; whether the trouble may pass by itself (StoreUnavailable); what to do.
     ("disk is full", StoreUnavailable, _FULL),
-    ("disk I/O error", StoreUnavailable, f"its disk fails, or is full, or a quota is used up: make room, {_ELSEWHERE}"),
+    (
+        "disk I/O error",
+        StoreUnavailable,
+        f"its disk fails, or is full, or a quota is used up: make room, {_OTHER_STORE}",
+    ),
     ("readonly database", StoreUnavailable, _READ_ONLY),
     ("unable to open", StoreUnavailable, _READ_ONLY),
-    ("locked", StoreUnavailable, "another process of this user's holds it: see which one is stopped, or hangs"),
+    ("locked", StoreUnavailable, "another process of this user holds it: find the one that is stopped, or hangs"),
     ("not a database", StoreError, _MOVE_AWAY),
     ("malformed", StoreError, _MOVE_AWAY),
 )
 
 
-def _words(error: Exception) -> str:
-    """The database's own, on one line; never the statement, whose values may be secret."""
+def _message(error: Exception) -> str:
+    """The database's own message, on one line; never the statement, which may have secret values."""
     return " ".join(str(getattr(error, "orig", None) or error).split())[:500]
 
 
 def connect(url: str, directory: Path) -> Database:
-    """The database that ``url`` names; nothing is asked of it yet, but a file is made where there is none."""
+    """The database that ``url`` names. It is not queried yet, but SQLite's file is made if it does not exist."""
     if url == MEMORY:
         return _sqlite(None)
     if not url:
@@ -144,11 +152,11 @@ def connect(url: str, directory: Path) -> Database:
 
 
 def make_private(path: Path) -> None:
-    """The store's file, 0600, in a 0700 directory. Raises StoreError where that cannot be."""
+    """Make the store's file, 0600, in a 0700 directory. Raises StoreError where that fails."""
     make_directory(path.parent)
     try:
-        # Not opened where it is there: closing it would give up the locks by which SQLite holds it elsewhere in this
-        # process (sqlite.org/howtocorrupt.html, 2.2), and another process then removes the log beside it.
+        # An existing file is not opened: closing it would release the locks that SQLite has on it in this process
+        # (sqlite.org/howtocorrupt.html, 2.2), and another process would then remove the log beside it.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         if not os.access(path, os.R_OK | os.W_OK):
@@ -160,11 +168,11 @@ def make_private(path: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """One of the user's own, 0700, and so is what is made on the way to it. Raises StoreError."""
+    """Make a directory and its missing parents, all 0700. Raises StoreError."""
     try:
-        for one in [*reversed(directory.parents), directory]:
-            if not one.is_dir():
-                one.mkdir(mode=0o700, exist_ok=True)
+        for path in [*reversed(directory.parents), directory]:
+            if not path.is_dir():
+                path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise _no_file(directory, error) from error
 
@@ -178,7 +186,7 @@ def _sqlite(path: Path | None) -> Database:
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path) if path is not None else None),
         poolclass=QueuePool,
-        # A database in memory is its one connection.
+        # A database in memory lives in one connection.
         pool_size=2 if path is not None else 1,
         max_overflow=0,
         connect_args={"check_same_thread": False, "timeout": BUSY_SECONDS},
@@ -187,17 +195,17 @@ def _sqlite(path: Path | None) -> Database:
 
     @sa.event.listens_for(engine, "connect")
     def connected(connection: object, _record: object) -> None:
-        # The driver must not begin transactions by itself: it would begin them too late.
+        # The driver must not begin transactions itself: it would begin them too late.
         connection.isolation_level = None  # type: ignore[attr-defined]
         cursor = connection.cursor()  # type: ignore[attr-defined]
-        # A writer does not keep readers waiting, and what is committed is on the disk.
+        # WAL: a writer does not block readers. FULL: a committed transaction is on the disk.
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")
     def begun(connection: sa.Connection) -> None:
-        # Who is to write takes the lock at once: a reader that becomes a writer later may be refused.
+        # A writer takes the lock at once: a reader that becomes a writer later may be refused.
         writes = connection.get_execution_options().get("writes")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -207,7 +215,7 @@ def _sqlite(path: Path | None) -> Database:
 def _postgresql(url: sa.URL) -> Database:
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
-    shown = url.set(query={}, drivername="postgresql").render_as_string(hide_password=True)
+    name = url.set(query={}, drivername="postgresql").render_as_string(hide_password=True)
     try:
         engine = sa.create_engine(
             url,
@@ -218,26 +226,26 @@ def _postgresql(url: sa.URL) -> Database:
             hide_parameters=True,
             connect_args={
                 "connect_timeout": CONNECT_SECONDS,
-                # A machine that vanished is found out: nobody else would say that it did. Milliseconds.
+                # Milliseconds. A host that has vanished does not close its connections.
                 "tcp_user_timeout": 1000 * IDLE_SECONDS,
-                # Statements that are prepared in a session do not go through a pooler.
+                # A pooler cannot forward statements that are prepared in a session.
                 "prepare_threshold": None,
                 "application_name": "gateway_slurm",
             },
         )
     except ModuleNotFoundError as error:
         raise StoreError(
-            f"the store {shown} needs psycopg, which is not installed: pip install 'gateway-slurm[postgresql]'"
+            f"the store {name} needs psycopg, which is not installed: pip install 'gateway-slurm[postgresql]'"
         ) from error
     except exc.SQLAlchemyError as error:
-        raise StoreError(f"the store {shown} cannot be used: {_words(error)}; see SlurmService.store_url") from error
+        raise StoreError(f"the store {name} cannot be used: {_message(error)}; see SlurmService.store_url") from error
 
     @sa.event.listens_for(engine, "begin")
     def begun(connection: sa.Connection) -> None:
-        # A process that is stopped in the middle must not hold what the others wait for.
+        # A process that is stopped inside a transaction must not block the others with its locks.
         connection.exec_driver_sql(
             f"SET LOCAL statement_timeout = '{STATEMENT_SECONDS}s'; "
             f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'"
         )
 
-    return Database(engine, shown)
+    return Database(engine, name)

@@ -1,6 +1,6 @@
-"""What the store keeps: plain records, each of which is a row of the table that its docstring names.
+"""The records that the store keeps: each is a row of the table that its docstring names.
 
-Fields marked *sealed* are encrypted at rest and never in a ``repr``. All times are seconds since the epoch.
+Fields marked *encrypted* are encrypted at rest and never in a ``repr``. All times are seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+LEASE_SECONDS = 10.0
+"""How long a server keeps its rows without renewing its lease."""
+RENEW_SECONDS = 3.0
+"""How often a server renews its lease."""
+
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """A service's process; the start time and the boot tell it from a later one with its pid."""
+    """A server's process. The boot and the start time tell it from a later process with the same pid."""
 
     host: str
     boot: str
@@ -24,81 +29,74 @@ class ProcessInfo:
 
     @property
     def file_name(self) -> str:
+        """The name of the process's file for servers on other hosts (``export.RecordFiles``)."""
         return f"{self.host}-{self.pid}-{self.start}.json"
 
     @property
     def is_dead(self) -> bool:
-        """Known to be gone; one on another host is never called dead from here."""
+        """Whether the process is known to have ended; False for a process on another host, which cannot be seen."""
         if not self.is_here:
             return False
         return self.boot != this_process().boot or start_time(self.pid) != self.start
 
     @property
     def is_here(self) -> bool:
-        """Whether it is, or was, on this host."""
+        """Whether the process runs, or ran, on this host."""
         return self.host == socket.gethostname()
 
 
 def start_time(pid: int) -> str:
-    """When a process started, in clock ticks since the boot (proc(5), stat, field 22); empty if it is gone."""
+    """When a process started, in clock ticks since the boot (proc(5), stat, field 22); empty if it has ended."""
     try:
-        state, _parent, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # One that is dead and that its parent has not waited for does nothing any more.
-        return "" if state in "ZX" else fields[17]
+        state, _parent, *stat_fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A zombie has ended, although its parent has not waited for it.
+        return "" if state in "ZX" else stat_fields[17]
     except (OSError, ValueError, IndexError):
         return ""
 
 
 def this_process() -> ProcessInfo:
-    """The process that asks."""
+    """The calling process."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ProcessInfo(socket.gethostname(), boot, os.getpid(), start_time(os.getpid()))
 
 
-# -- What the store keeps: plain records, each of which is a row of the table that its docstring names. --
-
-
-# How long a server that is not heard of owns what it has, and how often it says that it lives.
-LEASE_SECONDS = 10.0
-RENEW_SECONDS = 3.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class AllocationRecord:
-    """What is known of one allocation (table ``allocations``)."""
+    """One allocation (table ``allocations``)."""
 
     launcher_id: str
-    """By which Slurm knows a job of ours: its comment is ``gateway_slurm:<launcher_id>``.
-
-    Of an adopted one: ``job-<jobid>``. The other records' ``record_key``.
-    """
+    """The key. A submitted job has the comment ``gateway_slurm:<launcher_id>`` in Slurm; an adopted job has the key
+    ``job-<jobid>``. Launchers and kernels refer to it as ``record_key``."""
     jobid: str | None = None
     """None until sbatch has answered."""
     ours: bool = True
+    """Submitted by a server; False for an adopted job."""
     state: str = ""
     nodelist: list[str] = field(default_factory=list)
     end_time: float | None = None
-    """Seconds since the epoch."""
     kernel_ids: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    """The request fields."""
     keep: bool = False
+    """The job stays after its last kernel."""
     owner: str = ""
-    """Whom it belongs to; empty for the user of the process that keeps the record."""
+    """The user who owns it; empty for the Unix user of the server's process."""
     account: str = ""
     identity: str = ""
-    """What tells the job from others with its id (``launching.identity_of``)."""
+    """What tells the job from other jobs that have or had the same id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LauncherRecord:
-    """What a later server needs to let a launcher in again (table ``launchers``)."""
+    """What another server needs to accept a launcher's connection (table ``launchers``)."""
 
     launcher_id: str
     record_key: str
-    """``AllocationRecord.launcher_id`` of the allocation that it runs in."""
+    """``AllocationRecord.launcher_id`` of the allocation that the launcher runs in."""
     jobid: str = ""
     tokens: tuple[bytes, bytes] = field(repr=False)
-    """Sealed. The launch token, and its successor, which the first WELCOME puts in its place."""
+    """Encrypted. The launch token, and the token that replaces it with the first WELCOME."""
     node: str = ""
     holds_job: bool = False
     isolated: bool = False
@@ -106,14 +104,14 @@ class LauncherRecord:
     nodelist: str = ""
     end_time: float | None = None
     slots: dict[str, int] = field(default_factory=dict)
-    """By kernel id: the number in the kernel's directory on the node."""
+    """For each kernel id the number in the name of the kernel's directory on the node."""
     epoch: int = 0
-    """Counts the changes of owner; the launcher refuses a server with a lower one than it has seen."""
+    """Increases with each takeover. The launcher rejects a server with a lower epoch than it has seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """What a later server needs to have the kernel again (table ``kernels``)."""
+    """What another server needs to restore a kernel (table ``kernels``)."""
 
     kernel_id: str
     launcher_id: str
@@ -121,21 +119,21 @@ class KernelRecord:
     owner: str = ""
     generation: int = 0
     mode: str = ""
-    """How its channels are reached, as the launcher's STARTED said."""
+    """How servers reach its channels, from the launcher's STARTED message."""
     ip: str = ""
     ports: dict[str, int] = field(default_factory=dict)
     pid: int = 0
     started_at: float | None = None
     launch: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Sealed. The ``KernelLaunch`` as JSON: argv, env, cwd, connection, mode, language, …"""
+    """Encrypted. The ``KernelLaunch`` as JSON: argv, env, cwd, connection, mode, language, …"""
     manager: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Sealed. What the kernel manager is made of again: kernel_name, path, launch arguments, …"""
+    """Encrypted. What a new kernel manager is made from: kernel_name, path, launch arguments, …"""
     node: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionRecord:
-    """A Jupyter session: a document, or console, and its kernel (table ``sessions``)."""
+    """A Jupyter session: a document or console, and its kernel (table ``sessions``)."""
 
     session_id: str
     owner: str = ""
@@ -148,40 +146,40 @@ class SessionRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerRecord:
-    """A server process, who owns the rows with its ``server_id`` (table ``servers``)."""
+    """A server process. The rows with its ``server_id`` belong to it (table ``servers``)."""
 
     server_id: str
     deployment: str = ""
-    """Servers of one deployment take over from each other; empty: nobody does so by themselves."""
+    """Servers of one deployment take over from each other; a server without one is taken over only kernel by kernel."""
     process: ProcessInfo
     url: str = ""
     addresses: tuple[str, ...] = ()
-    """``host:port`` of each place where launchers reach it."""
+    """``host:port`` of each address that launchers dial."""
     relays: tuple[dict[str, Any], ...] = ()
-    """Ports of the login node where it listens, or is to: ``port``, and by ``boot``, ``pid``, ``ticks`` who has it."""
+    """The server's ports on the login node: ``port``, and the process with that port (``boot``, ``pid``, ``ticks``)."""
     lease_until: float = 0.0
-    """By this machine's clock, whatever the database's says."""
+    """By this host's clock, whatever the database's clock says."""
     ended: bool = False
-    """It said so, or another server took over from it."""
+    """The server has recorded its end, or another server has taken over from it."""
 
     @property
     def is_dead(self) -> bool:
-        """Whether its deployment may take over what it has: its end was said or is seen, or its lease is over."""
-        return self.ended or self.process.is_dead or self._is_silent
+        """Whether its deployment may take over its rows: it has ended, or its lease has expired."""
+        return self.ended or self.process.is_dead or self._lease_expired
 
     @property
     def is_gone(self) -> bool:
-        """Whether nobody works with what it has: one of this host that is only stopped or suspended will go on."""
-        return self.ended or self.process.is_dead or (self._is_silent and not self.process.is_here)
+        """Whether its kernels are out of use. A server on this host that is stopped or suspended will continue."""
+        return self.ended or self.process.is_dead or (self._lease_expired and not self.process.is_here)
 
     @property
-    def _is_silent(self) -> bool:
+    def _lease_expired(self) -> bool:
         return time.time() >= self.lease_until
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of several tables that belong together."""
+    """Records of several tables that belong together."""
 
     allocations: tuple[AllocationRecord, ...] = ()
     launchers: tuple[LauncherRecord, ...] = ()
@@ -190,18 +188,18 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claimed(Rows):
-    """What a claim has moved to the claimer."""
+class ClaimedRows(Rows):
+    """The rows that a claim has moved to the claiming server."""
 
     epoch: int = 0
-    """The launchers' new one."""
+    """The new epoch of the claimed launchers."""
     servers: tuple[ServerRecord, ...] = ()
-    """Those whose rows these were, with the addresses that their launchers dial."""
+    """The servers that had these rows, with the addresses that their launchers dial."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lost:
-    """Keys of rows that were this server's and are another's now: their kernels live, and are not to be ended."""
+class LostRows:
+    """Keys of rows that another server has taken over from this one. Their kernels live and must not be ended."""
 
     allocations: frozenset[str] = frozenset()
     launchers: frozenset[str] = frozenset()
@@ -209,5 +207,5 @@ class Lost:
     sessions: frozenset[str] = frozenset()
 
 
-Found = tuple[ServerRecord, AllocationRecord]
-"""A record, and whose it is."""
+ServerAllocation = tuple[ServerRecord, AllocationRecord]
+"""An allocation, and the server that has it on record."""

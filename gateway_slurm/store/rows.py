@@ -1,7 +1,7 @@
-"""Records as rows: which fields are columns, which are sealed, and which go into one JSON text.
+"""Records as rows: which fields are columns, which are encrypted, and which go into one JSON text.
 
-Only what is asked for is a column. The JSON is ASCII: a client's words may hold what a database's text may
-not (NUL, half a surrogate pair). A field of a later version is passed over: it is no reason not to find a job.
+Only fields that queries use are columns. The JSON is ASCII: a client's text may hold what a database's text may not
+(NUL, half a surrogate pair). An unknown field, of another version, is ignored: the job must be found all the same.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from gateway_slurm.store.encryption import Seal
+from gateway_slurm.store.encryption import RowCipher
 from gateway_slurm.store.records import AllocationRecord, KernelRecord, LauncherRecord, Rows, SessionRecord
 
-# A job and its kernels are found whatever it was made with: what is larger is not kept.
-LARGEST_ALLOCATION = 1 << 20
+MAX_ALLOCATION_BYTES = 1 << 20
+"""Of an allocation's JSON text. A larger one is kept without its request and node list, so that the job is found."""
 
 Record = AllocationRecord | LauncherRecord | KernelRecord | SessionRecord
 RowKey = tuple[str, str]
 """Table and key."""
 Change = tuple[str, str, Record | None]
-"""Table, key, and what the row is to be; None: gone."""
+"""Table, key, and the row's new content; None removes the row."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RowKind:
-    """A table's records; ``columns`` are those beside the key."""
+    """How a table keeps its records: the key, the other ``columns``, and the ``encrypted`` fields."""
 
     record: type[Record]
     key: str
     columns: tuple[str, ...]
-    sealed: tuple[str, ...] = ()
+    encrypted: tuple[str, ...] = ()
 
 
 KINDS: dict[str, RowKind] = {
@@ -46,48 +46,48 @@ KINDS: dict[str, RowKind] = {
 
 
 def key_of(record: Record) -> RowKey:
-    """The row's place: its table and its key."""
+    """The record's table and key."""
     table = next(name for name, kind in KINDS.items() if isinstance(record, kind.record))
     return table, str(getattr(record, KINDS[table].key))
 
 
-def to_row(record: Record, seal: Seal) -> dict[str, Any]:
-    """The row's columns, ``server_id`` aside."""
+def to_row(record: Record, cipher: RowCipher) -> dict[str, Any]:
+    """The row's columns without ``server_id``. Raises TypeError or ValueError for a record that JSON cannot hold."""
     table, key = key_of(record)
     kind = KINDS[table]
-    values = {one.name: getattr(record, one.name) for one in fields(record)}
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
     row = {name: values.pop(name) for name in (kind.key, *kind.columns)}
-    if kind.sealed:
-        hidden = {name: values.pop(name) for name in kind.sealed}
-        row["sealed"] = seal.close(table, key, _hexed(hidden))
+    if kind.encrypted:
+        secret = {name: values.pop(name) for name in kind.encrypted}
+        row["encrypted"] = cipher.encrypt(table, key, _with_hex_tokens(secret))
     row["record"] = json.dumps(values)
-    if isinstance(record, AllocationRecord) and len(row["record"]) > LARGEST_ALLOCATION:
-        return to_row(replace(record, config={}, nodelist=[]), seal)
+    if isinstance(record, AllocationRecord) and len(row["record"]) > MAX_ALLOCATION_BYTES:
+        return to_row(replace(record, config={}, nodelist=[]), cipher)
     return row
 
 
-def _hexed(hidden: dict[str, Any]) -> dict[str, Any]:
-    return {**hidden, "tokens": [one.hex() for one in hidden["tokens"]]} if "tokens" in hidden else hidden
+def _with_hex_tokens(secret: dict[str, Any]) -> dict[str, Any]:
+    return {**secret, "tokens": [token.hex() for token in secret["tokens"]]} if "tokens" in secret else secret
 
 
-def from_row(table: str, row: Mapping[str, Any], seal: Seal) -> Record | None:
-    """The record of a row; one that cannot be read is told, and takes only itself out."""
+def from_row(table: str, row: Mapping[str, Any], cipher: RowCipher) -> Record | None:
+    """The record of a row; None for a row that cannot be read, which is logged and does not affect other rows."""
     kind = KINDS[table]
     key = str(row[kind.key])
     try:
         values: dict[str, Any] = json.loads(row["record"])
-        if kind.sealed:
-            values |= seal.open(table, key, bytes(row["sealed"]))
+        if kind.encrypted:
+            values |= cipher.decrypt(table, key, bytes(row["encrypted"]))
         if "tokens" in values:
-            values["tokens"] = tuple(bytes.fromhex(one) for one in values["tokens"])
+            values["tokens"] = tuple(bytes.fromhex(token) for token in values["tokens"])
         values |= {name: row[name] for name in (kind.key, *kind.columns)}
-        names = {one.name for one in fields(kind.record)}
+        names = {field.name for field in fields(kind.record)}
         return kind.record(**{name: value for name, value in values.items() if name in names})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         _log.warning("row %s of the store's table %s cannot be read and is left as it is: %s", key, table, error)
         return None
 
 
-def collect(found: Mapping[str, list[Record]]) -> Rows:
-    """Records by table, as one."""
-    return Rows(**{table: tuple(found.get(table, ())) for table in KINDS})  # type: ignore[arg-type]
+def collect(records: Mapping[str, list[Record]]) -> Rows:
+    """The records of all tables in one object."""
+    return Rows(**{table: tuple(records.get(table, ())) for table in KINDS})  # type: ignore[arg-type]

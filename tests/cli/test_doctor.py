@@ -28,7 +28,7 @@ DEAD_SERVER = """
     for jobid, launcher_id, kernel in (word.split(":") for word in sys.argv[1:]):
         kernel_ids = [kernel] if kernel else []
         record = AllocationRecord(launcher_id=launcher_id, jobid=jobid, identity=launcher_id, kernel_ids=kernel_ids)
-        registry.put(record)
+        registry.put_allocation(record)
     registry.flush()
     print(registry.store_id)
     sys.stdout.flush()
@@ -92,7 +92,7 @@ def test_it_reports_that_nothing_is_left_and_what_it_checked():
 def test_files_marks_and_rows_that_are_left_are_found_and_removed(home, tmp_path):
     """Each is one line with what ``--fix`` would do. After ``--fix`` nothing is found."""
     dead_server("99999999:gs-1:k")
-    marks = Registry.default().marks
+    marks = Registry.default().keep_flags
     marks.set("99999998", "gs-2")
     sockets = home / f"gs-server{NO_PROCESS}-abc"
     sockets.mkdir()
@@ -109,7 +109,7 @@ def test_files_marks_and_rows_that_are_left_are_found_and_removed(home, tmp_path
     assert not sockets.exists()
     assert not connection.exists()
     assert other.exists()
-    assert (marks.all(), Registry.default().all_records()) == (frozenset(), [])
+    assert (marks.all(), Registry.default().all_allocations()) == (frozenset(), [])
     assert findings(status=0) == []
 
 
@@ -172,7 +172,7 @@ def test_without_an_answer_from_slurm_the_rest_is_checked(home, admin_settings, 
     assert ran.returncode == 2
     assert "Slurm does not answer" in ran.stderr
     assert not list(home.iterdir())
-    assert len(Registry.default().all_records()) == 1
+    assert len(Registry.default().all_allocations()) == 1
 
 
 def test_a_damaged_store_is_reported_and_left_as_it_is(tmp_path):

@@ -82,14 +82,14 @@ def test_a_line_for_each_step_is_printed_and_findings_follow(service, cluster):
     """Rows of dead servers are found afterwards, and are not removed without ``--fix``."""
     registry = Registry.default()
     registry.open()
-    registry.put(AllocationRecord(launcher_id="gs-1", jobid="99999999", identity="gs-1", kernel_ids=[]))
+    registry.put_allocation(AllocationRecord(launcher_id="gs-1", jobid="99999999", identity="gs-1", kernel_ids=[]))
     registry.flush()
     registry.close(leave=True)
     done = subprocess.run(command(*REQUEST), capture_output=True, text=True, timeout=READY, check=False)
     assert len([line for line in done.stdout.splitlines() if line.startswith("ok  ")]) == len(STEPS)
     assert "job 99999999, which is over" in done.stdout
     assert done.returncode == 1
-    assert len(Registry.default().all_records()) == 1
+    assert len(Registry.default().all_allocations()) == 1
 
 
 @pytest.mark.slow

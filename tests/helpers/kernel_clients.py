@@ -119,7 +119,7 @@ def forget_dead_servers() -> None:
     The next service would look for its job for a minute, and tests count Slurm's commands.
     """
     with closing(Registry.default()) as registry:
-        registry.drop([found for found in registry.all_records() if found[0].is_gone])
+        registry.drop([found for found in registry.all_allocations() if found[0].is_gone])
 
 
 # -- kernels ------------------------------------------------------------------------------------

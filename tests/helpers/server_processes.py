@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway_slurm.store import Found, Registry
+from gateway_slurm.store import Registry, ServerAllocation
 from helpers.kernel_clients import READY
 from helpers.private_slurm import poll
 
@@ -68,10 +68,10 @@ def allocations(*arguments: str) -> str:
     return subprocess.run(argv, capture_output=True, text=True, timeout=READY, check=True).stdout
 
 
-def on_record() -> list[Found]:
+def on_record() -> list[ServerAllocation]:
     """What all servers of the user have on record."""
     with closing(Registry.default()) as registry:
-        return registry.all_records()
+        return registry.all_allocations()
 
 
 def noticed(jobid: str, *, keep: bool) -> bool:
@@ -91,4 +91,4 @@ def launcher_said(jobid: str, words: str) -> bool:
 
 def marks() -> set[str]:
     """The ids of jobs that are marked."""
-    return {jobid for jobid, _identity in Registry.default().marks.all()}
+    return {jobid for jobid, _identity in Registry.default().keep_flags.all()}

@@ -147,7 +147,7 @@ def test_what_slurm_does_not_confirm_is_not_joined(cluster, sharer, tmp_path, ca
             replace(record, jobid=owner.jobid, launcher_id="gs-3", identity="gs-3", config={}),
         )
         for jobid, identity in (("99999999", "gs-1"), (other, "gs-2"), (owner.jobid, "gs-3")):
-            registry.marks.set(jobid, identity)
+            registry.keep_flags.set(jobid, identity)
         with joined(sharer, owner.jobid):
             pass
         slurm("scancel", other, cluster=cluster)

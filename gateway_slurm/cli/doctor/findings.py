@@ -39,8 +39,8 @@ from gateway_slurm.link.endpoints import parse_endpoint
 from gateway_slurm.link.tunnel import stale_socket_directories
 from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.store import Found, ServerRecord
-from gateway_slurm.store.marks import Mark
+from gateway_slurm.store import ServerAllocation, ServerRecord
+from gateway_slurm.store.keep_flags import KeepFlag
 
 FOUND, TROUBLE = 1, 2  # exit statuses
 # The connection file of a kernel behind the tunnel names a socket in a directory of its server.
@@ -167,7 +167,7 @@ class Doctor:
     def examine(self) -> None:
         """Check the store, the jobs, the files and the response address; fill ``findings``."""
         rows = self._read_store()
-        marks = self._registry.marks.all()
+        marks = self._registry.keep_flags.all()
         jobs = self._ask_slurm(rows, marks)
         if rows is not None and jobs is not None:
             self._find_orphans(jobs, rows, marks)
@@ -190,17 +190,17 @@ class Doctor:
 
     # -- store and Slurm ----------------------------------------------------------------------------
 
-    def _read_store(self) -> list[Found] | None:
+    def _read_store(self) -> list[ServerAllocation] | None:
         """All rows of allocations; None if the store cannot be used."""
         try:
             # Opening the store checks its version and its key, and writes to it.
-            self.notes.append(f"store: {self._registry.store.shown} can be used")
-            return self._registry.all_records()
+            self.notes.append(f"store: {self._registry.store.name} can be used")
+            return self._registry.all_allocations()
         except StoreError as error:
             self.trouble.append(f"the store cannot be used: {error}")
             return None
 
-    def _ask_slurm(self, rows: list[Found] | None, marks: frozenset[Mark]) -> dict[str, JobInfo] | None:
+    def _ask_slurm(self, rows: list[ServerAllocation] | None, marks: frozenset[KeepFlag]) -> dict[str, JobInfo] | None:
         """The jobs that are not over: this package's, and those on record or marked. None if Slurm does not answer."""
         if self._slurm is None:
             self.trouble.append("Slurm was not asked about jobs: the path check did not reach it")
@@ -218,7 +218,9 @@ class Doctor:
 
     # -- jobs and rows ------------------------------------------------------------------------------
 
-    def _find_orphans(self, jobs: Mapping[str, JobInfo], rows: list[Found], marks: frozenset[Mark]) -> None:
+    def _find_orphans(
+        self, jobs: Mapping[str, JobInfo], rows: list[ServerAllocation], marks: frozenset[KeepFlag]
+    ) -> None:
         store_id = self._registry.store_id
         timeout = self.settings.orphan_timeout
         for orphan in find_orphans(jobs, rows, marks, store_id=store_id, orphan_timeout=timeout):
@@ -239,7 +241,7 @@ class Doctor:
             orphan.forget(self._registry)
         return why
 
-    def _find_old_rows(self, jobs: Mapping[str, JobInfo], rows: list[Found]) -> None:
+    def _find_old_rows(self, jobs: Mapping[str, JobInfo], rows: list[ServerAllocation]) -> None:
         """Find rows of dead servers whose jobs are over. The next server drops such rows as well."""
         living = {identity_of(info) for info in jobs.values()}
         for server, record in rows:
@@ -251,10 +253,10 @@ class Doctor:
                 since = server.lease_until if server.lease_until < time.time() else None
                 self._add("row", what, _ownership(server, record.owner), since, "removes the row", drop)
 
-    def _find_old_marks(self, jobs: Mapping[str, JobInfo], marks: frozenset[Mark]) -> None:
+    def _find_old_marks(self, jobs: Mapping[str, JobInfo], marks: frozenset[KeepFlag]) -> None:
         living = {(jobid, identity_of(info)) for jobid, info in jobs.items()}
         for jobid, identity in sorted(marks - living):
-            remove = partial(self._registry.marks.remove, jobid, identity)
+            remove = partial(self._registry.keep_flags.remove, jobid, identity)
             self._add("mark", f"job {jobid} is marked as kept, and is over", "", None, "removes the mark", remove)
 
     # -- files ----------------------------------------------------------------------------------------

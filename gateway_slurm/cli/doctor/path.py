@@ -153,7 +153,7 @@ class PathCheck:
         await service.run(service.open())
         await service.run(service.access.wait_ready())
         addresses = service.access.endpoints(service.endpoints)
-        return f"{service.registry.store.shown}; launchers will dial {', '.join(addresses)}"
+        return f"{service.registry.store.name}; launchers will dial {', '.join(addresses)}"
 
     async def _kernel(self) -> None:
         kernel_id = str(uuid.uuid4())

@@ -10,12 +10,15 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from gateway_slurm.errors import StoreError
-from gateway_slurm.gateway.peers.peers import DirectoryUnavailable, Found, Kept, Peer
+from gateway_slurm.gateway.peers.peers import DirectoryUnavailable, Kept, Location, Peer
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store import KernelRecord, Registry, ServerRecord, SessionRecord
+
+if TYPE_CHECKING:
+    from gateway_slurm.store.database import Store
 
 T = TypeVar("T")
 
@@ -43,17 +46,17 @@ class StoreDirectory:
         """The deployment's other gateways; dead ones as long as they have something on record."""
         return await self._ask(lambda look: look.others(), [])
 
-    async def kernel(self, kernel_id: str) -> Found | None:
+    async def kernel(self, kernel_id: str) -> Location | None:
         """Whose kernel that is."""
-        return await self._ask(lambda look: look.found("kernel", kernel_id), None)
+        return await self._ask(lambda look: look.kernel(kernel_id), None)
 
-    async def session(self, session_id: str) -> Found | None:
+    async def session(self, session_id: str) -> Location | None:
         """Whose session that is."""
-        return await self._ask(lambda look: look.found("session", session_id), None)
+        return await self._ask(lambda look: look.session(session_id), None)
 
-    async def session_at(self, owner: str, path: str) -> Found | None:
+    async def session_at(self, owner: str, path: str) -> Location | None:
         """Who has this user's session of this document; None where it is this gateway, which would know."""
-        found = await self._ask(lambda look: look.found("session_at", owner, path), None)
+        found = await self._ask(lambda look: look.session_at(owner, path), None)
         return None if found is None or found.peer.server_id == self.server_id else found
 
     async def owners(self) -> Mapping[str, str]:
@@ -91,22 +94,21 @@ class _Look:
     def others(self) -> list[Peer]:
         return [_peer(one) for one in self._servers() if one.server_id != self._registry.server_id]
 
-    def found(self, name: str, *key: str) -> Found | None:
-        owned = self._whose(name, self._deployment, *key)
-        if owned is None:
-            return None
-        server_id, owner = owned
-        server = next((one for one in self._servers() if one.server_id == server_id), None)
-        peer = Peer(server_id=server_id, url="", lives=False) if server is None else _peer(server)
-        return Found(peer=peer, owner=owner)
+    def kernel(self, kernel_id: str) -> Location | None:
+        return self._location(self._store.kernel_ownership(self._deployment, kernel_id))
+
+    def session(self, session_id: str) -> Location | None:
+        return self._location(self._store.session_ownership(self._deployment, session_id))
+
+    def session_at(self, owner: str, path: str) -> Location | None:
+        return self._location(self._store.document_ownership(self._deployment, owner, path))
 
     def owners(self) -> Mapping[str, str]:
-        owners: dict[str, str] = self._whose("kernel_owners", self._deployment, self._registry.server_id)
-        return owners
+        return self._store.kernel_owners(self._deployment, except_server=self._registry.server_id)
 
     def kept(self, server_ids: Collection[str]) -> Kept:
         kernels, sessions = [], []
-        for rows in map(self._registry.store.rows_of, server_ids):
+        for rows in map(self._store.rows_of, server_ids):
             models = {record.kernel_id: _kernel_model(record) for record in rows.kernels}
             makers = {record.kernel_id: str(record.manager.get("maker", "")) for record in rows.kernels}
             kernels += [(one.owner, makers[one.kernel_id], models[one.kernel_id]) for one in rows.kernels]
@@ -117,14 +119,20 @@ class _Look:
             ]
         return Kept(kernels=tuple(kernels), sessions=tuple(sessions))
 
+    @property
+    def _store(self) -> Store:
+        return self._registry.store
+
+    def _location(self, ownership: tuple[str, str] | None) -> Location | None:
+        if ownership is None:
+            return None
+        server_id, owner = ownership
+        server = next((server for server in self._servers() if server.server_id == server_id), None)
+        peer = Peer(server_id=server_id, url="", lives=False) if server is None else _peer(server)
+        return Location(peer=peer, owner=owner)
+
     def _servers(self) -> list[ServerRecord]:
         return [one for one in self._registry.servers() if one.deployment == self._deployment]
-
-    def _whose(self, name: str, *arguments: Any) -> Any:
-        from gateway_slurm.store import database as whose  # SQLAlchemy takes a while to import
-
-        with self._registry.store.reading() as connection:
-            return getattr(whose, name)(connection, *arguments)
 
 
 def _peer(server: ServerRecord) -> Peer:

@@ -25,7 +25,7 @@ from gateway_slurm.gateway.peers.peers import (
     SESSIONS,
     WATCH_SECONDS,
     DirectoryUnavailable,
-    Found,
+    Location,
     Peer,
     Peers,
 )
@@ -62,7 +62,7 @@ class Passing:
 
     # -- who has it ---------------------------------------------------------------------------------
 
-    async def find(self, handler: RequestHandler, collection: str, key: str, *, fresh: bool = False) -> Found | None:
+    async def find(self, handler: RequestHandler, collection: str, key: str, *, fresh: bool = False) -> Location | None:
         """Who has it: as the records say, or, where they do not know, who says so when asked.
 
         A kernel that was made a moment ago is on nobody's record yet. Raises HTTPError 503.
@@ -79,7 +79,7 @@ class Passing:
             return await self._ask_all(handler, collection, key)
         return found if may_see(handler.current_user, found) else None
 
-    async def _ask_all(self, handler: RequestHandler, collection: str, key: str) -> Found | None:
+    async def _ask_all(self, handler: RequestHandler, collection: str, key: str) -> Location | None:
         # One that has just been started is among them.
         peers = [peer for peer in await self.peers.others(fresh=True) if peer.can_be_asked]
         passed = self.request_of(handler).at(f"api/{collection}/{key}")
@@ -88,7 +88,7 @@ class Passing:
             for answered in asyncio.as_completed(asking):
                 peer = await answered
                 if peer is not None:
-                    return Found(peer=peer)
+                    return Location(peer=peer)
         finally:
             for task in asking:
                 task.cancel()
@@ -109,7 +109,7 @@ class Passing:
         return Passed.of(handler.request, base_url, self.peers.server_id, proof=self.proof)
 
     async def settled(
-        self, is_here: Callable[[], bool], find: Callable[[bool], Awaitable[Found | None]]
+        self, is_here: Callable[[], bool], find: Callable[[bool], Awaitable[Location | None]]
     ) -> tuple[bool, Peer | None]:
         """Whether it is here, or else which living peer has it; (False, None) is nobody.
 
@@ -182,7 +182,7 @@ def is_here(handler: RequestHandler, collection: str, key: str) -> bool:
     return any(row["jobid"] == key for row in SlurmService.instance().allocations_of(None))
 
 
-def may_see(user: Any, found: Found) -> bool:
+def may_see(user: Any, found: Location) -> bool:
     """Whether it is worth asking for this user: the peer judges, but others' are not even waited for."""
     return not found.owner or user.admin or user.service or user.username == found.owner
 

@@ -45,7 +45,7 @@ class Peer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Location:
     """Which gateway has something, and which user owns it ("" where that is not known)."""
 
     peer: Peer
@@ -70,13 +70,13 @@ class Directory(Protocol):
     async def others(self) -> list[Peer]:
         """The deployment's other gateways; dead ones as long as nobody has taken over what they had."""
 
-    async def kernel(self, kernel_id: str) -> Found | None:
+    async def kernel(self, kernel_id: str) -> Location | None:
         """Whose kernel that is: another gateway's or this one's; None for one that nobody has on record."""
 
-    async def session(self, session_id: str) -> Found | None:
+    async def session(self, session_id: str) -> Location | None:
         """Whose session that is."""
 
-    async def session_at(self, owner: str, path: str) -> Found | None:
+    async def session_at(self, owner: str, path: str) -> Location | None:
         """Who has this user's session of this document."""
 
     async def owners(self) -> Mapping[str, str]:
@@ -112,7 +112,7 @@ class Peers:
     def __init__(self, directory: Directory, *, log: logging.Logger) -> None:
         self.directory = directory
         self._log = log
-        self._known: OrderedDict[tuple[str, str], tuple[float, Found]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], tuple[float, Location]] = OrderedDict()
         self._others: tuple[float, list[Peer]] = (0.0, [])
         self._websockets: set[Moves] = set()
         self._watching: asyncio.Task[None] | None = None
@@ -138,7 +138,7 @@ class Peers:
         """Whether a gateway lives; one that is not named at all is dead, and what it had is taken over."""
         return any(one.server_id == peer.server_id and one.lives for one in await self.others())
 
-    async def find(self, collection: str, key: str, *, fresh: bool = False) -> Found | None:
+    async def find(self, collection: str, key: str, *, fresh: bool = False) -> Location | None:
         """Who has a kernel or a session on record, as it was up to two seconds ago unless ``fresh``.
 
         What was known before is still good for a request while the store does not answer.
@@ -159,7 +159,7 @@ class Peers:
         self._remember(collection, key, found)
         return found
 
-    async def session_at(self, owner: str, path: str) -> Found | None:
+    async def session_at(self, owner: str, path: str) -> Location | None:
         """Who has this user's session of this document, as it is now; None also while the store does not answer."""
         return await self._asked(self.directory.session_at(owner, path), None)
 
@@ -167,7 +167,7 @@ class Peers:
         """The others' kernels and who owns them; none while the store does not answer."""
         return await self._asked(self.directory.owners(), {})
 
-    def _remember(self, collection: str, key: str, found: Found | None) -> None:
+    def _remember(self, collection: str, key: str, found: Location | None) -> None:
         self._known.pop((collection, key), None)
         if found is None:
             return  # the next moment somebody may have it

@@ -58,7 +58,7 @@ def leave_behind(directory: Path, port: int) -> list[dict[str, str]]:
     for number in range(KERNELS):
         key, jobid, kernel_id = f"gs-{number:016x}", str(1000 + number), f"kernel-{number}"
         tokens = secrets.token_bytes(32), secrets.token_bytes(32)
-        registry.put(AllocationRecord(launcher_id=key, jobid=jobid, state="RUNNING", identity=key))
+        registry.put_allocation(AllocationRecord(launcher_id=key, jobid=jobid, state="RUNNING", identity=key))
         registry.put_launcher(
             LauncherRecord(launcher_id=key, record_key=key, jobid=jobid, tokens=tokens, node="c1", holds_job=True)
         )

@@ -84,7 +84,7 @@ async def test_a_job_that_no_kernel_ever_ran_in_is_cancelled_and_others_are_not(
     assert await recover(registry, driver, LOG) == [orphan]
     assert poll(lambda: job_state(orphan) == "", timeout=READY)
     assert [job_state(jobid) for jobid in (other, kept, used)] == ["PENDING", "PENDING", "RUNNING"]
-    assert registry.marks.all() == {(kept, "gs-3")}
+    assert registry.keep_flags.all() == {(kept, "gs-3")}
     assert await recover(registry, driver, LOG) == []
     assert [record.launcher_id for _process, record in registry.orphans()] == ["gs-3", "gs-4"]
     slurm("scancel", other, kept, used, cluster=cluster)
@@ -92,7 +92,7 @@ async def test_a_job_that_no_kernel_ever_ran_in_is_cancelled_and_others_are_not(
     assert poll(lambda: not jobs_of(cluster), timeout=READY)
     assert await recover(registry, driver, LOG) == []
     assert registry.orphans() == []
-    assert registry.marks.all() == frozenset()
+    assert registry.keep_flags.all() == frozenset()
 
 
 async def test_an_intent_is_looked_for_until_its_job_is_there(driver, cluster, tmp_path, registry):
@@ -143,10 +143,10 @@ async def test_a_mark_goes_with_its_job(driver, cluster, tmp_path, registry):
     """One of an earlier job with the same id does not keep a later one, and is removed; a living job's stays."""
     job = submit(cluster, f"{JOB_NAME}:gs-7", "--hold")
     for identity in ("gs-6", "gs-7"):
-        registry.marks.set(job, identity)
-    registry.marks.set("99999999", "gs-1")
+        registry.keep_flags.set(job, identity)
+    registry.keep_flags.set("99999999", "gs-1")
     assert await recover(registry, driver, LOG) == []
-    assert registry.marks.all() == {(job, "gs-7")}
+    assert registry.keep_flags.all() == {(job, "gs-7")}
     slurm("scancel", job, cluster=cluster)
 
 
@@ -165,10 +165,10 @@ async def test_while_slurm_does_not_answer_nothing_is_forgotten(tmp_path, monkey
             raise SlurmUnavailable("no answer")
 
     leave_behind(tmp_path, AllocationRecord(launcher_id="gs-1"), AllocationRecord(launcher_id="gs-2", jobid="12"))
-    registry.marks.set("12", "gs-2")
+    registry.keep_flags.set("12", "gs-2")
     assert await recover(registry, Down(), LOG) == []
     assert len(registry.orphans()) == 2
-    assert registry.marks.all() == {("12", "gs-2")}
+    assert registry.keep_flags.all() == {("12", "gs-2")}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -80,7 +80,7 @@ async def test_the_next_process_has_the_kernels_again(deployment, kernel_name, h
     client.stop_channels()
     await manager.shutdown_kernel()
     assert await is_over(known["jobid"])
-    assert deployment.registry.kernels() == deployment.registry.launchers() == deployment.registry.records() == []
+    assert deployment.registry.kernels() == deployment.registry.launchers() == deployment.registry.allocations() == []
 
 
 async def test_a_direct_kernel_is_restarted_where_its_clients_are_connected(deployment, kernelspecs, monkeypatch):
@@ -171,7 +171,7 @@ async def test_a_kernel_whose_job_ended_meanwhile_is_dead_with_slurms_word(deplo
     with pytest.raises(AllocationEnded):
         await manager.restart_kernel(now=True)
     await manager.shutdown_kernel(now=True)
-    assert deployment.registry.kernels() == deployment.registry.launchers() == deployment.registry.records() == []
+    assert deployment.registry.kernels() == deployment.registry.launchers() == deployment.registry.allocations() == []
 
 
 async def test_several_kernels_of_one_job_are_back_together(deployment, cluster):

@@ -138,12 +138,12 @@ class Rows:
 
     def __init__(self, *found) -> None:
         self._found, self.dropped = found, []
-        self.marks = self
+        self.keep_flags = self
 
     def all(self) -> frozenset:
         return frozenset()
 
-    def all_records(self) -> list:
+    def all_allocations(self) -> list:
         return list(self._found)
 
     def drop(self, found) -> None:

@@ -39,8 +39,8 @@ def other(registries):
     """The other gateway: a kernel of alice's that runs, with a session, and one of bob's that starts."""
     registry = registries[1]
     registry.announce(url="http://127.0.0.1:1234/")
-    registry.put(AllocationRecord(launcher_id="l1", jobid="1", owner="alice", kernel_ids=[KERNEL]))
-    registry.put(AllocationRecord(launcher_id="l2", jobid="2", owner="bob", kernel_ids=[STARTING]))
+    registry.put_allocation(AllocationRecord(launcher_id="l1", jobid="1", owner="alice", kernel_ids=[KERNEL]))
+    registry.put_allocation(AllocationRecord(launcher_id="l2", jobid="2", owner="bob", kernel_ids=[STARTING]))
     manager = {"kernel_name": "physics.python", "maker": "portal"}
     registry.put_kernel(
         KernelRecord(

@@ -26,7 +26,7 @@ from gateway_slurm.gateway.peers import websocket as peerchannels
 from gateway_slurm.gateway.peers.client import PASSED_ON, PeerClient
 from gateway_slurm.gateway.peers.forward import PassesOn, Passing
 from gateway_slurm.gateway.peers.lists import with_others
-from gateway_slurm.gateway.peers.peers import KERNELS, DirectoryUnavailable, Found, Kept, Peer, Peers
+from gateway_slurm.gateway.peers.peers import KERNELS, DirectoryUnavailable, Kept, Location, Peer, Peers
 from gateway_slurm.gateway.peers.websocket import JoinsPeers
 from helpers.proxies import Certificate
 
@@ -56,14 +56,14 @@ class Directory:
 
     async def kernel(self, kernel_id):
         server, owner = self._known().kernels.get(kernel_id, ("", ""))
-        return Found(peer=self.gateways[server], owner=owner) if server else None
+        return Location(peer=self.gateways[server], owner=owner) if server else None
 
     async def session(self, session_id):
         return None
 
     async def session_at(self, owner, path):
         server = self._known().at.get((owner, path))
-        return Found(peer=self.gateways[server], owner=owner) if server else None
+        return Location(peer=self.gateways[server], owner=owner) if server else None
 
     async def owners(self):
         return {key: owner for key, (server, owner) in self._known().kernels.items() if server != self.server_id}

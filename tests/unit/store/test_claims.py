@@ -19,10 +19,10 @@ from gateway_slurm.errors import StoreUnavailable
 from gateway_slurm.store import (
     LEASE_SECONDS,
     AllocationRecord,
-    Claimed,
+    ClaimedRows,
     KernelRecord,
     LauncherRecord,
-    Lost,
+    LostRows,
     Registry,
     Rows,
     ServerRecord,
@@ -113,7 +113,7 @@ def test_all_that_a_dead_server_had_is_the_claimers(store):
     ]
     assert [one.server_id for one in store.servers()] == ["new"]
     assert store.rows_of("new").launchers == claimed.launchers
-    assert store.claim("new", "gateway") == Claimed()
+    assert store.claim("new", "gateway") == ClaimedRows()
 
 
 def test_each_claim_has_a_higher_epoch(store):
@@ -135,7 +135,7 @@ def test_servers_take_over_within_a_deployment(store, deployment, claims):
     dead(store, "old", *job(1), deployment=deployment)
     server(store, "new")
     server(store, "alone", deployment="")
-    assert store.claim("alone", "") == Claimed()
+    assert store.claim("alone", "") == ClaimedRows()
     assert bool(store.claim("new", "gateway").kernels) is claims
 
 
@@ -144,8 +144,8 @@ def test_a_server_that_lives_keeps_what_it_has(store):
     server(store, "here", *job(1))
     server(store, "there", *job(2), process=ELSEWHERE)
     server(store, "new")
-    assert store.claim("new", "gateway") == Claimed()
-    assert store.claim("new", "gateway", ["k1.0", "k2.0"]) == Claimed()
+    assert store.claim("new", "gateway") == ClaimedRows()
+    assert store.claim("new", "gateway", ["k1.0", "k2.0"]) == ClaimedRows()
 
 
 def test_a_server_on_another_host_is_dead_when_its_lease_is_over(store):
@@ -184,7 +184,7 @@ def test_leases_are_by_the_databases_clock(store, monkeypatch):
     server(store, "there", *job(1), process=ELSEWHERE)
     server(store, "new")
     assert not any(one.is_dead for one in store.servers())
-    assert store.claim("new", "gateway") == Claimed()
+    assert store.claim("new", "gateway") == ClaimedRows()
 
 
 def test_after_an_outage_the_others_may_renew_first(store):
@@ -200,7 +200,7 @@ def test_after_an_outage_the_others_may_renew_first(store):
     assert store.write("there", [])
     with store._database.writing() as connection:
         connection.execute(sa.update(SERVERS).values(leased_since=SERVERS.c.leased_since - LEASE_SECONDS - 1))
-    assert store.claim("new", "gateway") == Claimed()
+    assert store.claim("new", "gateway") == ClaimedRows()
     end_lease(store, "there")
     assert keys(store.claim("new", "gateway"))["kernels"] == ["k1.0"]
 
@@ -210,7 +210,7 @@ def test_a_server_that_is_taken_for_dead_claims_nothing(store):
     dead(store, "old", *job(1))
     server(store, "slept")
     store.end("slept")
-    assert store.claim("slept", "gateway") == Claimed()
+    assert store.claim("slept", "gateway") == ClaimedRows()
 
 
 # -- what comes along -----------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_an_adopted_job_of_both_becomes_one(store):
     server(store, "new", shared)
     (claimed,) = store.claim("new", "gateway").allocations
     assert claimed == replace(shared, kernel_ids=["a", "b", "c"])
-    assert [record for _server, record in store.all_records()] == [claimed]
+    assert [record for _server, record in store.all_allocations()] == [claimed]
 
 
 def test_two_dead_servers_jobs_become_one_without_one_of_the_claimers(store):
@@ -298,7 +298,7 @@ def test_a_row_of_a_server_that_is_gone_is_in_nobodys_way(store):
     assert [one.pid for one in store.rows_of("new").kernels] == [7]
 
 
-def registry(directory: Path, url: str, lost: Callable[[Lost], None] = lambda lost: None) -> Registry:
+def registry(directory: Path, url: str, lost: Callable[[LostRows], None] = lambda lost: None) -> Registry:
     """A server of the deployment."""
     made = Registry(directory.parent, url=url, deployment="gateway", on_lost=lost)
     made.open()
@@ -307,18 +307,18 @@ def registry(directory: Path, url: str, lost: Callable[[Lost], None] = lambda lo
 
 def test_a_server_that_was_taken_for_dead_loses_what_is_anothers_and_keeps_the_rest(store, store_url, directory):
     """It is told what it lost, and goes on as a living server with what it started meanwhile."""
-    lost: list[Lost] = []
+    lost: list[LostRows] = []
     slept, other = registry(directory, store_url, lost.append), registry(directory, store_url)
     for record in job(1):
-        slept._own.put(record)
+        slept._writer.put(record)
     slept.flush()
     store.end(slept.server_id)  # as a lease that was over while it was stopped
     assert keys(other.claim())["kernels"] == ["k1.0"]
     for record in job(2):
-        slept._own.put(record)
+        slept._writer.put(record)
     slept.flush()
     assert lost == [
-        Lost(
+        LostRows(
             allocations=frozenset({"gs-1"}),
             launchers=frozenset({"gs-1"}),
             kernels=frozenset({"k1.0"}),
@@ -328,7 +328,7 @@ def test_a_server_that_was_taken_for_dead_loses_what_is_anothers_and_keeps_the_r
     assert [one.kernel_id for one in slept.kernels()] == ["k2.0"]
     assert keys(store.rows_of(slept.server_id))["kernels"] == ["k2.0"]
     assert keys(store.rows_of(other.server_id))["kernels"] == ["k1.0"]
-    assert other.claim() == Claimed()
+    assert other.claim() == ClaimedRows()
     for one in (slept, other):
         one.close()
 
@@ -337,7 +337,7 @@ def test_what_was_lost_is_not_written_after_a_write_that_failed(store, store_url
     """The database goes away in the moment in which a server learns that a job is another's."""
     slept, other = registry(directory, store_url), registry(directory, store_url)
     for record in job(1):
-        slept._own.put(record)
+        slept._writer.put(record)
     slept.flush()
     write, answers, taken = Store.write, [], threading.Event()
 
@@ -350,21 +350,21 @@ def test_what_was_lost_is_not_written_after_a_write_that_failed(store, store_url
         return answers[-1]
 
     monkeypatch.setattr(Store, "write", failing)
-    slept.put(replace(job(1)[0], state="RUNNING"))
+    slept.put_allocation(replace(job(1)[0], state="RUNNING"))
     store.end(slept.server_id)
     other.claim()
     taken.set()
     slept.flush()
     monkeypatch.undo()
     assert answers[:2] == [False, True]
-    assert [owner.server_id for owner, _record in store.all_records()] == [other.server_id]
+    assert [owner.server_id for owner, _record in store.all_allocations()] == [other.server_id]
     for one in (slept, other):
         one.close()
 
 
 def test_what_a_server_claimed_it_can_lose_again(store, store_url, directory):
     """Rows go from hand to hand."""
-    lost: list[Lost] = []
+    lost: list[LostRows] = []
     dead(store, "old", *job(1))
     first, second = registry(directory, store_url, lost.append), registry(directory, store_url)
     assert keys(first.claim())["kernels"] == ["k1.0"]
@@ -402,7 +402,7 @@ registry.close()
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGSTOP)
-        assert other.claim() == Claimed()
+        assert other.claim() == ClaimedRows()
         assert poll(lambda: keys(other.claim())["kernels"] == ["k1"], timeout=3 * LEASE_SECONDS)
         process.send_signal(signal.SIGCONT)
         assert process.stdout.readline() == "lost k1\n"
@@ -522,7 +522,7 @@ async def test_the_loop_runs_on_while_a_thousand_rows_are_written(store_url, dir
     records = [record for number in range(1000) for record in job(number)]
     begun = time.thread_time()
     for record in records:
-        one._own.put(record)
+        one._writer.put(record)
     assert time.thread_time() - begun < 0.5
     await one.flushed()
     await asyncio.to_thread(one.close)

@@ -26,8 +26,8 @@ from gateway_slurm.store import (
     SessionRecord,
     this_process,
 )
-from gateway_slurm.store.export import LARGEST_FILE, RecordFiles
-from gateway_slurm.store.rows import LARGEST_ALLOCATION
+from gateway_slurm.store.export import MAX_FILE_BYTES, RecordFiles
+from gateway_slurm.store.rows import MAX_ALLOCATION_BYTES
 from helpers.private_slurm import poll
 
 RECORD = AllocationRecord(
@@ -80,13 +80,13 @@ def registry(new_registry: NewRegistry) -> Registry:
 def exported(registry: Registry) -> dict[str, object]:
     """The frontends' file, once what was under way is drawn."""
     registry.flush()
-    registry._drawing._executor.submit(lambda: None).result(timeout=10)
-    return json.loads(registry._drawing._export.read_text())
+    registry._exporter._executor.submit(lambda: None).result(timeout=10)
+    return json.loads(registry._exporter._export.read_text())
 
 
 def allocations(registry: Registry) -> list[AllocationRecord]:
     """All that is on record, whose ever it is."""
-    return [record for _server, record in registry.all_records()]
+    return [record for _server, record in registry.all_allocations()]
 
 
 def dead_server(registry: Registry, *records: object, server_id: str = "dead", **changes: object) -> ServerRecord:
@@ -101,7 +101,7 @@ def dead_server(registry: Registry, *records: object, server_id: str = "dead", *
 def file_of_other_host(registry: Registry, *records: AllocationRecord) -> None:
     """The file of a server on another host."""
     process = replace(this_process(), host="elsewhere", start="1")
-    RecordFiles(registry.directory / "registry").draw(process, list(records))
+    RecordFiles(registry.directory / "registry").write(process, list(records))
 
 
 # -- what is kept -------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def file_of_other_host(registry: Registry, *records: AllocationRecord) -> None:
 
 async def test_what_was_put_is_durable_once_it_is_flushed(registry, new_registry):
     """Whoever comes after a crash finds all of it; the loop does not wait meanwhile."""
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     registry.put_launcher(LAUNCHER)
     registry.put_kernel(KERNEL)
     registry.put_session(SESSION)
@@ -129,7 +129,7 @@ async def test_what_was_put_is_durable_once_it_is_flushed(registry, new_registry
 def test_a_row_is_as_it_was_put_last(registry):
     """Changes of one row overtake one another in memory; the database gets the last."""
     for number in range(100):
-        registry.put(replace(RECORD, state=f"ROUND {number}"))
+        registry.put_allocation(replace(RECORD, state=f"ROUND {number}"))
         registry.put_kernel(replace(KERNEL, pid=number))
     registry.put_session(SESSION)
     registry.remove_session("s1")
@@ -142,12 +142,12 @@ def test_a_row_is_as_it_was_put_last(registry):
 
 def test_what_is_in_an_allocation_goes_with_it(registry):
     """Its launchers and kernels, and no others."""
-    registry.put(RECORD)
-    registry.put(replace(RECORD, launcher_id="gs-2"))
+    registry.put_allocation(RECORD)
+    registry.put_allocation(replace(RECORD, launcher_id="gs-2"))
     registry.put_launcher(LAUNCHER)
     registry.put_kernel(KERNEL)
     registry.put_kernel(replace(KERNEL, kernel_id="k2", record_key="gs-2"))
-    registry.remove("gs-1")
+    registry.remove_allocation("gs-1")
     registry.flush()
     rows = registry.store.rows_of(registry.server_id)
     assert [one.launcher_id for one in rows.allocations] == ["gs-2"]
@@ -157,11 +157,11 @@ def test_what_is_in_an_allocation_goes_with_it(registry):
 
 def test_a_record_that_is_as_it_was_is_not_written_again(registry, monkeypatch):
     """Kernels that come and go do not wear the disk."""
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     registry.flush()
     written = []
-    monkeypatch.setattr(registry._own, "_on_written", written.append)
-    registry.put(replace(RECORD))
+    monkeypatch.setattr(registry._writer, "_on_written", written.append)
+    registry.put_allocation(replace(RECORD))
     registry.flush()
     assert [keys for keys in written if keys] == []
 
@@ -186,17 +186,17 @@ def test_a_row_that_cannot_be_kept_takes_only_itself_out(registry, caplog):
 
 def test_a_job_is_found_whatever_it_was_made_with(registry):
     """What would take more room than all others is left out."""
-    registry.put(replace(RECORD, config={"kernel_argv": ["x" * LARGEST_ALLOCATION]}, keep=True))
+    registry.put_allocation(replace(RECORD, config={"kernel_argv": ["x" * MAX_ALLOCATION_BYTES]}, keep=True))
     registry.flush()
     assert allocations(registry) == [replace(RECORD, config={}, nodelist=[], keep=True)]
 
 
 def test_a_record_that_comes_after_the_end_is_no_error(registry):
     """A kernel may still end while its service is closed."""
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     registry.close()
-    registry.put(replace(RECORD, state="COMPLETING"))
-    registry.remove("gs-1")
+    registry.put_allocation(replace(RECORD, state="COMPLETING"))
+    registry.remove_allocation("gs-1")
     registry.close()
 
 
@@ -242,7 +242,7 @@ def test_a_sealed_row_opens_nowhere_else(registry, caplog):
     registry.flush()
     with registry.store._database.writing() as connection:
         connection.exec_driver_sql(
-            "UPDATE launchers SET sealed = (SELECT sealed FROM launchers WHERE launcher_id = 'gs-1') "
+            "UPDATE launchers SET encrypted = (SELECT encrypted FROM launchers WHERE launcher_id = 'gs-1') "
             "WHERE launcher_id = 'gs-2'"
         )
     assert registry.store.rows_of(registry.server_id).launchers == (LAUNCHER,)
@@ -254,14 +254,14 @@ def test_a_sealed_row_opens_nowhere_else(registry, caplog):
 
 def test_the_end_of_a_process_in_good_order_leaves_nothing(registry, new_registry):
     """Only what its user asked to keep stays on record, and the launcher that holds it."""
-    registry.put(RECORD)
-    registry.put(replace(RECORD, launcher_id="gs-2", jobid="13", keep=True))
+    registry.put_allocation(RECORD)
+    registry.put_allocation(replace(RECORD, launcher_id="gs-2", jobid="13", keep=True))
     registry.put_launcher(LAUNCHER)
     registry.put_launcher(replace(LAUNCHER, launcher_id="gs-2", record_key="gs-2", holds_job=True))
     registry.put_kernel(KERNEL)
     registry.close()
     later = new_registry()
-    assert [(server.is_dead, record.jobid) for server, record in later.all_records()] == [(True, "13")]
+    assert [(server.is_dead, record.jobid) for server, record in later.all_allocations()] == [(True, "13")]
     rows = later.store.rows_of(registry.server_id)
     assert [one.launcher_id for one in rows.launchers] == ["gs-2"]
     assert rows.kernels == ()
@@ -269,7 +269,7 @@ def test_the_end_of_a_process_in_good_order_leaves_nothing(registry, new_registr
 
 def test_a_server_that_leaves_all_to_the_next_is_dead_at_once(registry, new_registry):
     """Its process may still be there."""
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     registry.put_kernel(KERNEL)
     registry.close(leave=True)
     later = new_registry()
@@ -299,7 +299,7 @@ def test_a_process_that_nobody_waits_for_is_dead():
 
 def test_orphans_are_the_records_of_the_dead(registry):
     """Own records and other hosts' are none."""
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     registry.flush()
     dead = dead_server(registry, replace(RECORD, launcher_id="gs-9"))
     here = replace(this_process(), host="elsewhere")
@@ -307,7 +307,7 @@ def test_orphans_are_the_records_of_the_dead(registry):
     registry.store.write("far", [("allocations", "gs-8", replace(RECORD, launcher_id="gs-8"))])
     found = [(server.server_id, record.launcher_id) for server, record in registry.orphans()]
     assert found == [(dead.server_id, "gs-9")]
-    assert registry.used_jobs(elsewhere=True) == {"12"}
+    assert registry.used_jobs(by_others=True) == {"12"}
 
 
 def test_what_a_dead_server_left_goes_record_by_record(registry, new_registry):
@@ -349,18 +349,18 @@ def test_one_job_of_two_servers_is_one_job():
 
 def test_the_frontends_file_has_what_the_process_own_user_has(registry):
     """Other owners' jobs are on record with their owners, and in no frontend."""
-    registry.put(RECORD)
-    registry.put(replace(RECORD, launcher_id="gs-2", jobid="13", owner="ada"))
+    registry.put_allocation(RECORD)
+    registry.put_allocation(replace(RECORD, launcher_id="gs-2", jobid="13", owner="ada"))
     assert list(exported(registry)) == ["12"]
     assert registry.owners_of("12") == {""}
     assert registry.owners_of("13") == {"ada"}
     assert registry.owners_of("14") == set()
-    assert stat.S_IMODE(registry._drawing._export.stat().st_mode) == 0o600
+    assert stat.S_IMODE(registry._exporter._export.stat().st_mode) == 0o600
 
 
 def test_frontends_find_what_they_know(registry):
     """The file has what jupyter-slurm-provisioner's extension reads, and loses a job when it is gone."""
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     assert exported(registry) == {
         "12": {
             "kernel_ids": ["k1"],
@@ -370,15 +370,15 @@ def test_frontends_find_what_they_know(registry):
             "state": "RUNNING",
         }
     }
-    registry.remove("gs-1")
+    registry.remove_allocation("gs-1")
     assert exported(registry) == {}
 
 
 def test_an_intent_without_a_job_is_kept_but_not_shown_to_frontends(registry):
     """Between the record and sbatch's answer there is no job id."""
-    registry.put(replace(RECORD, jobid=None))
+    registry.put_allocation(replace(RECORD, jobid=None))
     assert exported(registry) == {}
-    assert registry.all_records()[0][1].jobid is None
+    assert registry.all_allocations()[0][1].jobid is None
 
 
 @pytest.fixture
@@ -393,20 +393,20 @@ def local(tmp_path: Path) -> Iterator[Registry]:
 def test_servers_on_other_hosts_are_seen_by_their_files(local):
     """Homes are shared, SQLite's files are not: a job that another host's server is in is not ended from here."""
     file_of_other_host(local, RECORD)
-    assert [(server.is_dead, record) for server, record in local.all_records()] == [(False, RECORD)]
-    assert local.used_jobs(elsewhere=True) == {"12"}
+    assert [(server.is_dead, record) for server, record in local.all_allocations()] == [(False, RECORD)]
+    assert local.used_jobs(by_others=True) == {"12"}
     assert local.orphans() == []
 
 
 def test_other_hosts_see_what_this_one_has(local, monkeypatch):
     """And this one does not count it twice; the file goes with the record."""
-    local.put(RECORD)
+    local.put_allocation(RECORD)
     exported(local)
     assert allocations(local) == [RECORD]
     monkeypatch.setattr(store.export, "this_process", lambda: replace(this_process(), host="elsewhere"))
-    assert [record for _server, record in RecordFiles(local.directory / "registry").found()] == [RECORD]
+    assert [record for _server, record in RecordFiles(local.directory / "registry").of_other_hosts()] == [RECORD]
     monkeypatch.undo()
-    local.remove("gs-1")
+    local.remove_allocation("gs-1")
     exported(local)
     assert list((local.directory / "registry").glob("*.json")) == []
 
@@ -414,7 +414,7 @@ def test_other_hosts_see_what_this_one_has(local, monkeypatch):
 def test_a_file_for_other_hosts_whose_process_died_is_only_removed(local):
     """What it had is in the store; dealt with there, it does not come back."""
     files = RecordFiles(local.directory / "registry")
-    files.draw(replace(this_process(), start="1"), [RECORD])
+    files.write(replace(this_process(), start="1"), [RECORD])
     assert local.orphans() == []
     assert list(files.directory.glob("*.json")) == []
 
@@ -422,8 +422,8 @@ def test_a_file_for_other_hosts_whose_process_died_is_only_removed(local):
 def test_a_file_is_never_larger_than_what_is_read(local):
     """Jobs, kernels and what is kept are found whatever they were made with."""
     files = RecordFiles(local.directory / "registry")
-    large = replace(RECORD, config={"kernel_argv": ["x" * LARGEST_FILE]}, keep=True)
-    files.draw(replace(this_process(), host="elsewhere"), [large])
+    large = replace(RECORD, config={"kernel_argv": ["x" * MAX_FILE_BYTES]}, keep=True)
+    files.write(replace(this_process(), host="elsewhere"), [large])
     assert allocations(local) == [replace(RECORD, config={}, nodelist=[], keep=True)]
 
 
@@ -458,7 +458,7 @@ def test_a_record_of_another_version_is_understood(local):
     content["records"][0]["colour"] = "blue"
     path.write_text(json.dumps(content))
     assert allocations(local) == [RECORD]
-    local.put(replace(RECORD, launcher_id="gs-2"))
+    local.put_allocation(replace(RECORD, launcher_id="gs-2"))
     local.flush()
     with local.store._database.writing() as connection:
         connection.exec_driver_sql("UPDATE allocations SET record = replace(record, '{', '{\"colour\": \"blue\", ')")
@@ -468,7 +468,7 @@ def test_a_record_of_another_version_is_understood(local):
 def test_a_registry_that_only_reads_is_no_server(new_registry):
     """The command line looks, and leaves nothing."""
     reader = new_registry()
-    assert reader.all_records() == []
+    assert reader.all_allocations() == []
     assert reader.servers() == []
 
 
@@ -479,9 +479,9 @@ def _one_process(base: str, url: str, number: int) -> None:
     registry = Registry(Path(base) / "state", Path(base) / "runtime" / store.EXPORT_NAME, url=url)
     registry.open()
     for round_ in range(20):
-        registry.put(replace(RECORD, launcher_id=f"gs-{number}", jobid=str(number), state=f"ROUND {round_}"))
+        registry.put_allocation(replace(RECORD, launcher_id=f"gs-{number}", jobid=str(number), state=f"ROUND {round_}"))
         registry.flush()
-    registry._drawing.close()
+    registry._exporter.close()
     # It stays alive until all have written: a dead process's jobs are not shown.
     Path(base, f"done-{number}").touch()
     poll(lambda: len(list(Path(base).glob("done-*"))) == 4, timeout=60)
@@ -527,23 +527,23 @@ def test_a_key_or_url_that_is_wrong_is_told_at_open(tmp_path):
 # -- marks --------------------------------------------------------------------------------------
 
 
-def test_a_mark_to_keep_is_seen_by_other_processes(local):
+def test_a_keep_flag_is_seen_by_other_processes(local):
     """The command line asks, the server that has the job sees it; ids are compared whole."""
-    assert local.marks.all() == frozenset()
-    Registry(local.directory).marks.set("12", "gs-1")
-    assert local.marks.all() == {("12", "gs-1")}
-    (local.marks.directory / "12").touch()  # not one of ours
-    local.marks.remove("12", "gs-2")
-    local.marks.remove("123", "gs-1")
-    assert local.marks.all() == {("12", "gs-1")}
-    local.marks.remove("12", "gs-1")
-    local.marks.remove("12", "gs-1")
-    assert local.marks.all() == frozenset()
+    assert local.keep_flags.all() == frozenset()
+    Registry(local.directory).keep_flags.set("12", "gs-1")
+    assert local.keep_flags.all() == {("12", "gs-1")}
+    (local.keep_flags.directory / "12").touch()  # not one of ours
+    local.keep_flags.remove("12", "gs-2")
+    local.keep_flags.remove("123", "gs-1")
+    assert local.keep_flags.all() == {("12", "gs-1")}
+    local.keep_flags.remove("12", "gs-1")
+    local.keep_flags.remove("12", "gs-1")
+    assert local.keep_flags.all() == frozenset()
 
 
-@pytest.mark.parametrize("mark", [("", "gs-1"), ("12", ""), ("12", "../x"), ("../12", "x"), ("12", "a.b")])
-def test_a_mark_is_of_a_job(local, mark):
+@pytest.mark.parametrize("flag", [("", "gs-1"), ("12", ""), ("12", "../x"), ("../12", "x"), ("12", "a.b")])
+def test_a_keep_flag_is_of_a_job(local, flag):
     """No other file can be made or removed by one."""
-    for change in (local.marks.set, local.marks.remove):
-        with pytest.raises(ValueError, match="not of a job"):
-            change(*mark)
+    for change in (local.keep_flags.set, local.keep_flags.remove):
+        with pytest.raises(ValueError, match="not a job id and an identity"):
+            change(*flag)

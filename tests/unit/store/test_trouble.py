@@ -42,7 +42,7 @@ def filled(state: Path, url: str = "") -> None:
     """A store in which a server left something."""
     registry = Registry(state, url=url)
     registry.open()
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     registry.put_launcher(LAUNCHER)
     registry.close(leave=True)
 
@@ -257,7 +257,7 @@ def running(state: Path) -> Iterator[Registry]:
     """A server on SQLite, with something on record."""
     registry = Registry(state)
     registry.open()
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     registry.flush()
     yield registry
     registry.close()
@@ -281,18 +281,18 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(state, caplog):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, before[1]))
         for number in range(20):
-            registry.put(with_jobid(number))
+            registry.put_allocation(with_jobid(number))
         assert poll(lambda: registry.trouble != "", timeout=10)
         assert "make room" in registry.trouble
         with pytest.raises(StoreUnavailable, match="make room"):
             registry.flush(0.5)
-        assert len(registry.records()) == 20
+        assert len(registry.allocations()) == 20
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     registry.flush()
     assert registry.trouble == ""
     assert sorted(on_record(registry), key=int) == [str(number) for number in range(20)]
-    assert caplog.text.count("not on record at the moment") == 1
+    assert caplog.text.count("cannot be recorded at the moment") == 1
     assert caplog.text.count("the store is back") == 1
     registry.close()
 
@@ -302,7 +302,7 @@ async def test_nothing_waits_for_a_store_that_somebody_holds(running, state):
     holder = sqlite3.connect(file_of(state), isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     begun = time.monotonic()
-    running.put(with_jobid(13))
+    running.put_allocation(with_jobid(13))
     assert time.monotonic() - begun < 0.1
     waiting = asyncio.ensure_future(running.flushed(60))
     ticks = 0
@@ -322,7 +322,7 @@ def test_a_close_is_bounded_while_nothing_can_be_written(running, state, caplog)
     """A server's end does not hang; what is lost to the next one is said."""
     holder = sqlite3.connect(file_of(state), isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    running.put(with_jobid(13))
+    running.put_allocation(with_jobid(13))
     begun = time.monotonic()
     running.close(leave=True)
     assert time.monotonic() - begun < 20
@@ -342,18 +342,18 @@ def test_a_postgresql_that_restarts_loses_nothing(state, postgres, how, caplog):
     """The server lives on in memory; when the database is back, all is there, and so is the lease."""
     registry = Registry(state, url=postgres.new_database(), deployment="gateway")
     registry.open()
-    registry.put(RECORD)
+    registry.put_allocation(RECORD)
     registry.flush()
     postgres.down(how)
     try:
-        registry.put(with_jobid(13))
+        registry.put_allocation(with_jobid(13))
         registry.put_launcher(LAUNCHER)
         assert poll(lambda: registry.trouble != "", timeout=10)
-        assert "see that this PostgreSQL runs" in registry.trouble
+        assert "check that this PostgreSQL runs" in registry.trouble
         assert PASSWORD not in registry.trouble + caplog.text
         with pytest.raises(StoreUnavailable):
-            registry.all_records()
-        assert len(registry.records()) == 2
+            registry.all_allocations()
+        assert len(registry.allocations()) == 2
     finally:
         postgres.up()
     registry.flush()
@@ -368,7 +368,7 @@ def test_what_a_database_lost_is_written_again(running):
     with running.store._database.writing() as connection:
         for table in (schema.SERVERS, schema.ALLOCATIONS):
             connection.execute(table.delete())
-    running.put(with_jobid(13))
+    running.put_allocation(with_jobid(13))
     running.flush()
     assert poll(lambda: sorted(on_record(running)) == ["12", "13"], timeout=10)
 
@@ -376,19 +376,19 @@ def test_what_a_database_lost_is_written_again(running):
 def test_a_file_that_is_removed_is_made_again_with_all_that_is_there(running, state):
     """Somebody tidied up: what would go into a file without a name is lost."""
     file_of(state).unlink()
-    running.put(with_jobid(13))
+    running.put_allocation(with_jobid(13))
     running.flush()
     assert poll(lambda: sorted(on_record(running)) == ["12", "13"], timeout=10)
     with contextlib.closing(Registry(state)) as later:
-        assert sorted(record.jobid for _server, record in later.all_records()) == ["12", "13"]
+        assert sorted(record.jobid for _server, record in later.all_allocations()) == ["12", "13"]
 
 
 def test_a_store_that_is_opened_twice_in_a_process_survives_what_other_processes_do(running, state):
     """Its locks stay when the second is opened and closed: the last one elsewhere does not take its log away."""
     with contextlib.closing(Registry(state)) as second:
-        assert second.all_records()
+        assert second.all_allocations()
     assert seen_by_another_process(state) == ["12"]
-    running.put(with_jobid(13))
+    running.put_allocation(with_jobid(13))
     running.flush()
     assert running.trouble == ""
     assert seen_by_another_process(state) == ["12", "13"]
@@ -400,7 +400,7 @@ def seen_by_another_process(state: Path) -> list[str]:
 import pathlib
 from gateway_slurm.store import Registry
 registry = Registry(pathlib.Path({str(state)!r}))
-print(*sorted(record.jobid for _server, record in registry.all_records()))
+print(*sorted(record.jobid for _server, record in registry.all_allocations()))
 registry.close()
 """
     done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)

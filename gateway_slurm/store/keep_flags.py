@@ -1,7 +1,7 @@
-"""The user's wish that a job stay after its last kernel: one empty file a job, for all processes of the user's.
+"""The user's wish that a job stay after its last kernel: one empty file per job, read by all of the user's processes.
 
-A mark is of one job, not of its id alone, which Slurm uses again: its name holds what tells that job
-from others with its id (``launching.identity_of``).
+Slurm uses job ids again. A file name therefore holds the job id and the identity that tells the job from others
+with the same id (``AllocationRecord.identity``).
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from pathlib import Path
 
 _NAME = re.compile(r"([0-9]{1,10})\.([A-Za-z0-9_-]{1,64})", re.ASCII)
 
-Mark = tuple[str, str]
+KeepFlag = tuple[str, str]
 """Job id and identity."""
 
 
-class KeepMarks:
-    """The marks in one directory. OSError is the caller's to handle; a directory that is not there holds none."""
+class KeepFlagFiles:
+    """The flag files in one directory. Every method may raise OSError. A directory that does not exist has no flags."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def all(self) -> frozenset[Mark]:
-        """Those that are set; one listing."""
+    def all(self) -> frozenset[KeepFlag]:
+        """The flags that are set, from one directory listing."""
         try:
             names = [path.name for path in self.directory.iterdir()]
         except FileNotFoundError:
@@ -30,17 +30,17 @@ class KeepMarks:
         return frozenset((match[1], match[2]) for match in map(_NAME.fullmatch, names) if match)
 
     def set(self, jobid: str, identity: str) -> None:
-        """Ask that the job stay; any process of the user's may."""
+        """Ask that the job stay. Raises ValueError for a job id or identity that cannot be part of a file name."""
         path = self._path(jobid, identity)
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
 
     def remove(self, jobid: str, identity: str) -> None:
-        """Take that back, or forget it with the job; one that is not there is fine."""
+        """Remove the flag, if it is set. Raises ValueError as ``set`` does."""
         self._path(jobid, identity).unlink(missing_ok=True)
 
     def _path(self, jobid: str, identity: str) -> Path:
         name = f"{jobid}.{identity}"
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name[:200]!r} is not of a job")
+            raise ValueError(f"{name[:200]!r} is not a job id and an identity")
         return self.directory / name
