@@ -52,7 +52,7 @@ class AllocationTable:
         """Put an allocation on record, for a later server process; one that is over is not recorded."""
         if allocation.is_over:
             return
-        self.registry.put(
+        self.registry.put_allocation(
             AllocationRecord(
                 launcher_id=allocation.assign_record_key(),
                 jobid=allocation.jobid or None,
@@ -76,19 +76,19 @@ class AllocationTable:
 
     def mark_pending_cancel(self, allocation: Allocation) -> None:
         """Let no kernel join the allocation, and keep its record until Slurm is known to have ended the job."""
-        self.registry.unsettled.add(allocation.record_key)
+        self.registry.pending_cancel.add(allocation.record_key)
         self.discard(allocation)
 
     def is_pending_cancel(self, allocation: Allocation) -> bool:
         """Whether there may be a job that Slurm has yet to end, or of which Slurm has not said that it exists."""
-        return allocation.record_key in self.registry.unsettled
+        return allocation.record_key in self.registry.pending_cancel
 
     def forget(self, allocation: Allocation) -> None:
         """Remove an allocation and its records: the job is over, or this server has no part in it."""
         self.discard(allocation)
-        self.registry.unsettled.discard(allocation.record_key)
+        self.registry.pending_cancel.discard(allocation.record_key)
         if allocation.record_key:
-            self.registry.remove(allocation.record_key)
+            self.registry.remove_allocation(allocation.record_key)
         for launcher_id in allocation.launchers:
             self.registry.remove_launcher(launcher_id)
 
