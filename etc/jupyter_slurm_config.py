@@ -81,7 +81,8 @@ c = get_config()  # noqa: F821
 ## How clients reach kernels that do not say: `direct` (TCP with CurveZMQ to the node; the kernel must support
 ## it), `tunnel` (through the launcher's link), or `auto`: direct where the kernelspec declares
 ## `supported_encryption` curve and this machine can dial the node, which is tried before each start; else
-## tunnel. One of: 'auto', 'direct', 'tunnel'.
+## tunnel. The gateway, and a Jupyter server with its kernel manager, take the tunnel for `auto` unless
+## `kept_output` is 0. One of: 'auto', 'direct', 'tunnel'.
 # c.SlurmService.connect = "auto"
 
 ## Range `low-high` of TCP ports on the nodes for direct kernels, where a firewall lets only some through; five a
@@ -133,7 +134,7 @@ c = get_config()  # noqa: F821
 
 ## MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no server or no
 ## client is there to take it; where it is more the oldest goes, and clients are told how much. Kernels that are
-## busy may need twice that for a moment. 0: nothing is kept.
+## busy may need twice that for a moment. The output of a direct kernel is not kept. 0: nothing is kept.
 # c.SlurmService.kept_output = 64
 
 ## Seconds between signs of life on a link; after three without one it is taken for broken, as when a node

@@ -136,7 +136,8 @@ class ServiceSettings(LoggingConfigurable):
         help="""How clients reach kernels that do not say: ``direct`` (TCP with CurveZMQ to the node;
         the kernel must support it), ``tunnel`` (through the launcher's link), or ``auto``: direct
         where the kernelspec declares ``supported_encryption`` curve and this machine can dial the
-        node, which is tried before each start; else tunnel.""",
+        node, which is tried before each start; else tunnel. The gateway, and a Jupyter server with
+        its kernel manager, take the tunnel for ``auto`` unless ``kept_output`` is 0.""",
     )
     kernel_ports = Unicode(
         "",
@@ -216,7 +217,8 @@ class ServiceSettings(LoggingConfigurable):
         config=True,
         help="""MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no
         server or no client is there to take it; where it is more the oldest goes, and clients are told how much.
-        Kernels that are busy may need twice that for a moment. 0: nothing is kept.""",
+        Kernels that are busy may need twice that for a moment. The output of a direct kernel is not kept.
+        0: nothing is kept.""",
     )
     heartbeat = CFloat(
         10.0,

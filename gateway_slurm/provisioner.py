@@ -265,7 +265,15 @@ class SlurmProvisioner(KernelProvisionerBase):
         if "supported_encryption" not in metadata and not self._request.kernel_argv:
             metadata = dict(self._wrapped_spec().metadata or {})
         required = getattr(self.parent, "transport_encryption", "disabled") == "required"
-        return choose_mode(self._request.connect, self.service.connect, metadata, curve_required=required)
+        # The kernel manager's manager reads what is kept, if it is ours.
+        shows_kept = getattr(getattr(self.parent, "parent", None), "has_frontends", False)
+        return choose_mode(
+            self._request.connect,
+            self.service.connect,
+            metadata,
+            curve_required=required,
+            keeps_output=bool(shows_kept and self.service.kept_output),
+        )
 
     async def until_over(self) -> str:
         """Wait until the kernel is dead and cannot be restarted in its allocation; return why.
@@ -326,6 +334,14 @@ class SlurmProvisioner(KernelProvisionerBase):
             self._curve = info["curve_publickey"], info["curve_secretkey"]
         self.connection_info = info  # type: ignore[assignment]
         return info
+
+    def show_warnings(self, show: Callable[[str], None]) -> None:
+        """Give warnings of the kernel's end to ``show``, and write none to its standard error.
+
+        ``show`` gets the text. The service's thread calls it: it must return at once and raise nothing.
+        """
+        if self._held is not None:
+            self._held.process.show_warning = show
 
     async def until_linked(self, seconds: float) -> None:
         """Wait for the kernel's launcher; raises LinkError when it is out of reach for so long."""

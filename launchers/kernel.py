@@ -21,7 +21,6 @@ from launchers.reactor import READ, Reactor, Timer
 
 if TYPE_CHECKING:
     from launchers.output import Keeper
-    from launchers.subscriber import Mechanism
 
 
 PR_SET_PDEATHSIG = 1
@@ -221,6 +220,12 @@ class Kernel:
         found = listening.unix_listening(self.directory)
         return {channel: listening.ipc_path(self.ip, port, found) for channel, port in self.ports.items()}
 
+    def _socket_inodes(self) -> set[int]:
+        """The inodes of the sockets on which the kernel listens."""
+        if self.mode == "ipc":
+            return set(listening.unix_listening(self.directory).values())
+        return listening.tcp_inodes(self.ports.values())
+
     def connect(self, channel: str) -> socket.socket:
         """A non-blocking socket on its way to one of the kernel's channels; raises OSError."""
         if self.mode == "ipc":
@@ -246,22 +251,12 @@ class Kernel:
             self._kept = Keeper(
                 self._reactor,
                 connect=lambda: self.connect("iopub"),
-                mechanism=self._mechanism,
                 linked=self._linked,
                 is_over=lambda: self.state != "running",
                 limit=self._kept_output,
+                trouble="its clients dial it directly" if self.mode == "direct" else "",
             )
         return self._kept
-
-    def _mechanism(self) -> Mechanism:
-        """How a subscriber on this node is let in."""
-        from launchers.subscriber import Null
-
-        if self.mode != "direct":
-            return Null()
-        from launchers.curve import Curve, decode_z85  # few kernels need what it imports
-
-        return Curve(decode_z85(self.spec["connection"]["curve_publickey"]))
 
     def report(self) -> dict[str, Any]:
         """What a server needs to know of this kernel, at STARTED and in REPORT."""
@@ -326,7 +321,7 @@ class Kernel:
         if self.state != "running" or self.process is None or self._pipe is None:
             return
         try:
-            stderr.write_line(line, self.process.pid, listening.tcp_inodes(self.ports.values()), self._pipe)
+            stderr.write_line(line, self.process.pid, self._socket_inodes(), self._pipe)
         except BlockingIOError:
             if attempts > 1:
                 self._reactor.later(TELL_AGAIN, lambda: self.tell(line, attempts - 1))

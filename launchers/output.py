@@ -15,7 +15,7 @@ from typing import Any
 
 from gateway_slurm.link import flow, wire
 from launchers.reactor import READ, WRITE, Reactor, Timer
-from launchers.subscriber import Mechanism, Message, ProtocolError, Subscriber
+from launchers.subscriber import Message, ProtocolError, Subscriber
 
 # What a message costs beside its bytes, so that many small ones are bounded, too.
 OVERHEAD = 256
@@ -119,7 +119,7 @@ class Keeper:
 
     ``connect`` returns a socket on its way to the channel or raises OSError. ``linked`` tells whether there is
     a server: one that never acknowledges wants only what comes while it is away. ``is_over`` tells whether the
-    kernel has ended; what it said stays here.
+    kernel has ended; what it said stays here. ``trouble`` is why nothing is kept from the start.
     """
 
     def __init__(
@@ -127,12 +127,12 @@ class Keeper:
         reactor: Reactor,
         *,
         connect: Callable[[], socket.socket],
-        mechanism: Callable[[], Mechanism],
         linked: Callable[[], bool],
         is_over: Callable[[], bool],
         limit: int,
+        trouble: str = "",
     ) -> None:
-        self._reactor, self._connect, self._mechanism = reactor, connect, mechanism
+        self._reactor, self._connect = reactor, connect
         self._linked, self._is_over = linked, is_over
         self.ring = Ring(limit)
         self._begun = False  # the kernel listens
@@ -147,13 +147,15 @@ class Keeper:
         self._plan: Timer | None = None
         self._attempts = 0
         self._pause = FIRST_PAUSE
-        self.trouble = ""  # why nothing is kept
+        self.trouble = trouble  # why nothing is kept
 
     # -- when -------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """The kernel's channels listen."""
         self._begun = True
+        if self.trouble:
+            return
         if self.ring.limit <= 0:
             self._give_up("SlurmService.kept_output is 0")
         elif self._linked():
@@ -231,8 +233,8 @@ class Keeper:
         self._attempts += 1
         try:
             self._socket = self._connect()
-            self._subscriber = Subscriber(self._mechanism(), self.ring.limit)
-        except (OSError, ValueError) as error:
+            self._subscriber = Subscriber(self.ring.limit)
+        except OSError as error:
             self._lost(str(error))
             return
         self._subscriber.wanted = self._wanted
@@ -270,7 +272,7 @@ class Keeper:
             messages = self._subscriber.feed(data)
         except BlockingIOError:
             return False
-        except (OSError, ValueError, ProtocolError) as error:
+        except (OSError, ProtocolError) as error:
             self._lost(str(error))
             return False
         if self._subscriber.subscribed:
@@ -315,11 +317,7 @@ class Keeper:
 def _records(header: dict[str, Any], messages: list[Message]) -> Iterator[bytes]:
     yield wire.frame(json.dumps(header, separators=(",", ":")).encode())
     for message in messages:
-        try:
-            yield wire.frame(wire.pack(message.frames()))
-        except ProtocolError:
-            # Not the kernel's: nobody may see it, and that something was here is said by an empty record.
-            yield wire.frame(b"")
+        yield wire.frame(wire.pack(message.frames()))
 
 
 def _in_chunks(records: Iterator[bytes]) -> Iterator[bytes]:

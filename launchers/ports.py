@@ -149,14 +149,14 @@ def _proc_listeners(ports: Collection[int]) -> Iterator[tuple[int, list[str]]]:
                     yield port, fields
 
 
-def unix_listening(directory: str) -> set[str]:
-    """The Unix sockets under ``directory`` that accept connections (proc(5), /proc/net/unix)."""
-    found = set()
+def unix_listening(directory: str) -> dict[str, int]:
+    """The Unix sockets under ``directory`` that accept connections, as path -> inode (proc(5), /proc/net/unix)."""
+    found = {}
     for line in _lines("/proc/net/unix"):
         if directory in line:
             fields = line.split(None, 7)
             if len(fields) > 7 and int(fields[3], 16) & _UNIX_ACCEPTS:
-                found.add(fields[7].rstrip("\n"))
+                found[fields[7].rstrip("\n")] = int(fields[6])
     return found
 
 

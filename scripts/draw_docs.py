@@ -121,7 +121,7 @@ MESSAGE_TEXTS = {
     "STOP": "kill a kernel's process group and remove its files",
     "RELEASE": "end all kernels and exit",
     "UNTIL": "the new end of the job, after Slurm reported a changed time limit",
-    "TELL": "a line for a direct kernel's standard error, which warns the user",
+    "TELL": "a line for a kernel's standard error, by which a plain Jupyter server warns the user",
     "REDIRECT": "instead of WELCOME: another server has taken the launcher over, and this is its address",
     "ACK": "every client has a kernel's output up to this message: the launcher may drop it",
     "STEP": "start a job step from inside the job, because the server cannot run srun",

@@ -10,9 +10,11 @@ with it. A Jupyter server uses this manager by one line of its configuration::
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -41,6 +43,12 @@ CANCEL_SECONDS = 5.0
 RESTART_END_SECONDS = 5.0
 # Seconds that a Jupyter server's start waits for the kernels of its earlier process.
 RESTORE_SECONDS = 20.0
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    """Call a function on another thread's loop; a closed loop calls nothing."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
 
 
 def failure_text(error: BaseException) -> str:
@@ -111,6 +119,8 @@ def set_up_server(manager: SlurmMappingKernelManager, app: Any) -> None:
     configured = app.config.get(type(app).__name__, {})
     if "kernel_websocket_connection_class" not in configured:
         app.kernel_websocket_connection_class = SlurmWebsocketConnection
+    elif hasattr(app, "kernel_websocket_connection_class"):
+        manager.has_frontends = issubclass(app.kernel_websocket_connection_class, SlurmWebsocketConnection)
     if getattr(app, "restores_kernels", False):
         return  # the gateway, which does the rest itself
     if "session_manager_class" not in configured:
@@ -151,6 +161,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         super().__init__(**kwargs)
         # Owner and maker of each kernel: a service that starts kernels for others goes on to manage them.
         self._owners: dict[str, tuple[str, str]] = {}
+        # Whether the websockets are of our class, which shows kept output and warnings.
+        self.has_frontends = True
         self.frontends = Frontends(self, self._why_dead)
         self.restorer = KernelRestorer(self)
         self._activities: dict[str, Activity] = {}
@@ -307,6 +319,9 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if not isinstance(kernel.provisioner, SlurmProvisioner):
             return
         kernel.provisioner.on_moved = lambda: self.frontends.moved(kernel_id)
+        if self.has_frontends:
+            loop = asyncio.get_running_loop()
+            kernel.provisioner.show_warnings(partial(_call_on, loop, self.frontends.warn, kernel_id))
         reason = await kernel.provisioner.until_over()
         if self.find_kernel(kernel_id) is kernel and not kernel.shutting_down and not self._is_dead(kernel_id):
             kernel.stop_restarter()

@@ -7,14 +7,11 @@ may read them: a poll reads memory and asks nobody.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
-
-from jupyter_client.session import Session
 
 from gateway_slurm._util import printable
 from gateway_slurm.allocations.launcher import Launcher
@@ -25,38 +22,6 @@ from gateway_slurm.link import wire
 from gateway_slurm.link.output import Kept
 from gateway_slurm.link.tunnel import KernelTunnel
 from gateway_slurm.store.records import KernelRecord
-
-# ipykernel's topic for it; clients subscribe to everything.
-TOPIC = b"stream.stderr"
-
-
-class StderrLine:
-    """One message, for connections that may have different parents."""
-
-    def __init__(self, text: str, connection: Mapping[str, str]) -> None:
-        self._session = Session(
-            key=connection.get("key", "").encode(),
-            signature_scheme=connection.get("signature_scheme", "hmac-sha256"),
-        )
-        self._message = self._session.msg("stream", {"name": "stderr", "text": text})
-
-    def frames(self, parent: bytes) -> Sequence[bytes]:
-        """The message's frames; ``parent`` is a header as JSON, empty for none."""
-        message = {**self._message, "parent_header": _header(parent)}
-        return [bytes(frame) for frame in self._session.serialize(message, ident=TOPIC)]
-
-
-def _header(parent: bytes) -> dict[str, object]:
-    """A header that is JSON; another packer's, which is not read here, is no parent."""
-    try:
-        header = json.loads(parent)
-    except (ValueError, RecursionError):
-        return {}
-    return header if isinstance(header, dict) else {}
-
-
-# -- The process proxy: the server's handle on one kernel process, whatever link it hangs on. --
-
 
 SAID_LIMIT = 4096
 """Characters of a message and of a kernel's last output; launchers that do as they should say no more."""
@@ -89,8 +54,8 @@ class KernelProcess:
         self._dead = asyncio.Event()
         self.on_exit: Callable[[KernelProcess], None] = lambda _kernel: None
         self.walltime_end: float | None = None
-        # Called on the service's loop with each warning, for events beside the line that users see.
-        self.on_warning: list[Callable[[KernelProcess, str], None]] = []
+        # Shows a warning to the kernel's users, on the service's loop, without waiting. None: the launcher does.
+        self.show_warning: Callable[[str], None] | None = None
         self.launched: KernelLaunch | None = None
         self._acked: tuple[str, dict[str, str]] | None = None
         launcher.kernels[kernel_id] = self
@@ -330,24 +295,19 @@ class KernelProcess:
     # -- warnings ---------------------------------------------------------------------------
 
     def warn(self, text: str) -> None:
-        """Tell the kernel's users: ``on_warning``, and a line on its stderr stream under the running cell.
+        """Log a warning and show it to the kernel's users under the running cell.
 
-        Returns at once and raises nothing. A kernel that is out of reach, starting or over gets no line, nor
-        does a direct one that does not capture its standard error: the link cannot put a message into
-        CurveZMQ. The log always has the text.
+        The gateway, or a Jupyter server with its kernel manager, sends its frontends a message (``show_warning``).
+        Under any other server the launcher writes a line to the kernel's standard error, which ipykernel captures; a
+        kernel that captures nothing shows none. Returns at once and raises nothing.
         """
         self.log.warning("kernel %s: %s", self.kernel_id, text)
-        for callback in self.on_warning:
-            # One that fails is its owner's fault, and keeps nobody else from the warning.
-            asyncio.get_running_loop().call_soon(callback, self, text)
-        if self.phase is not Phase.RUNNING or self.launched is None:
-            return
-        # What the cell itself printed may lack a line's end, as a progress bar does.
+        # The output of the cell may lack a line end, as that of a progress bar does.
         line = f"\n{text}\n"
-        if self.launched.mode == "direct":
+        if self.show_warning is not None:
+            self.show_warning(line)
+        elif self.phase is Phase.RUNNING:
             self.launcher.send("TELL", kernel_id=self.kernel_id, line=line)
-        elif self._tunnel is not None:
-            self._tunnel.publish(StderrLine(line, self.launched.connection).frames)
 
     # -- output that was kept ---------------------------------------------------------------
 

@@ -44,11 +44,17 @@ FIRST_USER_PORT: Final = 1024
 OLDER = "its launcher is of an older version, which cannot be asked to listen for a moment"
 
 
-def choose_mode(asked: str | None, admins: str, metadata: dict[str, Any], *, curve_required: bool) -> tuple[str, str]:
-    """Return ``direct``, ``ipc`` (tunnel) or, where the node decides, ``auto``; and why it is ``ipc``.
+NOT_KEPT = "its output is not kept on the node while no client reads it (connect = tunnel keeps it)"
 
-    ``asked`` is the request's ``connect``, ``admins`` the service's, ``metadata`` the kernelspec's. Raises RequestError
-    where the kernel is to be direct, or its channels CurveZMQ's, and that cannot be.
+
+def choose_mode(
+    asked: str | None, admins: str, metadata: dict[str, Any], *, curve_required: bool, keeps_output: bool
+) -> tuple[str, str]:
+    """Return ``direct``, ``ipc`` (tunnel) or, where the node decides, ``auto``; and why, or what the mode costs.
+
+    ``asked`` is the request's ``connect``, ``admins`` the service's, ``metadata`` the kernelspec's. The launcher keeps
+    the output of a kernel behind the tunnel only, so where the server wants it kept (``keeps_output``) ``auto`` is the
+    tunnel. Raises RequestError when the request requires a direct kernel, or CurveZMQ, and that is impossible.
     """
     wanted, set_by = (asked, "its kernelspec asks for") if asked else (admins, "SlurmService.connect is")
     why_not = "" if _declares_curve(metadata) else "the kernel does not declare CurveZMQ (supported_encryption)"
@@ -61,6 +67,10 @@ def choose_mode(asked: str | None, admins: str, metadata: dict[str, Any], *, cur
             field="connect",
         )
     tunnel = f"{set_by} tunnel" if wanted == "tunnel" else why_not
+    if not tunnel and keeps_output:
+        if wanted == "direct" or curve_required:
+            return "direct", NOT_KEPT
+        tunnel = "its output is kept on the node (SlurmService.kept_output), which needs the tunnel"
     if not curve_required:
         return ("ipc" if tunnel else wanted), tunnel
     if tunnel:
@@ -184,14 +194,15 @@ class Dialling:
             if not asked:
                 raise _CannotDial(f"was not dialled: {OLDER}")
             why = f"connect = direct; node {launcher.node} was not dialled: {OLDER}"
-            return Settled(launch.direct(why), _address(launcher), kept and kept[1])
+            return Settled(launch.direct(_and(why, launch.why)), _address(launcher), kept and kept[1])
         ip, ports = kept or (_address(launcher), None)
         if not asked:
             self._check_memory(ip)
         ports = await self._reach(launch, launcher, kernel_id, ip, ports)
         self._silent.pop(ip, None)
         words = f"node {launcher.node} can be dialled at {ip}"
-        return Settled(launch.direct(f"connect = direct, and {words}" if asked else words), ip, ports)
+        why = f"connect = direct, and {words}" if asked else words
+        return Settled(launch.direct(_and(why, launch.why)), ip, ports)
 
     async def _reach(
         self, launch: KernelLaunch, launcher: Launcher, kernel_id: str, ip: str, kept: dict[str, int] | None
@@ -228,6 +239,10 @@ class Dialling:
         while len(self._silent) >= REMEMBER_NODES:
             del self._silent[next(iter(self._silent))]
         self._silent[ip] = _Silent(words, _now() + pause, pause)
+
+
+def _and(why: str, cost: str) -> str:
+    return f"{why}; {cost}" if cost else why
 
 
 def _now() -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-LINK_MODULES = ("wire", "flow", "envelope", "zmtp_frames", "steps", "endpoints")
+LINK_MODULES = ("wire", "flow", "envelope", "steps", "endpoints")
 LAUNCHER_MODULES = (
     "reactor",
     "dial",
@@ -19,7 +19,6 @@ LAUNCHER_MODULES = (
     "stderr",
     "kernel",
     "subscriber",
-    "curve",
     "output",
     "tunnel",
     "node",

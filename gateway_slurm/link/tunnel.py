@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from gateway_slurm.errors import LinkError
-from gateway_slurm.link import flow, wire, zmtp
+from gateway_slurm.link import flow, wire
 from gateway_slurm.link.server import Link
 
 _DIRECTORY = re.compile(r"gs-server(\d+)-\w+")
@@ -190,8 +190,6 @@ class Client(asyncio.Protocol):
         self._writable = True
         self._untaken = 0
         self.paused = False
-        # Messages of ours go into iopub only; the other channels are question and answer.
-        self.iopub = zmtp.Iopub(tunnel.last_cell) if channel == "iopub" else None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -203,8 +201,6 @@ class Client(asyncio.Protocol):
             transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if self.iopub is not None:
-            self.iopub.from_client(data)
         if self._number is not None and not self._tunnel.streams.send(self._number, data):
             self.paused = True
             self._transport.pause_reading()
@@ -215,20 +211,10 @@ class Client(asyncio.Protocol):
 
     def from_kernel(self, data: bytes) -> None:
         """Bytes for the client; credit goes back once its socket has taken them."""
-        self._transport.write(data if self.iopub is None else self.iopub.from_kernel(data))
+        self._transport.write(data)
         self._untaken += len(data)
         if self._writable:
             self._took()
-
-    def insert(self, build: zmtp.Build) -> bool:
-        """Put a message of ours between two of the kernel's; False when this client takes none.
-
-        It is no part of the kernel's window: a few hundred bytes, however slow the client reads.
-        """
-        message = self.iopub.insert(build) if self.iopub is not None and self._number is not None else None
-        if message:
-            self._transport.write(message)
-        return message is not None
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -274,7 +260,6 @@ class KernelTunnel:
         self.kernel_id = kernel_id
         self.prefix = prefix
         self.clients: set[Client] = set()
-        self.last_cell = zmtp.LastCell()
         self._servers: list[asyncio.AbstractServer] = []
 
     @property
@@ -287,7 +272,6 @@ class KernelTunnel:
         if len(os.fsencode(self.prefix)) > 100:
             raise LinkError(f"{self.prefix} is too long for Unix sockets: shorten SlurmService.tunnel_directory")
         self._close_servers()
-        self.last_cell.header = b""
         for channel, number in self.ports.items():
             self._servers.append(await self._listen(channel, f"{self.prefix}-{number}"))
 
@@ -296,10 +280,6 @@ class KernelTunnel:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         return await loop.create_unix_server(lambda: Client(self, channel), path)
-
-    def publish(self, build: zmtp.Build) -> int:
-        """Put a message into every client's iopub; return how many clients get it."""
-        return sum([client.insert(build) for client in list(self.clients)])
 
     def close(self) -> None:
         self._close_servers()

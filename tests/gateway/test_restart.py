@@ -54,9 +54,9 @@ async def gateway(module_gateway, kernelspecs):
 
 
 @pytest.fixture
-async def frontend(gateway, kernel_name):
-    """alice's frontend with a kernel of hers."""
-    kernel_id = await start(gateway.of("alice"), kernel_name)
+async def frontend(gateway):
+    """alice's frontend with a kernel of hers, behind the tunnel: its output is kept."""
+    kernel_id = await start(gateway.of("alice"))
     made = LastingFrontend(gateway.of("alice"), kernel_id)
     made.kernel_id = kernel_id
     yield made

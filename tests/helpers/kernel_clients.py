@@ -68,10 +68,13 @@ def install_kernelspec(
 
 
 def install_both(directory: Path) -> None:
-    """Install ``slurm``, which declares nothing and so goes through the tunnel, and ``slurm-direct``."""
+    """Install ``slurm``, which declares nothing and so goes through the tunnel, and ``slurm-direct``, which must not.
+
+    With ``connect = auto`` a kernel of the gateway is behind the tunnel, where its output is kept.
+    """
     install_kernelspec(directory, KERNEL_NAMES["tunnel"])
     curve = {"metadata": {"supported_encryption": ["curve"]}}
-    install_kernelspec(directory, KERNEL_NAMES["direct"], spec_overrides=curve)
+    install_kernelspec(directory, KERNEL_NAMES["direct"], config_overrides={"connect": "direct"}, spec_overrides=curve)
 
 
 def jupyter_environment(base: Path) -> dict[str, str]:

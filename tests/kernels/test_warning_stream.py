@@ -1,4 +1,4 @@
-"""A warning of the server's is a line that a kernel's users see, under the cell that runs."""
+"""A plain Jupyter server: a warning is a line on the standard error of ipykernel, under the cell that runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from queue import Empty
 import pytest
 from jupyter_client import BlockingKernelClient
 
-from gateway_slurm.kernels.model import Phase
-from gateway_slurm.link import zmtp
-from helpers.failing_starts import cut_links
 from helpers.kernel_clients import READY, execute, install_kernelspec, process_of, running_kernel
 from helpers.private_slurm import poll
 
@@ -73,12 +70,6 @@ def hears(client):
     except Empty:
         return False
     return True
-
-
-def is_on_another_link(manager, older):
-    """Whether the kernel runs, as its launcher has said over a link that is not this one."""
-    process = process_of(manager)
-    return process.launcher.link not in (None, older) and process.phase is Phase.RUNNING
 
 
 def streams_until(client, done, *, timeout=READY):
@@ -167,26 +158,6 @@ def test_under_a_flood_the_line_comes_and_the_output_is_whole(service, kernel_na
         assert lines
 
 
-def test_a_line_goes_between_messages_on_the_next_link_too(service, tmp_path):
-    """In the tunnel the place in a client's stream outlives the link: lines come, and the output is whole."""
-    with kernel_of("slurm") as (manager, client):
-        path = tmp_path / "stop"
-        msg_id = client.execute(FLOOD.format(path=str(path)))
-        messages = streams_until(client, printed)
-        for _ in range(3):
-            older = process_of(manager).launcher.link
-            cut_links()
-            assert poll(lambda older=older: is_on_another_link(manager, older), timeout=20)
-            warn(manager)
-            messages += streams_until(client, is_line)
-            assert messages[-1]["parent_header"]["msg_id"] == msg_id
-        path.touch()
-        messages += streams_until(client, idle_after(msg_id))
-        lines = text_of(messages).splitlines()
-        assert lines == [f"{number} {'x' * 200}" for number in range(len(lines))]
-        assert sum(message["content"]["text"].count(TEXT) for message in messages if is_line(message)) == 3
-
-
 def test_an_idle_kernel_shows_it_under_its_last_cell(service, kernel_name):
     """Frontends keep a cell's output open after its end; the kernel works on as before."""
     with kernel_of(kernel_name) as (manager, client):
@@ -210,22 +181,22 @@ def test_after_a_restart_it_is_shown_again(service, kernel_name):
         assert streams_until(client, is_line)[-1]["parent_header"]["msg_id"] == msg_id
 
 
-def test_every_listener_of_a_kernel_gets_the_event(service, kernel_name, caplog):
-    """``on_warning`` is called with the text, also where one of the callbacks fails; the log has it, too."""
-    heard = []
-
-    def fails(_process, _text):
-        raise ValueError("a fault of the listener's")
-
-    with kernel_of(kernel_name) as (manager, _client):
-        process = process_of(manager)
-        process.on_warning += [fails, lambda process, text: heard.append((process.kernel_id, text))]
+def test_a_server_that_shows_warnings_itself_writes_none_to_the_kernel(service, kernel_name, tmp_path, caplog):
+    """The gateway gets the text, the log has it, and the cell prints only what it prints."""
+    shown = []
+    with kernel_of(kernel_name) as (manager, client):
+        manager.provisioner.show_warnings(shown.append)
+        path = tmp_path / "go"
+        msg_id = client.execute(BUSY.format(path=str(path)))
+        messages = streams_until(client, printed)
         warn(manager)
-        assert poll(lambda: heard == [(process.kernel_id, TEXT)], timeout=10)
+        assert poll(lambda: shown == [f"\n{TEXT}\n"], timeout=10)
         assert TEXT in caplog.text
-        process.on_warning.clear()
-    warn_of_dead = process.warn
-    asyncio.run(service.run(later(warn_of_dead, TEXT)))  # a kernel that is over: nothing is raised
+        path.touch()
+        messages += streams_until(client, idle_after(msg_id))
+        assert not any(map(is_line, messages))
+        warn_of_dead = process_of(manager).warn
+    asyncio.run(service.run(later(warn_of_dead, TEXT)))  # a kernel that has ended: nothing is raised
 
 
 async def later(function, *arguments):
@@ -233,42 +204,30 @@ async def later(function, *arguments):
     function(*arguments)
 
 
-def test_a_kernel_in_another_language_shows_it_through_the_tunnel(service, kernelspecs):
-    """bash_kernel captures nothing and prints nothing of it; its client sees the line under its cell."""
-    argv = [sys.executable, "-m", "bash_kernel", "-f", "{connection_file}"]
-    install_kernelspec(kernelspecs, "bash", config_overrides={"kernel_argv": argv}, spec_overrides={"language": "bash"})
-    with kernel_of("bash") as (manager, client):
-        msg_id = client.execute("echo be''gun; sleep 1; echo ended")
-        streams_until(client, lambda message: "begun" in str(message["content"].get("text")))
-        warn(manager)
-        messages = streams_until(client, idle_after(msg_id))
-        assert [message["parent_header"]["msg_id"] for message in messages if is_line(message)] == [msg_id]
-
-
-def test_a_direct_kernel_that_captures_nothing_says_so_in_the_log(service, kernelspecs, caplog):
-    """The line is not written where nobody would see it: only the event, and the log says why."""
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.capture_fd_output=0"]
+def install_for(kernelspecs, mode, name, argv):
+    """A kernelspec with this command, whose clients go by ``mode``."""
     install_kernelspec(
         kernelspecs,
-        "uncaptured",
-        config_overrides={"kernel_argv": argv},
+        name,
+        config_overrides={"kernel_argv": argv, "connect": mode},
         spec_overrides={"metadata": {"supported_encryption": ["curve"]}},
     )
+
+
+def test_for_a_kernel_that_captures_nothing_the_log_says_so(service, kernelspecs, mode, caplog):
+    """The line is not written where it would not be shown."""
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.capture_fd_output=0"]
+    install_for(kernelspecs, mode, "uncaptured", argv)
     with kernel_of("uncaptured") as (manager, client):
         warn(manager)
         assert poll(lambda: "does not capture its standard error" in caplog.text, timeout=10)
         assert execute(client, "print(1)") == "1"
 
 
-def test_a_wrapped_kernel_is_found_behind_its_wrapper(service, kernelspecs):
-    """A direct kernel that a script started, with another process beside it whose stderr is a pipe."""
+def test_a_wrapped_kernel_is_found_behind_its_wrapper(service, kernelspecs, mode):
+    """A kernel that a script started, with another process beside it whose stderr is a pipe."""
     script = f"sleep 300 2> >(cat) & {sys.executable} -m ipykernel_launcher -f $0; true"
-    install_kernelspec(
-        kernelspecs,
-        "wrapped",
-        config_overrides={"kernel_argv": ["bash", "-c", script, "{connection_file}"]},
-        spec_overrides={"metadata": {"supported_encryption": ["curve"]}},
-    )
+    install_for(kernelspecs, mode, "wrapped", ["bash", "-c", script, "{connection_file}"])
     with kernel_of("wrapped") as (manager, client):
         start = "import subprocess; child = subprocess.Popen(['sleep', '300'], stderr=subprocess.PIPE)"
         execute(client, start)
@@ -295,11 +254,3 @@ def test_a_walltime_notice_is_such_a_warning(admin_settings, kernel_name):
         assert re.search(expected, line["content"]["text"])
         assert line["parent_header"]["msg_id"] == msg_id
         assert process.walltime_end == end_time
-
-
-def test_with_iopub_not_understood_the_kernel_works_as_before(service, monkeypatch):
-    """The line is lost, and nothing else is."""
-    monkeypatch.setattr(zmtp, "_MECHANISM", b"other")
-    with kernel_of("slurm") as (manager, client):
-        warn(manager)
-        assert execute(client, "print(1)") == "1"

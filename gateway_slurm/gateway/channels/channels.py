@@ -72,6 +72,8 @@ class KernelChannels:
         self._held_bytes = 0
         self._make_catch_up, self._catch_up = catch_up, CatchUp()
         self.failure = ""
+        # The header of the request whose cell the kernel began last.
+        self.last_cell: dict[str, Any] = {}
         self._closed = False
         self._subscribed = asyncio.Event()
         # After a restart what the old kernel said last proves nothing.
@@ -122,6 +124,11 @@ class KernelChannels:
     def say_status(self, state: str) -> None:
         """Tell the frontend of the kernel's state, where the kernel itself cannot."""
         self._put(*self._own("status", {"execution_state": state}))
+
+    def warn(self, text: str, cell: dict[str, Any]) -> None:
+        """Show a text on stderr under a cell, given by the header of its request."""
+        if not self.failure:
+            self._put(*self._own("stream", {"name": "stderr", "text": text}, cell))
 
     def fail(self, reason: str) -> None:
         """The kernel is dead, and this is why: so say the cells that wait for it."""
@@ -312,6 +319,8 @@ class KernelChannels:
                 self._put(channel, parts, cell=cell)
 
     def _from_iopub(self, parts: list[bytes], msg_id: str, *, kept: bool = False) -> None:
+        if parts and b'"execute_input"' in parts[0]:
+            self.last_cell = messages.parent_header_of(parts)
         self._catch_up.heard(parts, msg_id, kept=kept)
         self._put("iopub", parts, msg_id)
 

@@ -110,6 +110,13 @@ class Frontends:
         for channels in self.of(kernel_id):
             channels.follow_restart()
 
+    def warn(self, kernel_id: str, text: str) -> None:
+        """Show every session a warning under the cell that the kernel began last."""
+        sessions = self.of(kernel_id)
+        began = [channels.last_cell for channels in sessions if channels.last_cell]
+        for channels in sessions:
+            channels.warn(text, channels.last_cell or (began[0] if began else {}))
+
     def detached(self, kernel_id: str, channels: KernelChannels) -> None:
         """A websocket closed: of the sessions whose frontend is away only the last one's output is kept."""
         if kernel_id in self._waited_for:

@@ -21,6 +21,7 @@ from helpers.kernel_clients import (
     until_printed,
 )
 
+TUNNEL = KERNEL_NAMES["tunnel"]
 # Prints on, at its own pace, whoever is there; ends with the last number.
 COUNT = """
 import pathlib, time
@@ -134,9 +135,9 @@ async def acknowledge_and_wait(provisioner: Any, msg_id: str, positions: dict[st
     return kept
 
 
-async def test_a_cell_that_ran_on_without_a_server_has_all_its_output(service, kernel_name, tmp_path):
+async def test_a_cell_that_ran_on_without_a_server_has_all_its_output(service, tmp_path):
     """Printed while there was no link, it is kept from the first line after, and read by another server."""
-    async with async_kernel(kernel_name) as (manager, client):
+    async with async_kernel(TUNNEL) as (manager, client):
         server = Server(service, manager)
         request = client.execute(COUNT.format(path=str(tmp_path / "over")))
         while (await client.get_iopub_msg(timeout=READY))["content"].get("text") != "10\n":
@@ -153,9 +154,9 @@ async def test_a_cell_that_ran_on_without_a_server_has_all_its_output(service, k
         assert request in parents
 
 
-async def test_a_flood_without_a_server_has_no_hole_that_is_not_counted(service, kernel_name, tmp_path):
+async def test_a_flood_without_a_server_has_no_hole_that_is_not_counted(service, tmp_path):
     """Ten thousand lines and 100 MB after them: the node reads as fast as the kernel publishes, to the bound."""
-    async with async_kernel(kernel_name) as (manager, client):
+    async with async_kernel(TUNNEL) as (manager, client):
         server = Server(service, manager)
         await acknowledge_and_wait(manager.provisioner, "", {})
         client.execute(PRINTS_AND_DISPLAYS.format(path=str(tmp_path / "cut"), drop_nothing=DROP_NOTHING))
@@ -173,9 +174,9 @@ async def test_a_flood_without_a_server_has_no_hole_that_is_not_counted(service,
         assert kept.dropped >= 100 - len(shown)
 
 
-async def test_what_clients_have_is_not_read_again(service, kernel_name):
+async def test_what_clients_have_is_not_read_again(service):
     """After ACK the node keeps what comes later, and each session's position for the next server."""
-    async with async_kernel(kernel_name) as (manager, client):
+    async with async_kernel(TUNNEL) as (manager, client):
         kept = await acknowledge_and_wait(manager.provisioner, "", {})
         assert kept.keeps
         await async_execute(client, "print('one')")
@@ -203,9 +204,9 @@ async def poll_async_kept(provisioner: Any, text: str) -> bool:
     return False
 
 
-async def test_an_acknowledgement_that_a_broken_link_lost_is_said_again(service, kernel_name):
+async def test_an_acknowledgement_that_a_broken_link_lost_is_said_again(service):
     """Nothing that clients have comes twice because of it."""
-    async with async_kernel(kernel_name) as (manager, client):
+    async with async_kernel(TUNNEL) as (manager, client):
         await acknowledge_and_wait(manager.provisioner, "", {})
         await async_execute(client, "print('one')")
         assert await poll_async_kept(manager.provisioner, "one\n")
@@ -218,9 +219,9 @@ async def test_an_acknowledgement_that_a_broken_link_lost_is_said_again(service,
         assert (kept.messages, kept.acked, kept.positions) == ([], last, {"s": last})
 
 
-async def test_a_kernels_last_words_can_be_read_after_its_death(service, kernel_name, tmp_path):
+async def test_a_kernels_last_words_can_be_read_after_its_death(service, tmp_path):
     """Its exit code, the end of its stderr, and what it published before, told to a server that comes later."""
-    async with async_kernel(kernel_name) as (manager, client):
+    async with async_kernel(TUNNEL) as (manager, client):
         server = Server(service, manager)
         await acknowledge_and_wait(manager.provisioner, "", {})
         pid = int(await async_execute(client, PID))
@@ -239,18 +240,18 @@ async def test_a_kernels_last_words_can_be_read_after_its_death(service, kernel_
         assert kept.dropped == 0
 
 
-async def test_the_launch_token_is_void_on_record_too(service, kernel_name):
+async def test_the_launch_token_is_void_on_record_too(service):
     """Once a launcher has taken the successor, what stands in the job's environment is nothing to a later server."""
-    async with async_kernel(kernel_name) as (manager, _client):
+    async with async_kernel(TUNNEL) as (manager, _client):
         launcher = manager.provisioner._held.process.launcher
         (record,) = service.registry.launchers()
         assert record.tokens == launcher.tokens
         assert len({*record.tokens, *launcher.expected.tokens}) == 1
 
 
-async def test_a_restarted_kernel_begins_anew(service, kernel_name):
+async def test_a_restarted_kernel_begins_anew(service):
     """What its predecessor had published is no output of its own."""
-    async with async_kernel(kernel_name) as (manager, client):
+    async with async_kernel(TUNNEL) as (manager, client):
         await acknowledge_and_wait(manager.provisioner, "", {"s": "x"})
         await async_execute(client, "print('before')")
         assert await poll_async_kept(manager.provisioner, "before\n")
@@ -264,10 +265,10 @@ async def test_a_restarted_kernel_begins_anew(service, kernel_name):
         assert kept.positions == {}
 
 
-async def test_more_than_the_bound_is_dropped_and_counted(admin_settings, kernel_name):
+async def test_more_than_the_bound_is_dropped_and_counted(admin_settings):
     """The newest output is there, and how many messages are not."""
     admin_settings(kept_output=1)
-    async with async_kernel(kernel_name) as (manager, client):
+    async with async_kernel(TUNNEL) as (manager, client):
         await acknowledge_and_wait(manager.provisioner, "", {})
         await async_execute(client, FLOOD)
         kept = await until_idle(manager.provisioner)
@@ -280,6 +281,15 @@ async def test_more_than_the_bound_is_dropped_and_counted(admin_settings, kernel
 async def test_nothing_is_kept_where_the_admin_says_so(admin_settings):
     """And whoever asks is told."""
     admin_settings(kept_output=0)
-    async with async_kernel(KERNEL_NAMES["tunnel"]) as (manager, _client):
+    async with async_kernel(TUNNEL) as (manager, _client):
         kept = await manager.provisioner.kept_output()
         assert (kept.keeps, kept.messages) == (False, [])
+
+
+async def test_a_direct_kernels_output_is_not_kept(service):
+    """Its launcher says so to the server that asks, and remembers the positions of the clients."""
+    async with async_kernel(KERNEL_NAMES["direct"]) as (manager, client):
+        manager.provisioner.acknowledge("", {"s": "x"})
+        await async_execute(client, "print('one')")
+        kept = await manager.provisioner.kept_output()
+        assert (kept.keeps, kept.messages, kept.dropped, kept.positions) == (False, [], 0, {"s": "x"})

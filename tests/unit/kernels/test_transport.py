@@ -16,7 +16,7 @@ from gateway_slurm.errors import LauncherFailed, LinkError, NodeUnreachable, Req
 from gateway_slurm.kernels import transport as dialling
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.process import KernelProcess
-from gateway_slurm.kernels.transport import Dialling, choose_mode
+from gateway_slurm.kernels.transport import NOT_KEPT, Dialling, choose_mode
 from gateway_slurm.link import wire
 from helpers.kernel_clients import poll_async
 
@@ -125,6 +125,15 @@ async def test_a_node_whose_answer_comes_is_direct(settle, dialled):
     assert (settled.launch.mode, settled.ip, settled.ports) == ("direct", HERE, ports)
     assert settled.launch.connection == LAUNCH.connection
     assert sorted(dialled) == sorted((HERE, port) for port in ports.values())
+
+
+async def test_a_direct_kernel_whose_output_is_not_kept_says_so(settle, caplog):
+    """In the log, and in the reason that the kernel's model shows."""
+    caplog.set_level(logging.INFO)
+    async with honest_node() as (node, _ports):
+        settled = await settle(node, replace(LAUNCH, mode="direct", why=NOT_KEPT))
+    assert settled.launch.why == f"connect = direct, and node n1 can be dialled at {HERE}; {NOT_KEPT}"
+    assert settled.launch.why in caplog.text
 
 
 async def test_an_ipv4_address_that_a_socket_for_both_shows_is_ipv4(settle, dialled):
@@ -472,14 +481,31 @@ CURVE = {"supported_encryption": ["curve"]}
 )
 def test_the_request_goes_over_the_admins_setting(asked, admins, metadata, required, mode, why):
     """What remains for the node to decide is ``auto``."""
-    chosen, reason = choose_mode(asked, admins, metadata, curve_required=required)
+    chosen, reason = choose_mode(asked, admins, metadata, curve_required=required, keeps_output=False)
     assert chosen == mode
     assert why in reason
     assert bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("asked", "metadata", "required", "mode", "why"),
+    [
+        (None, CURVE, False, "ipc", "its output is kept on the node (SlurmService.kept_output)"),
+        ("auto", CURVE, False, "ipc", "its output is kept on the node (SlurmService.kept_output)"),
+        (None, {}, False, "ipc", "does not declare CurveZMQ"),
+        ("tunnel", CURVE, False, "ipc", "its kernelspec asks for tunnel"),
+        ("direct", CURVE, False, "direct", NOT_KEPT),
+        (None, CURVE, True, "direct", NOT_KEPT),
+    ],
+)
+def test_where_output_is_kept_only_an_explicit_request_makes_a_kernel_direct(asked, metadata, required, mode, why):
+    """``connect = auto`` is the tunnel. A direct kernel is told apart by the reason, which the model shows."""
+    chosen, reason = choose_mode(asked, "auto", metadata, curve_required=required, keeps_output=True)
+    assert (chosen, why in reason) == (mode, True)
 
 
 @pytest.mark.parametrize(("asked", "metadata"), [("direct", {}), ("tunnel", CURVE), (None, {})])
 def test_what_cannot_be_is_refused(asked, metadata):
     """Direct without CurveZMQ, and a manager that requires it for a kernel that goes through the tunnel."""
     with pytest.raises(RequestError, match="CurveZMQ"):
-        choose_mode(asked, "auto", metadata, curve_required=True)
+        choose_mode(asked, "auto", metadata, curve_required=True, keeps_output=False)

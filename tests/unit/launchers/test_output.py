@@ -17,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_slurm.link import flow, wire
-from gateway_slurm.link.zmtp_frames import DELIMITER, encode_frame
 from launchers import output as kept_module
 from launchers.output import OVERHEAD, Keeper, Ring
 from launchers.reactor import Reactor
-from launchers.subscriber import Message, Null
+from launchers.subscriber import DELIMITER, Message, encode_frame
 from launchers.tunnel import Channels
 
 LIMIT = 2**20
@@ -29,7 +28,7 @@ LIMIT = 2**20
 
 def message(msg_id: str, size: int = 10) -> Message:
     """A message that was kept."""
-    return Message(msg_id, encode_frame(0, b"x" * size), Null())
+    return Message(msg_id, encode_frame(0, b"x" * size))
 
 
 def in_ring(ring: Ring) -> tuple[list[str], int]:
@@ -79,7 +78,7 @@ def test_what_is_missing_between_messages_is_counted_until_it_is_acknowledged():
     """A message that was too large, and an interruption, have their place in the order."""
     ring = Ring(LIMIT)
     ring.add(message("a"))
-    ring.add(Message("huge", None, Null()))
+    ring.add(Message("huge", None))
     ring.gap()
     ring.add(message("b"))
     assert in_ring(ring) == (["a", "b"], 2)
@@ -118,7 +117,7 @@ def test_nothing_that_was_published_is_neither_there_nor_acknowledged_nor_counte
             added -= before - len(ring._messages) - len(ring._gone)
         else:
             before, awaited = added, ring._awaited
-            ring.add(message(name, size) if step == "add" else Message(name, None, Null()))
+            ring.add(message(name, size) if step == "add" else Message(name, None))
             added = 0 if name == awaited else before + 1
         assert ring.size <= 2000
         present, dropped = in_ring(ring)
@@ -142,7 +141,6 @@ class Kernel:
         self.kept = Keeper(
             self.reactor,
             connect=self.connect,
-            mechanism=Null,
             linked=lambda: self.linked,
             is_over=lambda: self.over,
             limit=LIMIT,
