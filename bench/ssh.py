@@ -39,10 +39,10 @@ async def _start(service: SlurmService, name: str, way: str) -> Kernel:
     """A kernel in a job of its own, whose launcher dials the server itself or the relay."""
     access: Any = service.access
     if access.relay is not None:
-        access.relay.worked = way == "relay"  # its addresses come first then
+        access.relay.was_used = way == "relay"  # its addresses come first then
     kernel, _seconds = await start(name)
     link = kernel.provisioner._held.process.launcher.link
-    by_relay = type(link._transport).__name__ == "Relayed"
+    by_relay = type(link._transport).__name__ == "RelayedConnection"
     assert by_relay == (way == "relay"), f"{name} took another way than the {way}"
     return kernel
 

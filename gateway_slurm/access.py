@@ -41,7 +41,7 @@ def cluster_access(settings: ServiceSettings) -> ClusterAccess:
 def _ssh_access(settings: ServiceSettings, url: ClusterUrl) -> ClusterAccess:
     # Importing Paramiko takes a sixth of a second, which other clusters need not spend.
     from gateway_slurm.slurm.ssh.access import SshAccess
-    from gateway_slurm.slurm.ssh.config import resolve
+    from gateway_slurm.slurm.ssh.config import resolve_destination
     from gateway_slurm.slurm.ssh.connection import SshConnection
     from gateway_slurm.slurm.ssh.login import Credentials
     from gateway_slurm.slurm.ssh.runner import SshRunner
@@ -51,14 +51,14 @@ def _ssh_access(settings: ServiceSettings, url: ClusterUrl) -> ClusterAccess:
             "SlurmService.run_as: jobs as other users need a helper on this machine, and over SSH all jobs belong to "
             "the user who logs in; set it to 'self'"
         )
-    target = resolve(
+    destination = resolve_destination(
         url,
         config_file=settings.ssh_config,
         identity_files=tuple(settings.ssh_identity_files),
         known_hosts=tuple(settings.ssh_known_hosts),
     )
     connection = SshConnection(
-        target,
+        destination,
         Credentials(settings.ssh_password_file),
         python=settings.ssh_python,
         timeout=settings.ssh_timeout,
@@ -79,7 +79,7 @@ def _ssh_access(settings: ServiceSettings, url: ClusterUrl) -> ClusterAccess:
 def _rest_access(settings: ServiceSettings, url: ClusterUrl, runner: Runner) -> ClusterAccess:
     # The HTTP client is imported for REST only, too.
     from gateway_slurm.slurm.rest.access import RestAccess
-    from gateway_slurm.slurm.rest.driver import Rest
+    from gateway_slurm.slurm.rest.driver import Slurmrestd
     from gateway_slurm.slurm.rest.http import RestClient
     from gateway_slurm.slurm.rest.tokens import CommandTokens, FileTokens
 
@@ -91,7 +91,7 @@ def _rest_access(settings: ServiceSettings, url: ClusterUrl, runner: Runner) -> 
     client = RestClient(url, ca_file=settings.rest_ca_file, timeout=settings.command_timeout, counts=runner.counts)
     by_command = CommandTokens(settings.rest_token_command, runner)
     tokens = FileTokens(settings.rest_token_file) if settings.rest_token_file else by_command
-    return RestAccess(runner, Rest(client, tokens), user=settings.rest_user, log=settings.log)
+    return RestAccess(runner, Slurmrestd(client, tokens), user=settings.rest_user, log=settings.log)
 
 
 class SlurmUsers:

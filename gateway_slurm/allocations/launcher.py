@@ -120,7 +120,7 @@ class LauncherSteps:
             )
         return step
 
-    async def listed(self, jobid: str) -> list[StepInfo]:
+    async def list_steps(self, jobid: str) -> list[StepInfo]:
         """The running steps of the job, as Slurm lists them to the launcher. Raises SlurmUnavailable."""
         asked = secrets.token_hex(8)
         answer = self._listings[asked] = asyncio.get_running_loop().create_future()

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from gateway_slurm.slurm.driver import CommandLineSlurm, SlurmDriver
+from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
 from gateway_slurm.slurm.runner import Runner
-from gateway_slurm.slurm.sudo.runner import UserRunner, process_user
+from gateway_slurm.slurm.sudo.runner import SudoRunner, process_user
 
 if TYPE_CHECKING:
-    from gateway_slurm.slurm.rest.driver import InsideJob
+    from gateway_slurm.slurm.rest.driver import StepLauncher
 
 LOG_END: Final = 8000
 """Bytes that are read from the end of a log."""
@@ -52,7 +52,7 @@ class ClusterAccess:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         # Finds the launcher of this server that holds a job, if it is linked. The service sets it.
-        self.find_launcher: Callable[[str], InsideJob | None] = lambda _jobid: None
+        self.find_launcher: Callable[[str], StepLauncher | None] = lambda _jobid: None
 
     @property
     def user(self) -> str:
@@ -123,9 +123,9 @@ class LocalAccess(ClusterAccess):
     def driver(self, user: str) -> SlurmDriver:
         """The driver that acts as ``user``."""
         if user == self.user:
-            return CommandLineSlurm(self.runner)
-        runner = UserRunner(user, self._as_user_command, timeout=self._command_timeout, counts=self.runner.counts)
-        return CommandLineSlurm(runner)
+            return CommandLineDriver(self.runner)
+        runner = SudoRunner(user, self._as_user_command, timeout=self._command_timeout, counts=self.runner.counts)
+        return CommandLineDriver(runner)
 
     def check(self) -> None:
         """Raise SlurmNotInstalled when there is no sbatch."""

@@ -86,7 +86,7 @@ class SlurmDriver(SlurmJobs, Protocol):
         """Start one more step in a running job, and return without waiting for its end."""
 
 
-class CommandLineSlurm:
+class CommandLineDriver:
     """The driver that runs sbatch, squeue, scancel and srun."""
 
     can_adopt: Final = True

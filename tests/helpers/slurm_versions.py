@@ -20,7 +20,7 @@ _TABLE: Final[dict[str, dict[tuple[int, int], str]]] = {
     # slurmrestd of 22.05 has no word for it; ours are then for either cause.
     "a token that has expired": {
         (22, 5): "token has expired or is not valid",
-        (24, 11): "does not take root's token",
+        (24, 11): "refuses root's token",
     },
 }
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from gateway_slurm.slurm.ssh.config import Target, resolve
+from gateway_slurm.slurm.ssh.config import Destination, resolve_destination
 from gateway_slurm.slurm.ssh.connection import SshConnection
 from gateway_slurm.slurm.ssh.login import Credentials
 from gateway_slurm.slurm.ssh.runner import SshRunner
@@ -22,18 +22,18 @@ def logged_in(
     password_file: Path | str = "",
 ) -> str:
     """Log in and say as whom a command there is run."""
-    target = resolve(
+    destination = resolve_destination(
         parse_cluster_url(url),
         config_file=str(config),
         identity_files=tuple(map(str, identities)),
         known_hosts=(str(known),) if known else (),
     )
-    return asyncio.run(_whoami(target, Credentials(str(password_file))))
+    return asyncio.run(_whoami(destination, Credentials(str(password_file))))
 
 
-async def _whoami(target: Target, credentials: Credentials) -> str:
+async def _whoami(destination: Destination, credentials: Credentials) -> str:
     log = logging.getLogger("test")
-    connection = SshConnection(target, credentials, python="/usr/bin/python3", timeout=20, heartbeat=10, log=log)
+    connection = SshConnection(destination, credentials, python="/usr/bin/python3", timeout=20, heartbeat=10, log=log)
     try:
         runner = SshRunner(connection, None, None, timeout=20)
         return (await runner.run(["id", "-un"])).stdout.strip()

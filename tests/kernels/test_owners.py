@@ -9,7 +9,7 @@ import pytest
 from jupyter_client import AsyncKernelManager
 
 from gateway_slurm.errors import AllocationError, RequestError, UnknownJob
-from gateway_slurm.slurm.driver import CommandLineSlurm
+from gateway_slurm.slurm.driver import CommandLineDriver
 from helpers.kernel_clients import (
     JOB,
     READY,
@@ -144,7 +144,7 @@ def spy_on_jobs(monkeypatch) -> tuple[list[list[str]], list[int]]:
     """Note which jobs Slurm is asked about together, and how many such questions are under way at each."""
     asked: list[list[str]] = []
     under_way: list[int] = []
-    jobs = CommandLineSlurm.jobs
+    jobs = CommandLineDriver.jobs
     running: set[object] = set()
 
     async def noted(driver, jobids):
@@ -157,7 +157,7 @@ def spy_on_jobs(monkeypatch) -> tuple[list[list[str]], list[int]]:
         finally:
             running.discard(question)
 
-    monkeypatch.setattr(CommandLineSlurm, "jobs", noted)
+    monkeypatch.setattr(CommandLineDriver, "jobs", noted)
     return asked, under_way
 
 

@@ -240,11 +240,11 @@ def test_launchers_that_reach_the_server_do_not_take_the_relay(by_ssh):
     with running_kernel("slurm") as (_manager, client):
         assert execute(client, "print(1)") == "1"
         relay = relay_of(service)
-        assert not relay.worked
+        assert not relay.was_used
         endpoints = service.access.endpoints(["own:1"])
         assert endpoints[0] == "own:1"
         assert set(relay.endpoints) < set(endpoints)
-        relay.worked = True
+        relay.was_used = True
         assert service.access.endpoints(["own:1"])[-1] == "own:1"
 
 

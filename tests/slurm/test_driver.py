@@ -18,7 +18,7 @@ from gateway_slurm.errors import (
     Unanswered,
     UnknownJob,
 )
-from gateway_slurm.slurm.driver import CommandLineSlurm
+from gateway_slurm.slurm.driver import CommandLineDriver
 from gateway_slurm.slurm.formats import Meaning, expand_hostlist
 from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.runner import Runner
@@ -28,19 +28,19 @@ from helpers.driver_jobs import SLEEP, WITHIN, Jobs, failure, submitting, until
 
 
 @pytest.fixture
-def driver(cluster: PrivateCluster) -> CommandLineSlurm:
+def driver(cluster: PrivateCluster) -> CommandLineDriver:
     """The driver on the private cluster."""
-    return CommandLineSlurm(Runner())
+    return CommandLineDriver(Runner())
 
 
 @pytest_asyncio.fixture
-async def jobs(driver: CommandLineSlurm) -> AsyncIterator[Jobs]:
+async def jobs(driver: CommandLineDriver) -> AsyncIterator[Jobs]:
     """Jobs that do not outlive the test."""
     async with submitting(driver) as jobs:
         yield jobs
 
 
-async def test_submit_and_describe(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_submit_and_describe(jobs: Jobs, driver: CommandLineDriver) -> None:
     """What was asked for is what Slurm made, odd characters in name and comment included."""
     name, comment = "a b'\"$(id)\n\x1f|x,:é", "c;\n;d"
     jobid = await jobs.running(name=name, comment=comment, nodes=2, gres=["gpu:1"], time=7)
@@ -78,7 +78,7 @@ async def test_refused_in_slurms_words(jobs: Jobs, spec: dict[str, object], word
     assert words in str(error)
 
 
-async def test_one_squeue_for_many(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_one_squeue_for_many(jobs: Jobs, driver: CommandLineDriver) -> None:
     """One call asks for all jobs, and a job that is not known is not in the answer."""
     first, second = await jobs.submit(), await jobs.submit()
     before = driver.runner.counts["squeue"]
@@ -89,7 +89,7 @@ async def test_one_squeue_for_many(jobs: Jobs, driver: CommandLineSlurm) -> None
     assert await driver.jobs([]) == {}
 
 
-async def test_ids_are_compared_whole(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_ids_are_compared_whole(jobs: Jobs, driver: CommandLineDriver) -> None:
     """A job's id that begins with another's is not that other's."""
     jobid = await jobs.running()
     assert set(await driver.jobs([jobid, f"{jobid}0"])) == {jobid}
@@ -106,7 +106,7 @@ async def test_how_a_job_ended(jobs: Jobs, script: str, code: int, signal: int |
     assert info.end_time is not None
 
 
-async def test_cancel(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_cancel(jobs: Jobs, driver: CommandLineDriver) -> None:
     """Cancelling ends a job, and is fine for one that is over and for one that never was."""
     jobid = await jobs.running()
     await driver.cancel(jobid)
@@ -116,7 +116,7 @@ async def test_cancel(jobs: Jobs, driver: CommandLineSlurm) -> None:
     await driver.cancel("99999999")
 
 
-async def test_describe_refuses_what_cannot_be_adopted(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_describe_refuses_what_cannot_be_adopted(jobs: Jobs, driver: CommandLineDriver) -> None:
     """An array, its task, a heterogeneous job and an unknown one are each refused with the reason."""
     array = await jobs.submit(extra=["--array=1-2"])
     for jobid in (array, f"{array}_1"):
@@ -126,7 +126,7 @@ async def test_describe_refuses_what_cannot_be_adopted(jobs: Jobs, driver: Comma
     assert isinstance(await failure(driver.describe("99999999")), UnknownJob)
 
 
-async def test_step(jobs: Jobs, driver: CommandLineSlurm, tmp_path: Path) -> None:
+async def test_step(jobs: Jobs, driver: CommandLineDriver, tmp_path: Path) -> None:
     """A step runs beside the others, on the node asked for, with its environment and a large script."""
     jobid = await jobs.running(nodes=2)
     node = expand_hostlist((await driver.describe(jobid)).nodes)[1]
@@ -138,7 +138,7 @@ async def test_step(jobs: Jobs, driver: CommandLineSlurm, tmp_path: Path) -> Non
     assert out.read_text() == f"{node} bar 100000\n"
 
 
-async def test_steps_are_listed_until_killed(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_steps_are_listed_until_killed(jobs: Jobs, driver: CommandLineDriver) -> None:
     """A running step is listed beside the batch step; killed, it is gone, and the job is not."""
     jobid = await jobs.running()
     step = await driver.start_step(StepSpec(jobid=jobid, name="our step", script="exec sleep 300\n"))
@@ -151,7 +151,7 @@ async def test_steps_are_listed_until_killed(jobs: Jobs, driver: CommandLineSlur
     assert (await driver.describe(jobid)).meaning is Meaning.USABLE
 
 
-async def test_step_failures(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_step_failures(jobs: Jobs, driver: CommandLineDriver) -> None:
     """A step in an unknown job, on a foreign node, or whose program fails is an error of its own kind."""
     jobid = await jobs.running()
     taken = expand_hostlist((await driver.describe(jobid)).nodes)
@@ -165,7 +165,7 @@ async def test_step_failures(jobs: Jobs, driver: CommandLineSlurm) -> None:
         assert type(await failure(asyncio.wait_for(step.wait(), WITHIN))) is kind
 
 
-async def test_hostnames_as_slurm_expands_them(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_hostnames_as_slurm_expands_them(jobs: Jobs, driver: CommandLineDriver) -> None:
     """The host list of a real allocation expands as scontrol expands it."""
     jobid = await jobs.running(nodes=3)
     nodes = (await driver.describe(jobid)).nodes
@@ -175,7 +175,7 @@ async def test_hostnames_as_slurm_expands_them(jobs: Jobs, driver: CommandLineSl
     assert expand_hostlist(nodes) == theirs.stdout.split()
 
 
-async def test_watcher_on_the_real_thing(jobs: Jobs, driver: CommandLineSlurm) -> None:
+async def test_watcher_on_the_real_thing(jobs: Jobs, driver: CommandLineDriver) -> None:
     """The watcher tells of a job's life and of a job that Slurm does not know."""
     watcher = JobWatcher(driver, interval=(0.05, 0.2))
     seen: list[Meaning] = []
@@ -197,12 +197,12 @@ async def test_watcher_on_the_real_thing(jobs: Jobs, driver: CommandLineSlurm) -
     assert missing[0] is None
 
 
-async def test_controller_down(cluster: PrivateCluster, driver: CommandLineSlurm, jobs: Jobs) -> None:
+async def test_controller_down(cluster: PrivateCluster, driver: CommandLineDriver, jobs: Jobs) -> None:
     """With the controller down every question is "unavailable", and the job is there when it is back."""
     jobid = await jobs.running()
     await asyncio.to_thread(cluster.stop_daemon, "slurmctld")
     try:
-        impatient = CommandLineSlurm(Runner(timeout=1))
+        impatient = CommandLineDriver(Runner(timeout=1))
         asked = [
             driver.submit(JobSpec(name="t", script=SLEEP)),
             driver.jobs([jobid]),

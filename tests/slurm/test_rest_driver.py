@@ -14,10 +14,10 @@ import pytest
 import pytest_asyncio
 
 from gateway_slurm.errors import AllocationError, SlurmUnavailable, SubmitRefused, UnknownJob
-from gateway_slurm.slurm.driver import CommandLineSlurm
+from gateway_slurm.slurm.driver import CommandLineDriver
 from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobSpec
-from gateway_slurm.slurm.rest.driver import FEW, Rest, RestSlurm
+from gateway_slurm.slurm.rest.driver import MAX_SINGLE_REQUESTS, RestDriver, Slurmrestd
 from gateway_slurm.slurm.rest.http import RestClient
 from gateway_slurm.slurm.rest.tokens import FileTokens
 from gateway_slurm.slurm.runner import Runner
@@ -42,30 +42,30 @@ def token_file(cluster: PrivateCluster, tmp_path: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def asking(url: str, token_file: Path, timeout: float = 60) -> AsyncIterator[RestSlurm]:
+async def asking(url: str, token_file: Path, timeout: float = 60) -> AsyncIterator[RestDriver]:
     """A driver for a slurmrestd."""
-    rest = Rest(RestClient(parse_cluster_url(url), timeout=timeout), FileTokens(str(token_file)))
+    rest = Slurmrestd(RestClient(parse_cluster_url(url), timeout=timeout), FileTokens(str(token_file)))
     try:
-        yield RestSlurm(rest, rest_cluster.USER, inside=lambda _jobid: None)
+        yield RestDriver(rest, rest_cluster.USER, find_launcher=lambda _jobid: None)
     finally:
         rest.close()
 
 
 @pytest_asyncio.fixture
-async def driver(cluster: PrivateCluster, token_file: Path) -> AsyncIterator[RestSlurm]:
+async def driver(cluster: PrivateCluster, token_file: Path) -> AsyncIterator[RestDriver]:
     """The driver on the private cluster."""
     async with asking(cluster.rest_url, token_file) as driver:
         yield driver
 
 
 @pytest.fixture
-def by_commands(cluster: PrivateCluster) -> CommandLineSlurm:
+def by_commands(cluster: PrivateCluster) -> CommandLineDriver:
     """What Slurm's commands say of the same cluster."""
-    return CommandLineSlurm(Runner(slurm_conf=str(cluster.slurm_conf)))
+    return CommandLineDriver(Runner(slurm_conf=str(cluster.slurm_conf)))
 
 
 @pytest_asyncio.fixture
-async def jobs(driver: RestSlurm) -> AsyncIterator[Jobs]:
+async def jobs(driver: RestDriver) -> AsyncIterator[Jobs]:
     """Jobs that do not outlive the test."""
     async with submitting(driver) as jobs:
         yield jobs
@@ -86,7 +86,7 @@ async def jobs(driver: RestSlurm) -> AsyncIterator[Jobs]:
     ],
 )
 async def test_it_says_what_squeue_says(
-    jobs: Jobs, driver: RestSlurm, by_commands: CommandLineSlurm, spec: dict[str, object], meaning: Meaning
+    jobs: Jobs, driver: RestDriver, by_commands: CommandLineDriver, spec: dict[str, object], meaning: Meaning
 ) -> None:
     """Of a job that runs, waits or is over, each field is the same by either way.
 
@@ -155,7 +155,7 @@ async def test_refused_in_slurms_words(jobs: Jobs, spec: dict[str, object], word
     assert words in str(error)
 
 
-async def test_a_few_are_asked_about_one_by_one_and_many_by_one_list(jobs: Jobs, driver: RestSlurm) -> None:
+async def test_a_few_are_asked_about_one_by_one_and_many_by_one_list(jobs: Jobs, driver: RestDriver) -> None:
     """A job that is not known is not in the answer; of none nothing is asked."""
     first, second = await jobs.submit(), await jobs.submit()
     counts = driver.rest.client.counts
@@ -163,14 +163,14 @@ async def test_a_few_are_asked_about_one_by_one_and_many_by_one_list(jobs: Jobs,
     assert counts["slurmrestd GET job"] == 0
     assert set(await driver.jobs([first, second, "99999999"])) == {first, second}
     assert (counts["slurmrestd GET job"], counts["slurmrestd GET jobs"]) == (3, 0)
-    many = [first, second, *(str(number) for number in range(99_999_000, 99_999_000 + FEW))]
+    many = [first, second, *(str(number) for number in range(99_999_000, 99_999_000 + MAX_SINGLE_REQUESTS))]
     assert set(await driver.jobs(many)) == {first, second}
     assert (counts["slurmrestd GET job"], counts["slurmrestd GET jobs"]) == (3, 1)
     assert await driver.jobs(["99999999"]) == {}
     assert isinstance(await failure(driver.describe("99999999")), UnknownJob)
 
 
-async def test_jobs_are_found_by_name(jobs: Jobs, driver: RestSlurm) -> None:
+async def test_jobs_are_found_by_name(jobs: Jobs, driver: RestDriver) -> None:
     """The user's own ones that are not over."""
     over = await jobs.submit("#!/bin/sh\n", name="ours")
     lives, _other = await jobs.submit(name="ours"), await jobs.submit(name="another")
@@ -178,7 +178,7 @@ async def test_jobs_are_found_by_name(jobs: Jobs, driver: RestSlurm) -> None:
     assert set(await driver.find("ours")) == {lives}
 
 
-async def test_cancelling_gives_time_to_say_goodbye(jobs: Jobs, driver: RestSlurm, tmp_path: Path) -> None:
+async def test_cancelling_gives_time_to_say_goodbye(jobs: Jobs, driver: RestDriver, tmp_path: Path) -> None:
     """What runs gets SIGTERM; to cancel a job that is over, or never was, is fine."""
     ready, out = tmp_path / "ready", tmp_path / "out"
     jobid = await jobs.submit(f"#!/bin/sh\ntrap 'echo bye >{out}; exit' TERM\ntouch {ready}\nsleep 300 & wait\n")
@@ -195,7 +195,7 @@ async def test_cancelling_gives_time_to_say_goodbye(jobs: Jobs, driver: RestSlur
     await driver.cancel("99999999")
 
 
-async def test_arrays_are_not_adopted(cluster: PrivateCluster, driver: RestSlurm) -> None:
+async def test_arrays_are_not_adopted(cluster: PrivateCluster, driver: RestDriver) -> None:
     """An array, and its task, are refused with the reason."""
     argv = ["sbatch", "--parsable", "--array=1-2", "--output=/dev/null", "--wrap=sleep 300"]
     env = {"PATH": "/usr/bin:/bin", **cluster.environment()}
@@ -265,7 +265,7 @@ async def test_a_slow_slurmrestd_is_unavailable(cluster: PrivateCluster, token_f
 
 
 @pytest.mark.slow
-async def test_controller_down(cluster: PrivateCluster, driver: RestSlurm, jobs: Jobs) -> None:
+async def test_controller_down(cluster: PrivateCluster, driver: RestDriver, jobs: Jobs) -> None:
     """With the controller down every question is "unavailable", and the job is there when it is back."""
     jobid = await jobs.submit()
     await jobs.reaches(jobid, Meaning.USABLE)

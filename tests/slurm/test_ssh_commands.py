@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable, SshError
-from gateway_slurm.slurm.ssh.config import resolve
+from gateway_slurm.slurm.ssh.config import resolve_destination
 from gateway_slurm.slurm.ssh.connection import SshConnection
 from gateway_slurm.slurm.ssh.login import Credentials
 from gateway_slurm.slurm.ssh.runner import SshRunner
@@ -37,14 +37,14 @@ async def runner_for(
 ) -> AsyncIterator[SshRunner]:
     """A runner on the node, by another port where a line is between."""
     url = parse_cluster_url(node.url.replace(f":{node.port}", f":{port or node.port}"))
-    target = resolve(
+    destination = resolve_destination(
         url,
         config_file=str(node.directory / "ssh_config"),
         identity_files=(str(node.key),),
         known_hosts=(str(node.known_hosts(*([port] if port else []))),),
     )
     log = logging.getLogger("test")
-    connection = SshConnection(target, Credentials(), python=python, timeout=20, heartbeat=heartbeat, log=log)
+    connection = SshConnection(destination, Credentials(), python=python, timeout=20, heartbeat=heartbeat, log=log)
     try:
         yield SshRunner(connection, None, None, timeout=timeout)
     finally:

@@ -15,7 +15,7 @@ from jupyter_client import AsyncKernelManager
 from gateway_slurm.allocations import manager, release
 from gateway_slurm.allocations.recovery import recover
 from gateway_slurm.errors import SubmitRefused, Unanswered
-from gateway_slurm.slurm.driver import CommandLineSlurm
+from gateway_slurm.slurm.driver import CommandLineDriver
 from gateway_slurm.slurm.model import JobSpec
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.store import Registry
@@ -58,7 +58,7 @@ async def test_a_job_whose_sbatch_was_timed_out_is_the_kernels(admin_settings, c
 async def test_a_job_is_found_however_its_sbatch_ended(cluster, tmp_path, after):
     """Killed after a while, by somebody, or with words that are no id."""
     path = an_sbatch(tmp_path / "bin", f"submit >/dev/null\n{after}")
-    driver = CommandLineSlurm(Runner(search_path=path, timeout=3))
+    driver = CommandLineDriver(Runner(search_path=path, timeout=3))
     jobid = await driver.submit(JobSpec(name="found", comment=f"mine {after}", script="#!/bin/sh\nsleep 300\n"))
     try:
         assert (await driver.describe(jobid)).comment == f"mine {after}"
@@ -109,7 +109,7 @@ async def test_a_submission_that_the_servers_end_cuts_off_is_on_record(
     assert start.done()
     assert [record.jobid for _server, record in on_record()] == [None]
     with contextlib.closing(Registry.default()) as registry:
-        assert await recover(registry, CommandLineSlurm(Runner()), logging.getLogger("test")) != []
+        assert await recover(registry, CommandLineDriver(Runner()), logging.getLogger("test")) != []
     assert not on_record()
     assert await asyncio.to_thread(nothing_left, cluster)
 

@@ -9,40 +9,40 @@ from collections.abc import Callable
 
 from gateway_slurm.environment import without_personal
 from gateway_slurm.slurm.access import AcceptLauncher, ClusterAccess
-from gateway_slurm.slurm.rest.driver import InsideJob, Rest, RestSlurm
+from gateway_slurm.slurm.rest.driver import RestDriver, Slurmrestd, StepLauncher
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.sudo.runner import process_user
 from gateway_slurm.slurm.url import ClusterUrl
 
 
 class RestAccess(ClusterAccess):
-    """Requests to slurmrestd, each with the token of the user for whom it is made.
+    """Requests to slurmrestd, each with the token of the user whose driver sends it.
 
     ``runner`` runs the admin's own commands (``account_command``, ``rest_token_command``) on this machine.
-    ``user`` is the name by which Slurm knows this process's user; empty where it is the Unix name.
+    ``user`` is Slurm's name of this process's user; empty if it is the Unix name.
     """
 
-    def __init__(self, runner: Runner, rest: Rest, *, user: str, log: logging.Logger) -> None:
+    def __init__(self, runner: Runner, rest: Slurmrestd, *, user: str, log: logging.Logger) -> None:
         super().__init__(runner)
         self._rest, self._user, self.log = rest, user, log
 
     @property
     def user(self) -> str:
-        """The name by which Slurm knows this process's user."""
+        """Slurm's name of this process's user."""
         return self._user or process_user()
 
-    def driver(self, user: str) -> RestSlurm:
+    def driver(self, user: str) -> RestDriver:
         """The driver that acts as ``user``. Raises ValueError for a name that no user can have."""
-        return RestSlurm(self._rest, user, inside=self._holding_launcher)
+        return RestDriver(self._rest, user, find_launcher=self._holding_launcher)
 
-    def _holding_launcher(self, jobid: str) -> InsideJob | None:
+    def _holding_launcher(self, jobid: str) -> StepLauncher | None:
         """As ``find_launcher`` finds it at the time of the call: a driver may be older than the service's launchers."""
         return self.find_launcher(jobid)
 
     async def connect(self) -> str:
         """Ask slurmrestd which API versions it has, with this user's token."""
         version = await self._rest.version(self.user)
-        return f"{self._rest.client} takes {self.user}'s token and speaks {version.name}"
+        return f"{self._rest.client} accepts {self.user}'s token and serves {version.name}"
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
         """Without this process's user's own variables: the nodes may have other home directories."""

@@ -1,7 +1,7 @@
-"""The driver that asks slurmrestd; what has to happen inside a job is done by our launcher there, when it is told.
+"""The driver for slurmrestd. REST has no job steps, so this server's launcher in a job starts and lists them.
 
-An answer is believed only when it is whole: a status of 2xx, JSON, and no errors in it. Everything else says
-nothing about any job, but for "Invalid job id".
+A response counts only if it has a 2xx status, JSON and no errors. Any other response tells nothing about a job, except
+"Invalid job id".
 """
 
 from __future__ import annotations
@@ -35,131 +35,136 @@ from gateway_slurm.slurm.rest.responses import (
     jobs_in,
 )
 from gateway_slurm.slurm.rest.tokens import Tokens
-from gateway_slurm.slurm.rest.versions import Version, announced, choose, encode, submission
+from gateway_slurm.slurm.rest.versions import Version, encode, newest_known, offered_versions, submission
+from gateway_slurm.slurm.url import USER_NAME
 
 _log = logging.getLogger(__name__)
 
-FEW: Final = 8
-"""Jobs up to which each is asked about alone; the only other question is for all jobs of the cluster."""
-LOOK_AFTER: Final = (0.0, 1.0, 3.0)
-"""Seconds before each look for a job whose submission was not answered."""
+MAX_SINGLE_REQUESTS: Final = 8
+"""Up to this number of jobs, the driver requests each job alone; the interface has no other request but for all jobs
+of the cluster.
+"""
+LOOKUP_DELAYS: Final = (0.0, 1.0, 3.0)
+"""Seconds before each lookup of a job whose submission got no answer."""
 _JOBID: Final = re.compile(r"[0-9]{1,10}", re.ASCII)
-# It goes into a header, and may go into a file's name or a command's argument.
-_USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}", re.ASCII)
 
 
-class InsideJob(Protocol):
-    """Our launcher that holds a job, as the driver needs it."""
+class StepLauncher(Protocol):
+    """A launcher of this server in a job, which starts and lists the job's steps."""
 
     async def start(self, spec: StepSpec) -> StepProcess:
-        """Have a step started."""
+        """Start a step."""
 
-    async def listed(self, jobid: str) -> list[StepInfo]:
-        """The running steps of its job. Raises SlurmUnavailable."""
+    async def list_steps(self, jobid: str) -> list[StepInfo]:
+        """Return the running steps of the launcher's job. Raises SlurmUnavailable."""
 
 
-class Rest:
-    """What all users of one slurmrestd share: the client, their tokens, and the version that is spoken.
+class Slurmrestd:
+    """One slurmrestd, which all users share: the HTTP client, the users' tokens, and the API version.
 
-    Whoever made it calls ``close`` on the loop that it was used on.
+    Its owner uses it on one loop and calls ``close`` there.
     """
 
     def __init__(self, client: RestClient, tokens: Tokens) -> None:
         self.client, self._tokens = client, tokens
         self._version: Version | None = None
-        self._choosing = asyncio.Lock()
+        self._version_lock = asyncio.Lock()
 
     def close(self) -> None:
-        """End what is under way."""
+        """End the requests that are under way."""
         self.client.close()
 
     async def version(self, user: str) -> Version:
-        """Return the newest version that both sides know, as the server announces them; asked once."""
-        async with self._choosing:
+        """Return the newest API version that both sides know; the server is asked once."""
+        async with self._version_lock:
             if self._version is None:
-                answer = await self.send("GET", "/openapi/v3", user)
-                if not answer.document.get("paths"):
-                    raise self.unusable(answer, user)
-                self._version = choose(announced(answer.document))
-                _log.info("%s: version %s is spoken", self.client, self._version.name)
+                response = await self.send("GET", "/openapi/v3", user)
+                if not response.document.get("paths"):
+                    raise self.unusable(response, user)
+                self._version = newest_known(offered_versions(response.document))
+                _log.info("%s: using version %s", self.client, self._version.name)
             return self._version
 
-    async def ask(self, method: str, what: str, user: str, spec: JobSpec | None = None) -> RestResponse:
-        """Ask about ``what`` (``jobs``, ``job/12``), again where the server was replaced by one of another version.
+    async def request(self, method: str, resource: str, user: str, spec: JobSpec | None = None) -> RestResponse:
+        """Send a request for ``resource`` (``jobs``, ``job/12``) in the chosen API version.
 
-        Raises SlurmUnavailable.
+        If the server no longer serves that version, the version is chosen again and the request repeated. Raises
+        SlurmUnavailable.
         """
         for last in (False, True):
             version = await self.version(user)
             body = None if spec is None else encode(submission(spec, version))
-            answer = await self.send(method, f"/slurm/{version.name}/{what}", user, body)
-            # A job that is not known is a 404, too, but one with Slurm's words.
-            if answer.status != 404 or answer.document or last:
+            response = await self.send(method, f"/slurm/{version.name}/{resource}", user, body)
+            # For an unknown job slurmrestd also answers 404, but with a JSON document.
+            if response.status != 404 or response.document or last:
                 break
             self._version = None
-        return answer
+        return response
 
     async def send(self, method: str, path: str, user: str, body: bytes | None = None) -> RestResponse:
-        """Send a request with the user's token, and once more with another one where that is refused."""
+        """Send a request with the user's token; if the token is refused, once more with another one."""
         token = await self._tokens.token(user)
-        answer = await self.client.ask(method, path, user=user, token=token, body=body)
-        # 22.05 does not say whether a job was made before it failed: it must not be submitted twice.
-        if answer.refuses_token or (answer.may_refuse_token and body is None):
+        response = await self.client.request(method, path, user=user, token=token, body=body)
+        # 22.05 does not tell whether it created the job before the error, and a job must not be submitted twice.
+        if response.refuses_token or (response.may_refuse_token and body is None):
             another = await self._tokens.token(user, refused=token)
             if another != token:
-                answer = await self.client.ask(method, path, user=user, token=another, body=body)
-        return answer
+                response = await self.client.request(method, path, user=user, token=another, body=body)
+        return response
 
     async def token(self, user: str, *, refused: str = "") -> str:
-        """The user's token; another one than ``refused``, where there is another."""
+        """Return the user's token, if possible another one than ``refused``."""
         return await self._tokens.token(user, refused=refused)
 
-    def unusable(self, answer: RestResponse, user: str) -> SlurmUnavailable:
-        """The error for an answer that says nothing about any job."""
-        said = error_text(answer.errors) or answer.excerpt or "nothing"
-        text = f"{self.client} answered {answer.status}: {said}"
-        if answer.refuses_token:
-            text += f". It does not take {user}'s token: see SlurmService.rest_token_file and rest_token_command"
-        elif answer.may_refuse_token:
+    def unusable(self, response: RestResponse, user: str) -> SlurmUnavailable:
+        """Return the error for a response that tells nothing about any job."""
+        message = error_text(response.errors) or response.excerpt or "nothing"
+        text = f"{self.client} answered {response.status}: {message}"
+        if response.refuses_token:
+            text += f". It refuses {user}'s token: see SlurmService.rest_token_file and rest_token_command"
+        elif response.may_refuse_token:
             text += f". Either slurmctld is down, or {user}'s token has expired or is not valid"
-        elif answer.status == 403:
-            text += f". {user} may not do that"
-        elif not answer.document:
-            what = answer.content_type or "no content type"
-            text += f". That is not slurmrestd's JSON ({what}): is SlurmService.cluster right, is a proxy in between?"
-        return SlurmUnavailable(f"{text}. Nothing is known about the jobs", argv=["slurmrestd"], stderr=said)
+        elif response.status == 403:
+            text += f". {user} is not allowed to do this"
+        elif not response.document:
+            content_type = response.content_type or "no content type"
+            text += (
+                f". This is not slurmrestd's JSON ({content_type}): check SlurmService.cluster, and whether a proxy "
+                "answered"
+            )
+        return SlurmUnavailable(f"{text}. Nothing is known about the jobs", argv=["slurmrestd"], stderr=message)
 
 
-class RestSlurm:
-    """One user's way to Slurm. ``inside`` finds our launcher that holds a job, if it is linked to this process.
+class RestDriver:
+    """One user's access to Slurm. ``find_launcher`` returns this server's launcher in a job if it is linked.
 
-    Raises ValueError for a user whose name is none.
+    Raises ValueError for text that is not a user's name.
     """
 
-    # A step in a job from outside needs srun; REST has none.
+    # A step in a job from outside the job needs srun.
     can_adopt: Final = False
 
-    def __init__(self, rest: Rest, user: str, *, inside: Callable[[str], InsideJob | None]) -> None:
-        if not _USER.fullmatch(user):
+    def __init__(self, rest: Slurmrestd, user: str, *, find_launcher: Callable[[str], StepLauncher | None]) -> None:
+        if not USER_NAME.fullmatch(user):
             raise ValueError(f"{user[:64]!r} is not the name of a user")
         self.rest, self.user = rest, user
-        self._inside = inside
+        self._find_launcher = find_launcher
 
     async def cluster_info(self) -> ClusterInfo:
-        """Ask with one request."""
-        document = self._good(await self.rest.ask("GET", "partitions", self.user))
+        """Send one request."""
+        document = self._document(await self.rest.request("GET", "partitions", self.user))
         return ClusterInfo(version_in(document), partitions_in(document))
 
     async def submit(self, spec: JobSpec) -> str:
-        """Submit with one request; where its answer says neither yes nor no the job is looked for by its comment.
+        """Send one request. If the response neither accepts nor refuses the job, look the job up by its comment.
 
-        It is asked for again only where Slurm has answered, does not have the job, and the token was replaced since.
+        The job is submitted again only if Slurm answers, does not have the job, and the token was replaced meanwhile.
         """
         token = await self.rest.token(self.user)
         jobid, error, answered = await self._submit(spec)
         if jobid:
             return jobid
-        found = await self._look_for(spec)
+        found = await self._look_up(spec)
         if found:
             return found
         if found is not None and answered and await self.rest.token(self.user, refused=token) != token:
@@ -171,28 +176,29 @@ class RestSlurm:
         return jobid
 
     async def _submit(self, spec: JobSpec) -> tuple[str, SlurmUnavailable, bool]:
-        """Return the job's id, or why it is not known whether there is one, and whether the request was answered.
+        """Return the job's id, or else the error that leaves open whether the job exists; and if Slurm answered.
 
-        Raises SubmitRefused, and SlurmUnavailable where it is known that there is none.
+        Raises SubmitRefused, and SlurmUnavailable if the job certainly does not exist.
         """
         try:
-            answer = await self.rest.ask("POST", "job/submit", self.user, spec)
+            response = await self.rest.request("POST", "job/submit", self.user, spec)
         except SlurmUnavailable as error:
             return "", error, False
-        if jobid := jobid_of(answer.document):
-            # Beside errors, too: then it waits, "Requested partition configuration not available now".
+        if jobid := jobid_of(response.document):
+            # A job id may come with an error; the job is pending then ("Requested partition configuration not
+            # available now").
             return jobid, SlurmUnavailable(""), True
-        if answer.is_refusal:
-            words = error_text(answer.errors)
-            raise SubmitRefused(f"Slurm refused the job{spec.requested}: {words}", argv=["slurmrestd"], stderr=words)
-        if answer.refuses_token or any(one.number == NO_CONTROLLER_ERROR for one in answer.errors):
-            raise self.rest.unusable(answer, self.user)
-        return "", self.rest.unusable(answer, self.user), bool(answer.errors)
+        if response.is_refusal:
+            text = error_text(response.errors)
+            raise SubmitRefused(f"Slurm refused the job{spec.requested}: {text}", argv=["slurmrestd"], stderr=text)
+        if response.refuses_token or response.reports(NO_CONTROLLER_ERROR):
+            raise self.rest.unusable(response, self.user)
+        return "", self.rest.unusable(response, self.user), bool(response.errors)
 
-    async def _look_for(self, spec: JobSpec) -> str | None:
-        """The job with this comment, which no other has; empty if there is none, None if Slurm does not say."""
-        for pause in LOOK_AFTER if spec.comment else ():
-            await asyncio.sleep(pause)
+    async def _look_up(self, spec: JobSpec) -> str | None:
+        """Return the job with this unique comment; empty if there is none, None if Slurm does not answer."""
+        for delay in LOOKUP_DELAYS if spec.comment else ():
+            await asyncio.sleep(delay)
             try:
                 jobs = await self.find(spec.name)
             except SlurmUnavailable:
@@ -201,55 +207,56 @@ class RestSlurm:
         return None
 
     async def jobs(self, jobids: Collection[str]) -> dict[str, JobInfo]:
-        """Ask about a few one by one, and about more by one list of all jobs."""
-        wanted = dict.fromkeys(map(_checked, jobids))
+        """Request a few jobs one by one, and more jobs by the list of all jobs."""
+        wanted = dict.fromkeys(map(_checked_jobid, jobids))
         if not wanted:
             return {}
-        if len(wanted) > FEW:
-            return {jobid: info for jobid, info in (await self._all()).items() if jobid in wanted}
-        answers = await asyncio.gather(*map(self._one, wanted), return_exceptions=True)
+        if len(wanted) > MAX_SINGLE_REQUESTS:
+            return {jobid: info for jobid, info in (await self._all_jobs()).items() if jobid in wanted}
+        results = await asyncio.gather(*map(self._single_job, wanted), return_exceptions=True)
         found: dict[str, JobInfo] = {}
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-            found.update(answer)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            found.update(result)
         return found
 
-    async def _one(self, jobid: str) -> dict[str, JobInfo]:
-        """The job, or an array's tasks, or a heterogeneous job's components; none where Slurm does not know it."""
-        answer = await self.rest.ask("GET", f"job/{jobid}", self.user)
-        if any(one.number == UNKNOWN_JOB_ERROR for one in answer.errors):
+    async def _single_job(self, jobid: str) -> dict[str, JobInfo]:
+        """Return the job, or an array's tasks, or a heterogeneous job's components; empty for an unknown job."""
+        response = await self.rest.request("GET", f"job/{jobid}", self.user)
+        if response.reports(UNKNOWN_JOB_ERROR):
             return {}
-        found = jobs_in(self._good(answer))
+        found = jobs_in(self._document(response))
         if not found:
-            # It was asked for one job: an answer without any and without a reason says nothing.
-            raise self.rest.unusable(answer, self.user)
+            # A response for one job with neither a job nor an error tells nothing.
+            raise self.rest.unusable(response, self.user)
         return found
 
-    async def _all(self) -> dict[str, JobInfo]:
-        document = self._good(await self.rest.ask("GET", "jobs", self.user))
-        # In a thread: of 10,000 jobs it takes as long as a kernel's start.
+    async def _all_jobs(self) -> dict[str, JobInfo]:
+        document = self._document(await self.rest.request("GET", "jobs", self.user))
+        # In a thread: 10,000 jobs take as long as a kernel's start.
         return await asyncio.to_thread(jobs_in, document)
 
-    def _good(self, answer: RestResponse) -> Any:
-        if not answer.is_good:
-            raise self.rest.unusable(answer, self.user)
-        return answer.document
+    def _document(self, response: RestResponse) -> Any:
+        """Return a successful response's document. Raises SlurmUnavailable."""
+        if not response.is_success:
+            raise self.rest.unusable(response, self.user)
+        return response.document
 
     async def find(self, name: str) -> dict[str, JobInfo]:
-        """Ask for all jobs and choose: the interface has no question for a user's, or by name."""
+        """Request all jobs and filter them: the interface has no request by user or name."""
         return {
             jobid: info
-            for jobid, info in (await self._all()).items()
+            for jobid, info in (await self._all_jobs()).items()
             if info.name == name and info.user == self.user and info.meaning is not Meaning.OVER
         }
 
     async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
-        """Return nothing: places are not known, and the list of all jobs at every look would be too much to ask."""
+        """Return nothing: the positions would need the list of all jobs at every poll, which is too large."""
         return {}
 
     async def describe(self, jobid: str) -> JobInfo:
-        """Ask for one job; array tasks and heterogeneous jobs are refused with the reason."""
+        """Send one request."""
         if not _JOBID.fullmatch(jobid):
             raise AllocationError(
                 f"job {jobid} is a task of an array or a component of a heterogeneous job, which cannot be adopted yet",
@@ -258,37 +265,37 @@ class RestSlurm:
         return plain_job(jobid, await self.jobs([jobid]))
 
     async def cancel(self, jobid: str) -> None:
-        """End the job; slurmrestd sends SIGKILL by way of slurmctld, so what runs gets SIGTERM first (KillWait)."""
-        answer = await self.rest.ask("DELETE", f"job/{_checked(jobid)}", self.user)
-        if answer.is_good or any(one.number in (UNKNOWN_JOB_ERROR, ALREADY_DONE_ERROR) for one in answer.errors):
+        """End the job. slurmrestd requests SIGKILL from slurmctld, which sends SIGTERM first (KillWait)."""
+        response = await self.rest.request("DELETE", f"job/{_checked_jobid(jobid)}", self.user)
+        if response.is_success or response.reports(UNKNOWN_JOB_ERROR, ALREADY_DONE_ERROR):
             return
-        if not answer.is_refusal:
-            raise self.rest.unusable(answer, self.user)
-        words = error_text(answer.errors)
-        raise SlurmError(f"job {jobid} could not be cancelled: {words}", argv=["slurmrestd"], stderr=words)
+        if not response.is_refusal:
+            raise self.rest.unusable(response, self.user)
+        text = error_text(response.errors)
+        raise SlurmError(f"job {jobid} could not be cancelled: {text}", argv=["slurmrestd"], stderr=text)
 
     async def steps(self, jobid: str) -> list[StepInfo]:
-        """Have our launcher in the job list them; without one they are not known, but of a job that waits."""
-        inside = self._inside(jobid)
-        if inside is None:
+        """Ask this server's launcher in the job. Without a launcher only the steps of a pending job are known: none."""
+        launcher = self._find_launcher(jobid)
+        if launcher is None:
             info = (await self.jobs([jobid])).get(jobid)
             if info is not None and info.meaning in (Meaning.WAITING, Meaning.HELD):
                 return []
             raise StepsUnknown(
-                f"which steps run in job {jobid} is not known: Slurm's REST interface does not tell, and no launcher "
-                "of this server is in it to ask"
+                f"the steps of job {jobid} are not known: Slurm's REST interface does not list them, and no launcher "
+                "of this server runs in the job"
             )
-        return await inside.listed(jobid)
+        return await launcher.list_steps(jobid)
 
     async def start_step(self, spec: StepSpec) -> StepProcess:
-        """Have our launcher in the job start it."""
-        inside = self._inside(spec.jobid)
-        if inside is None:
+        """Let this server's launcher in the job start the step."""
+        launcher = self._find_launcher(spec.jobid)
+        if launcher is None:
             raise not_adoptable(spec.jobid)
-        return await inside.start(spec)
+        return await launcher.start(spec)
 
 
-def _checked(jobid: str) -> str:
+def _checked_jobid(jobid: str) -> str:
     if not _JOBID.fullmatch(jobid):
-        raise UnknownJob(f"{jobid[:200]!r} is no Slurm job id that the REST interface takes")
+        raise UnknownJob(f"{jobid[:200]!r} is not a Slurm job id for the REST interface")
     return jobid

@@ -1,7 +1,7 @@
-"""One request to slurmrestd and its answer: bounded in size and time, and over HTTPS checked.
+"""One HTTP request to slurmrestd and its response, with limits on size and time; HTTPS certificates are checked.
 
-Only the transport: what an answer means is ``answers``'s to say. Redirects are not followed, since the token would
-go along, and no proxy of the environment's is used.
+This is the transport; ``responses`` reads the contents. The client does not follow redirects, which would receive the
+token, and does not use a proxy from the environment.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from gateway_slurm.slurm.rest.responses import (
 )
 from gateway_slurm.slurm.url import ClusterUrl
 
-MAX_ANSWER: Final = 64 << 20
-"""Bytes of one answer: a list of all jobs has 2 to 6 KB a job."""
+MAX_RESPONSE: Final = 64 << 20
+"""Bytes of one response; a list of all jobs has 2 to 6 KB per job."""
 MAX_CLIENTS: Final = 8
-"""Requests to slurmrestd at once; more wait for their turn."""
-CONNECT_SECONDS: Final = 10.0
-_IN_THREAD: Final = 256 << 10  # bytes: reading more JSON than this takes longer than the loop may stand still
+"""The number of requests to slurmrestd at a time; further ones wait."""
+CONNECT_TIMEOUT: Final = 10.0  # seconds
+_MAX_ON_LOOP: Final = 256 << 10  # bytes; parsing more JSON than this would block the loop for too long
 _NOT_AUTHENTICATED_STATUSES: Final = (401, 511)  # RFC 9110, RFC 6585
-_SHOWN: Final = 300
-_HIDDEN: Final = "(the token)"
+_MAX_EXCERPT: Final = 300  # characters
+_REDACTED: Final = "(the token)"
 
 
 @dataclass(frozen=True)
 class RestResponse:
-    """What came back: ``document`` is the JSON object, empty where the body is none; ``excerpt`` shows the body."""
+    """``document`` is the body's JSON object, empty if the body is not one; ``excerpt`` then shows the body."""
 
     status: int
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -53,38 +53,39 @@ class RestResponse:
     content_type: str = ""
 
     @property
-    def is_good(self) -> bool:
-        """Whether the request was done, and the answer is one of slurmrestd's."""
+    def is_success(self) -> bool:
+        """Whether slurmrestd carried the request out."""
         return 200 <= self.status < 300 and bool(self.document) and not self.errors
+
+    def reports(self, *numbers: int) -> bool:
+        """Whether one of the errors has one of these numbers."""
+        return any(error.number in numbers for error in self.errors)
 
     @property
     def refuses_token(self) -> bool:
-        """Whether the token was not taken."""
-        return self.status in _NOT_AUTHENTICATED_STATUSES or any(
-            one.number == NOT_AUTHENTICATED_ERROR for one in self.errors
-        )
+        """Whether the server refused the token."""
+        return self.status in _NOT_AUTHENTICATED_STATUSES or self.reports(NOT_AUTHENTICATED_ERROR)
 
     @property
     def may_refuse_token(self) -> bool:
-        """The same for 22.05, which has only words that can also mean that the controller is down.
+        """Whether the server refused the token or the controller is down; some errors mean either.
 
-        Of a job to cancel, 24.11 and later have no other words for a controller that is down.
+        22.05 reports a refused token in this way, and 24.11 and later a cancellation while the controller is down.
         """
-        vague = self.status >= 500 and any(one.number in (UNSPECIFIED_ERROR, ZERO_BYTES_ERROR) for one in self.errors)
-        vague |= any(one.number == NOT_PERMITTED_ERROR for one in self.errors)
-        return self.refuses_token or vague
+        ambiguous = self.status >= 500 and self.reports(UNSPECIFIED_ERROR, ZERO_BYTES_ERROR)
+        return self.refuses_token or ambiguous or self.reports(NOT_PERMITTED_ERROR)
 
     @property
     def is_refusal(self) -> bool:
-        """Whether Slurm was asked, and said no: not a controller that is down, nor a token that is not taken."""
-        unasked = self.may_refuse_token or any(means_unavailable(one.words) for one in self.errors)
-        return bool(self.errors) and not unasked
+        """Whether Slurm refused the request: neither is the controller down nor was the token refused."""
+        not_decided = self.may_refuse_token or any(means_unavailable(error.text) for error in self.errors)
+        return bool(self.errors) and not not_decided
 
 
 class RestClient:
-    """Asks one slurmrestd. To be used on one loop; whoever made it calls ``close`` there.
+    """An HTTP client for one slurmrestd. Its owner uses it on one loop and calls ``close`` there.
 
-    ``timeout`` is in seconds, for one request with its answer. ``counts`` says how often each was asked.
+    ``timeout`` is in seconds, for one request and its response. ``counts`` is how often each kind of request was sent.
     """
 
     def __init__(
@@ -93,12 +94,12 @@ class RestClient:
         *,
         ca_file: str = "",
         timeout: float = 60,
-        max_answer: int = MAX_ANSWER,
+        max_response: int = MAX_RESPONSE,
         counts: Counter[str] | None = None,
     ) -> None:
         self.url = url
         self.counts: Counter[str] = Counter() if counts is None else counts
-        self._ca_file, self._timeout, self._max_answer = ca_file, timeout, max_answer
+        self._ca_file, self._timeout, self._max_response = ca_file, timeout, max_response
         self._client: SimpleAsyncHTTPClient | None = None
         self._tls: ssl.SSLContext | None = None
 
@@ -106,81 +107,82 @@ class RestClient:
         return f"slurmrestd at {self.url.base}"
 
     def close(self) -> None:
-        """End what is under way."""
+        """End the requests that are under way."""
         if self._client is not None:
             self._client.close()
             self._client = None
 
-    async def ask(self, method: str, path: str, *, user: str, token: str, body: bytes | None = None) -> RestResponse:
-        """Send one request as ``user`` and return the answer, whatever its status.
+    async def request(
+        self, method: str, path: str, *, user: str, token: str, body: bytes | None = None
+    ) -> RestResponse:
+        """Send one request as ``user`` and return the response, for any status.
 
-        Raises SlurmUnavailable when none came, or none that is whole; whether a request was carried out is not
-        known then. Raises ConfigError for a CA file that cannot be used.
+        Raises SlurmUnavailable without a complete response; the server may have carried the request out nevertheless.
+        Raises ConfigError for a CA file that cannot be used.
         """
         client = await self._open()
-        seen: dict[str, str] = {}
+        headers: dict[str, str] = {}
         request = HTTPRequest(
             self.url.base + path,
             method=method,
-            headers=_headers(user, token, body),
+            headers=_request_headers(user, token, body),
             body=body,
-            connect_timeout=min(CONNECT_SECONDS, self._timeout),
+            connect_timeout=min(CONNECT_TIMEOUT, self._timeout),
             request_timeout=self._timeout,
             follow_redirects=False,
             decompress_response=False,
-            header_callback=lambda line: _note_length(line, seen),
+            header_callback=lambda line: _note_length(line, headers),
             ssl_options=self._tls,
         )
-        self.counts[f"slurmrestd {method} {_kind(path)}"] += 1
+        self.counts[f"slurmrestd {method} {_request_name(path)}"] += 1
         try:
             response = await client.fetch(request, raise_error=False)
-        except Exception as error:  # OSError, ssl.SSLError, HTTPInputError and more: no answer
-            raise self._unavailable(method, path, error, seen, token) from error
+        except Exception as error:  # OSError, ssl.SSLError, HTTPInputError and more: no response
+            raise self._unavailable(method, path, error, headers, token) from error
         if response.error is not None and response.code == 599:
-            raise self._unavailable(method, path, response.error, seen, token) from response.error
+            raise self._unavailable(method, path, response.error, headers, token) from response.error
         return await self._read(response, token)
 
     async def _open(self) -> SimpleAsyncHTTPClient:
         if self._client is None:
             if self.url.tls:
-                self._tls = await asyncio.to_thread(_context, self._ca_file)
+                self._tls = await asyncio.to_thread(_tls_context, self._ca_file)
             self._client = SimpleAsyncHTTPClient(
-                force_instance=True, max_clients=MAX_CLIENTS, max_body_size=self._max_answer
+                force_instance=True, max_clients=MAX_CLIENTS, max_body_size=self._max_response
             )
         return self._client
 
     async def _read(self, response: HTTPResponse, token: str) -> RestResponse:
         raw = response.body or b""
-        kind = str(response.headers.get("Content-Type", "")).partition(";")[0].strip().lower()
+        content_type = str(response.headers.get("Content-Type", "")).partition(";")[0].strip().lower()
         document: Mapping[str, Any] = {}
-        if kind == "application/json":
-            document = _parse(raw, token) if len(raw) < _IN_THREAD else await asyncio.to_thread(_parse, raw, token)
-        found = tuple(reported_errors(document))
-        return RestResponse(response.code, document, found, "" if found else _excerpt(raw, token), kind)
+        if content_type == "application/json":
+            document = _parse(raw, token) if len(raw) < _MAX_ON_LOOP else await asyncio.to_thread(_parse, raw, token)
+        errors = tuple(reported_errors(document))
+        return RestResponse(response.code, document, errors, "" if errors else _excerpt(raw, token), content_type)
 
     def _unavailable(
-        self, method: str, path: str, error: BaseException, seen: Mapping[str, str], token: str
+        self, method: str, path: str, error: BaseException, headers: Mapping[str, str], token: str
     ) -> SlurmUnavailable:
-        announced = int(seen.get("content-length", "0"))
-        if announced > self._max_answer:
-            what = f"its answer has {announced} bytes, and at most {self._max_answer} are read"
+        length = int(headers.get("content-length", "0"))
+        if length > self._max_response:
+            reason = f"its response has {length} bytes, and at most {self._max_response} are read"
         elif isinstance(error, HTTPTimeoutError):
-            what = f"it did not answer within {self._timeout:g} s"
+            reason = f"it did not answer within {self._timeout:g} s"
         elif isinstance(error, HTTPStreamClosedError):
-            what = (
-                "the connection ended before the answer was whole" if seen else "the connection ended without an answer"
-            ) + f", or it is of more than {self._max_answer} bytes"
+            progress = "before the response was complete" if headers else "without a response"
+            reason = f"the connection ended {progress}, or the response has more than {self._max_response} bytes"
         elif isinstance(error, ssl.SSLCertVerificationError):
-            what = f"its certificate is not valid ({error.verify_message}); see SlurmService.rest_ca_file"
+            reason = f"its certificate is not valid ({error.verify_message}); see SlurmService.rest_ca_file"
         else:
-            what = str(error).replace(token, _HIDDEN) or type(error).__name__
+            reason = str(error).replace(token, _REDACTED) or type(error).__name__
         return SlurmUnavailable(
-            f"{self} could not be asked ({method} {_kind(path)}): {what}. Nothing is known about the jobs",
+            f"{self} gave no response ({method} {_request_name(path)}): {reason}. Nothing is known about the jobs",
             argv=["slurmrestd"],
         )
 
 
-def _headers(user: str, token: str, body: bytes | None) -> HTTPHeaders:
+def _request_headers(user: str, token: str, body: bytes | None) -> HTTPHeaders:
     headers = HTTPHeaders(
         {
             "Accept": "application/json",
@@ -194,38 +196,38 @@ def _headers(user: str, token: str, body: bytes | None) -> HTTPHeaders:
     return headers
 
 
-def _note_length(line: str, seen: dict[str, str]) -> None:
-    """Remember what the headers announce, also of a body that is not read then."""
+def _note_length(line: str, headers: dict[str, str]) -> None:
+    """Keep the announced length, and that there was a header at all, for the message about a body that is not read."""
     name, _colon, value = line.partition(":")
     if name.strip().lower() == "content-length" and re.fullmatch(r"[0-9]{1,15}", value.strip(), re.ASCII):
-        seen["content-length"] = value.strip()
-    seen.setdefault("answered", "yes")
+        headers["content-length"] = value.strip()
+    headers.setdefault("any", "yes")
 
 
-def _context(ca_file: str) -> ssl.SSLContext:
+def _tls_context(ca_file: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file or None)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"SlurmService.rest_ca_file: {ca_file} cannot be used: {error}") from error
 
 
-# There are proxies whose error pages show the request with its headers.
+# Both functions remove the token: some proxies' error pages show the request with its headers.
 def _parse(raw: bytes, token: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(raw.replace(token.encode(), _HIDDEN.encode()))
+        document = json.loads(raw.replace(token.encode(), _REDACTED.encode()))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def _excerpt(raw: bytes, token: str) -> str:
-    """Show the beginning of what is no answer of slurmrestd's: a proxy's page, or half of something."""
-    start = raw[: 4 * _SHOWN + len(token)].replace(token.encode(), _HIDDEN.encode())
-    text = start[: 4 * _SHOWN].decode(errors="replace")
+    """Return the beginning of a body that is not slurmrestd's, such as a proxy's page or a partial response."""
+    start = raw[: 4 * _MAX_EXCERPT + len(token)].replace(token.encode(), _REDACTED.encode())
+    text = start[: 4 * _MAX_EXCERPT].decode(errors="replace")
     text = re.sub(r"<[^>]*>", " ", text)
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:_SHOWN]
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:_MAX_EXCERPT]
 
 
-def _kind(path: str) -> str:
-    """Name a request without its version and job: few names for counters and messages."""
+def _request_name(path: str) -> str:
+    """Return the path without version and job id, so that counters and messages have few names."""
     return re.sub(r"^/slurm/v[0-9.]+/|/[0-9]+$|^/", "", path)

@@ -1,7 +1,7 @@
-"""What slurmrestd answers, read into values: pure.
+"""slurmrestd's responses as values. All functions are pure.
 
-Fields are read by their shape, whatever version was asked for: slurmrestd's own options (``-d v0.0.41+complex``)
-change shapes within a version. What cannot be read is SlurmUnavailable: nothing is known then.
+A field is read by its shape, for any version: slurmrestd's options (``-d v0.0.41+complex``) change shapes within a
+version. A response that cannot be read raises SlurmUnavailable: nothing is known about the jobs then.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from gateway_slurm.errors import SlurmUnavailable
 from gateway_slurm.slurm.formats import STATES, Meaning, meaning
 from gateway_slurm.slurm.model import JobInfo
 
-# Numbers of slurm_errno.h.
+# Error numbers (slurm_errno.h).
 UNKNOWN_JOB_ERROR: Final = 2017
 ALREADY_DONE_ERROR: Final = 2021
-NO_CONTROLLER_ERROR: Final = 1800  # no connection to it was made: it was told nothing
+NO_CONTROLLER_ERROR: Final = 1800  # the controller did not receive the request
 NOT_AUTHENTICATED_ERROR: Final = 1007
 UNSPECIFIED_ERROR: Final = -1
 ZERO_BYTES_ERROR: Final = 5005
-# No number of Slurm's: what slurm_kill_jobs(), which cancels from 24.05 on, makes of a controller that is down.
+# Not in slurm_errno.h: slurm_kill_jobs(), which cancels from 24.05 on, reports it for a controller that is down.
 NOT_PERMITTED_ERROR: Final = 1
+ERROR_NUMBER_FIELDS: Final = ("error_number", "error_code", "errno", "code")
+"""The fields in which the versions have the error number."""
 
-_LARGEST: Final = 0xFFFFFFFD  # above: INFINITE and NO_VAL, where a field has no other way to say so
-_SHOWN: Final = 2000
-# The states that job_state_base gives; what else a list of states holds says more than these.
-_BASE: Final = (
+_MAX_NUMBER: Final = 0xFFFFFFFD  # larger values are INFINITE and NO_VAL
+_MAX_TEXT: Final = 2000  # characters
+# The values of job_state_base. Another state in the same list is more specific.
+_BASE_STATES: Final = (
     "PENDING", "RUNNING", "SUSPENDED", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED",
     "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
 )  # fmt: skip
@@ -36,21 +38,21 @@ _BASE: Final = (
 
 @dataclass(frozen=True)
 class ReportedError:
-    """One of an answer's ``errors``: Slurm's number for it, 0 where there is none, and its words."""
+    """One of a response's ``errors``: Slurm's error number (0 if it gives none) and its text."""
 
     number: int
-    words: str
+    text: str
 
 
 def reported_errors(document: Mapping[str, Any]) -> list[ReportedError]:
-    """Return an answer's ``errors``, and those of each job that was to be cancelled.
+    """Return a response's ``errors``, and the errors of jobs that could not be cancelled.
 
-    From 24.05 on a job that cannot be cancelled is not in ``errors``: the answer is a 200 with a ``status`` for each.
+    From 24.05 on, the latter are not in ``errors``: the response is a 200 with a ``status`` for each job.
     """
-    told = [item.get("error") for item in _dicts(document.get("status"))]
+    statuses = [item.get("error") for item in _dicts(document.get("status"))]
     return [
-        *(_problem(item) for item in _dicts(document.get("errors"))),
-        *(_problem(item) for item in _dicts(told) if item.get("code")),
+        *(_reported_error(item) for item in _dicts(document.get("errors"))),
+        *(_reported_error(item) for item in _dicts(statuses) if item.get("code")),
     ]
 
 
@@ -58,35 +60,31 @@ def _dicts(value: object) -> list[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-# Where the versions have Slurm's error number (slurm_errno.h).
-ERROR_NUMBER_FIELDS = ("error_number", "error_code", "errno", "code")
-
-
-def _problem(item: Mapping[str, Any]) -> ReportedError:
+def _reported_error(item: Mapping[str, Any]) -> ReportedError:
     number = next((item[key] for key in ERROR_NUMBER_FIELDS if isinstance(item.get(key), int)), 0)
     error, description = _plain(item.get("error") or item.get("string")), _plain(item.get("description"))
-    words = error if description in ("", error) else description if error in description else f"{description}: {error}"
-    return ReportedError(number, words[:_SHOWN] or f"error {number}")
+    text = error if description in ("", error) else description if error in description else f"{description}: {error}"
+    return ReportedError(number, text[:_MAX_TEXT] or f"error {number}")
 
 
-def error_text(found: Sequence[ReportedError]) -> str:
-    """Return all that Slurm said."""
-    return "; ".join(problem.words for problem in found)[:_SHOWN]
+def error_text(errors: Sequence[ReportedError]) -> str:
+    """Return the texts of all errors."""
+    return "; ".join(error.text for error in errors)[:_MAX_TEXT]
 
 
 def jobid_of(document: Mapping[str, Any]) -> str:
-    """Return the id of a submitted job; empty where the answer names none."""
+    """Return the id of a submitted job; empty if the response has none."""
     jobid = number(document.get("job_id"))
     return str(int(jobid)) if jobid else ""
 
 
 def jobs_in(document: Mapping[str, Any]) -> dict[str, JobInfo]:
-    """Return an answer's ``jobs`` by job id. Raises SlurmUnavailable for what is no list of jobs."""
-    listed = document.get("jobs")
-    if not isinstance(listed, list):
-        raise SlurmUnavailable("slurmrestd's answer has no list of jobs in it; nothing is known about the jobs")
-    found = [_job_info(item) for item in listed]
-    return {info.jobid: info for info in found}
+    """Return a response's ``jobs`` by job id. Raises SlurmUnavailable if the response has no list of jobs."""
+    jobs = document.get("jobs")
+    if not isinstance(jobs, list):
+        raise SlurmUnavailable("slurmrestd's response has no list of jobs; nothing is known about the jobs")
+    infos = [_job_info(job) for job in jobs]
+    return {info.jobid: info for info in infos}
 
 
 def _job_info(job: object) -> JobInfo:
@@ -117,32 +115,32 @@ def _job_info(job: object) -> JobInfo:
 
 
 def number(value: object) -> float | None:
-    """Read a number as any version writes it; None where there is none, or where it is infinite."""
+    """Read a number in the shape of any version; None if it is missing or infinite."""
     if isinstance(value, dict):
         if value.get("infinite") or value.get("set") is False:
             return None
         value = value.get("number")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MAX_NUMBER <= value <= _MAX_NUMBER:
         return None
     return float(value)
 
 
 def state_of(value: object) -> str:
-    """Read a state: of a list, as squeue does, what says more than the base state (``COMPLETING``) goes first."""
+    """Read a state. In a list, a more specific state (``COMPLETING``) precedes the base state, as in squeue."""
     if isinstance(value, str):
         return value.strip()
-    words = [word for word in value if isinstance(word, str)] if isinstance(value, list) else []
-    known = [word for word in words if word in STATES]
-    return next((word for word in known if word not in _BASE), (known or words or [""])[0])
+    states = [state for state in value if isinstance(state, str)] if isinstance(value, list) else []
+    known = [state for state in states if state in STATES]
+    return next((state for state in known if state not in _BASE_STATES), (known or states or [""])[0])
 
 
 def exit_of(value: object) -> tuple[int | None, int | None]:
-    """Read how a job ended: exit code and signal, from wait(2)'s status or from its parts."""
+    """Read a job's exit code and signal, from a wait(2) status or from its parts."""
     if isinstance(value, dict) and "return_code" in value:
         signal = value.get("signal")
-        named = number(signal.get("id", signal.get("signal_id"))) if isinstance(signal, dict) else None
+        signal_id = number(signal.get("id", signal.get("signal_id"))) if isinstance(signal, dict) else None
         code = number(value["return_code"])
-        return (int(code) if code is not None else 0 if named else None), int(named) if named else None
+        return (int(code) if code is not None else 0 if signal_id else None), int(signal_id) if signal_id else None
     status = number(value)
     if status is None:
         return None, None
@@ -150,7 +148,7 @@ def exit_of(value: object) -> tuple[int | None, int | None]:
 
 
 def _display_id(job: Mapping[str, Any], jobid: int) -> str:
-    """Name an array's task or a heterogeneous job's component, as squeue does."""
+    """Return the id of an array task or of a heterogeneous job's component in squeue's form."""
     array, task, het = (number(job.get(key)) for key in ("array_job_id", "array_task_id", "het_job_id"))
     if array:
         waiting = re.sub(r"[^0-9,%:-]", "", _text(job.get("array_task_string")))

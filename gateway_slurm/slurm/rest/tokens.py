@@ -1,6 +1,6 @@
-"""The users' tokens for slurmrestd: read from a file, or minted by a command of the admin's.
+"""The users' tokens for slurmrestd, from a file or from a command that the admin sets.
 
-A token is a secret: it stands in no message and no log. Source: slurm.schedmd.com/jwt.html.
+A token is a secret: no message and no log contains it. Source: slurm.schedmd.com/jwt.html.
 """
 
 from __future__ import annotations
@@ -11,153 +11,140 @@ import binascii
 import json
 import os
 import re
-import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from gateway_slurm._util import exposure
 from gateway_slurm.errors import SlurmUnavailable
 from gateway_slurm.slurm.commands import slurm_message
 from gateway_slurm.slurm.runner import Runner
 
-LONGEST: Final = 16 << 10
+MAX_TOKEN: Final = 16 << 10
 """Bytes of a token; slurmrestd reads headers of a few kilobytes."""
-MARGIN: Final = 60.0
-"""Seconds before its end, or a tenth of its life where that is shorter, at which a token is replaced."""
-MINT_AGAIN: Final = 5.0
-"""Seconds that must lie between two tokens that are minted since the one before was refused."""
-# Three parts of base64url (RFC 7519); others that a site's authentication takes have no other letters.
+RENEWAL_MARGIN: Final = 60.0
+"""A token is replaced this many seconds before it expires, or a tenth of its lifetime before if that is less."""
+MIN_RENEWAL_INTERVAL: Final = 5.0
+"""The least number of seconds between two new tokens that replace refused ones."""
+# Three parts of base64url (RFC 7519); other kinds of tokens have the same characters.
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,16384}", re.ASCII)
-# A signed one, as it may stand in what a command says of its trouble: its header is a JSON object (RFC 7515).
+# A signed token, as a command's error message may contain it: its header is a JSON object (RFC 7515).
 _JWT: Final = re.compile(r"eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_.-]*", re.ASCII)
 
 
 class Tokens(Protocol):
-    """Where users' tokens come from."""
+    """A source of users' tokens."""
 
     async def token(self, user: str, *, refused: str = "") -> str:
-        """Return a token of ``user``: another one than ``refused``, where there is another.
+        """Return a token of ``user``, if possible another one than ``refused``.
 
-        Raises SlurmUnavailable when there is none; the message says why.
+        Raises SlurmUnavailable with the reason if there is none.
         """
 
 
 class FileTokens:
-    """Tokens that somebody else keeps fresh: in a file, whose path may hold ``{user}``.
+    """Tokens that another program keeps fresh in a file; the path may contain ``{user}``.
 
-    The file is read again when it has changed. It must be a plain one, of this process's user or root, that nobody
-    else can read or write.
+    The file is read again after each change. It must be a private file (``exposure``).
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._read: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._cache: dict[str, tuple[tuple[int, ...], str]] = {}
 
     async def token(self, user: str, *, refused: str = "") -> str:
-        """Return what the file holds now; ``refused`` where nobody has replaced it."""
+        """Return the token in the file, which may still be ``refused``."""
         return await asyncio.to_thread(self._token, user)
 
     def _token(self, user: str) -> str:
         path = os.path.expanduser(self._path.replace("{user}", user))
         try:
-            # Not to wait for ever for whoever writes a FIFO.
+            # O_NONBLOCK: opening a FIFO must not wait for its writer.
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                facts = os.fstat(file.fileno())
-                self._check(path, facts)
-                version = (facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
-                known = self._read.get(user)
-                if known is not None and known[0] == version:
-                    return known[1]
-                token = parse_token(file.read(LONGEST + 100).decode(errors="replace"))
+                status = os.fstat(file.fileno())
+                if reason := exposure(status):
+                    raise SlurmUnavailable(f"SlurmService.rest_token_file: {path} is not used: {reason}")
+                version = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+                cached = self._cache.get(user)
+                if cached is not None and cached[0] == version:
+                    return cached[1]
+                token = parse_token(file.read(MAX_TOKEN + 100).decode(errors="replace"))
         except OSError as error:
             raise SlurmUnavailable(f"SlurmService.rest_token_file cannot be read: {error}") from error
         if not token:
             raise SlurmUnavailable(f"SlurmService.rest_token_file: {path} does not hold one token and nothing else")
-        self._read[user] = (version, token)
+        self._cache[user] = (version, token)
         return token
-
-    @staticmethod
-    def _check(path: str, facts: os.stat_result) -> None:
-        name = "SlurmService.rest_token_file"
-        if not stat.S_ISREG(facts.st_mode):
-            raise SlurmUnavailable(f"{name}: {path} is not a plain file")
-        if facts.st_uid not in (0, os.geteuid()):
-            raise SlurmUnavailable(f"{name}: {path} belongs neither to this process's user nor to root")
-        if stat.S_IMODE(facts.st_mode) & 0o077:
-            mode = stat.S_IMODE(facts.st_mode)
-            raise SlurmUnavailable(f"{name}: others may use {path} (its mode is {mode:04o}); run: chmod 600 {path}")
 
 
 @dataclass(frozen=True)
-class _Minted:
+class _IssuedToken:
     token: str
-    replaced_at: float
-    """By the system's clock; infinity where the token does not tell when it ends."""
-    minted_at: float
+    renew_at: float
+    """By the system's clock; infinity if the token has no expiry time."""
+    issued_at: float
     """By the monotonic clock."""
 
 
 class CommandTokens:
-    """Tokens that a command prints: an argv in which ``{user}`` is replaced, such as scontrol's.
+    """Tokens that a command prints, such as ``scontrol token``; ``{user}`` in its argv is replaced.
 
-    One is kept for each user until shortly before it expires. The command runs in the runner's scrubbed
-    environment and within its time.
+    One token per user is kept until shortly before it expires. The runner runs the command, in a scrubbed environment
+    and with a time limit.
     """
 
     def __init__(self, argv: Sequence[str], runner: Runner) -> None:
         self._argv, self._runner = tuple(argv), runner
-        self._minted: dict[str, _Minted] = {}
+        self._issued: dict[str, _IssuedToken] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def token(self, user: str, *, refused: str = "") -> str:
-        """Return the one that is kept, if it is fresh; else have one minted, one command at a time for a user."""
+        """Return the kept token if it is fresh; else run the command, one at a time for a user."""
         async with self._locks.setdefault(user, asyncio.Lock()):
-            known = self._minted.get(user)
-            if known is not None and self._is_fresh(known, refused):
-                return known.token
-            minted = await self._mint(user)
-            self._minted[user] = minted
-            return minted.token
+            issued = self._issued.get(user)
+            if issued is None or not self._is_fresh(issued, refused):
+                issued = self._issued[user] = await self._issue(user)
+            return issued.token
 
     @staticmethod
-    def _is_fresh(known: _Minted, refused: str) -> bool:
-        if time.time() >= known.replaced_at:
+    def _is_fresh(issued: _IssuedToken, refused: str) -> bool:
+        if time.time() >= issued.renew_at:
             return False
-        # Where a new one is refused at once, so would be the next: the fault lies elsewhere.
-        return known.token != refused or time.monotonic() - known.minted_at < MINT_AGAIN
+        # If a new token is refused at once, the next one would be as well: the fault lies elsewhere.
+        return issued.token != refused or time.monotonic() - issued.issued_at < MIN_RENEWAL_INTERVAL
 
-    async def _mint(self, user: str) -> _Minted:
+    async def _issue(self, user: str) -> _IssuedToken:
         argv = [item.replace("{user}", user) for item in self._argv]
         result = await self._runner.run(argv)
         token = parse_token(result.stdout)
         if result.exit_status or not token:
-            # What it printed may be a token, or a part of one.
+            # The output may contain a token or a part of one, so the message leaves stdout out.
             stderr = _JWT.sub("(a token)", result.stderr)
-            words = slurm_message(stderr)[:1000] or "it said nothing"
+            message = slurm_message(stderr)[:1000] or "it printed no message"
             raise SlurmUnavailable(
                 f"SlurmService.rest_token_command gave no token for {user} "
-                f"({argv[0]} ended with status {result.exit_status}): {words}",
+                f"({argv[0]} ended with status {result.exit_status}): {message}",
                 argv=[argv[0]],
                 exit_status=result.exit_status,
                 stderr=stderr,
             )
         now = time.time()
         expires = expiry(token)
-        left = expires - now
-        return _Minted(token, expires - min(MARGIN, left / 10), time.monotonic())
+        lifetime = expires - now
+        return _IssuedToken(token, expires - min(RENEWAL_MARGIN, lifetime / 10), time.monotonic())
 
 
 def parse_token(text: str) -> str:
-    """Return the token in what a file or a command gives, also as scontrol prints it; empty if it is not one token."""
+    """Return the token in the text of a file or a command, such as scontrol's; empty if the text is not one token."""
     match = _TOKEN.fullmatch(text.strip().removeprefix("SLURM_JWT="))
     return match[0] if match else ""
 
 
 def expiry(token: str) -> float:
-    """When a token expires, in seconds since the epoch (RFC 7519, ``exp``); infinity where it does not tell.
+    """Return a token's expiry time in seconds since the epoch (RFC 7519, ``exp``); infinity if it has none.
 
-    It is not verified: that is Slurm's to do.
+    Slurm verifies the token; this function does not.
     """
     parts = token.split(".")
     try:

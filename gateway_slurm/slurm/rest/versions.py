@@ -1,8 +1,9 @@
-"""The versions of Slurm's REST interface that are spoken, as one table, and a job in the words of each: pure.
+"""The supported versions of Slurm's REST interface, as one table, and the job submission of each. All is pure.
 
-A version (OpenAPI plugin, later data_parser) is stable over Slurm's releases; each release serves the last few.
-Sources: slurm.schedmd.com/rest_api.html and openapi_release_notes.html. The tests speak v0.0.38, v0.0.42 and v0.0.45,
-with Slurm 22.05, 24.11 and 26.05; the others from v0.0.40 on were tried with these, v0.0.39 is as documented.
+A version (OpenAPI plugin, later data_parser) is stable across Slurm's releases; each release serves the last few.
+Sources: slurm.schedmd.com/rest_api.html and openapi_release_notes.html. The tests use v0.0.38, v0.0.42 and v0.0.45,
+with Slurm 22.05, 24.11 and 26.05. The other versions from v0.0.40 on were tried with these releases; v0.0.39 follows
+the documentation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from gateway_slurm.errors import SlurmUnavailable, SubmitRefused
 from gateway_slurm.slurm.formats import memory_in_mebibytes, minutes
 from gateway_slurm.slurm.model import JobSpec
 
-# How a number stands in a job: as it is, or with word on whether there is one.
+# The shapes of a number, of an environment and of a state, and of an exit code.
 PLAIN, STRUCT = "number or null", "{set, infinite, number}"
 OBJECT, LIST, TEXT = "object", "list", "text"
 WAIT, PARTS = "wait(2) status", "{status, return_code, signal}"
@@ -25,20 +26,20 @@ WAIT, PARTS = "wait(2) status", "{status, return_code, signal}"
 
 @dataclass(frozen=True)
 class Version:
-    """One version: how it has what other versions have in another way."""
+    """One version, with the shapes and names in which the versions differ."""
 
     name: str
     slurm: str
-    """The first release that serves it."""
+    """The first release that serves the version."""
     numbers: str
     environment: str
     """An object of names and values, or a list of ``NAME=value``."""
     state: str
     exit_code: str
     gres: str
-    """What stands before each generic resource."""
+    """The prefix of each generic resource."""
     options: str
-    """Whose names a job's options have: ``sbatch``'s, or those of the structure in the API (``job_desc_msg_t``)."""
+    """The origin of the option names: ``sbatch``, or the API's structure ``job_desc_msg_t``."""
 
 
 VERSIONS: Final[tuple[Version, ...]] = (
@@ -53,10 +54,10 @@ VERSIONS: Final[tuple[Version, ...]] = (
 )
 
 _SUBMIT_PATH: Final = re.compile(r"/slurm/(v[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,4})/job/submit/?", re.ASCII)
-# A job's environment is what it is submitted with, and nothing more: without a PATH no shell finds anything.
+# A job's environment is only what the request holds, so the request needs a PATH.
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin"
-# A job gets no login environment, as it would have from sbatch's own: what the launcher and kernels need of it
-# is in the node's user database.
+# A job gets no login environment, unlike with sbatch. These lines take the variables that the launcher and kernels need
+# from the node's user database.
 _LOGIN: Final = """\
 if [ -z "${HOME:-}" ]; then
   IFS=: read -r USER _ _ _ _ HOME SHELL <<GATEWAY_SLURM_USER
@@ -68,22 +69,22 @@ fi
 """
 
 
-def announced(document: Mapping[str, Any]) -> list[str]:
-    """Return the versions by which a server says, in its OpenAPI document, that it takes jobs; the oldest first."""
+def offered_versions(document: Mapping[str, Any]) -> list[str]:
+    """Return the versions in a server's OpenAPI document that accept jobs, the oldest first."""
     paths = document.get("paths")
     found = (_SUBMIT_PATH.fullmatch(str(path)) for path in (paths if isinstance(paths, dict) else ()))
     return sorted({match[1] for match in found if match}, key=_order)
 
 
-def choose(names: Iterable[str]) -> Version:
-    """Return the newest of these versions that is in the table; raise SlurmUnavailable where none is."""
-    served = list(names)
+def newest_known(names: Iterable[str]) -> Version:
+    """Return the newest of these versions that is in the table. Raises SlurmUnavailable if none is."""
+    offered = list(names)
     for version in reversed(VERSIONS):
-        if version.name in served:
+        if version.name in offered:
             return version
     raise SlurmUnavailable(
-        f"slurmrestd serves {', '.join(served) or 'no version that takes jobs'}, and this gateway_slurm speaks "
-        f"{VERSIONS[0].name} to {VERSIONS[-1].name}: have slurmrestd load one of these (its options -s and -d)"
+        f"slurmrestd serves {', '.join(offered) or 'no version that accepts jobs'}, and this gateway_slurm supports "
+        f"{VERSIONS[0].name} to {VERSIONS[-1].name}: load one of these in slurmrestd (its options -s and -d)"
     )
 
 
@@ -94,25 +95,25 @@ def _order(name: str) -> tuple[int, ...]:
 def submission(spec: JobSpec, version: Version) -> dict[str, Any]:
     """Return the body of a ``job/submit`` request for ``spec``.
 
-    Raises SubmitRefused for what cannot be asked for in this way: options of sbatch's that are only its own.
+    Raises SubmitRefused for extra options, which only sbatch understands.
     """
     if spec.extra:
         raise SubmitRefused(
-            f"the options {' '.join(spec.extra)} are sbatch's, and Slurm is reached by its REST interface "
+            f"the options {' '.join(spec.extra)} need sbatch, and this server uses Slurm's REST interface "
             "(SlurmService.cluster): leave them out"
         )
-    # Half a surrogate pair, which JSON can hold and Slurm cannot, has been refused in the request.
+    # Lone surrogates, which JSON can hold and Slurm cannot, were refused in the kernel request.
     script = with_login_environment(spec.script)
     job = {
         **_common(spec, version),
-        **(_by_sbatch(spec) if version.options == "sbatch" else _by_structure(spec, version)),
+        **(_sbatch_options(spec) if version.options == "sbatch" else _structure_options(spec, version)),
     }
     job = {name: value for name, value in job.items() if value is not None}
     return {"script": script, "job": job} if version.options == "sbatch" else {"job": {**job, "script": script}}
 
 
 def with_login_environment(script: str) -> str:
-    """Return the script with lines that set HOME, USER, LOGNAME and SHELL where the job lacks them."""
+    """Return the script with lines that set HOME, USER, LOGNAME and SHELL if the job has no HOME."""
     first, _end, rest = script.partition("\n")
     return f"{first}\n{_LOGIN}{rest}" if first.startswith("#!") else script
 
@@ -139,7 +140,7 @@ def _common(spec: JobSpec, version: Version) -> dict[str, Any]:
     }
 
 
-def _by_sbatch(spec: JobSpec) -> dict[str, Any]:
+def _sbatch_options(spec: JobSpec) -> dict[str, Any]:
     return {
         # "requeue": false means true (slurm_opt.c, arg_set_data_requeue).
         "no_requeue": True,
@@ -147,13 +148,13 @@ def _by_sbatch(spec: JobSpec) -> dict[str, Any]:
         "gres": ",".join(spec.gres) or None,
         "memory_per_node": str(memory_in_mebibytes(spec.memory)) if spec.memory else None,
         "time_limit": None if spec.time is None else str(spec.time),
-        # No "signal": that it is for the batch step alone ("B:") is understood in sbatch only (proc_args.c,
-        # get_signal_opts), and else it would hit kernels. The launcher warns by its own clock.
+        # No "signal": only sbatch understands that it is for the batch step alone ("B:"; proc_args.c,
+        # get_signal_opts). Here it would reach the kernels. The launcher warns by its own clock.
     }
 
 
-def _by_structure(spec: JobSpec, version: Version) -> dict[str, Any]:
-    warned = spec.signal_seconds or None
+def _structure_options(spec: JobSpec, version: Version) -> dict[str, Any]:
+    warning = spec.signal_seconds or None
     limit = minutes(str(spec.time)) if spec.time is not None else 0
     return {
         "requeue": False,
@@ -161,28 +162,28 @@ def _by_structure(spec: JobSpec, version: Version) -> dict[str, Any]:
         "tres_per_node": ",".join(version.gres + item for item in spec.gres) or None,
         "memory_per_node": _struct(memory_in_mebibytes(spec.memory)) if spec.memory else None,
         "time_limit": None if spec.time is None else _struct(limit),
-        "kill_warning_signal": warned and "USR1",
-        "kill_warning_delay": warned and _struct(warned),
-        "kill_warning_flags": warned and ["BATCH_JOB"],
+        "kill_warning_signal": warning and "USR1",
+        "kill_warning_delay": warning and _struct(warning),
+        "kill_warning_flags": warning and ["BATCH_JOB"],
     }
 
 
 def _struct(number: int | None) -> dict[str, Any]:
-    """Write a number; None is infinite."""
+    """Return a number in the shape STRUCT; None is infinite."""
     return {"set": True, "infinite": number is None, "number": number or 0}
 
 
 def versions_table() -> str:
-    """Draw the table as markdown, one line per version."""
+    """Return the table of versions as Markdown, one line per version."""
     lines = ["| version | first in Slurm | numbers | environment | job_state | exit_code | gres | options of |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for one in VERSIONS:
-        gres = f"`tres_per_node`: `{one.gres}gpu:1`" if one.gres else "`gres`: `gpu:1`"
-        cells = (one.name, one.slurm, one.numbers, one.environment, one.state, one.exit_code, gres, one.options)
-        lines.append(f"| {' | '.join(cells)} |")
+    for version in VERSIONS:
+        gres = f"`tres_per_node`: `{version.gres}gpu:1`" if version.gres else "`gres`: `gpu:1`"
+        shapes = (version.numbers, version.environment, version.state, version.exit_code)
+        lines.append(f"| {' | '.join((version.name, version.slurm, *shapes, gres, version.options))} |")
     return "\n".join(lines) + "\n"
 
 
 def encode(document: Mapping[str, Any]) -> bytes:
-    """Return a request's body."""
+    """Return a document as the body of a request."""
     return json.dumps(document, separators=(",", ":")).encode()

@@ -10,8 +10,8 @@ from typing import Any
 from gateway_slurm.environment import without_machine, without_personal
 from gateway_slurm.errors import GatewaySlurmError, SshError
 from gateway_slurm.slurm.access import LOG_END, AcceptLauncher, ClusterAccess
-from gateway_slurm.slurm.driver import CommandLineSlurm, SlurmDriver
-from gateway_slurm.slurm.ssh.relay import Relay, check_address
+from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
+from gateway_slurm.slurm.ssh.relay import SshRelay, check_relay_address
 from gateway_slurm.slurm.ssh.runner import SshRunner
 
 
@@ -29,18 +29,18 @@ class SshAccess(ClusterAccess):
         super().__init__(runner)
         self.runner: SshRunner = runner
         self._connection = runner.connection
-        self._use_relay, self._ports, self._address = relay, relay_ports, check_address(relay_address)
+        self._use_relay, self._ports, self._address = relay, relay_ports, check_relay_address(relay_address)
         self.log = log
-        self.relay: Relay | None = None
+        self.relay: SshRelay | None = None
 
     @property
     def user(self) -> str:
         """The user who logs in."""
-        return self._connection.target.user
+        return self._connection.destination.user
 
     def driver(self, user: str) -> SlurmDriver:
         """The driver that acts as the user who logs in: over SSH there is no other (``run_as`` is ``self``)."""
-        return CommandLineSlurm(self.runner)
+        return CommandLineDriver(self.runner)
 
     def check(self) -> None:
         """Raise what the last attempt to log in raised."""
@@ -48,8 +48,8 @@ class SshAccess(ClusterAccess):
 
     async def connect(self) -> str:
         """Log in, and start the program that runs commands."""
-        host = await self.runner.arrive()
-        return f"logged in to {self._connection.target}, which is {host}"
+        host = await self.runner.connect()
+        return f"logged in to {self._connection.destination}, which is {host}"
 
     async def log_end(self, path: str) -> str:
         """The end of the file on the login node, which usually shares its home directories with the nodes."""
@@ -67,26 +67,26 @@ class SshAccess(ClusterAccess):
     async def open(self, accept: AcceptLauncher, changed: Callable[[], None]) -> None:
         """Begin to set up the relay; ``wait_ready`` returns when it listens."""
         if self._use_relay != "never":
-            self.relay = Relay(
+            self.relay = SshRelay(
                 self._connection, accept, ports=self._ports, address=self._address, changed=changed, log=self.log
             )
 
     @property
     def relays(self) -> list[dict[str, Any]]:
         """The relay's ports, and the processes that have them."""
-        return self.relay.facts if self.relay is not None else []
+        return self.relay.records if self.relay is not None else []
 
     def adopt_relays(self, relays: Iterable[dict[str, Any]]) -> None:
         """Have the relay listen on the ports of these relays, too, where they were on the same login node."""
         if self.relay is not None:
-            self.relay.inherit(relays)
+            self.relay.adopt(relays)
 
     async def wait_ready(self) -> None:
         """Wait for the relay. Raises SshError where it fails and launchers must use it (``always``)."""
         if self.relay is None:
             return
         try:
-            await self.relay.ready()
+            await self.relay.wait_ready()
         except SshError:
             if self._use_relay == "always":
                 raise
@@ -97,7 +97,7 @@ class SshAccess(ClusterAccess):
             return direct
         if self._use_relay == "always":
             return self.relay.endpoints
-        return [*self.relay.endpoints, *direct] if self.relay.worked else [*direct, *self.relay.endpoints]
+        return [*self.relay.endpoints, *direct] if self.relay.was_used else [*direct, *self.relay.endpoints]
 
     async def close(self) -> None:
         """Close the relay, then the connection."""

@@ -1,8 +1,8 @@
-"""Where and as whom to log in: the URL first, then ``~/.ssh/config``, then ssh's own defaults.
+"""The destination of an SSH login: from the URL, then from ``~/.ssh/config``, then from ssh's defaults.
 
-Source: ssh_config(5). What is honoured: Host, Match, Include, HostName, User, Port, IdentityFile, IdentitiesOnly,
-CertificateFile, ProxyJump, UserKnownHostsFile, GlobalKnownHostsFile and HostKeyAlias. Host keys are checked strictly,
-whatever StrictHostKeyChecking says.
+Source: ssh_config(5). Supported: Host, Match, Include, HostName, User, Port, IdentityFile, IdentitiesOnly,
+CertificateFile, ProxyJump, UserKnownHostsFile, GlobalKnownHostsFile and HostKeyAlias. Host keys are always checked
+strictly; StrictHostKeyChecking is ignored.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway_slurm.errors import ConfigError
-from gateway_slurm.slurm.url import ClusterUrl, parse_cluster_url
+from gateway_slurm.slurm.url import ClusterUrl, host_and_port, parse_cluster_url
 
 MAX_JUMPS: Final = 8
 _INCLUDE: Final = re.compile(r"\s*include(?:\s+|\s*=\s*)(.+)", re.IGNORECASE)
-_INCLUDE_DEPTH: Final = 8
+_MAX_INCLUDE_DEPTH: Final = 8
 _MAX_CONFIG: Final = 1 << 20  # bytes
 _DEFAULT_IDENTITIES: Final = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
 _USER_KNOWN_HOSTS: Final = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
@@ -29,76 +29,77 @@ _GLOBAL_KNOWN_HOSTS: Final = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2
 
 
 @dataclass(frozen=True)
-class Target:
-    """One host to log in to. ``jumps`` are the hosts on the way, the first to be dialled first; they have none."""
+class Destination:
+    """One host to log in to. ``jumps`` are its jump hosts in the order of connection; they have no jumps themselves."""
 
     host: str
     port: int
     user: str
-    known_as: str
-    """The name under which known_hosts files have it: with its port, where that is not 22 (sshd(8))."""
+    known_hosts_name: str
+    """The host's name in known_hosts files, which includes the port if it is not 22 (sshd(8))."""
     identities: tuple[str, ...] = ()
     certificates: tuple[str, ...] = ()
     identities_only: bool = False
-    """Whether the agent is asked for the keys of ``identities`` only."""
+    """Whether only those keys of the agent are used that are among ``identities``."""
     known_hosts: tuple[str, ...] = ()
-    jumps: tuple[Target, ...] = ()
+    jumps: tuple[Destination, ...] = ()
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.user}@{host}:{self.port}"
+        return f"{self.user}@{host_and_port(self.host, self.port)}"
 
 
-def resolve(
+def resolve_destination(
     url: ClusterUrl,
     *,
     config_file: str = "~/.ssh/config",
     identity_files: tuple[str, ...] = (),
     known_hosts: tuple[str, ...] = (),
-) -> Target:
-    """Return the target that an ``ssh://`` URL means; reads files, and so may take a moment.
+) -> Destination:
+    """Return the destination of an ``ssh://`` URL. Reads files, which may block for a moment.
 
-    ``identity_files`` and ``known_hosts``, where given, are taken instead of the configuration's for the login node,
-    and ``known_hosts`` for the jump hosts, too. Raises ConfigError for a configuration that cannot be followed.
+    For the login node ``identity_files`` and ``known_hosts``, if given, replace those of the configuration;
+    ``known_hosts`` does so for the jump hosts as well. Raises ConfigError for a configuration that is not supported.
     """
     config = _load(Path(config_file).expanduser())
-    target = _target(config, url, identity_files, known_hosts)
+    destination = _destination(config, url, identity_files, known_hosts)
     jumps = _jumps(config, url.host, known_hosts, frozenset())
-    return Target(**{**vars(target), "jumps": jumps})
+    return Destination(**{**vars(destination), "jumps": jumps})
 
 
-def _target(config: Any, url: ClusterUrl, identities: tuple[str, ...], known_hosts: tuple[str, ...]) -> Target:
+def _destination(
+    config: Any, url: ClusterUrl, identities: tuple[str, ...], known_hosts: tuple[str, ...]
+) -> Destination:
     options = _lookup(config, url.host)
     if options.get("proxycommand"):
         raise ConfigError(
-            f"{url.host}: ProxyCommand in the SSH configuration is not followed; name the host on the way in ProxyJump"
+            f"{url.host}: ProxyCommand in the SSH configuration is not supported; name the jump host in ProxyJump"
         )
     port = url.port or int(options.get("port", 22))
     host = options["hostname"]
     files = _paths(options.get("userknownhostsfile", _USER_KNOWN_HOSTS))
     files += _paths(options.get("globalknownhostsfile", _GLOBAL_KNOWN_HOSTS))
-    return Target(
+    return Destination(
         host=host,
         port=port,
         user=url.user or options.get("user") or getpass.getuser(),
-        known_as=options.get("hostkeyalias", host if port == 22 else f"[{host}]:{port}").lower(),
+        known_hosts_name=options.get("hostkeyalias", host if port == 22 else f"[{host}]:{port}").lower(),
         identities=_expanded(identities or tuple(options.get("identityfile", ())) or _DEFAULT_IDENTITIES),
-        certificates=_expanded(tuple(_words(options.get("certificatefile", "")))),
+        certificates=_expanded(tuple(_split(options.get("certificatefile", "")))),
         identities_only=options.get("identitiesonly", "no").lower() == "yes",
         known_hosts=_expanded(known_hosts) or files,
     )
 
 
-def _jumps(config: Any, host: str, known_hosts: tuple[str, ...], seen: frozenset[str]) -> tuple[Target, ...]:
-    """The hosts of ProxyJump, ``[user@]host[:port]`` or URLs, with commas between them.
+def _jumps(config: Any, host: str, known_hosts: tuple[str, ...], seen: frozenset[str]) -> tuple[Destination, ...]:
+    """Return the hosts of ProxyJump, which are ``[user@]host[:port]`` or URLs with commas between them.
 
-    A host that is on its own way (``Host *``) is dialled itself.
+    A host that is its own jump host (``Host *``) is connected to directly.
     """
     value = _lookup(config, host).get("proxyjump") or "none"
     seen |= {host}
     if value.lower() == "none":
         return ()
-    jumps: list[Target] = []
+    jumps: list[Destination] = []
     for text in value.split(","):
         hop = text.strip()
         try:
@@ -108,15 +109,15 @@ def _jumps(config: Any, host: str, known_hosts: tuple[str, ...], seen: frozenset
         if url.host in seen:
             continue
         if not jumps:
-            # As ssh does: the first one may have hosts on its own way.
+            # As in ssh, only the first jump host may have jump hosts of its own.
             jumps += _jumps(config, url.host, known_hosts, seen)
-        jumps.append(_target(config, url, (), known_hosts))
+        jumps.append(_destination(config, url, (), known_hosts))
         if len(jumps) > MAX_JUMPS:
-            raise ConfigError(f"ProxyJump in the SSH configuration leads over more than {MAX_JUMPS} hosts")
+            raise ConfigError(f"ProxyJump in the SSH configuration has more than {MAX_JUMPS} hosts")
     return tuple(jumps)
 
 
-# -- the file ---------------------------------------------------------------------------------------------
+# -- Reading the configuration file --
 
 
 def _load(path: Path) -> Any:
@@ -134,22 +135,22 @@ def _lookup(config: Any, host: str) -> Any:
     try:
         return config.lookup(host)
     except (paramiko.SSHException, ValueError, ImportError, OSError) as error:  # ImportError: "Match exec"
-        raise ConfigError(f"the SSH configuration cannot be followed for {host}: {error}") from error
+        raise ConfigError(f"the SSH configuration cannot be used for {host}: {error}") from error
 
 
 def _lines(path: Path, depth: int) -> list[str]:
-    """The file's lines, with those of the files that it includes in their places."""
-    if depth > _INCLUDE_DEPTH:
-        raise ConfigError(f"{path}: more than {_INCLUDE_DEPTH} files include one another")
+    """Return the file's lines, with the lines of included files in place of Include."""
+    if depth > _MAX_INCLUDE_DEPTH:
+        raise ConfigError(f"{path}: includes are nested more than {_MAX_INCLUDE_DEPTH} deep")
     try:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
-            facts = os.fstat(file.fileno())
-            # As ssh does: whoever writes it chooses where passwords go.
-            if facts.st_uid not in (0, os.geteuid()) or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            status = os.fstat(file.fileno())
+            # As in ssh: a user who can write this file chooses the host that gets the passwords. Reading is harmless.
+            if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise ConfigError(
-                    f"{path} may be written by others: chmod 600 it, and have it belong to you or to root"
+                    f"other users may write {path}: run chmod 600 on it; it must belong to this process's user or root"
                 )
-            if facts.st_size > _MAX_CONFIG:
+            if status.st_size > _MAX_CONFIG:
                 raise ConfigError(f"{path} has more than {_MAX_CONFIG} bytes")
             lines = file.read().splitlines()
     except OSError as error:
@@ -160,19 +161,19 @@ def _lines(path: Path, depth: int) -> list[str]:
         if include is None:
             found.append(line)
             continue
-        for pattern in _words(include[1]):
-            # Relative ones are in ~/.ssh for a user's configuration.
+        for pattern in _split(include[1]):
+            # In a user's configuration, relative paths are relative to ~/.ssh.
             for name in sorted(glob.glob(str(Path("~/.ssh").expanduser() / Path(pattern).expanduser()))):
                 found += _lines(Path(name), depth + 1)
     return found
 
 
-def _words(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     return [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', text)]
 
 
 def _paths(text: str) -> tuple[str, ...]:
-    return () if text.lower() == "none" else _expanded(tuple(_words(text)))
+    return () if text.lower() == "none" else _expanded(tuple(_split(text)))
 
 
 def _expanded(paths: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""The one connection to a login node: kept, shared by all that is asked there, and made again when it breaks.
+"""The one connection to a login node, which all requests share and which is made again after it breaks.
 
-All methods are called on one loop; what blocks runs in worker threads.
+All methods are called on one loop; blocking work runs in worker threads.
 """
 
 from __future__ import annotations
@@ -18,46 +18,51 @@ from typing import Any, Final, TypeVar
 
 import paramiko
 
+from gateway_slurm._util import Backoff
 from gateway_slurm.errors import GatewaySlurmError, HostKeyRefused, LoginRefused, SshError, SshTurnedAway
-from gateway_slurm.slurm.ssh.config import Target
+from gateway_slurm.slurm.ssh.config import Destination
 from gateway_slurm.slurm.ssh.login import Credentials, dial, log_in
 from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
 
 T = TypeVar("T")
 
-FIRST_PAUSE: Final = 0.25  # seconds
-LONGEST_PAUSE: Final = 5.0
-# A host that refused us is not asked again and again: many count that, and lock accounts.
-REFUSED_PAUSE: Final = (5.0, 60.0)
-PATIENCE: Final = 6.0  # seconds of a pause that a caller waits for
-TURNED_AWAY_PAUSES: Final = (0.5, 1.0, 2.0)
-TURNED_AWAY_LONGEST: Final = 10.0  # longer than PATIENCE: a host that stays busy is left alone, and callers are told so
+# Delays between attempts: the first and the longest, in seconds.
+RETRY_DELAY: Final = (0.25, 5.0)
+# Many hosts count refused logins and lock accounts.
+REFUSED_RETRY_DELAY: Final = (5.0, 60.0)
+# sshd turned the connection away. The longest delay exceeds MAX_WAIT, so that callers of a busy host fail at once.
+BUSY_RETRY_DELAY: Final = (4.0, 10.0)
+# Within one attempt, a connection that sshd turned away is repeated after these delays.
+TURNED_AWAY_DELAYS: Final = (0.5, 1.0, 2.0)
+MAX_WAIT: Final = 6.0
+"""Seconds for which a caller waits for the next attempt; with a longer delay ahead the caller gets the last error."""
+_JITTER: Final = 0.3
 
 
 @dataclass
 class TransportChain:
-    """A connection that is up: the transports over the jump hosts, the login node's last."""
+    """The transports of one connection: those to the jump hosts, then the login node's."""
 
     transports: list[paramiko.Transport] = field(default_factory=list)
     peer: str = ""
 
     @property
     def transport(self) -> paramiko.Transport:
-        """The login node's."""
+        """The login node's transport."""
         return self.transports[-1]
 
     def close(self) -> None:
-        """Close all; blocks for a moment."""
+        """Close all transports; blocks for a moment."""
         for transport in reversed(self.transports):
             transport.close()
 
 
-async def run_in_thread(act: Callable[[], T]) -> T:
-    """Run what blocks in a thread of its own, which the end of the process does not wait for."""
+async def run_in_thread(blocking: Callable[[], T]) -> T:
+    """Run a blocking call in a thread of its own; the end of the process does not wait for that thread."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(value: T | None, error: BaseException | None) -> None:
+    def deliver(value: T | None, error: BaseException | None) -> None:
         if future.cancelled():
             return
         if error is not None:
@@ -69,26 +74,26 @@ async def run_in_thread(act: Callable[[], T]) -> T:
         value: T | None = None
         error: BaseException | None = None
         try:
-            value = act()
-        except BaseException as trouble:  # noqa: BLE001 - it is raised where it is awaited
-            error = trouble
+            value = blocking()
+        except BaseException as raised:  # noqa: BLE001 - raised again in the caller
+            error = raised
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, value, error)
+            loop.call_soon_threadsafe(deliver, value, error)
 
     threading.Thread(target=run, name="gateway_slurm-ssh", daemon=True).start()
     return await future
 
 
 class SshConnection:
-    """To one login node, as one user. Its owner calls ``close``.
+    """The connection to one login node, as one user. Its owner calls ``close``.
 
-    ``timeout`` (seconds) bounds each step of a login, ``heartbeat`` (seconds) is the time between signs of life.
-    ``counts`` says how often was connected, and how many channels were opened.
+    ``timeout`` (seconds) limits each step of a login; ``heartbeat`` (seconds) is the time between signs of life.
+    ``counts`` holds the numbers of attempts, of connections, of channels and of requests.
     """
 
     def __init__(
         self,
-        target: Target,
+        destination: Destination,
         credentials: Credentials,
         *,
         python: str,
@@ -96,25 +101,27 @@ class SshConnection:
         heartbeat: float,
         log: logging.Logger,
     ) -> None:
-        self.target, self.log = target, log
+        self.destination, self.log = destination, log
         self.counts: Counter[str] = Counter()
-        self.trouble: GatewaySlurmError | None = None
-        """Why the last attempt failed; None when it did not."""
+        self.last_error: GatewaySlurmError | None = None
+        """The error of the last attempt; None if it succeeded."""
         self._credentials, self._python = credentials, python
         self._timeout, self._heartbeat = timeout, heartbeat
-        self._session: TransportChain | None = None
+        self._chain: TransportChain | None = None
         self._connecting: asyncio.Task[TransportChain] | None = None
         self._peer = ""
-        self._failures = 0
+        self._retry = Backoff(*RETRY_DELAY, jitter=_JITTER)
+        self._refused_retry = Backoff(*REFUSED_RETRY_DELAY, jitter=_JITTER)
+        self._busy_retry = Backoff(*BUSY_RETRY_DELAY, jitter=_JITTER)
         self._not_before = 0.0
         self._closed = False
 
-    async def program(
+    async def start_program(
         self, mode: str, *, on_frames: Callable[[list[Frame]], None], on_end: Callable[[SshError], None]
     ) -> RemoteProgram:
-        """Start a program on the login node, over the connection that is there or a new one. Raises SshError."""
-        session = await self._up()
-        program = RemoteProgram(session.transport, on_frames=on_frames, on_end=on_end, log=self.log)
+        """Start a program on the login node, over the existing connection or a new one. Raises SshError."""
+        chain = await self._connected()
+        program = RemoteProgram(chain.transport, on_frames=on_frames, on_end=on_end, log=self.log)
         self.counts["channel"] += 1
         await run_in_thread(
             lambda: program.open(mode, python=self._python, heartbeat=self._heartbeat, timeout=self._timeout)
@@ -123,21 +130,21 @@ class SshConnection:
         return program
 
     async def close(self) -> None:
-        """End it, and what runs at its other end."""
+        """Close the connection, which ends the programs on the login node."""
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
-        session, self._session = self._session, None
-        if session is not None:
-            await run_in_thread(session.close)
+        chain, self._chain = self._chain, None
+        if chain is not None:
+            await run_in_thread(chain.close)
 
-    # -- connecting ----------------------------------------------------------------------------------------
+    # -- Connecting --
 
-    async def _up(self) -> TransportChain:
+    async def _connected(self) -> TransportChain:
         if self._closed:
             raise SshError("the service has ended")
-        if self._session is not None and self._session.transport.is_active():
-            return self._session
+        if self._chain is not None and self._chain.transport.is_active():
+            return self._chain
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.ensure_future(self._connect())
             self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -145,80 +152,80 @@ class SshConnection:
 
     async def _connect(self) -> TransportChain:
         loop = asyncio.get_running_loop()
-        pause = self._not_before - loop.time()
-        if pause > PATIENCE and self.trouble is not None:
-            raise SshError(f"{self.trouble} (it is tried again in {pause:.0f} s)")
-        if pause > 0:
-            await asyncio.sleep(pause)
-        old, self._session = self._session, None
+        delay = self._not_before - loop.time()
+        if delay > MAX_WAIT and self.last_error is not None:
+            raise SshError(f"{self.last_error} (the next attempt is in {delay:.0f} s)")
+        if delay > 0:
+            await asyncio.sleep(delay)
+        old, self._chain = self._chain, None
         if old is not None:
             await run_in_thread(old.close)
-        # A user is asked at the first login only: later ones come in the middle of something else.
-        may_ask = self.counts["connected"] == 0
+        # Only the first login prompts the user: later logins happen while the user does something else.
+        may_prompt = self.counts["connected"] == 0
         try:
-            session = await self._make_patiently(may_ask=may_ask)
+            chain = await self._attempt(may_prompt=may_prompt)
         except GatewaySlurmError as error:
             self._failed(error)
             raise
         if self._closed:
-            await run_in_thread(session.close)
+            await run_in_thread(chain.close)
             raise SshError("the service has ended")
         self.counts["connected"] += 1
-        self._failures, self._not_before, self.trouble = 0, 0.0, None
-        self._session, self._peer = session, session.peer
-        self.log.info("SSH: logged in to %s", self.target)
-        return session
+        for backoff in (self._retry, self._refused_retry, self._busy_retry):
+            backoff.reset()
+        self._not_before, self.last_error = 0.0, None
+        self._chain, self._peer = chain, chain.peer
+        self.log.info("SSH: logged in to %s", self.destination)
+        return chain
 
-    async def _make_patiently(self, *, may_ask: bool) -> TransportChain:
-        """Try again when sshd turns us away at the door, as it does at random when many log in (MaxStartups)."""
+    async def _attempt(self, *, may_prompt: bool) -> TransportChain:
+        """Log in. Try again if sshd turns the connection away, which it does at random under load (MaxStartups)."""
         began = time.monotonic()
-        for pause in (*(() if self._failures else TURNED_AWAY_PAUSES), None):
+        delays = () if self.last_error is not None else TURNED_AWAY_DELAYS
+        for delay in (*delays, None):
             self.counts["connect"] += 1
             try:
-                return await run_in_thread(lambda: self._make(may_ask=may_ask))
+                return await run_in_thread(lambda: self._log_in(may_prompt=may_prompt))
             except SshTurnedAway:
-                if pause is None or self._closed or time.monotonic() - began > PATIENCE:
+                if delay is None or self._closed or time.monotonic() - began > MAX_WAIT:
                     raise
-            await asyncio.sleep(pause * random.uniform(0.7, 1.3))  # noqa: S311 - jitter
+            await asyncio.sleep(delay * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311 - jitter
         raise AssertionError("the last attempt returns or raises")
 
     def _failed(self, error: GatewaySlurmError) -> None:
-        refused = isinstance(error, (HostKeyRefused, LoginRefused))
-        first, longest = REFUSED_PAUSE if refused else (FIRST_PAUSE, LONGEST_PAUSE)
-        if isinstance(error, SshTurnedAway):
-            longest = TURNED_AWAY_LONGEST
-            self._failures = max(self._failures, len(TURNED_AWAY_PAUSES) + 1)
-        pause = min(longest, first * 2 ** min(self._failures, 10)) * random.uniform(0.7, 1.3)  # noqa: S311 - jitter
-        self._failures += 1
-        self._not_before = asyncio.get_running_loop().time() + pause
-        if str(error) != str(self.trouble):
+        if isinstance(error, (HostKeyRefused, LoginRefused)):
+            backoff = self._refused_retry
+        else:
+            backoff = self._busy_retry if isinstance(error, SshTurnedAway) else self._retry
+        self._not_before = asyncio.get_running_loop().time() + backoff.next()
+        if str(error) != str(self.last_error):
             self.log.warning("SSH: %s", error)
-        self.trouble = error
+        self.last_error = error
 
-    def _make(self, *, may_ask: bool) -> TransportChain:
-        """Connect, over the jump hosts. Blocks; raises SshError or ConfigError."""
-        answers = self._credentials.answers(may_ask=may_ask)
-        session = TransportChain()
+    def _log_in(self, *, may_prompt: bool) -> TransportChain:
+        """Connect and log in, through the jump hosts. Blocks. Raises SshError or ConfigError."""
+        answers = self._credentials.answers(may_prompt=may_prompt)
+        chain = TransportChain()
         try:
-            hops = [*self.target.jumps, self.target]
-            # A name with several hosts behind it: the one that our relay and our processes are on.
-            sock: Any = dial(hops[0].host, hops[0].port, self._timeout, first=self._peer)
-            session.peer = sock.getpeername()[0]
+            hops = [*self.destination.jumps, self.destination]
+            # If one name means several hosts, prefer the host that has this server's relay and processes.
+            sock: Any = dial(hops[0].host, hops[0].port, self._timeout, preferred=self._peer)
+            chain.peer = sock.getpeername()[0]
             for number, hop in enumerate(hops):
-                session.transports.append(log_in(sock, hop, answers, timeout=self._timeout))
+                chain.transports.append(log_in(sock, hop, answers, timeout=self._timeout))
                 if number + 1 < len(hops):
-                    after = hops[number + 1]
-                    sock = session.transport.open_channel(
-                        "direct-tcpip", (after.host, after.port), ("", 0), timeout=self._timeout
+                    next_hop = hops[number + 1]
+                    sock = chain.transport.open_channel(
+                        "direct-tcpip", (next_hop.host, next_hop.port), ("", 0), timeout=self._timeout
                     )
         except GatewaySlurmError:
-            session.close()
+            chain.close()
             raise
         except (paramiko.SSHException, OSError, EOFError) as error:
-            session.close()
-            words = str(error) or type(error).__name__
-            raise SshError(f"the login node {self.target} cannot be logged in to: {words}") from error
-        session.transport.set_keepalive(int(self._heartbeat) or 1)
-        if self._closed:  # meanwhile, and nobody awaits us
-            session.close()
-        return session
+            chain.close()
+            message = str(error) or type(error).__name__
+            raise SshError(f"the login to {self.destination} failed: {message}") from error
+        chain.transport.set_keepalive(int(self._heartbeat) or 1)
+        if self._closed:  # ``close`` came meanwhile and does not wait for this thread
+            chain.close()
+        return chain

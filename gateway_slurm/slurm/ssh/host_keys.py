@@ -1,7 +1,7 @@
-"""Whether a host's key is the one that known_hosts files have for it.
+"""The check of a host's key, or of its certificate, against known_hosts files.
 
-Source: sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT": plain, hashed and wildcard names, negated ones, ``@revoked``,
-``@cert-authority``.
+Sources: sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT": plain, hashed, wildcard and negated names, ``@revoked`` and
+``@cert-authority``; PROTOCOL.certkeys of OpenSSH for certificates.
 """
 
 from __future__ import annotations
@@ -20,23 +20,28 @@ import paramiko
 
 from gateway_slurm.errors import HostKeyRefused
 
-SUFFIX: Final = "-cert-v01@openssh.com"
-_HOST: Final = 2  # SSH2_CERT_TYPE_HOST
-_FOREVER: Final = 2**64 - 1
-# How many strings the key itself has in a certificate of each kind.
-_PARTS: Final = {
+CERTIFICATE_SUFFIX: Final = "-cert-v01@openssh.com"
+_HOST_CERTIFICATE: Final = 2  # SSH2_CERT_TYPE_HOST
+_NO_EXPIRY: Final = 2**64 - 1
+# The number of strings of the key itself in a certificate of each kind.
+_KEY_FIELDS: Final = {
     "ssh-ed25519": 1,
     "ecdsa-sha2-nistp256": 2,
     "ecdsa-sha2-nistp384": 2,
     "ecdsa-sha2-nistp521": 2,
     "ssh-rsa": 2,
 }
-_AUTHORITIES: Final = (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey)
+_AUTHORITY_KEY_CLASSES: Final = (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey)
+_MAX_FILE: Final = 16 << 20  # bytes
+_MARKERS: Final = ("", "@revoked", "@cert-authority")
+
+
+# -- Host certificates --
 
 
 @dataclass(frozen=True)
 class HostCertificate:
-    """A certificate, as it says of itself; nothing of it is true before ``fault`` is empty."""
+    """A certificate's own statements, which count only if ``fault`` is empty."""
 
     type: int
     name: str
@@ -46,20 +51,20 @@ class HostCertificate:
     valid_before: int
     options: bytes
     authority: bytes
-    """The key that has signed it."""
+    """The key of the authority that signed the certificate."""
     signed: bytes
     signature: bytes
 
     def fault(self, host: str, authorities: Collection[bytes]) -> str:
-        """What keeps it from vouching for ``host``; empty for nothing."""
+        """Return the reason why the certificate is not valid for ``host``; empty if it is valid."""
         if self.authority not in authorities:
-            return "it is signed by none of the known authorities"
+            return "none of the known authorities signed it"
         if not self._is_signed():
             return "its signature is wrong"
-        if self.type != _HOST:
-            return "it is not a host's"
+        if self.type != _HOST_CERTIFICATE:
+            return "it is not a host certificate"
         if self.options:
-            return "it has critical options, which hosts' have not"
+            return "it has critical options, which host certificates do not have"
         if not self.valid_after <= time.time() < self.valid_before:
             return f"it is valid from {_date(self.valid_after)} to {_date(self.valid_before)} only"
         if not any(fnmatchcase(host, pattern.lower().replace("[", "[[]")) for pattern in self.hosts):
@@ -68,28 +73,29 @@ class HostCertificate:
 
     def _is_signed(self) -> bool:
         try:
-            kind = _Reader(self.authority).string().decode()
-            key_class = next((each for each in _AUTHORITIES if kind in each.identifiers()), None)
-            # Paramiko passes over what is missing, or too much, in a signature.
-            if key_class is None or kind.endswith(SUFFIX) or len(_Reader(self.signature).strings()) != 2:
+            kind = _FieldReader(self.authority).string().decode()
+            key_class = next((known for known in _AUTHORITY_KEY_CLASSES if kind in known.identifiers()), None)
+            # Paramiko does not notice a missing or an additional field in a signature.
+            fields = _FieldReader(self.signature).strings()
+            if key_class is None or kind.endswith(CERTIFICATE_SUFFIX) or len(fields) != 2:
                 return False
             return bool(key_class(data=self.authority).verify_ssh_sig(self.signed, paramiko.Message(self.signature)))
         except (paramiko.SSHException, ValueError, KeyError, IndexError):
             return False
 
 
-class _Reader:
-    """Takes fields from the beginning of data (RFC 4251, section 5). Raises ValueError at their end."""
+class _FieldReader:
+    """Reads the fields of SSH's binary encoding in order (RFC 4251, section 5). Raises ValueError after the last."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self.at = 0
+        self.position = 0
 
     def take(self, size: int) -> bytes:
-        start, self.at = self.at, self.at + size
-        if self.at > len(self._data):
-            raise ValueError("a host certificate that is cut off")
-        return self._data[start : self.at]
+        start, self.position = self.position, self.position + size
+        if self.position > len(self._data):
+            raise ValueError("the host certificate is incomplete")
+        return self._data[start : self.position]
 
     def number(self, size: int) -> int:
         return int.from_bytes(self.take(size), "big")
@@ -98,32 +104,32 @@ class _Reader:
         return self.take(self.number(4))
 
     def strings(self) -> list[bytes]:
-        """To the end."""
+        """Read strings to the end of the data."""
         found = []
-        while self.at < len(self._data):
+        while self.position < len(self._data):
             found.append(self.string())
         return found
 
 
 def read_certificate(blob: bytes) -> HostCertificate:
-    """Raises ValueError for what is no certificate of a kind that is known."""
-    reader = _Reader(blob)
+    """Read a host certificate. Raises ValueError for other data and for an unknown kind of certificate."""
+    reader = _FieldReader(blob)
     kind = reader.string().decode(errors="replace")
-    if kind.removesuffix(SUFFIX) not in _PARTS or not kind.endswith(SUFFIX):
-        raise ValueError(f"{kind[:100]!r} is no kind of host certificate that is known")
-    for _nonce_and_key in range(1 + _PARTS[kind.removesuffix(SUFFIX)]):
+    if kind.removesuffix(CERTIFICATE_SUFFIX) not in _KEY_FIELDS or not kind.endswith(CERTIFICATE_SUFFIX):
+        raise ValueError(f"{kind[:100]!r} is not a known kind of host certificate")
+    for _nonce_and_key in range(1 + _KEY_FIELDS[kind.removesuffix(CERTIFICATE_SUFFIX)]):
         reader.string()
     reader.take(8)  # the serial number
-    owner, name, hosts = reader.number(4), reader.string(), _Reader(reader.string()).strings()
+    certificate_type, name, hosts = reader.number(4), reader.string(), _FieldReader(reader.string()).strings()
     valid_after, valid_before = reader.number(8), reader.number(8)
     options, _extensions, _reserved, authority = (reader.string() for _field in range(4))
-    signed, signature = blob[: reader.at], reader.string()
-    if reader.at != len(blob):
-        raise ValueError("a host certificate with something after it")
+    signed, signature = blob[: reader.position], reader.string()
+    if reader.position != len(blob):
+        raise ValueError("there is data after the host certificate")
     return HostCertificate(
-        type=owner,
+        type=certificate_type,
         name=name.decode(errors="replace"),
-        hosts=tuple(each.decode(errors="replace") for each in hosts),
+        hosts=tuple(host.decode(errors="replace") for host in hosts),
         valid_after=valid_after,
         valid_before=valid_before,
         options=options,
@@ -134,20 +140,16 @@ def read_certificate(blob: bytes) -> HostCertificate:
 
 
 def _date(seconds: int) -> str:
-    if seconds == 0 or seconds >= _FOREVER:
+    if seconds == 0 or seconds >= _NO_EXPIRY:
         return "ever"
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(min(seconds, 2**40)))
 
 
-# -- Whether a host's key is the one that known_hosts files have for it. --
-
-
-_MAX_FILE: Final = 16 << 20  # bytes
-_MARKERS: Final = ("", "@revoked", "@cert-authority")
+# -- known_hosts files --
 
 
 class PublicKey(Protocol):
-    """What is needed of a key."""
+    """The methods of a paramiko key that the check needs."""
 
     def get_name(self) -> str: ...
     def asbytes(self) -> bytes: ...
@@ -155,23 +157,24 @@ class PublicKey(Protocol):
 
 @dataclass(frozen=True)
 class KnownKey:
-    """One line's key for a host."""
+    """The key of one line."""
 
     kind: str
     blob: bytes
     revoked: bool
-    where: str
+    location: str
+    """``path:line``."""
     authority: bool = False
-    """Whether it is no host's, but signs the certificates of hosts."""
+    """Whether the key belongs to an authority that signs host certificates, not to a host."""
 
 
 def fingerprint(blob: bytes) -> str:
-    """A key's fingerprint as ssh and ssh-keygen print it."""
+    """Return a key's fingerprint as ssh and ssh-keygen print it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
 def known_keys(name: str, files: Iterable[str]) -> list[KnownKey]:
-    """What ``files`` say of a host by its known_hosts name; a file that is not there says nothing."""
+    """Return the keys in ``files`` for a host by its known_hosts name; a missing file has none."""
     found: list[KnownKey] = []
     for path in files:
         try:
@@ -195,77 +198,82 @@ def _in_lines(name: str, lines: list[str], path: str) -> Iterator[KnownKey]:
         except (binascii.Error, ValueError):
             continue
         authority = marker == "@cert-authority"
-        # Of authorities ssh also takes those of the host, whatever its port.
+        # As in ssh, an authority for the host name applies to all ports.
         if _matches(patterns, name) or (authority and _matches(patterns, host_of(name))):
             yield KnownKey(kind, blob, marker == "@revoked", f"{path}:{number}", authority)
 
 
 def host_of(name: str) -> str:
-    """The host in a name of known_hosts files, without its port."""
+    """Return the host in a known_hosts name, without the port."""
     return name.removeprefix("[").partition("]:")[0]
 
 
 def _matches(patterns: str, name: str) -> bool:
-    """Whether a line is about the host; a negated pattern that fits takes it out, whatever else fits."""
+    """Whether a line's patterns match the host; a matching negated pattern excludes it."""
     if patterns.startswith("|"):
         return _is_hash_of(patterns, name)
-    fits = False
+    matches = False
     for pattern in patterns.lower().split(","):
         negated = pattern.startswith("!")
-        # fnmatch's brackets mean sets; here they are part of "[host]:port".
+        # In fnmatch brackets mean sets; here they belong to "[host]:port".
         if fnmatchcase(name, pattern.removeprefix("!").replace("[", "[[]")):
             if negated:
                 return False
-            fits = True
-    return fits
+            matches = True
+    return matches
 
 
 def _is_hash_of(text: str, name: str) -> bool:
     try:
-        _empty, one, salt, digest = text.split("|")
-        expected = hmac.digest(base64.b64decode(salt), name.encode(), "sha1")  # the format's own
-        return one == "1" and hmac.compare_digest(expected, base64.b64decode(digest))
+        _empty, version, salt, digest = text.split("|")
+        expected = hmac.digest(base64.b64decode(salt), name.encode(), "sha1")  # as the format prescribes
+        return version == "1" and hmac.compare_digest(expected, base64.b64decode(digest))
     except ValueError:
         return False
 
 
-def check(
+# -- The check --
+
+
+def check_host_key(
     name: str,
     key: PublicKey,
     known: list[KnownKey],
     files: Iterable[str],
     certificate: HostCertificate | None = None,
 ) -> None:
-    """Return if ``key`` is a known one of the host's, or certified; else raise HostKeyRefused, which says what to do.
+    """Return if ``key`` is a known or certified key of the host.
 
-    A key of a kind that is not known, where others are, is refused as a changed one: hosts are asked for the kinds
-    that are known first.
+    Raises HostKeyRefused, whose text says what to do. If other kinds of keys are known for the host, a key of an
+    unknown kind counts as a changed key: the client requests the known kinds first.
     """
     blob, kind = key.asbytes(), key.get_name()
-    print_ = fingerprint(blob)
+    key_print = fingerprint(blob)
     blobs = {blob, certificate.authority} if certificate is not None else {blob}
-    same = [each for each in known if each.blob in blobs and not each.authority]
-    if revoked := next((each for each in same if each.revoked), None):
-        raise HostKeyRefused(f"the key of {name} ({kind} {print_}) is revoked by {revoked.where}: do not log in there")
-    if any(each.blob == blob for each in same):
+    same = [line for line in known if line.blob in blobs and not line.authority]
+    if revoked := next((line for line in same if line.revoked), None):
+        raise HostKeyRefused(f"the key of {name} ({kind} {key_print}) is revoked in {revoked.location}: do not log in")
+    if any(line.blob == blob for line in same):
         return
-    authorities = [each.blob for each in known if each.authority]
+    authorities = [line.blob for line in known if line.authority]
     fault = certificate.fault(host_of(name), authorities) if certificate is not None and authorities else ""
     if certificate is not None and authorities and not fault:
         return
-    if others := [each for each in known if not each.revoked and not each.authority]:
-        lines = ", ".join(f"{each.where} ({each.kind} {fingerprint(each.blob)})" for each in others)
+    if others := [line for line in known if not line.revoked and not line.authority]:
+        lines = ", ".join(f"{line.location} ({line.kind} {fingerprint(line.blob)})" for line in others)
         raise HostKeyRefused(
-            f"the key of {name} has CHANGED: it is {kind} {print_}, and known is {lines}. Somebody may be in "
-            "between. Ask who runs the host; if the new key is right, replace these lines"
+            f"the key of {name} has CHANGED: it is {kind} {key_print}, and the known keys are {lines}. Another host "
+            "may be intercepting the connection. Ask the host's administrators; if the new key is right, replace these "
+            "lines"
         )
     if fault:
         raise HostKeyRefused(
-            f"the certificate of {name} ({kind} {print_}) does not count: {fault}. Ask who runs the host"
+            f"the certificate of {name} ({kind} {key_print}) is not valid: {fault}. Ask the host's administrators"
         )
     host, _, port = name.removeprefix("[").partition("]:")
     scan = f"ssh-keyscan -p {port} {host}" if port else f"ssh-keyscan {host}"
     raise HostKeyRefused(
-        f"the key of {name} ({kind} {print_}) is not known. Compare the fingerprint with the one that who runs the "
-        f"host publishes; if it is the same, add the key ({scan}) to {next(iter(files), 'a known_hosts file')}"
+        f"the key of {name} ({kind} {key_print}) is not known. Compare the fingerprint with the one that the host's "
+        f"administrators publish; if they are equal, add the key ({scan}) to "
+        f"{next(iter(files), 'a known_hosts file')}"
     )

@@ -45,7 +45,7 @@ _HIGH_WATER: Final = 512 << 10  # bytes that wait for credit before a link is to
 GOODBYE_SECONDS: Final = 2.0
 
 
-class Relay:
+class SshRelay:
     """Keeps a relay on the login node, on the same port if that can be. Its owner calls ``close``.
 
     ``ports`` is the range of which the first free one is taken (0: any). ``address`` is what nodes are told to dial
@@ -66,12 +66,12 @@ class Relay:
         self._connection, self._accept, self._ports, self._address = connection, accept, ports, address
         self._changed, self.log = changed, log
         self.port = 0
-        self.worked = False
+        self.was_used = False
         """Whether a launcher has come by it."""
         self._hosts: list[str] = []
         self._program: RemoteProgram | None = None
         self._previous: dict[str, Any] | None = None
-        self._relayed: dict[int, Relayed] = {}
+        self._relayed: dict[int, RelayedConnection] = {}
         # Ports that launchers know from before, with the process that may still have one; empty: none of ours.
         self._earlier: dict[int, dict[str, Any]] = {}
         self._answers: dict[int, asyncio.Future[Frame]] = {}
@@ -88,7 +88,7 @@ class Relay:
         hosts = [self._address, *self._hosts] if self._address else self._hosts
         return [f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in dict.fromkeys(hosts)]
 
-    async def ready(self) -> None:
+    async def wait_ready(self) -> None:
         """Return once it listens; raise what was in the way of that at the last attempt."""
         while not self._up.is_set():
             self._tried.clear()
@@ -100,13 +100,13 @@ class Relay:
                 raise self._trouble
 
     @property
-    def facts(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
         """What a later server needs for ``inherit``: the ports, and who has each of them."""
         own = {} if self._previous is None else {name: self._previous[name] for name in ("boot", "pid", "ticks")}
         found = [{"port": self.port, **own}] if own else []
         return found + [{"port": port, **(facts or own)} for port, facts in self._earlier.items()]
 
-    def inherit(self, relays: Iterable[dict[str, Any]]) -> None:
+    def adopt(self, relays: Iterable[dict[str, Any]]) -> None:
         """Listen on these ports of dead servers' relays, too: their launchers dial them."""
         known = {int(facts["port"]): facts for facts in relays if int(facts["port"]) != self.port}
         self._earlier = dict(list({**known, **self._earlier}.items())[: MAX_PORTS - 1])
@@ -134,7 +134,9 @@ class Relay:
                 pause, said = _FIRST_PAUSE, ""
                 await asyncio.shield(down)
             except GatewaySlurmError as error:
-                words = str(self._connection.trouble or error)  # the same, though the time to the next try is another
+                words = str(
+                    self._connection.last_error or error
+                )  # the same, though the time to the next try is another
                 if words != said:
                     self.log.warning("relay: %s", words)
                 said, self._trouble = words, error
@@ -153,7 +155,7 @@ class Relay:
             if not down.done():
                 down.set_result(None)
 
-        program = await self._connection.program("relay", on_frames=self._took, on_end=ended)
+        program = await self._connection.start_program("relay", on_frames=self._took, on_end=ended)
         self._program = program
         ports = list(self._ports)
         before = [*([self._previous] if self._previous is not None else []), *self._earlier.values()]
@@ -255,7 +257,7 @@ class Relay:
                 if answer is not None and not answer.done():
                     answer.set_result(each)
             elif kind == OPEN and self._program is not None:
-                self._relayed[number] = Relayed(self, self._program, number, payload.decode(errors="replace"))
+                self._relayed[number] = RelayedConnection(self, self._program, number, payload.decode(errors="replace"))
                 self._relayed[number].begin(self._accept)
             elif number in self._relayed:
                 self._relayed[number].took(kind, payload)
@@ -265,10 +267,10 @@ class Relay:
         self._relayed.pop(number, None)
 
 
-class Relayed(asyncio.Transport):
+class RelayedConnection(asyncio.Transport):
     """One connection of a launcher's that came by the relay; its link closes it."""
 
-    def __init__(self, relay: Relay, program: RemoteProgram, number: int, peer: str) -> None:
+    def __init__(self, relay: SshRelay, program: RemoteProgram, number: int, peer: str) -> None:
         super().__init__({"peername": (peer, 0)})
         self._relay, self._program, self._number = relay, program, number
         self._loop = asyncio.get_running_loop()
@@ -304,7 +306,7 @@ class Relayed(asyncio.Transport):
         if not self._closing:
             self._link.data_received(payload)
             if self._link.is_authenticated:
-                self._relay.worked = True
+                self._relay.was_used = True
         self._owed += len(payload)
         self._give_credit()
 
@@ -386,7 +388,7 @@ def _range(ports: list[int]) -> str:
     return str(ports[0]) if len(ports) == 1 else f"{ports[0]}-{ports[-1]}"
 
 
-def check_address(address: str) -> str:
+def check_relay_address(address: str) -> str:
     """A host name or IP address, without a port. Raises ConfigError."""
     if address and (address.startswith("[") or any(each in address for each in "/@ ")):
         raise ConfigError(f"SlurmService.relay_address must be a host name or an IP address, not {address!r}")

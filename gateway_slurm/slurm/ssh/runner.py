@@ -62,12 +62,12 @@ class SshRunner(Runner):
     @property
     def user(self) -> str:
         """The user whom the login node knows us as."""
-        return self.connection.target.user
+        return self.connection.destination.user
 
     def find(self, argv: Sequence[str]) -> str:
         """Return the program's name: the login node looks for it. Raises what the last attempt to reach it raised."""
-        if self.connection.trouble is not None:
-            raise self.connection.trouble
+        if self.connection.last_error is not None:
+            raise self.connection.last_error
         return argv[0]
 
     async def run(
@@ -135,7 +135,7 @@ class SshRunner(Runner):
             self._answers.pop(number, None)
         return RemoteProcess(self, {**fields, "boot": program.info["boot"]}, number, end)
 
-    async def arrive(self) -> str:
+    async def connect(self) -> str:
         """Log in and start the program there, if that is not done yet; return the host's own name. Raises SshError."""
         return str((await self._ready()).info["host"])
 
@@ -146,7 +146,7 @@ class SshRunner(Runner):
         if self._program is not None and not self._program.ended:
             return self._program
         if self._opening is None or self._opening.done():
-            opening = self.connection.program("commands", on_frames=self._took, on_end=self._lost)
+            opening = self.connection.start_program("commands", on_frames=self._took, on_end=self._lost)
             self._opening = asyncio.ensure_future(opening)
             self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._program = await asyncio.shield(self._opening)

@@ -22,7 +22,7 @@ from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY, READY, 
 _MARGIN: Final = 5.0
 
 
-class UserRunner(Runner):
+class SudoRunner(Runner):
     """Runs Slurm's commands as ``user``; ``command`` is the argv that starts the helper, with ``{user}`` in it.
 
     Where Slurm's commands and its configuration are is the helper's own to know. ``timeout`` is in seconds;

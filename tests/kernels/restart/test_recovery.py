@@ -21,7 +21,7 @@ from gateway_slurm.allocations import recovery
 from gateway_slurm.allocations.identity import JOB_NAME, identity_of
 from gateway_slurm.allocations.recovery import recover
 from gateway_slurm.errors import SlurmUnavailable
-from gateway_slurm.slurm.driver import CommandLineSlurm
+from gateway_slurm.slurm.driver import CommandLineDriver
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.store import AllocationRecord, Registry
 from helpers.dead_server import leave_behind
@@ -34,15 +34,15 @@ LOG = logging.getLogger("test.recovery")
 KILLED_SERVER = """
 import os, signal, sys
 from jupyter_client import KernelManager
-from gateway_slurm.slurm.driver import CommandLineSlurm
+from gateway_slurm.slurm.driver import CommandLineDriver
 when = sys.argv[1]
-submit = CommandLineSlurm.submit
+submit = CommandLineDriver.submit
 async def killed(self, spec):
     if when == "before":
         os.kill(os.getpid(), signal.SIGKILL)
     await submit(self, spec)
     os.kill(os.getpid(), signal.SIGKILL)
-CommandLineSlurm.submit = killed
+CommandLineDriver.submit = killed
 KernelManager(kernel_name="slurm").start_kernel()
 """
 
@@ -61,9 +61,9 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 
 @pytest.fixture
-def driver(cluster) -> CommandLineSlurm:
+def driver(cluster) -> CommandLineDriver:
     """The real Slurm."""
-    return CommandLineSlurm(Runner())
+    return CommandLineDriver(Runner())
 
 
 async def test_a_job_that_no_kernel_ever_ran_in_is_cancelled_and_others_are_not(

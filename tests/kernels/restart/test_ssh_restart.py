@@ -158,7 +158,7 @@ async def test_another_server_that_is_there_answers_at_the_dead_ones_port(by_ssh
     assert await async_execute(client, PID) == str(known["pid"])
     client.stop_channels()
     assert relay.port == own
-    assert len(relay.facts) == 2
+    assert len(relay.records) == 2
     await manager.shutdown_kernel()
     assert await poll_async(lambda: job_state(str(known["jobid"])) == "", timeout=READY)
 

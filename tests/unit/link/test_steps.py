@@ -273,7 +273,7 @@ async def test_without_a_link_no_step_is_started(ends: Ends) -> None:
     with pytest.raises(AllocationError, match="the link to its launcher is down"):
         await ends.inside.start(SPEC)
     with pytest.raises(SlurmUnavailable, match="the link to its launcher is down"):
-        await ends.inside.listed("12")
+        await ends.inside.list_steps("12")
 
 
 async def test_a_launcher_that_is_gone_takes_its_steps_with_it(ends: Ends, programs: Path) -> None:
@@ -305,16 +305,18 @@ async def test_steps_are_bounded(ends: Ends, programs: Path, monkeypatch: pytest
 async def test_steps_are_listed(ends: Ends, programs: Path) -> None:
     """By squeue on the node, asked about this job only."""
     install(programs, "squeue", 'echo "$@" | grep -q -- --jobs=12 && echo "12.3 ann c1 sleep"')
-    assert await ends.until(ends.inside.listed("12")) == [StepInfo(stepid="12.3", user="ann", nodes="c1", name="sleep")]
+    assert await ends.until(ends.inside.list_steps("12")) == [
+        StepInfo(stepid="12.3", user="ann", nodes="c1", name="sleep")
+    ]
 
 
 async def test_a_squeue_that_fails_says_nothing(ends: Ends, programs: Path) -> None:
     """In Slurm's words; and one that hangs is ended."""
     install(programs, "squeue", "echo 'squeue: error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(SlurmUnavailable, match="Unable to contact slurm controller"):
-        await ends.until(ends.inside.listed("12"))
+        await ends.until(ends.inside.list_steps("12"))
     install(programs, "squeue", "exec sleep 600")
-    listing = asyncio.ensure_future(ends.inside.listed("12"))
+    listing = asyncio.ensure_future(ends.inside.list_steps("12"))
     await asyncio.sleep(0)
     ends.timers[-1]()
     with pytest.raises(SlurmUnavailable, match="could not list its steps"):

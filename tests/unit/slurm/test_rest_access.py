@@ -14,10 +14,10 @@ from gateway_slurm.allocations.launcher import LauncherSteps
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import ConfigError, SlurmNotInstalled, StepsUnknown
 from gateway_slurm.link.server import ResponseSocket
-from gateway_slurm.slurm.driver import CommandLineSlurm
+from gateway_slurm.slurm.driver import CommandLineDriver
 from gateway_slurm.slurm.model import JobInfo, StepInfo
-from gateway_slurm.slurm.rest.driver import RestSlurm
-from gateway_slurm.slurm.sudo.runner import UserRunner, process_user
+from gateway_slurm.slurm.rest.driver import RestDriver
+from gateway_slurm.slurm.sudo.runner import SudoRunner, process_user
 
 TOKENS = {"rest_token_file": "/nonexistent/token"}
 URL = "rest+http://127.0.0.1:6820"
@@ -34,7 +34,7 @@ def test_without_a_rest_interface_nothing_is_made_for_one() -> None:
     """Slurm's commands are the default, and are looked for on this machine."""
     access = cluster_access(settings(slurm_path="/nonexistent", rest_user="ann"))
     assert access.user == process_user()
-    assert isinstance(access.driver(access.user), CommandLineSlurm)
+    assert isinstance(access.driver(access.user), CommandLineDriver)
     assert access.environment({"HOME": os.environ["HOME"]}) == {"HOME": os.environ["HOME"]}
     with pytest.raises(SlurmNotInstalled):
         access.check()
@@ -44,8 +44,8 @@ def test_another_users_commands_are_run_by_the_helper() -> None:
     """Their runs are counted with the process's own."""
     access = cluster_access(settings())
     driver = access.driver("somebody-else")
-    assert isinstance(driver, CommandLineSlurm)
-    assert isinstance(driver.runner, UserRunner)
+    assert isinstance(driver, CommandLineDriver)
+    assert isinstance(driver.runner, SudoRunner)
     assert driver.runner.user == "somebody-else"
     assert driver.runner.counts is access.runner.counts
 
@@ -57,7 +57,7 @@ def test_with_one_no_command_is_needed() -> None:
     assert access.user == "ann"
     for user in ("ann", "bob"):
         driver = access.driver(user)
-        assert isinstance(driver, RestSlurm)
+        assert isinstance(driver, RestDriver)
         assert driver.user == user
         assert not driver.can_adopt
     assert access.environment({"HOME": os.environ["HOME"], "LANG": "C"}) == {"LANG": "C"}
@@ -67,13 +67,13 @@ def test_with_one_no_command_is_needed() -> None:
 async def test_drivers_find_the_launchers_of_a_service_that_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one, steps of a job that runs are not known, which is said; with one, its launchers are asked."""
 
-    async def jobs(_driver: RestSlurm, _jobids: list[str]) -> dict[str, JobInfo]:
+    async def jobs(_driver: RestDriver, _jobids: list[str]) -> dict[str, JobInfo]:
         return {}
 
-    monkeypatch.setattr(RestSlurm, "jobs", jobs)
+    monkeypatch.setattr(RestDriver, "jobs", jobs)
 
     class Inside:
-        async def listed(self, jobid: str) -> list[StepInfo]:
+        async def list_steps(self, jobid: str) -> list[StepInfo]:
             return [StepInfo(stepid=f"{jobid}.0", user="ann", nodes="n1", name="work")]
 
     access = cluster_access(settings(cluster=URL, **TOKENS))

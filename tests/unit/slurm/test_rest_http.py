@@ -14,7 +14,7 @@ import pytest
 
 from gateway_slurm.errors import ConfigError, SlurmError, SlurmUnavailable, SubmitRefused
 from gateway_slurm.slurm.model import JobSpec
-from gateway_slurm.slurm.rest.driver import Rest, RestSlurm
+from gateway_slurm.slurm.rest.driver import RestDriver, Slurmrestd
 from gateway_slurm.slurm.rest.http import RestClient
 from gateway_slurm.slurm.url import parse_cluster_url
 
@@ -88,16 +88,16 @@ def response(status: int, body: bytes, kind: str = "application/json", length: i
 
 @asynccontextmanager
 async def asking(
-    answers: Mapping[str, object], *, tokens: FewTokens | None = None, timeout: float = 20, max_answer: int = 10_000
-) -> AsyncIterator[tuple[RestSlurm, Server]]:
+    answers: Mapping[str, object], *, tokens: FewTokens | None = None, timeout: float = 20, max_response: int = 10_000
+) -> AsyncIterator[tuple[RestDriver, Server]]:
     """A driver and the server that it asks."""
     server = Server(answers)
     listener = await asyncio.start_server(server.handle, "127.0.0.1", 0)
     server.port = listener.sockets[0].getsockname()[1]
     url = parse_cluster_url(f"rest+http://127.0.0.1:{server.port}")
-    rest = Rest(RestClient(url, timeout=timeout, max_answer=max_answer), tokens or FewTokens(SECRET))
+    rest = Slurmrestd(RestClient(url, timeout=timeout, max_response=max_response), tokens or FewTokens(SECRET))
     try:
-        yield RestSlurm(rest, "ann", inside=lambda _jobid: None), server
+        yield RestDriver(rest, "ann", find_launcher=lambda _jobid: None), server
     finally:
         rest.close()
         listener.close()
@@ -140,18 +140,18 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encodi
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (response(200, b'{"jobs": [', length=500), "ended before the answer was whole"),
+        (response(200, b'{"jobs": [', length=500), "ended before the response was complete"),
         (response(200, b" " * 20_000), "has 20000 bytes, and at most 10000 are read"),
         (CHUNKED + b"4000\r\n" + b" " * 0x4000 + b"\r\n0\r\n\r\n", "more than 10000 bytes"),
-        (b"", "without an answer"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "could not be asked"),
+        (b"", "without a response"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "gave no response"),
         (response(200, b'{"jobs": ['), "not slurmrestd's JSON"),
         (response(200, b"[]"), "not slurmrestd's JSON"),
         (response(200, b"[" * 9000), "not slurmrestd's JSON"),
         (response(200, b"<h1>Log in, please</h1>", "text/html"), "Log in, please"),
         (response(502, b"<title>Bad\x1b[31m Gateway</title>", "text/html"), "answered 502: Bad [31m Gateway"),
         (response(503, b""), "answered 503: nothing"),
-        (response(403, b"no", "text/plain"), "ann may not do that"),
+        (response(403, b"no", "text/plain"), "ann is not allowed to do this"),
         (response(200, json.dumps({"jobs": []}).encode()), "answered 200"),
         (response(200, json.dumps({"errors": []}).encode()), "no list of jobs"),
     ],
@@ -185,7 +185,7 @@ async def test_nobody_there() -> None:
         driver.rest.client.url = parse_cluster_url("rest+http://127.0.0.1:1")
         error = await error_of(driver.jobs(["1"]))
         assert isinstance(error, SlurmUnavailable)
-        assert "could not be asked" in str(error)
+        assert "gave no response" in str(error)
         assert server.heard == []
 
 
@@ -340,7 +340,11 @@ async def test_what_is_no_job_id_is_not_asked_about(jobid: str) -> None:
 def test_what_is_no_user_is_not_asked_for(user: str) -> None:
     """It would go into a header, a file's name, and a command's argument."""
     with pytest.raises(ValueError, match="is not the name of a user"):
-        RestSlurm(Rest(RestClient(parse_cluster_url("rest+http://h:1")), FewTokens("t")), user, inside=lambda _: None)
+        RestDriver(
+            Slurmrestd(RestClient(parse_cluster_url("rest+http://h:1")), FewTokens("t")),
+            user,
+            find_launcher=lambda _: None,
+        )
 
 
 # -- HTTPS ------------------------------------------------------------------------------------
@@ -360,7 +364,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @asynccontextmanager
 async def asking_by_https(
     certificate: tuple[Path, Path], host: str, ca_file: str
-) -> AsyncIterator[tuple[RestSlurm, Server]]:
+) -> AsyncIterator[tuple[RestDriver, Server]]:
     """A driver and the server that it asks by this name."""
     key, cert = certificate
     server = Server({"GET /slurm": (404, UNKNOWN)})
@@ -370,7 +374,7 @@ async def asking_by_https(
     port = listener.sockets[0].getsockname()[1]
     client = RestClient(parse_cluster_url(f"rest+https://{host}:{port}"), ca_file=ca_file, timeout=10)
     try:
-        yield RestSlurm(Rest(client, FewTokens(SECRET)), "ann", inside=lambda _jobid: None), server
+        yield RestDriver(Slurmrestd(client, FewTokens(SECRET)), "ann", find_launcher=lambda _jobid: None), server
     finally:
         client.close()
         listener.close()

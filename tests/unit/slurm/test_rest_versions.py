@@ -11,7 +11,13 @@ import pytest
 
 from gateway_slurm.errors import SlurmUnavailable, SubmitRefused
 from gateway_slurm.slurm.model import JobSpec
-from gateway_slurm.slurm.rest.versions import VERSIONS, announced, choose, submission, with_login_environment
+from gateway_slurm.slurm.rest.versions import (
+    VERSIONS,
+    newest_known,
+    offered_versions,
+    submission,
+    with_login_environment,
+)
 
 SPEC = JobSpec(
     name="n é",
@@ -121,17 +127,19 @@ def test_options_of_sbatchs_own_are_refused() -> None:
 def test_the_newest_version_of_both_sides_is_chosen() -> None:
     """Of what the server announces the newest that is known here; one that is newer still does no harm."""
     paths = [f"/slurm/v0.0.{number}/job/submit" for number in (40, 41, 99)]
-    served = announced({"paths": dict.fromkeys([*paths, "/slurmdb/v0.0.42/jobs/", "/slurm/v0.0.42/jobs/", "/x"])})
+    other = ["/slurmdb/v0.0.42/jobs/", "/slurm/v0.0.42/jobs/", "/x"]
+    served = offered_versions({"paths": dict.fromkeys([*paths, *other])})
     assert served == ["v0.0.40", "v0.0.41", "v0.0.99"]
-    assert choose(served).name == "v0.0.41"
-    assert announced({"paths": {"/slurm/v0.0.9/job/submit/": 1, "/slurm/v0.0.38/job/submit": 1}})[-1] == "v0.0.38"
+    assert newest_known(served).name == "v0.0.41"
+    served = offered_versions({"paths": {"/slurm/v0.0.9/job/submit/": 1, "/slurm/v0.0.38/job/submit": 1}})
+    assert served[-1] == "v0.0.38"
 
 
 @pytest.mark.parametrize("document", [{}, {"paths": []}, {"paths": {"/slurm/v0.0.99/job/submit": {}}}])
 def test_no_version_of_both_sides(document: dict[str, Any]) -> None:
     """Where there is none the error says which there are."""
     with pytest.raises(SlurmUnavailable, match=r"v0\.0\.38 to v0\.0\.\d+"):
-        choose(announced(document))
+        newest_known(offered_versions(document))
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.errors import ConfigError, HostKeyRefused
-from gateway_slurm.slurm.ssh.config import Target, resolve
-from gateway_slurm.slurm.ssh.host_keys import KnownKey, check, known_keys
+from gateway_slurm.slurm.ssh.config import Destination, resolve_destination
+from gateway_slurm.slurm.ssh.host_keys import KnownKey, check_host_key, known_keys
 from gateway_slurm.slurm.ssh.remote import bootstrap
 from gateway_slurm.slurm.url import parse_cluster_url
 
@@ -50,16 +50,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def target(text: str) -> Target:
+def destination(text: str) -> Destination:
     """Resolve a URL."""
-    return resolve(parse_cluster_url(text))
+    return resolve_destination(parse_cluster_url(text))
 
 
 def test_an_alias_is_followed(home: Path) -> None:
     """Host, port, user, key and known_hosts files."""
-    found = target("ssh://cluster")
+    found = destination("ssh://cluster")
     assert (found.host, found.port, found.user) == ("login01.example.org", 2222, "ann")
-    assert found.known_as == "[login01.example.org]:2222"
+    assert found.known_hosts_name == "[login01.example.org]:2222"
     assert found.identities == (f"{home}/.ssh/cluster key",)
     assert found.identities_only
     assert found.known_hosts == (f"{home}/known", f"{home}/known two")
@@ -67,13 +67,13 @@ def test_an_alias_is_followed(home: Path) -> None:
 
 def test_the_url_comes_before_the_configuration(home: Path) -> None:
     """User and port."""
-    found = target("ssh://bob@cluster:22")
-    assert (found.user, found.port, found.known_as) == ("bob", 22, "login01.example.org")
+    found = destination("ssh://bob@cluster:22")
+    assert (found.user, found.port, found.known_hosts_name) == ("bob", 22, "login01.example.org")
 
 
 def test_what_the_configuration_does_not_say_is_as_ssh_has_it(home: Path) -> None:
     """Port 22, the usual keys, the usual known_hosts files."""
-    found = target("ssh://elsewhere.example.org")
+    found = destination("ssh://elsewhere.example.org")
     assert (found.host, found.port, found.user) == ("elsewhere.example.org", 22, "everybody")
     assert found.identities[0] == f"{home}/.ssh/id_ed25519"
     assert f"{home}/.ssh/known_hosts" in found.known_hosts
@@ -82,50 +82,50 @@ def test_what_the_configuration_does_not_say_is_as_ssh_has_it(home: Path) -> Non
 
 def test_a_key_alias_is_what_known_hosts_files_have(home: Path) -> None:
     """In small letters, as there."""
-    assert target("ssh://alias:2222").known_as == "cluster-key"
+    assert destination("ssh://alias:2222").known_hosts_name == "cluster-key"
 
 
 def test_included_files_are_read(home: Path) -> None:
     """First words win, and these come first."""
     (home / ".ssh" / "more" / "a.conf").write_text("Host cluster\n  Port 2223\n")
-    assert target("ssh://cluster").port == 2223
+    assert destination("ssh://cluster").port == 2223
 
 
 def test_files_that_include_one_another_are_an_error(home: Path) -> None:
     """Not an endless loop."""
     (home / ".ssh" / "more" / "a.conf").write_text("Include more/a.conf\n")
-    with pytest.raises(ConfigError, match="include one another"):
-        target("ssh://cluster")
+    with pytest.raises(ConfigError, match="nested more than"):
+        destination("ssh://cluster")
 
 
 def test_a_configuration_that_others_can_write_is_refused(home: Path) -> None:
     """They would choose where passwords go."""
     (home / ".ssh" / "config").chmod(0o666)
     with pytest.raises(ConfigError, match="chmod 600"):
-        target("ssh://cluster")
+        destination("ssh://cluster")
 
 
 def test_jump_hosts_come_in_the_order_in_which_they_are_dialled(home: Path) -> None:
     """The first one's own way before it, each with its own user and port."""
-    hops = [(hop.user, hop.host, hop.port) for hop in target("ssh://behind").jumps]
+    hops = [(hop.user, hop.host, hop.port) for hop in destination("ssh://behind").jumps]
     assert hops == [("everybody", "zeroth", 22), ("bob", "first", 2200), ("everybody", "second", 22)]
 
 
 def test_a_host_on_its_own_way_is_dialled_itself(home: Path) -> None:
     """As happens with ``Host *``."""
-    assert target("ssh://loop").jumps == ()
+    assert destination("ssh://loop").jumps == ()
 
 
 def test_a_proxy_command_is_refused_and_not_passed_over(home: Path) -> None:
     """It would be dialled directly, and fail without a word of why."""
     with pytest.raises(ConfigError, match="ProxyJump"):
-        target("ssh://command")
+        destination("ssh://command")
 
 
 def test_without_a_configuration_the_url_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has to be there."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert str(target("ssh://ann@[2001:db8::1]:2222")) == "ann@[2001:db8::1]:2222"
+    assert str(destination("ssh://ann@[2001:db8::1]:2222")) == "ann@[2001:db8::1]:2222"
 
 
 @pytest.mark.parametrize("python", ["python3; id", "$(id)", "a b", "'", "", "~/python"])
@@ -182,11 +182,11 @@ def test_a_line_is_about_the_hosts_that_its_patterns_fit(tmp_path: Path, pattern
 def test_a_key_of_another_host_is_of_no_use() -> None:
     """Only what is known of this one counts."""
     with pytest.raises(HostKeyRefused, match="CHANGED"):
-        check("login", Key(b"one"), [KnownKey("ssh-ed25519", b"two", revoked=False, where="f:1")], ["f"])
-    check("login", Key(b"two"), [KnownKey("ssh-ed25519", b"two", revoked=False, where="f:1")], ["f"])
+        check_host_key("login", Key(b"one"), [KnownKey("ssh-ed25519", b"two", revoked=False, location="f:1")], ["f"])
+    check_host_key("login", Key(b"two"), [KnownKey("ssh-ed25519", b"two", revoked=False, location="f:1")], ["f"])
 
 
 def test_a_host_of_which_only_revoked_keys_are_known_is_unknown() -> None:
     """Another key of it is asked about as any new one."""
     with pytest.raises(HostKeyRefused, match="not known"):
-        check("login", Key(b"one"), [KnownKey("ssh-ed25519", b"two", revoked=True, where="f:1")], ["f"])
+        check_host_key("login", Key(b"one"), [KnownKey("ssh-ed25519", b"two", revoked=True, location="f:1")], ["f"])

@@ -34,7 +34,7 @@ from gateway_slurm.slurm.ssh.login_node.common import (
     pack,
     unpack,
 )
-from gateway_slurm.slurm.ssh.relay import Relayed
+from gateway_slurm.slurm.ssh.relay import RelayedConnection
 from gateway_slurm.slurm.ssh.remote import bootstrap, program_text
 
 
@@ -290,10 +290,10 @@ class Owner:
         """Nothing to do."""
 
 
-def relayed() -> tuple[Relayed, Notes, Link]:
+def relayed() -> tuple[RelayedConnection, Notes, Link]:
     """A connection that has begun."""
     owner, notes = Owner(), Notes()
-    connection = Relayed(owner, notes, 5, "192.0.2.1")  # type: ignore[arg-type]
+    connection = RelayedConnection(owner, notes, 5, "192.0.2.1")  # type: ignore[arg-type]
     connection.begin(owner.accept)
     return connection, notes, owner.link
 
@@ -363,7 +363,7 @@ async def test_a_link_by_the_relay_that_reads_nothing_is_given_up(monkeypatch: p
     monkeypatch.setattr(server, "GOODBYE_SECONDS", 0.1)
     socket, notes = server.ResponseSocket(log=logging.getLogger("test.relay")), Notes()
     lost = asyncio.Event()
-    connection = Relayed(SimpleNamespace(forget=lambda _number: lost.set()), notes, 5, "192.0.2.1")  # type: ignore[arg-type]
+    connection = RelayedConnection(SimpleNamespace(forget=lambda _number: lost.set()), notes, 5, "192.0.2.1")  # type: ignore[arg-type]
     connection.begin(socket.connected)
     connection.write(b"x" * (2 * WINDOW))
     await socket.close()

@@ -24,7 +24,7 @@ from gateway_slurm.slurm import commands
 from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.sudo import HELPER, helper
 from gateway_slurm.slurm.sudo.helper import LENGTH, Refused, Settings
-from gateway_slurm.slurm.sudo.runner import UserRunner, check_user, process_user
+from gateway_slurm.slurm.sudo.runner import SudoRunner, check_user, process_user
 
 ROOT = Path(__file__).parents[3]
 GOOD = {"command": "scancel", "arguments": ["12"], "environment": {}, "timeout": 30, "detached": False}
@@ -228,7 +228,7 @@ helper.load_settings = lambda path: helper.Settings(path={path!r}, slurm_conf="/
 sys.exit(helper.main())
 """
 
-Runners = Callable[..., UserRunner]
+Runners = Callable[..., SudoRunner]
 
 
 @pytest.fixture
@@ -237,11 +237,11 @@ def runner(tmp_path) -> Runners:
     script = tmp_path / "unchecked.py"
     script.write_text(UNCHECKED.format(root=str(ROOT), path=f"{tmp_path}:/usr/bin:/bin"))
 
-    def make(timeout: float = 30, **scripts: str) -> UserRunner:
+    def make(timeout: float = 30, **scripts: str) -> SudoRunner:
         for name, text in scripts.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
             (tmp_path / name).chmod(0o755)
-        return UserRunner("ada", [sys.executable, "-I", str(script)], timeout=timeout, counts=Counter())
+        return SudoRunner("ada", [sys.executable, "-I", str(script)], timeout=timeout, counts=Counter())
 
     return make
 

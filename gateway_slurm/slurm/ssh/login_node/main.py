@@ -10,7 +10,7 @@ import sys
 
 from gateway_slurm.slurm.ssh.login_node.commands import serve_commands
 from gateway_slurm.slurm.ssh.login_node.common import INFO, frame, pack, start_ticks
-from gateway_slurm.slurm.ssh.login_node.relay import Relay
+from gateway_slurm.slurm.ssh.login_node.relay import RelayProgram
 
 
 def main(marker: str, mode: str, silence: float) -> None:
@@ -31,7 +31,7 @@ def main(marker: str, mode: str, silence: float) -> None:
     sys.stdout.buffer.write(f"\n{marker}\n".encode() + frame(INFO, 0, pack(facts)))
     sys.stdout.buffer.flush()
     if mode == "relay":
-        Relay().run(silence)
+        RelayProgram().run(silence)
     else:
         serve_commands(silence)
     os._exit(0)

@@ -54,7 +54,7 @@ class Connection:
         self.deadline = float("inf")  # for a node to take what was said last
 
 
-class Relay:
+class RelayProgram:
     """Carries connections between a port of this machine and the channel; one loop, nothing in it blocks."""
 
     def __init__(self) -> None:
