@@ -72,7 +72,7 @@ async def bench_new_allocations(table: Table, directory: Path, runs: int) -> Non
             began = time.time()
             kernel, seconds = await start(name)
             table.add("Slurm commands, start", runner.counts.total() - before)
-            launcher = kernel.provisioner._held.process.launcher
+            launcher = kernel.provisioner._handle.process.launcher
             first = start_time(launcher_pid(launcher.jobid))
             table.add(f"new allocation, {mode}, in all", seconds)
             table.add(f"submit to first instruction, {mode}", first - began)

@@ -41,7 +41,7 @@ async def _start(service: SlurmService, name: str, way: str) -> Kernel:
     if access.relay is not None:
         access.relay.was_used = way == "relay"  # its addresses come first then
     kernel, _seconds = await start(name)
-    link = kernel.provisioner._held.process.launcher.link
+    link = kernel.provisioner._handle.process.launcher.link
     by_relay = type(link._transport).__name__ == "RelayedConnection"
     assert by_relay == (way == "relay"), f"{name} took another way than the {way}"
     return kernel

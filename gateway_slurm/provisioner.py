@@ -1,13 +1,25 @@
-"""``slurm-provisioner``: what jupyter_client asks of a kernel provisioner, as calls to the service.
+"""``slurm-provisioner``: runs the kernel of a kernelspec on a Slurm node, for jupyter_client.
 
-The contract is ``jupyter_client.provisioning.KernelProvisionerBase``; jupyter_client calls it from
-whatever loop it has, or from a new one each time, so every call hands over to the service's thread.
+The contract is ``jupyter_client.provisioning.KernelProvisionerBase``. jupyter_client calls a provisioner from whatever
+loop it has, or from a new one each time, so every call is passed to the service's own thread.
+
+A start of a kernel goes through these places:
+
+1. ``provisioner.SlurmProvisioner.launch_kernel``: the kernelspec's request and the kernel's command;
+2. ``service.SlurmService.start_kernel``: the store and the response socket are open;
+3. ``kernels.held.Kernels.start``: the owner may start it, and the project has an account;
+4. ``allocations.manager.Allocations.acquire``: an allocation with a place, new, shared or adopted;
+5. ``allocations.start``: a launcher in the allocation, as the job's script or as a job step;
+6. ``launchers.main`` on the node: the launcher dials the server and says HELLO;
+7. ``kernels.process.KernelProcess.start``: the transport is selected, and START goes to the launcher;
+8. ``launchers.kernel`` on the node: the kernel's process; STARTED comes back once it listens.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -24,131 +36,104 @@ from gateway_slurm._util import printable
 from gateway_slurm.config import port_range
 from gateway_slurm.environment import fill_placeholders, kernel_environment, only_texts
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LinkError, RequestError
-from gateway_slurm.kernels.held import HeldKernel
+from gateway_slurm.kernels.held import KernelHandle
 from gateway_slurm.kernels.model import KernelLaunch, Phase
-from gateway_slurm.kernels.restore import Restored
+from gateway_slurm.kernels.restore import RestoredKernel
 from gateway_slurm.kernels.transport import choose_mode
 from gateway_slurm.link.output import Kept
 from gateway_slurm.request import KernelRequest, parse_request
 from gateway_slurm.service import SlurmService
 
-
-def start_cancelled(manager: Any) -> None:
-    """Leave the kernel manager in order after a start or restart that was cancelled."""
-    # Websockets and others wait for it.
-    ready = getattr(manager, "ready", None)
-    if ready is not None and not ready.done():
-        ready.set_exception(KernelStartError("the start of the kernel was cancelled"))
-        ready.exception()  # retrieved: asyncio logs an exception that is not
-    if manager is not None:
-        manager.stop_restarter()  # it would find no kernel, and start one: in a new job
-
-
-def look_soon(manager: Any, is_dead: Callable[[], bool]) -> None:
-    """Have the manager's restarter, if one runs, poll now; by itself it polls every 3 s.
-
-    Any thread may call this; it returns at once. The restarter polls on its own loop, if ``is_dead`` returns True
-    there and the kernel has not been shut down or restarted meanwhile.
-    """
-    polling = polling_restarter(manager)
-    if polling is None:
-        return
-    _restarter, periodic = polling
-    loop = periodic.io_loop
-    # Twice: a shutdown that begins in the loop's next round comes first.
-    loop.add_callback(loop.add_callback, _look, manager, polling, is_dead)
-
-
-def _look(manager: Any, polling: tuple[Any, Any], is_dead: Callable[[], bool]) -> Any:
-    """Poll; returns an awaitable where the manager is asynchronous, which the loop awaits."""
-    if manager.shutting_down or polling_restarter(manager) != polling or not is_dead():
-        return None
-    restarter, _periodic = polling
-    return restarter.poll()
-
-
 T = TypeVar("T")
 
-_OURS = ("kernel_id", "kernel_spec", "parent")
-# How long a shutdown that was asked for may take before the manager goes back to polling, in seconds.
-SHUTDOWN_NOTICE = 1.0
-_OWN_PYTHON = ("python", f"python{sys.version_info[0]}", "python{}.{}".format(*sys.version_info))
-# What the provisioner itself has on record beside what the kernel manager tells.
-_OWN_STATE = "provisioner"
+_BASE_ARGUMENTS = ("kernel_id", "kernel_spec", "parent")
+# Seconds that a shutdown request waits for the kernel's end before the manager polls.
+SHUTDOWN_WAIT = 1.0
+_PYTHON_NAMES = ("python", f"python{sys.version_info[0]}", "python{}.{}".format(*sys.version_info))
+# The key of the provisioner's own state on record, beside the kernel manager's.
+_STATE_KEY = "provisioner"
 
 
 class SlurmProvisioner(KernelProvisionerBase):
     """Runs the kernel of a kernelspec on a Slurm node.
 
-    ``metadata.kernel_provisioner.config`` of the kernelspec holds the request fields; it arrives
-    here as keywords and is untrusted, so it sets no trait.
+    ``metadata.kernel_provisioner.config`` of the kernelspec has the request fields. They arrive here as keywords and
+    are untrusted, so they set no trait.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {name: kwargs.pop(name) for name in _OURS if name in kwargs}
+        base_arguments = {name: kwargs.pop(name) for name in _BASE_ARGUMENTS if name in kwargs}
         kwargs.pop("config", None)
-        super().__init__(**own)
+        super().__init__(**base_arguments)
         self._fields: dict[str, Any] = kwargs
-        # Who the kernel belongs to, and the fields that go over the kernelspec's: given by a kernel manager
-        # that has checked both, at the first start, and the same over restarts.
+        # The owner, and the fields that override the kernelspec's. A kernel manager that has checked both gives them
+        # at the first start; restarts have the same.
         self._given: tuple[str, dict[str, Any]] | None = None
         self._owner = ""
-        self._held: HeldKernel | None = None
+        self._handle: KernelHandle | None = None
+        # The service that has the kernel; ``service`` is a new one after that one was closed.
+        self._kernel_service: SlurmService | None = None
         self._has_process = False
         self._curve: tuple[str, str] | None = None
         self._moved = self._waits_until_over = False
-        # Called once the manager has it, when a restart has given the kernel another address.
+        # Called when a restart has given the kernel another address, once the manager has confirmed the restart.
         self.on_moved: Callable[[], None] = lambda: None
 
-    # -- the service --------------------------------------------------------------------------
+    # -- The service --------------------------------------------------------------------------
 
     @property
     def service(self) -> SlurmService:
+        """The service of this process."""
         return SlurmService.instance(self.log)
 
     async def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await self.service.run(coroutine)
 
     @property
+    def _is_closed(self) -> bool:
+        """Whether the service that has the kernel was closed, and its kernels with it."""
+        return self._kernel_service is not None and self._kernel_service.is_closed
+
+    @property
     def holds_kernel(self) -> bool:
-        """Whether there is a kernel, dead or alive, whose place in a job ``cleanup`` gives up."""
-        return self._held is not None
+        """Whether there is a kernel, dead or alive, with a place in a job that ``cleanup`` releases."""
+        return self._handle is not None
 
     @property
     def jobid(self) -> str | None:
         """The Slurm job that the kernel runs in."""
-        return self._held.allocation.jobid if self._held else None
+        return self._handle.allocation.jobid if self._handle else None
 
     @property
     def node(self) -> str | None:
         """The node that the kernel runs on."""
-        return self._held.process.launcher.node if self._held else None
+        return self._handle.process.launcher.node if self._handle else None
 
     @property
     def connect(self) -> dict[str, str] | None:
         """How clients get to the kernel, ``direct`` or ``tunnel``, and why; None before that is known."""
-        return self._held.process.connect if self._held else None
+        return self._handle.process.connect if self._handle else None
 
     @property
     def exit_reason(self) -> str:
         """Why the kernel ended, in words; empty while it lives."""
-        return self._held.process.reason if self._held else ""
+        return self._handle.process.reason if self._handle else ""
 
-    # -- start --------------------------------------------------------------------------------
+    # -- Start --------------------------------------------------------------------------------
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Called before each start. Raises RequestError when the kernelspec asks for something invalid.
 
-        A kernel manager of several users' kernels gives ``slurm_owner`` (a user's name; default: the user
-        of this process) and ``slurm_fields`` (request fields that go over those of the kernelspec) to
-        ``start_kernel``. They count at the first start, and are nothing that a kernelspec could say.
+        A kernel manager of several users' kernels passes ``slurm_owner`` (a user's name; default: the user of this
+        process) and ``slurm_fields`` (request fields that override the kernelspec's) to ``start_kernel``. They count at
+        the first start; a kernelspec cannot set them.
         """
         given = str(kwargs.pop("slurm_owner", None) or ""), dict(kwargs.pop("slurm_fields", None) or {})
         self._given = self._given or given
         self._owner = self._given[0]
         self._request = self._parse()
         env = kwargs.pop("env", None)
-        # The base class copies the server's whole environment; the kernel gets what is its own.
+        # The base class copies the server's whole environment; the kernel gets only what is meant for it.
         kwargs["env"] = kernel_environment(os.environ if env is None else env)
         wrapped = None if self._request.kernel_argv else self._wrapped_spec()
         for name, value in (wrapped.env if wrapped else {}).items():
@@ -170,13 +155,13 @@ class SlurmProvisioner(KernelProvisionerBase):
         if wrapped is None:
             return list(self._request.kernel_argv)
         program, *arguments = wrapped.argv or [""]
-        # As KernelManager.format_kernel_cmd has it: in an installed kernelspec this is the server's Python.
-        return [sys.executable if program in _OWN_PYTHON else program, *arguments]
+        # As KernelManager.format_kernel_cmd does: in an installed kernelspec this name means the server's Python.
+        return [sys.executable if program in _PYTHON_NAMES else program, *arguments]
 
     def _wrapped_spec(self) -> KernelSpec:
         name = self._request.kernel_name or ""
         manager = getattr(self.parent, "kernel_spec_manager", None) or KernelSpecManager()
-        # A gateway does not serve what it lets be wrapped: by itself it would run on the gateway's host.
+        # A gateway offers only wrapped kernels: unwrapped they would run on the gateway's host.
         find = getattr(manager, "wrapped_spec", manager.get_kernel_spec)
         try:
             return find(name)
@@ -187,30 +172,33 @@ class SlurmProvisioner(KernelProvisionerBase):
             ) from error
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
-        """Start the kernel and return its connection info once it listens; may wait in Slurm's queue."""
+        """Start the kernel and return its connection info once it listens; the job may wait in Slurm's queue."""
         try:
             launch = self._launch(cmd, kwargs)
-            if self._held is None:
-                request = self._request
-                own = {_OWN_STATE: {"fields": self._given[1] if self._given else {}}}
-                coroutine = self.service.start_kernel(self.kernel_id, request, launch, self._owner, own)
-                held, _info = await self._call(coroutine)
-                held.on_death, self._held = self._tell_restarter, held
+            if self._handle is None:
+                service = self.service
+                state = {_STATE_KEY: {"fields": self._given[1] if self._given else {}}}
+                start = service.start_kernel(self.kernel_id, self._request, launch, self._owner, state)
+                self._attach(await service.run(start), service)
             else:
-                await self._call(self._held.restart(launch))
+                await self._call(self._handle.restart(launch))
         except asyncio.CancelledError:
-            start_cancelled(self.parent)
+            settle_cancelled_start(self.parent)
             raise
         except GatewaySlurmError as error:
             self.log.error("kernel %s was not started: %s", self.kernel_id, printable(error))
             raise
-        assert self._held is not None
+        assert self._handle is not None
         self._has_process = True
-        self._tell_moved(self._held.process.connection_info())
+        self._set_connection_info(self._handle.process.connection_info())
         return self.connection_info
 
-    def _tell_moved(self, info: dict[str, Any]) -> None:
-        """Have this connection info, and the manager no Curve keys where the kernel has none any more."""
+    def _attach(self, handle: KernelHandle, service: SlurmService) -> None:
+        self._handle, self._kernel_service = handle, service
+        handle.on_death = self._after_death
+
+    def _set_connection_info(self, info: dict[str, Any]) -> None:
+        """Set it, and remove the manager's Curve keys where the kernel has none any more."""
         before, self.connection_info = self.connection_info, info  # type: ignore[assignment]
         if "curve_publickey" not in info:
             self._manager.curve_publickey = self._manager.curve_secretkey = None
@@ -243,7 +231,7 @@ class SlurmProvisioner(KernelProvisionerBase):
 
     @property
     def _manager(self) -> Any:
-        """The KernelManager; a provisioner without one has nobody to give connection info to."""
+        """The KernelManager, which passes the connection info on to clients. Raises KernelStartError without one."""
         if self.parent is None:
             raise KernelStartError("slurm-provisioner needs a KernelManager as its parent")
         return self.parent
@@ -252,7 +240,7 @@ class SlurmProvisioner(KernelProvisionerBase):
         return bytes(self._manager.session.key)
 
     def _curve_keys(self) -> tuple[str, str]:
-        """The kernel's Curve keys: the manager's where it made some, else ours; the same over restarts."""
+        """The kernel's Curve keys: the manager's where it has some, else new ones; a restart keeps them."""
         if self._curve is None:
             public, secret = self._manager.curve_publickey, self._manager.curve_secretkey
             if not public or not secret:
@@ -278,58 +266,58 @@ class SlurmProvisioner(KernelProvisionerBase):
     async def until_over(self) -> str:
         """Wait until the kernel is dead and cannot be restarted in its allocation; return why.
 
-        A kernel manager need not wait for it; its restarter, which tries a few times, would know later.
+        A kernel manager need not call this: without it the manager's restarter tries some restarts, and fails.
         """
         self._waits_until_over = True
-        return "" if self._held is None else await self._call(self._held.until_over())
+        return "" if self._handle is None else await self._call(self._handle.until_over())
 
-    def _tell_restarter(self) -> None:
-        """The kernel has died: have the restarter know now. Called on the service's loop."""
-        held = self._held
-        # Who waits until it is over hears then, and why; a restart could only fail before.
-        if held is not None and (held.can_restart or not self._waits_until_over) and not held.service.is_closed:
-            look_soon(self.parent, lambda: held.process.phase is Phase.DEAD)
+    def _after_death(self) -> None:
+        """The kernel has died: wake the restarter. Called on the service's loop."""
+        handle = self._handle
+        # A caller of ``until_over`` gets the reason then; a restart before that could only fail.
+        if handle is not None and (handle.can_restart or not self._waits_until_over) and not self._is_closed:
+            wake_restarter(self.parent, lambda: handle.process.phase is Phase.DEAD)
 
     async def post_launch(self, **kwargs: Any) -> None:
-        """The manager has taken the kernel over."""
-        if self._held is None:
+        """Called when the manager has the kernel: the server does not release it by itself any more."""
+        if self._handle is None:
             return
         try:
-            await self._call(self._held.taken_over())
+            await self._call(self._handle.confirm())
         except asyncio.CancelledError:
             # The last moment in which a start can be cancelled: its kernel must not stay.
-            start_cancelled(self.parent)
-            held, self._held, self._has_process = self._held, None, False
-            self.service.submit(held.release())
+            settle_cancelled_start(self.parent)
+            handle, self._handle, self._has_process = self._handle, None, False
+            self.service.submit(handle.release())
             raise
         if self._moved:
             self._moved = False
             self.on_moved()
 
-    # -- over server processes ------------------------------------------------------------------
+    # -- From one server process to the next ----------------------------------------------------
 
     def remember(self, manager_state: dict[str, Any]) -> None:
-        """Have what the kernel manager is to be made of again on record, sealed; any thread, returns at once.
+        """Record, encrypted, what another process needs to make the kernel manager again.
 
-        JSON values only. What was told before and is not told again stays. A kernel that is not there (yet) has
-        no record: tell it once the start is done.
+        JSON values only. Keys that an earlier call gave, and this one does not, stay. A kernel has no record before its
+        start is done; such a call does nothing. Any thread may call it; it returns at once.
         """
-        held = self._held
-        if held is not None and not held.service.is_closed:
-            held.service.submit(_now(held.remember, manager_state))
+        handle, service = self._handle, self._kernel_service
+        if handle is not None and service is not None and not service.is_closed:
+            service.submit(_now(handle.remember, manager_state))
 
-    def adopt(self, restored: Restored) -> dict[str, Any]:
-        """Be the provisioner of a kernel that an earlier server process started, as if this one had.
+    def adopt(self, restored: RestoredKernel) -> dict[str, Any]:
+        """Become the provisioner of a kernel that an earlier server started, as if this process had started it.
 
-        Returns the connection info, complete, for ``KernelManager.load_connection_info``; ``restored.record.manager``
-        has what was remembered. Any thread; it waits for nothing.
+        Returns the complete connection info, for ``KernelManager.load_connection_info``; ``restored.record.manager``
+        has what was remembered. Any thread may call it; it returns at once.
         """
-        held, record = restored.held, restored.record
-        info = held.process.connection_info()
-        self._held, self._has_process = held, True
-        held.on_death = self._tell_restarter
+        record = restored.record
+        info = restored.handle.process.connection_info()
+        self._attach(restored.handle, self.service)
+        self._has_process = True
         self._owner = record.owner
-        self._given = record.owner, dict(record.manager.get(_OWN_STATE, {}).get("fields", {}))
+        self._given = record.owner, dict(record.manager.get(_STATE_KEY, {}).get("fields", {}))
         if "curve_publickey" in info:
             self._curve = info["curve_publickey"], info["curve_secretkey"]
         self.connection_info = info  # type: ignore[assignment]
@@ -340,110 +328,154 @@ class SlurmProvisioner(KernelProvisionerBase):
 
         ``show`` gets the text. The service's thread calls it: it must return at once and raise nothing.
         """
-        if self._held is not None:
-            self._held.process.show_warning = show
+        if self._handle is not None:
+            self._handle.process.show_warning = show
 
     async def until_linked(self, seconds: float) -> None:
-        """Wait for the kernel's launcher; raises LinkError when it is out of reach for so long."""
-        await self._call(self._held.process.launcher.until_linked(seconds)) if self._held else None
+        """Wait for the link to the kernel's launcher; raise LinkError when there is none within ``seconds``."""
+        if self._handle is not None:
+            await self._call(self._handle.process.launcher.until_linked(seconds))
 
-    # -- life ---------------------------------------------------------------------------------
+    # -- Life ---------------------------------------------------------------------------------
 
     @property
-    def _was_left(self) -> bool:
-        """Whether the process ends and the kernel lives on: it is nothing to ask, or to end, any more."""
-        return self._held is not None and self._held.service.is_closed and self._held.process.phase is not Phase.DEAD
+    def _runs_on(self) -> bool:
+        """Whether the service was closed and left the kernel running: it is the next server's to ask and to end."""
+        return self._handle is not None and self._is_closed and self._handle.process.phase is not Phase.DEAD
 
     @property
     def has_process(self) -> bool:
+        """Whether the manager has started a kernel and not cleaned up after it."""
         return self._has_process
 
     async def poll(self) -> int | None:
-        """None while the kernel lives or nothing is known; reads memory only."""
-        if self._held is None or not self._has_process:
+        """The exit code or minus the signal; None while the kernel lives or its state is unknown. Reads memory only."""
+        if self._handle is None or not self._has_process:
             return 0
-        return self._held.process.returncode
+        return self._handle.process.returncode
 
     async def wait(self) -> int | None:
-        if self._held is None or not self._has_process:
+        """Wait for the kernel's end, and return as ``poll`` does; None at once where the kernel runs on."""
+        if self._handle is None or not self._has_process:
             return 0
-        returncode = self._held.process.returncode
-        if returncode is None and not self._was_left:
-            returncode = await self._call(self._held.process.wait())
+        returncode = self._handle.process.returncode
+        if returncode is None and not self._runs_on:
+            returncode = await self._call(self._handle.process.wait())
         self._has_process = False
         return returncode
 
     async def kept_output(self) -> Kept:
-        """What the kernel's node has kept of its output; see ``KernelProcess.read_kept``. Raises LinkError."""
-        if self._held is None:
-            raise LinkError("there is no kernel whose output could have been kept")
-        return await self._call(self._held.process.read_kept())
+        """The output that the kernel's node has kept; see ``KernelProcess.read_kept``. Raises LinkError."""
+        if self._handle is None:
+            raise LinkError("there is no kernel, and so no kept output")
+        return await self._call(self._handle.process.read_kept())
 
     def acknowledge(self, msg_id: str, positions: dict[str, str]) -> Future[None] | None:
-        """Say what clients have (``KernelProcess.acknowledge``); any thread, does not wait. Done: it is on its way."""
-        if self._held is None or self._held.service.is_closed:
+        """Acknowledge output that clients have (``KernelProcess.acknowledge``); any thread may call it.
+
+        The future is done once the acknowledgement is on its way to the launcher.
+        """
+        if self._handle is None or self._is_closed:
             return None
-        return self.service.submit(_now(self._held.process.acknowledge, msg_id, positions))
+        return self.service.submit(_now(self._handle.process.acknowledge, msg_id, positions))
 
     async def send_signal(self, signum: int) -> None:
-        """Signal the kernel's process group; a dead kernel gets none, and that is no error."""
-        if self._held is None or not self._has_process or signum == 0 or self._held.process.phase is Phase.DEAD:
+        """Signal the kernel's process group; a dead kernel gets no signal, which is no error. Raises LinkError."""
+        if self._handle is None or not self._has_process or signum == 0 or self._handle.process.phase is Phase.DEAD:
             return
-        if self._was_left:
+        if self._runs_on:
             return
         try:
-            await self._call(_now(self._held.process.signal, signum))
+            await self._call(_now(self._handle.process.signal, signum))
         except LinkError as error:
-            # An interrupt that cannot be delivered is the user's to know; a shutdown goes on without it.
+            # The user must know that an interrupt was not delivered; a shutdown goes on without it.
             if not getattr(self.parent, "shutting_down", False):
                 raise
             self.log.warning("kernel %s: %s", self.kernel_id, error)
 
     async def kill(self, restart: bool = False) -> None:
-        """SIGKILL, now. A launcher that is out of reach ends its kernels itself when the job ends."""
-        await self._end_by(9)
+        """SIGKILL, now. A launcher without a link ends its kernels itself when the job ends."""
+        await self._signal_if_linked(signal.SIGKILL)
 
     async def terminate(self, restart: bool = False) -> None:
         """SIGTERM."""
-        await self._end_by(15)
+        await self._signal_if_linked(signal.SIGTERM)
 
-    async def _end_by(self, signum: int) -> None:
+    async def _signal_if_linked(self, signum: int) -> None:
         try:
             await self.send_signal(signum)
         except LinkError as error:
             self.log.warning("kernel %s: %s", self.kernel_id, error)
 
     async def shutdown_requested(self, restart: bool = False) -> None:
-        """The kernel was asked to shut down: wait a moment here, where its end is told at once.
+        """The manager has asked the kernel to shut down: wait here up to ``SHUTDOWN_WAIT``, and return at its end.
 
-        Otherwise the manager looks every 100 ms.
+        After that the manager polls every 100 ms.
         """
-        if self._held is None or self._held.process.phase is not Phase.RUNNING or self._was_left:
+        if self._handle is None or self._handle.process.phase is not Phase.RUNNING or self._runs_on:
             return
         try:
-            await asyncio.wait_for(self._call(self._held.process.wait()), SHUTDOWN_NOTICE)
+            await asyncio.wait_for(self._call(self._handle.process.wait()), SHUTDOWN_WAIT)
         except asyncio.TimeoutError:
             return
 
     async def cleanup(self, restart: bool = False) -> None:
-        """The kernel is over: the last one in an allocation relinquishes it. On a restart it all stays."""
-        if restart or self._held is None:
+        """Release the kernel; its allocation ends with the last one. On a restart everything stays."""
+        if restart or self._handle is None:
             return
-        held, self._held = self._held, None
+        handle, self._handle = self._handle, None
         self._has_process = False
-        # At the process's end the service is closed first, and its kernels with it; ``jupyter run``
-        # shuts its kernel down after that.
-        if not held.service.is_closed:
-            await self._call(held.release())
+        # When the process ends the service is closed first, and its kernels with it; ``jupyter run`` shuts its kernel
+        # down after that.
+        if not self._is_closed:
+            await self._call(handle.release())
 
     async def get_provisioner_info(self) -> dict[str, Any]:
+        """The base class's, with ``jobid``, ``node``, ``pid`` and ``connect``."""
         info = await super().get_provisioner_info()
-        if self._held is not None:
-            process = self._held.process
+        if self._handle is not None:
+            process = self._handle.process
             info.update(jobid=self.jobid, node=process.launcher.node, pid=process.pid, connect=self.connect)
         return info
 
 
 async def _now(function: Any, *arguments: Any) -> None:
-    """A plain call, on the service's loop."""
+    """Call a plain function, as a coroutine for the service's loop."""
     function(*arguments)
+
+
+# -- The parent KernelManager -------------------------------------------------------------------
+
+
+def settle_cancelled_start(manager: Any) -> None:
+    """Leave the kernel manager in order after a start or restart that was cancelled."""
+    # Websockets and other callers wait for it.
+    ready = getattr(manager, "ready", None)
+    if ready is not None and not ready.done():
+        ready.set_exception(KernelStartError("the start of the kernel was cancelled"))
+        ready.exception()  # retrieved: asyncio logs an exception that is not
+    if manager is not None:
+        manager.stop_restarter()  # it would find no kernel, and start one in a new job
+
+
+def wake_restarter(manager: Any, is_dead: Callable[[], bool]) -> None:
+    """Have the manager's restarter, if one runs, poll now; by itself it polls every 3 s.
+
+    Any thread may call this; it returns at once. The restarter polls on its own loop, if ``is_dead`` returns True
+    there and the kernel has not been shut down or restarted meanwhile.
+    """
+    polling = polling_restarter(manager)
+    if polling is None:
+        return
+    _restarter, periodic = polling
+    loop = periodic.io_loop
+    # Twice: a shutdown that begins in the loop's next round comes first.
+    loop.add_callback(loop.add_callback, _poll_restarter, manager, polling, is_dead)
+
+
+def _poll_restarter(manager: Any, polling: tuple[Any, Any], is_dead: Callable[[], bool]) -> Any:
+    """Poll; returns an awaitable where the manager is asynchronous, which the loop awaits."""
+    if manager.shutting_down or polling_restarter(manager) != polling or not is_dead():
+        return None
+    restarter, _periodic = polling
+    return restarter.poll()

@@ -21,7 +21,7 @@ from gateway_slurm._util import in_one_line, printable
 from gateway_slurm.cli.common import print_table
 from gateway_slurm.errors import GatewaySlurmError, LinkError
 from gateway_slurm.kernels.model import Phase
-from gateway_slurm.kernels.restore import Restored
+from gateway_slurm.kernels.restore import RestoredKernel
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store import KernelRecord, ServerRecord
 
@@ -105,30 +105,30 @@ def _find(found: list[tuple[ServerRecord, KernelRecord]], text: str) -> str:
 # -- a kernel that was taken over --------------------------------------------------------------------------
 
 
-def _stop(service: SlurmService, restored: Restored) -> int:
-    held = restored.held
+def _stop(service: SlurmService, restored: RestoredKernel) -> int:
+    handle = restored.handle
     # If the launcher does not connect, release() cancels the job, which ends the kernel as well.
     with contextlib.suppress(LinkError):
-        service.submit(held.process.launcher.until_linked(LINK_TIMEOUT)).result()
-    service.submit(held.release()).result()
+        service.submit(handle.process.launcher.until_linked(LINK_TIMEOUT)).result()
+    service.submit(handle.release()).result()
     service.close(leave=True)  # other kernels in the job keep running
     print(f"kernel {restored.record.kernel_id} has ended")
     return 0
 
 
-def _serve(service: SlurmService, restored: list[Restored], chosen: Restored) -> int:
-    process, files = chosen.held.process, []
+def _serve(service: SlurmService, restored: list[RestoredKernel], chosen: RestoredKernel) -> int:
+    process, files = chosen.handle.process, []
     try:
         # While the command waits, Slurm is asked, and a kernel whose job is over becomes DEAD.
         with contextlib.suppress(LinkError):
             service.submit(process.launcher.until_linked(LINK_TIMEOUT)).result()
         if process.phase is not Phase.DEAD:
-            living = [kernel for kernel in restored if kernel.held.process.phase is not Phase.DEAD]
+            living = [kernel for kernel in restored if kernel.handle.process.phase is not Phase.DEAD]
             files = [_write_connection_file(kernel) for kernel in living]
             _explain(chosen, files)
         service.submit(process.wait()).result()
         print(printable(_ending(chosen)))
-        service.submit(chosen.held.release()).result()
+        service.submit(chosen.handle.release()).result()
         return 0 if files else 1
     except KeyboardInterrupt:
         print("\nThe kernel keeps running. Its launcher ends it after SlurmService.orphan_timeout without a server.")
@@ -139,23 +139,23 @@ def _serve(service: SlurmService, restored: list[Restored], chosen: Restored) ->
         service.close(leave=True)
 
 
-def _ending(restored: Restored) -> str:
-    process = restored.held.process
+def _ending(restored: RestoredKernel) -> str:
+    process = restored.handle.process
     text = f"kernel {restored.record.kernel_id} ended: {process.reason}"
     return f"{text}; the last lines of its output:\n{process.output_tail}" if process.output_tail else text
 
 
-def _explain(chosen: Restored, files: list[Path]) -> None:
-    record, job = chosen.record, chosen.held.allocation.jobid
+def _explain(chosen: RestoredKernel, files: list[Path]) -> None:
+    record, job = chosen.record, chosen.handle.allocation.jobid
     print(f"Kernel {record.kernel_id} on node {in_one_line(record.node)} (job {job}) is attached. To connect:")
     for path in files:
         print(f"    jupyter console --existing {path.name}")
     print("Ctrl-C leaves it running. To end it: jupyter slurm attach --stop", flush=True)
 
 
-def _write_connection_file(restored: Restored) -> Path:
+def _write_connection_file(restored: RestoredKernel) -> Path:
     """Write a connection file to Jupyter's runtime directory, where ``--existing`` looks, with mode 0600."""
-    info: dict[str, Any] = restored.held.process.connection_info()
+    info: dict[str, Any] = restored.handle.process.connection_info()
     info["key"] = info["key"].decode()
     info["kernel_name"] = _kernel_name(restored.record)
     path = Path(jupyter_runtime_dir()) / f"kernel-{restored.record.kernel_id}.json"

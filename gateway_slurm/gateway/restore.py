@@ -24,7 +24,7 @@ from jupyter_server.prometheus.metrics import KERNEL_CURRENTLY_RUNNING_TOTAL
 from gateway_slurm.environment import kernel_environment
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
-from gateway_slurm.kernels.restore import Restored
+from gateway_slurm.kernels.restore import RestoredKernel
 from gateway_slurm.provisioner import SlurmProvisioner
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store.records import SessionRecord
@@ -152,7 +152,9 @@ class KernelRestorer:
         service.on_dropped = lambda kernel_ids: _call_soon(loop, self._drop, kernel_ids)
         return service
 
-    async def _adopt_later(self, service: SlurmService, restoring: concurrent.futures.Future[list[Restored]]) -> None:
+    async def _adopt_later(
+        self, service: SlurmService, restoring: concurrent.futures.Future[list[RestoredKernel]]
+    ) -> None:
         try:
             service.on_claimed(await asyncio.wrap_future(restoring))
         except GatewaySlurmError as error:
@@ -164,7 +166,7 @@ class KernelRestorer:
         if isinstance(kernel.provisioner, SlurmProvisioner):
             kernel.provisioner.remember(_manager_state(kernel, self._manager.maker_of(kernel_id)))
 
-    def adopt(self, kernels: list[Restored]) -> None:
+    def adopt(self, kernels: list[RestoredKernel]) -> None:
         """Manage these kernels, and restore their sessions."""
         for restored in kernels:
             try:
@@ -182,7 +184,7 @@ class KernelRestorer:
         for callback in self.on_sessions:
             callback(sessions)
 
-    def _adopt_kernel(self, restored: Restored) -> None:
+    def _adopt_kernel(self, restored: RestoredKernel) -> None:
         manager, record = self._manager, restored.record
         if record.kernel_id in manager:
             return
@@ -203,7 +205,7 @@ class KernelRestorer:
         maker = str(record.manager.get("maker") or record.owner)
         manager.adopt_kernel(record.kernel_id, kernel, record.owner, maker)
 
-    def _kernel_manager(self, restored: Restored) -> Any:
+    def _kernel_manager(self, restored: RestoredKernel) -> Any:
         record, state = restored.record, restored.record.manager
         name = str(state.get("kernel_name") or record.launch.get("connection", {}).get("kernel_name", ""))
         kernel, _name, _kernel_id = self._manager.pre_start_kernel(name, {"kernel_id": record.kernel_id})

@@ -1,71 +1,208 @@
-"""A kernel and its place in an allocation: when it is restarted there, and when it is over."""
+"""The kernels of one server: how a kernel is started, restarted in its place, and released.
+
+A kernel is over when its manager releases it, when its manager did not confirm the start, and when the kernel died and
+was not started again within ``release_grace``. Everything here runs on the service's loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import logging
+import os
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
 
+from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation, Place
+from gateway_slurm.allocations.owners import Owners
 from gateway_slurm.errors import AllocationEnded, LinkError
+from gateway_slurm.kernels.hub_report import HubReports, start_report
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.process import KernelProcess
+from gateway_slurm.kernels.transport import TransportSelector
+from gateway_slurm.request import KernelRequest
+from gateway_slurm.slurm.account import Account
+from gateway_slurm.store import Registry
 from gateway_slurm.store.records import KernelRecord
 
-if TYPE_CHECKING:
-    from gateway_slurm.service import SlurmService
-
-
-# How long a restart waits for a launcher that is out of reach, as after this server's own start.
+# Seconds that a restart waits for a launcher without a link, as there is after this server's own start.
 LINK_SECONDS = 10.0
-# How long it waits for the old kernel's end, after STOP.
+# Seconds that a restart waits for the old kernel's end, after STOP.
 STOP_SECONDS = 10.0
+# Seconds that the end of the server waits for starts that it has cancelled.
+START_SECONDS = 10.0
 
 
-class HeldKernel:
-    """A kernel and its place in an allocation, until ``release``.
+class Kernels:
+    """All kernels of one server; dead kernels stay for as long as they may be restarted.
 
-    It is released when the manager says that the kernel is over, when the manager never took it
-    over after its start, and when it died and was not started again within ``release_grace``.
+    ``prepare_start`` makes sure that an owner may start a kernel, and returns the account to bill for it.
+    ``socket_directory`` is the private directory for the tunnels' sockets. ``release_grace`` and
+    ``post_launch_timeout`` are in seconds. The service awaits ``close``.
     """
 
-    def __init__(self, service: SlurmService, process: KernelProcess, allocation: Allocation, place: Place) -> None:
-        self.service, self.process, self.allocation, self._place = service, process, allocation, place
+    def __init__(
+        self,
+        owners: Owners,
+        registry: Registry,
+        transport: TransportSelector,
+        reports: HubReports | None,
+        *,
+        prepare_start: Callable[[KernelRequest, str], Awaitable[Account]],
+        socket_directory: str,
+        release_grace: float,
+        post_launch_timeout: float,
+        log: logging.Logger,
+    ) -> None:
+        self.owners, self.registry, self.transport = owners, registry, transport
+        self.release_grace, self.post_launch_timeout, self.log = release_grace, post_launch_timeout, log
+        self._reports, self._prepare_start, self._socket_directory = reports, prepare_start, socket_directory
+        self._handles: dict[str, KernelHandle] = {}
+        self._starting: set[asyncio.Task[Any]] = set()
+
+    def handles(self) -> list[KernelHandle]:
+        """The handles of all kernels."""
+        return list(self._handles.values())
+
+    async def start(
+        self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager_state: dict[str, Any]
+    ) -> KernelHandle:
+        """Start a kernel in an allocation, and return it once it listens.
+
+        Raises RequestError (NotAllowed), SlurmError, AllocationError or KernelStartError. A start that fails or is
+        cancelled leaves no kernel, and no job that it submitted.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._starting.add(task)
+        try:
+            return await self._start(kernel_id, request, launch, owner, manager_state)
+        finally:
+            self._starting.discard(task)
+
+    async def _start(
+        self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager_state: dict[str, Any]
+    ) -> KernelHandle:
+        account = await self._prepare_start(request, owner)
+        # The project's variables apply where the kernel has none of its own.
+        launch = replace(launch, env={**account.environment, **launch.env})
+        allocations = self.owners.of(owner)
+        place = Place(kernel_id)
+        allocation, launcher = await allocations.acquire(request, account, place)
+        handle = KernelHandle(self, self._process(kernel_id, launcher), allocation, place)
+        try:
+            await handle.process.start(launch)
+        except BaseException:
+            await asyncio.shield(allocations.create_task(handle.release()))
+            raise
+        allocation.mark_used()
+        self._handles[kernel_id] = handle
+        handle.remember(manager_state)
+        handle.await_confirmation()
+        return handle
+
+    def _process(self, kernel_id: str, launcher: Launcher) -> KernelProcess:
+        # The paths of the sockets begin with this.
+        prefix = os.path.join(self._socket_directory, secrets.token_hex(4))
+        return KernelProcess(kernel_id, launcher, tunnel_prefix=prefix, transport=self.transport, log=self.log)
+
+    def restore(
+        self, allocation: Allocation, launcher: Launcher, record: KernelRecord, fallback_reason: str
+    ) -> KernelHandle:
+        """Have a kernel that an earlier server started; it is LOST until its launcher reports it.
+
+        ``fallback_reason`` says why a direct kernel is reached through the tunnel; it is empty where the kernel can
+        be dialled. Raises KeyError, TypeError or AttributeError for an incomplete record.
+        """
+        process = self._process(record.kernel_id, launcher)
+        try:
+            process.restore(record, fallback_reason)
+        except (KeyError, TypeError, AttributeError):
+            launcher.kernels.pop(record.kernel_id)
+            raise
+        allocation.mark_used()
+        place = Place(record.kernel_id, record.node, launcher)
+        allocation.add_place(place)
+        handle = self._handles[record.kernel_id] = KernelHandle(self, process, allocation, place)
+        handle.manager_state = dict(record.manager)
+        return handle
+
+    def forget(self, handle: KernelHandle) -> None:
+        """The kernel is over: remove it from the table and from the store."""
+        self.discard(handle)
+        self.registry.remove_kernel(handle.process.kernel_id)
+
+    def discard(self, handle: KernelHandle) -> None:
+        """Remove the kernel from the table; its record stays, as it belongs to another server now."""
+        self._handles.pop(handle.process.kernel_id, None)
+
+    def report_start(self, handle: KernelHandle) -> None:
+        """Report a confirmed start to the JupyterHub that asked for reports; returns at once."""
+        if self._reports is not None:
+            self._reports.send(start_report(handle.process.kernel_id, handle.allocation, handle.process.launcher))
+
+    async def close(self, *, leave: bool) -> None:
+        """End all kernels. With ``leave`` they run on for the next server, and starts under way are cancelled.
+
+        A start under way has no client that could find its kernel later.
+        """
+        if leave:
+            await self._cancel_starts()
+        for handle in self.handles():
+            handle.cancel_timer()
+            handle.process.detach() if leave else handle.process.close()
+        self._handles.clear()
+
+    async def _cancel_starts(self) -> None:
+        starting = set(self._starting)
+        for start in starting:
+            start.cancel()
+        if starting:
+            await asyncio.wait(starting, timeout=START_SECONDS)
+
+
+class KernelHandle:
+    """One kernel and its place in an allocation, until ``release``."""
+
+    def __init__(self, kernels: Kernels, process: KernelProcess, allocation: Allocation, place: Place) -> None:
+        self._kernels, self.process, self.allocation, self._place = kernels, process, allocation, place
+        self.log = kernels.log
         self._timer: asyncio.TimerHandle | None = None
         self._released: asyncio.Future[None] | None = None
-        # What the kernel manager needs to be made again in another process; secrets included.
-        self.manager: dict[str, Any] = {}
-        # Resolved, with the reason, once the kernel is dead and cannot be started again in its place.
+        # What another process needs to make the kernel's manager again; it holds secrets.
+        self.manager_state: dict[str, Any] = {}
+        # Resolved with the reason once the kernel is dead and cannot be restarted in its place.
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        # Called on the service's loop when the kernel has died, and not when it was ended.
+        # Called on the service's loop when the kernel died without having been stopped.
         self.on_death: Callable[[], None] = lambda: None
         process.on_exit = lambda _process: self._after_exit()
         allocation.ended.add_done_callback(self._after_allocation)
 
-    async def restart(self, launch: KernelLaunch) -> dict[str, Any]:
+    async def restart(self, launch: KernelLaunch) -> None:
         """Start the kernel again in the same allocation, on the same node, with the same ports.
 
-        Raises AllocationEnded when the allocation is over: a new one costs budget, and is not
-        taken without being asked for. Raises LinkError when its launcher is out of reach. After an error
-        it may be tried again within ``release_grace``; then the kernel is released.
+        Raises AllocationEnded when the allocation is over: a new one costs budget, and needs a request of its own.
+        Raises LinkError when the launcher has no link. After an error the restart may be tried again within
+        ``release_grace``; then the kernel is released.
         """
-        self.forget_timers()
+        self.cancel_timer()
         try:
             self._check_place()
             await self.process.launcher.until_linked(LINK_SECONDS)
             await self._stop()
-            self._check_place()  # it may have been given up meanwhile
-            info = await self.process.start(launch)
+            self._check_place()  # it may have been released meanwhile
+            await self.process.start(launch)
         except BaseException:
-            # Whoever asked for it may never call again.
-            self._release_later(self.service.release_grace)
+            # The manager may never call again.
+            self._release_later(self._kernels.release_grace)
             raise
         self.record()
-        self.expect_take_over()
-        return info
+        self.await_confirmation()
 
     async def _stop(self) -> None:
-        """End the kernel that is there. Raises LinkError when its launcher does not say that it ended."""
+        """End the running kernel. Raises LinkError when its launcher does not report the end."""
         process = self.process
         if process.phase is Phase.DEAD:
             return
@@ -74,17 +211,17 @@ class HeldKernel:
             await asyncio.wait_for(process.wait(), STOP_SECONDS)
         except asyncio.TimeoutError as error:
             raise LinkError(
-                f"{process.launcher.where} did not say within {STOP_SECONDS:g} s that the old kernel was stopped: "
+                f"{process.launcher.where} did not report within {STOP_SECONDS:g} s that the old kernel has stopped: "
                 "try again, or shut the kernel down"
             ) from error
 
     def record(self) -> None:
-        """Put the kernel on record, as it is now: the next server process finds it there."""
+        """Record the kernel as it is now, so that the next server finds it."""
         process = self.process
         assert process.launched is not None
-        # With the slot that its launcher has it in.
-        self.service.owners.of(self.allocation.owner).record_launcher(self.allocation, process.launcher)
-        self.service.registry.put_kernel(
+        # The launcher's record has the slot of the kernel.
+        self._kernels.owners.of(self.allocation.owner).record_launcher(self.allocation, process.launcher)
+        self._kernels.registry.put_kernel(
             KernelRecord(
                 kernel_id=process.kernel_id,
                 launcher_id=process.launcher.launcher_id,
@@ -97,101 +234,105 @@ class HeldKernel:
                 pid=process.pid,
                 started_at=process.started_at,
                 launch=process.launched.as_json(),
-                manager=self.manager,
+                manager=self.manager_state,
                 node=process.launcher.node,
             )
         )
 
     def remember(self, manager_state: dict[str, Any]) -> None:
-        """Have this on record with the kernel; what was told before and is not told again stays."""
-        self.manager = {**self.manager, **manager_state}
+        """Record this with the kernel. Keys that an earlier call gave, and this one does not, stay."""
+        self.manager_state = {**self.manager_state, **manager_state}
         if self._released is None and not self.allocation.is_over:
             self.record()
 
     @property
     def can_restart(self) -> bool:
-        """Whether it may be started again in its place, as far as is known."""
+        """Whether the kernel may be started again in its place, as far as is known."""
         return not (self._released or self.allocation.is_over or self.process.launcher.terminated)
 
     def _check_place(self) -> None:
         jobid = self.allocation.jobid
-        again = "shut the kernel down and start it again for a new allocation"
+        remedy = "shut the kernel down and start it again for a new allocation"
         if self.allocation.ended.done():
             ended = self.allocation.ended.result()
-            raise AllocationEnded(f"{ended}; {again}", jobid=jobid, state=ended.state)
+            raise AllocationEnded(f"{ended}; {remedy}", jobid=jobid, state=ended.state)
         if self._released is not None or self.allocation.is_over:
             raise AllocationEnded(
-                f"the kernel's place in job {jobid} was given up after its death; {again}", jobid=jobid
+                f"the kernel's place in job {jobid} was released after the kernel's death; {remedy}", jobid=jobid
             )
         if self.process.launcher.terminated:
-            raise AllocationEnded(f"Slurm is ending job {jobid}; {again}", jobid=jobid, state="COMPLETING")
+            raise AllocationEnded(f"Slurm is ending job {jobid}; {remedy}", jobid=jobid, state="COMPLETING")
 
-    def expect_take_over(self) -> None:
-        """The manager is to call ``taken_over``; when it fails before, nobody else ends the kernel."""
-        self._release_later(self.service.post_launch_timeout)
+    # -- From a start to its confirmation -------------------------------------------------------
 
-    async def taken_over(self) -> None:
-        self.forget_timers()
+    def await_confirmation(self) -> None:
+        """Release the kernel unless its manager calls ``confirm`` in time: a manager that fails before ends nothing."""
+        self._release_later(self._kernels.post_launch_timeout)
+
+    async def confirm(self) -> None:
+        """The manager has the kernel, and releases it from now on."""
+        self.cancel_timer()
         if self.process.phase is Phase.DEAD:
             self._after_exit()
             return
-        self.service.report_start(self.process.kernel_id, self.allocation, self.process.launcher)
+        self._kernels.report_start(self)
+
+    # -- The end --------------------------------------------------------------------------------
 
     async def until_over(self) -> str:
-        """Wait until the kernel is dead and cannot be started again where it was; return why."""
+        """Wait until the kernel is dead and cannot be restarted in its place; return the reason."""
         return await asyncio.shield(self.over)
 
     def _after_allocation(self, _ended: object) -> None:
-        # Not before the kernel has been told, too, whose own reason says more.
-        asyncio.get_running_loop().call_soon(self._tell_over)
+        # In the loop's next round: by then the process knows a reason, which says more.
+        asyncio.get_running_loop().call_soon(self._set_over)
 
-    def _tell_over(self) -> None:
+    def _set_over(self) -> None:
         if not self.over.done():
             self.over.set_result(self.process.reason or "its allocation is over")
 
     def _after_exit(self) -> None:
         if self._released is None:
-            self._release_later(self.service.release_grace)
+            self._release_later(self._kernels.release_grace)
             self.on_death()
 
     def _release_later(self, seconds: float) -> None:
-        self.forget_timers()
-        if self._released is not None:
-            return
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(seconds, self._give_up)
+        self.cancel_timer()
+        if self._released is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._release_unconfirmed)
 
-    def _give_up(self) -> None:
-        self.service.log.warning(
-            "kernel %s is over and nobody ended it: its place in job %s is given up",
+    def _release_unconfirmed(self) -> None:
+        self.log.warning(
+            "kernel %s is over and its manager did not release it: the server releases its place in job %s",
             self.process.kernel_id,
             self.allocation.jobid,
         )
         self._released = self._released or asyncio.ensure_future(self._release())
 
-    def forget_timers(self) -> None:
+    def cancel_timer(self) -> None:
+        """The kernel is not released by itself any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def give_away(self, reason: str) -> None:
-        """Another server has the kernel now: let go of it here, and of nothing that it needs to live."""
-        self.forget_timers()
+    def hand_over(self, reason: str) -> None:
+        """Another server has the kernel now: drop it here, and nothing that the kernel needs to live."""
+        self.cancel_timer()
         self._released = asyncio.get_running_loop().create_future()
         self._released.set_result(None)
-        self.service.let_go(self)
+        self._kernels.discard(self)
         self.allocation.remove_place(self._place)
-        self.process.give_away(reason)
-        self._tell_over()
+        self.process.hand_over(reason)
+        self._set_over()
 
     async def release(self) -> None:
-        """End the kernel and leave the allocation; safe to call again."""
+        """End the kernel and give its place back; a second call waits for the first."""
         self._released = self._released or asyncio.ensure_future(self._release())
         await asyncio.shield(self._released)
 
     async def _release(self) -> None:
-        self.forget_timers()
-        self.service.forget(self)
+        self.cancel_timer()
+        self._kernels.forget(self)
         self.process.close()
-        self._tell_over()
-        await self.service.owners.of(self.allocation.owner).release_place(self.allocation, self._place)
+        self._set_over()
+        await self._kernels.owners.of(self.allocation.owner).release_place(self.allocation, self._place)

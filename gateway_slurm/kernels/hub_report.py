@@ -64,7 +64,7 @@ class HubReports:
         self._closed = False
 
     @classmethod
-    def wanted_by(cls, environment: Mapping[str, str], log: logging.Logger) -> HubReports | None:
+    def from_environment(cls, environment: Mapping[str, str], log: logging.Logger) -> HubReports | None:
         """None where the environment has no URL or no token."""
         url, token = environment.get(URL, ""), environment.get(TOKEN, "")
         if not url or not token:

@@ -17,7 +17,7 @@ from gateway_slurm._util import printable
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LauncherFailed, LinkError, StartTimeout
 from gateway_slurm.kernels.model import TRANSITIONS, KernelLaunch, Phase
-from gateway_slurm.kernels.transport import Dialling, ports_of
+from gateway_slurm.kernels.transport import TransportSelector, ports_of
 from gateway_slurm.link import wire
 from gateway_slurm.link.output import Kept
 from gateway_slurm.link.tunnel import KernelTunnel
@@ -31,7 +31,13 @@ class KernelProcess:
     """One kernel: start, signal, wait, stop. Its launcher outlives it."""
 
     def __init__(
-        self, kernel_id: str, launcher: Launcher, *, tunnel_prefix: str, dialling: Dialling, log: logging.Logger
+        self,
+        kernel_id: str,
+        launcher: Launcher,
+        *,
+        tunnel_prefix: str,
+        transport: TransportSelector,
+        log: logging.Logger,
     ) -> None:
         self.kernel_id = kernel_id
         self.launcher = launcher
@@ -47,9 +53,9 @@ class KernelProcess:
         self.generation = 0
         self.mode = ""  # as it came up: direct | ipc | tcp
         self.started_at: float | None = None  # seconds since the epoch
-        self._tunnel_prefix, self._dialling = tunnel_prefix, dialling
+        self._tunnel_prefix, self._transport = tunnel_prefix, transport
         self._tunnel: KernelTunnel | None = None
-        self._detour = ""  # why a direct kernel, CurveZMQ and all, is reached through the tunnel nevertheless
+        self._fallback_reason = ""  # why a direct kernel, CurveZMQ and all, is reached through the tunnel nevertheless
         self._started: asyncio.Future[dict[str, Any]] | None = None
         self._dead = asyncio.Event()
         self.on_exit: Callable[[KernelProcess], None] = lambda _kernel: None
@@ -80,7 +86,7 @@ class KernelProcess:
         self._acked = None
         self._started = asyncio.get_running_loop().create_future()
         try:
-            self._came_up(await self._launch(await self._settle(launch)))
+            self._came_up(await self._launch(await self._select(launch)))
         except BaseException as error:
             self.launcher.send("STOP", kernel_id=self.kernel_id)
             if self.phase is not Phase.DEAD:
@@ -95,15 +101,15 @@ class KernelProcess:
             )
         return self._where()
 
-    async def _settle(self, launch: KernelLaunch) -> KernelLaunch:
+    async def _select(self, launch: KernelLaunch) -> KernelLaunch:
         """Decide how clients get to it; ``ip`` and ``ports`` are then a direct kernel's."""
         was = self.ip, self.ports
-        settled = await self._dialling.settle(launch, self.launcher, self.kernel_id, self.launched, was)
-        self.launched = settled.launch
-        if settled.launch.mode == "direct":
-            self.ip, self.ports = settled.ip, settled.ports or {}
+        selected = await self._transport.select(launch, self.launcher, self.kernel_id, self.launched, was)
+        self.launched = selected.launch
+        if selected.launch.mode == "direct":
+            self.ip, self.ports = selected.ip, selected.ports or {}
             self._close_tunnel()
-        return settled.launch
+        return selected.launch
 
     def _came_up(self, report: dict[str, Any]) -> None:
         """Take where it listens. Raises LinkError for what its launcher cannot mean: clients will connect there."""
@@ -125,12 +131,12 @@ class KernelProcess:
         launched = self.launched
         if launched is None:
             return None
-        direct = launched.mode == "direct" and not self._detour
-        return {"mode": "direct" if direct else "tunnel", "why": self._detour or launched.why}
+        direct = launched.mode == "direct" and not self._fallback_reason
+        return {"mode": "direct" if direct else "tunnel", "why": self._fallback_reason or launched.why}
 
     def _where(self) -> dict[str, Any]:
         """Where clients reach it."""
-        if self.mode == "direct" and not self._detour:
+        if self.mode == "direct" and not self._fallback_reason:
             return {"transport": "tcp", "ip": self.ip, **_port_fields(self.ports)}
         assert self._tunnel is not None
         return {"transport": "ipc", "ip": self._tunnel.prefix, **_port_fields(self._tunnel.ports)}
@@ -175,19 +181,19 @@ class KernelProcess:
 
     # -- of an earlier server process -------------------------------------------------------
 
-    def restore(self, record: KernelRecord, detour: str = "") -> None:
+    def restore(self, record: KernelRecord, fallback_reason: str = "") -> None:
         """Be the kernel on record: LOST until its launcher says how it is.
 
-        ``detour`` says why this server cannot dial the node of one that is direct. Raises TypeError or KeyError
-        where the record lacks what is needed, and changes nothing.
+        ``fallback_reason`` says why this server cannot dial the node of a direct kernel. Raises TypeError or KeyError
+        where the record is incomplete, and changes nothing then.
         """
         launched = KernelLaunch.from_json(record.launch)
         self._enter(Phase.LOST)
         self.launched, self.generation, self.mode = launched, record.generation, record.mode
         self.pid, self.ip, self.ports = record.pid, record.ip, dict(record.ports)
         self.started_at = record.started_at
-        self._detour = detour if self.mode == "direct" else ""
-        if self.mode != "direct" or self._detour:
+        self._fallback_reason = fallback_reason if self.mode == "direct" else ""
+        if self.mode != "direct" or self._fallback_reason:
             self._tunnel = KernelTunnel(self.launcher.streams, self.kernel_id, self._tunnel_prefix)
 
     async def reopen(self) -> None:
@@ -352,22 +358,22 @@ class KernelProcess:
         self.stop()
         if self.phase is not Phase.DEAD:
             self._end(-signal.SIGKILL, "stopped")
-        self.leave()
+        self.detach()
 
-    def give_away(self, reason: str) -> None:
+    def hand_over(self, reason: str) -> None:
         """It lives on as another server's; to this one it is over."""
         self.on_exit = lambda _kernel: None
         if self.phase is not Phase.DEAD:
             self._end(-signal.SIGKILL, reason)
-        self.leave()
+        self.detach()
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Let go of its clients and of its place at the launcher; nothing is said to the launcher."""
         self._close_tunnel()
         self.launcher.kernels.pop(self.kernel_id, None)
 
     def _close_tunnel(self) -> None:
-        self._detour = ""
+        self._fallback_reason = ""
         if self._tunnel is not None:
             self._tunnel.close()
             self._tunnel = None

@@ -1,149 +1,153 @@
-"""What an earlier server process had, made again from its records: allocations, launchers, kernels.
+"""Kernels of earlier servers: made again from records, and taken over from servers that died.
 
-A kernel that is made again is LOST until its launcher, which re-dials, says how it is. Slurm is asked about the
-jobs whose launchers do not come. A start that was under way is given up, since whoever asked for it cannot be
-told: its job is cancelled, unless kernels run in it or it is kept.
+A kernel that is made again is LOST until its launcher dials this server and reports it. Slurm is asked about jobs
+whose launchers do not come. A start that was under way is given up, since its client is gone: its job is cancelled,
+unless kernels run in it or it is kept. Everything here runs on the service's loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from gateway_slurm._util import Backoff, LogOnce, TaskSet
 from gateway_slurm.allocations.identity import JOB_NAME, identity_of
 from gateway_slurm.allocations.launcher import Launcher
-from gateway_slurm.allocations.model import Allocation, Place
+from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.recovery import INTENT_RETRY_DELAY, INTENT_TIMEOUT
-from gateway_slurm.errors import GatewaySlurmError, SlurmError
-from gateway_slurm.kernels.held import HeldKernel
-from gateway_slurm.kernels.process import KernelProcess
+from gateway_slurm.errors import GatewaySlurmError, SlurmError, StoreError
+from gateway_slurm.kernels.held import KernelHandle, Kernels
 from gateway_slurm.link.endpoints import parse_endpoint
-from gateway_slurm.store import AllocationRecord
+from gateway_slurm.link.server import Redirect
+from gateway_slurm.slurm.access import ClusterAccess
+from gateway_slurm.slurm.driver import SlurmJobs
+from gateway_slurm.store import AllocationRecord, LostRows, Registry, ServerRecord, this_process
 from gateway_slurm.store.records import ClaimedRows, KernelRecord, LauncherRecord
 
-if TYPE_CHECKING:
-    from gateway_slurm.service import SlurmService
-import contextlib
-from collections.abc import Sequence
-
-from gateway_slurm.errors import StoreError
-from gateway_slurm.link.server import Redirect
-from gateway_slurm.store import LostRows, ServerRecord, this_process
+# Seconds between two looks for dead servers; a lease is over after LEASE_SECONDS.
+LOOK_SECONDS = 2.5
+# Ports of dead servers on which this one listens: a launcher knows this server's own ports as soon as it is linked.
+MAX_ADOPTED_PORTS = 8
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A kernel that an earlier server process had; ``SlurmProvisioner.adopt`` makes a provisioner its own."""
+class RestoredKernel:
+    """A kernel that an earlier server had; ``SlurmProvisioner.adopt`` gives it a provisioner."""
 
     record: KernelRecord
-    held: HeldKernel
+    handle: KernelHandle
 
 
-class Restoring:
-    """For one service, on its loop. Its tasks are the service's own user's allocations'."""
+class Restorer:
+    """Makes kernels and their allocations again from records that the store has given to this server.
 
-    def __init__(self, service: SlurmService) -> None:
-        self._service, self.log = service, service.log
-        self._detours: dict[str, str] = {}  # of kernels, why they cannot be dialled
+    ``jobs`` asks Slurm about the jobs of all owners; ``tasks`` runs what goes on in the background.
+    """
 
-    async def restore(self, claimed: ClaimedRows) -> list[Restored]:
-        """Have what was claimed, whatever has become of it meanwhile; the kernels' sockets open soon after."""
+    def __init__(self, kernels: Kernels, jobs: SlurmJobs, tasks: TaskSet) -> None:
+        self._kernels, self._jobs, self._tasks, self.log = kernels, jobs, tasks, kernels.log
+
+    async def restore(self, claimed: ClaimedRows) -> list[RestoredKernel]:
+        """Have all that was claimed, in whatever state it is now; the kernels' sockets open soon after."""
         launchers, kernels = _by_record(claimed.launchers), _by_launcher(claimed.kernels)
-        self._detours = await self._service.dialling.detours(claimed.kernels)
-        restored: list[Restored] = []
+        reasons = await self._kernels.transport.fallback_reasons(claimed.kernels)
+        restored: list[RestoredKernel] = []
         for record in [*claimed.allocations, *_missing(claimed)]:
             if record.jobid:
-                restored += self._try_allocation(record, launchers[record.launcher_id], kernels)
-        known = {one.record.kernel_id for one in restored}
-        for lost in [one for one in claimed.kernels if one.kernel_id not in known]:
-            self.log.error("kernel %s cannot be restored: its launcher is not on record", lost.kernel_id)
-            self._service.registry.remove_kernel(lost.kernel_id)
+                restored += self._try_allocation(record, launchers[record.launcher_id], kernels, reasons)
+        known = {kernel.record.kernel_id for kernel in restored}
+        for kernel in claimed.kernels:
+            if kernel.kernel_id not in known:
+                self.log.error("kernel %s cannot be restored: its launcher is not on record", kernel.kernel_id)
+                self._kernels.registry.remove_kernel(kernel.kernel_id)
         intents = [record for record in claimed.allocations if not record.jobid]
         if intents:
-            self._service.allocations.create_task(self._settle(intents, launchers))
+            self._tasks.create_task(self._resolve_intents(intents, launchers))
         # A thousand kernels have five thousand sockets: their clients come later, and can wait for them.
-        self._service.allocations.create_task(self._reopen(restored))
+        self._tasks.create_task(self._reopen(restored))
         return restored
 
     def _try_allocation(
-        self, record: AllocationRecord, launchers: list[LauncherRecord], kernels: dict[str, list[KernelRecord]]
-    ) -> list[Restored]:
+        self,
+        record: AllocationRecord,
+        launchers: list[LauncherRecord],
+        kernels: dict[str, list[KernelRecord]],
+        reasons: dict[str, str],
+    ) -> list[RestoredKernel]:
         try:
-            return self._allocation(record, launchers, kernels)
+            return self._allocation(record, launchers, kernels, reasons)
         except Exception:
-            # A record that is not what it should be costs no other job its kernels.
+            # A faulty record must not cost other jobs their kernels.
             self.log.exception("job %s cannot be restored", record.jobid)
             return []
 
     # No await in here: launchers are let in once all of their kernels are known.
     def _allocation(
-        self, record: AllocationRecord, launchers: list[LauncherRecord], kernels: dict[str, list[KernelRecord]]
-    ) -> list[Restored]:
-        allocations = self._service.owners.of(record.owner)
+        self,
+        record: AllocationRecord,
+        launchers: list[LauncherRecord],
+        kernels: dict[str, list[KernelRecord]],
+        reasons: dict[str, str],
+    ) -> list[RestoredKernel]:
+        allocations = self._kernels.owners.of(record.owner)
         allocation = allocations.restore(record, launchers)
-        restored = [
-            one
-            for launcher in launchers
-            for kernel in kernels[launcher.launcher_id]
-            if (one := self._kernel(allocation, allocation.launchers[launcher.launcher_id], kernel)) is not None
-        ]
+        restored = []
+        for launcher in launchers:
+            for kernel in kernels[launcher.launcher_id]:
+                reason = reasons.get(kernel.kernel_id, "")
+                restored += self._kernel(allocation, allocation.launchers[launcher.launcher_id], kernel, reason)
         allocations.allow_reconnect(allocation)
         return restored
 
-    def _kernel(self, allocation: Allocation, launcher: Launcher, record: KernelRecord) -> Restored | None:
-        service = self._service
-        process = KernelProcess(record.kernel_id, launcher, **service.of_kernels())
+    def _kernel(
+        self, allocation: Allocation, launcher: Launcher, record: KernelRecord, reason: str
+    ) -> list[RestoredKernel]:
+        """The kernel; none where its record is incomplete."""
         try:
-            process.restore(record, self._detours.get(record.kernel_id, ""))
+            handle = self._kernels.restore(allocation, launcher, record, reason)
         except (KeyError, TypeError, AttributeError) as error:
-            launcher.kernels.pop(record.kernel_id)
             self.log.error("kernel %s cannot be restored: its record is incomplete: %r", record.kernel_id, error)
-            service.registry.remove_kernel(record.kernel_id)
-            return None
-        allocation.mark_used()
-        place = Place(record.kernel_id, record.node, launcher)
-        allocation.add_place(place)
-        held = HeldKernel(service, process, allocation, place)
-        held.manager = dict(record.manager)
-        service.hold(held)
-        return Restored(record, held)
+            self._kernels.registry.remove_kernel(record.kernel_id)
+            return []
+        return [RestoredKernel(record, handle)]
 
-    async def _reopen(self, restored: list[Restored]) -> None:
-        for one in restored:
+    async def _reopen(self, restored: list[RestoredKernel]) -> None:
+        for kernel in restored:
             try:
-                await one.held.process.reopen()
+                await kernel.handle.process.reopen()
             except (OSError, GatewaySlurmError) as error:
-                # It lives, and can be restarted, which opens them anew.
-                self.log.error("kernel %s: its sockets cannot be opened: %s", one.record.kernel_id, error)
+                # The kernel lives; a restart opens its sockets again.
+                self.log.error("kernel %s: its sockets cannot be opened: %s", kernel.record.kernel_id, error)
             await asyncio.sleep(0)
 
-    # -- starts that were under way -----------------------------------------------------------------
-
-    async def _settle(self, intents: list[AllocationRecord], launchers: dict[str, list[LauncherRecord]]) -> None:
-        """Look for jobs whose sbatch was under way, for a while: they are cancelled, or kept as was asked."""
+    async def _resolve_intents(
+        self, intents: list[AllocationRecord], launchers: dict[str, list[LauncherRecord]]
+    ) -> None:
+        """Look for jobs of sbatch commands that were under way, for a while: they are cancelled, or kept as asked."""
         loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + INTENT_TIMEOUT, INTENT_RETRY_DELAY
+        deadline = loop.time() + INTENT_TIMEOUT
+        pauses = Backoff(INTENT_RETRY_DELAY, INTENT_TIMEOUT)
         waiting = {record.launcher_id: record for record in intents}
         while waiting:
             try:
-                found = {identity_of(info): info for info in (await self._service.all_jobs.find(JOB_NAME)).values()}
+                found = {identity_of(info): info for info in (await self._jobs.find(JOB_NAME)).values()}
             except SlurmError as error:
                 self.log.warning("jobs that an earlier server may have left could not be looked for: %s", error)
                 found = {}
             for key in waiting.keys() & found.keys():
                 record = replace(waiting.pop(key), jobid=found[key].jobid)
-                self._allocation(record, launchers[key], defaultdict(list))
+                self._allocation(record, launchers[key], defaultdict(list), {})
             if loop.time() >= deadline:
                 break
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, max(0.0, deadline - loop.time()) + 0.1)
+            await asyncio.sleep(min(pauses.next(), max(0.0, deadline - loop.time()) + 0.1))
         for key in waiting:
-            self._service.registry.remove_allocation(key)
+            self._kernels.registry.remove_allocation(key)
             for launcher in launchers[key]:
-                self._service.registry.remove_launcher(launcher.launcher_id)
+                self._kernels.registry.remove_launcher(launcher.launcher_id)
 
 
 def _by_record(launchers: Iterable[LauncherRecord]) -> dict[str, list[LauncherRecord]]:
@@ -161,7 +165,7 @@ def _by_launcher(kernels: Iterable[KernelRecord]) -> dict[str, list[KernelRecord
 
 
 def _missing(claimed: ClaimedRows) -> list[AllocationRecord]:
-    """Of jobs that recovery by another process took for over: kernels are to end with a word on it all the same."""
+    """Records of jobs that another process's recovery removed as over: their kernels still end with a reason."""
     known = {record.launcher_id for record in claimed.allocations}
     owners = {kernel.launcher_id: kernel.owner for kernel in claimed.kernels}
     found: dict[str, AllocationRecord] = {}
@@ -180,159 +184,192 @@ def _missing(claimed: ClaimedRows) -> list[AllocationRecord]:
     return list(found.values())
 
 
-# -- Which kernels are this server's: those of dead ones of its deployment become so, those that another took go. --
+# -- Failover between the servers of a deployment -----------------------------------------------
 
 
-# Between two looks for dead servers, in seconds: a lease is over after LEASE_SECONDS.
-LOOK_SECONDS = 2.5
-# Ports of dead servers that are told to the next one: launchers learn newer ones as soon as they are linked.
-MAX_ANSWERED = 8
+class LauncherAddresses:
+    """Where launchers may dial: this server, and the other living servers of its deployment.
 
+    ``direct`` are this server's own addresses; ``listen`` makes it listen on one more port of this host, and raises
+    OSError where the port is not free. ``url`` is where the other servers reach this server's API.
+    """
 
-class FailOver:
-    """For one service, on its loop; its tasks are the service's own user's allocations'."""
-
-    def __init__(self, service: SlurmService) -> None:
-        self._service, self.log = service, service.log
-        self._restoring = Restoring(service)
-        # A launcher that dials while its records are being claimed waits for that.
-        self._claiming = asyncio.Lock()
+    def __init__(
+        self, access: ClusterAccess, registry: Registry, *, listen: Callable[[int], Awaitable[None]], url: str
+    ) -> None:
+        self._access, self._registry, self._listen, self._url = access, registry, listen, url
+        self.direct: list[str] = []
         self._others: list[str] = []
-        self._answered: list[str] = []
-        """Addresses of dead servers where this one listens, too: the next one is to do so, if this one dies soon."""
-        self._watching = False
-        self._complained = False
+        # Addresses of dead servers on which this one listens. The next server must do so, too, if this one dies soon.
+        self._adopted: list[str] = []
 
-    def addresses(self) -> list[str]:
-        """Where launchers may dial, this server first; memory only."""
-        own = self._service.access.endpoints(self._service.endpoints)
+    def of_this_server(self) -> list[str]:
+        """The addresses of this server, in the order in which launchers dial them."""
+        return self._access.endpoints(self.direct)
+
+    def of_all_servers(self) -> list[str]:
+        """The same, then the other servers'; reads memory only."""
+        own = self.of_this_server()
         return [*own, *(address for address in self._others if address not in own)]
 
+    def set_others(self, addresses: list[str]) -> bool:
+        """Note the addresses of the other servers; return whether they have changed."""
+        changed, self._others = addresses != self._others, addresses
+        return changed
+
     def announce(self) -> None:
-        """Put on record where launchers reach this server: at first, and whenever that has changed."""
-        service, access = self._service, self._service.access
-        addresses = [*access.endpoints(service.endpoints), *self._answered]
-        service.registry.announce(url=service.url, addresses=addresses, relays=access.relays)
+        """Record where launchers reach this server: at first, and whenever that has changed."""
+        addresses = [*self.of_this_server(), *self._adopted]
+        self._registry.announce(url=self._url, addresses=addresses, relays=self._access.relays)
 
-    # -- taking over --------------------------------------------------------------------------
+    async def adopt(self, servers: Sequence[ServerRecord]) -> None:
+        """Listen where these dead servers of this host listened, since their launchers know no other addresses.
 
-    async def restore(self) -> list[Restored]:
-        """Take over what dead servers of the deployment have, and go on to do so. Raises StoreError."""
-        restored = await self.claim() if self._service.deployment else []
-        if self._service.deployment and not self._watching:
-            self._watching = True
-            self._service.allocations.create_task(self._watch())
-        return restored
-
-    async def claim(self, kernel_ids: Iterable[str] | None = None) -> list[Restored]:
-        """Take over from dead servers; with ``kernel_ids`` these kernels, with what shares their allocations."""
-        # Who asks may go away; what the store says is ours by then must be had.
-        return await asyncio.shield(self._service.allocations.create_task(self._claim(kernel_ids)))
-
-    async def _claim(self, kernel_ids: Iterable[str] | None) -> list[Restored]:
-        async with self._claiming:
-            claimed = await asyncio.to_thread(self._service.registry.claim, kernel_ids)
-            restored = await self._restoring.restore(claimed)
-            # Not before: a launcher that dials is to find itself known.
-            await self._answer_for(claimed.servers)
-            await self._look_for_others()
-        if restored:
-            jobs = sorted({one.held.allocation.jobid for one in restored}, key=int)
-            self.log.info("%d kernels of earlier servers are back, in jobs %s", len(restored), ", ".join(jobs))
-        return restored
-
-    async def _answer_for(self, servers: Sequence[ServerRecord]) -> None:
-        """Listen where these servers did, if that was on this host: what their launchers know is their addresses.
-
-        A relay's are on the login node, whichever host its server was on.
+        A relay's ports are on the login node, on whichever host its server was.
         """
-        relays = [relay for one in servers for relay in one.relays]
-        self._service.access.adopt_relays(relays)
-        there = {int(relay["port"]) for relay in relays}
-        here = this_process().host
-        addresses = [each for one in servers if one.process.host == here for each in one.addresses]
-        by_port = {endpoint[1]: each for each in addresses if (endpoint := parse_endpoint(each)) is not None}
-        for port in by_port.keys() - there:
-            with contextlib.suppress(OSError):  # somebody else has it by now: other addresses are left
-                await self._service.also_listen(port)
-                self._answered = [by_port[port], *self._answered][:MAX_ANSWERED]
+        relays = [relay for server in servers for relay in server.relays]
+        self._access.adopt_relays(relays)
+        relay_ports = {int(relay["port"]) for relay in relays}
+        host = this_process().host
+        addresses = [address for server in servers if server.process.host == host for address in server.addresses]
+        by_port = {endpoint[1]: text for text in addresses if (endpoint := parse_endpoint(text)) is not None}
+        for port in by_port.keys() - relay_ports:
+            with contextlib.suppress(OSError):  # another process has the port by now: other addresses are left
+                await self._listen(port)
+                self._adopted = [by_port[port], *self._adopted][:MAX_ADOPTED_PORTS]
         if servers:
             self.announce()
+
+
+class Failover:
+    """Takes over the kernels of dead servers of the deployment, and drops those that another server took over.
+
+    ``on_claimed`` is called with kernels of a server that died while this one runs, ``on_dropped`` with the ids of
+    kernels that another server has now. Without a ``deployment`` no other server's kernels are watched.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        restorer: Restorer,
+        addresses: LauncherAddresses,
+        tasks: TaskSet,
+        *,
+        deployment: str,
+        on_claimed: Callable[[list[RestoredKernel]], None],
+        on_dropped: Callable[[list[str]], None],
+        log: logging.Logger,
+    ) -> None:
+        self._kernels, self._restorer, self._addresses, self._tasks = kernels, restorer, addresses, tasks
+        self._registry, self._deployment, self.log = kernels.registry, deployment, log
+        self._on_claimed, self._on_dropped = on_claimed, on_dropped
+        # A launcher that dials while its records are being claimed waits for the claim.
+        self._claiming = asyncio.Lock()
+        self._watching = False
+        self._complaints = LogOnce(log)
+
+    # -- Taking over ----------------------------------------------------------------------------
+
+    async def restore(self) -> list[RestoredKernel]:
+        """Take over from dead servers of the deployment, now and from now on. Raises StoreError."""
+        if not self._deployment:
+            return []
+        restored = await self.claim()
+        if not self._watching:
+            self._watching = True
+            self._tasks.create_task(self._watch())
+        return restored
+
+    async def claim(self, kernel_ids: Iterable[str] | None = None) -> list[RestoredKernel]:
+        """Take over from dead servers: all, or these kernels and the kernels that share their jobs.
+
+        Raises StoreError.
+        """
+        # The caller may be cancelled; kernels that the store has given to this server must be had all the same.
+        return await asyncio.shield(self._tasks.create_task(self._claim(kernel_ids)))
+
+    async def _claim(self, kernel_ids: Iterable[str] | None) -> list[RestoredKernel]:
+        async with self._claiming:
+            claimed = await asyncio.to_thread(self._registry.claim, kernel_ids)
+            restored = await self._restorer.restore(claimed)
+            # Not earlier: this server must know a launcher that dials.
+            await self._addresses.adopt(claimed.servers)
+            await self._find_dead_servers()
+        if restored:
+            jobs = sorted({kernel.handle.allocation.jobid for kernel in restored}, key=int)
+            self.log.info("%d kernels of earlier servers are back, in jobs %s", len(restored), ", ".join(jobs))
+        return restored
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
-                await self._look()
-                self._complained = False
+                if await self._find_dead_servers():
+                    await self._claim_and_notify()
+                self._complaints.clear("store")
             except StoreError as error:
-                if not self._complained:
-                    self.log.warning("other servers cannot be looked for: %s", error)
-                self._complained = True
+                self._complaints.warning("store", "the other servers of the deployment are not known now: %s", error)
 
-    async def _look(self) -> None:
-        if await self._look_for_others():
-            await self._claim_and_tell()
-
-    async def _claim_and_tell(self) -> None:
+    async def _claim_and_notify(self) -> None:
         restored = await self.claim()
         if not restored:
             return
         try:
-            self._service.on_claimed(restored)
+            self._on_claimed(restored)
         except Exception:
-            # The kernels are there; that nobody shows them must not end the watch for others.
-            self.log.exception("kernels that were taken over could not be told")
+            # The kernels are there; a failing callback must not end the watch.
+            self.log.exception("kernels were taken over, and the server could not be notified of them")
 
-    async def _look_for_others(self) -> bool:
-        """Note where servers of the deployment are that live; return whether there are dead ones."""
-        registry, deployment = self._service.registry, self._service.deployment
-        if not deployment:
+    async def _find_dead_servers(self) -> bool:
+        """Note the addresses of the deployment's living servers; return whether there are dead ones."""
+        if not self._deployment:
             return False
-        servers = await asyncio.to_thread(registry.servers)
-        others = [one for one in servers if one.deployment == deployment and one.server_id != registry.server_id]
-        addresses = [address for one in others if not one.is_dead for address in one.addresses]
-        if addresses != self._others:
-            self.log.info("launchers may also dial %s", ", ".join(addresses) or "nobody else")
-        self._others = addresses
-        return any(one.is_dead for one in others)
+        servers = await asyncio.to_thread(self._registry.servers)
+        others = [
+            server
+            for server in servers
+            if server.deployment == self._deployment and server.server_id != self._registry.server_id
+        ]
+        addresses = [address for server in others if not server.is_dead for address in server.addresses]
+        if self._addresses.set_others(addresses):
+            self.log.info("other servers that launchers may dial: %s", ", ".join(addresses) or "none")
+        return any(server.is_dead for server in others)
 
-    # -- launchers that dial the wrong server -----------------------------------------------------
+    async def resolve_unknown_launcher(self, launcher_id: str) -> bool | Redirect:
+        """Find the server of a launcher that dialled this one unexpectedly.
 
-    async def stranger(self, launcher_id: str) -> bool | Redirect:
-        """Whose a launcher is that is not expected: another server's, which lives, or from now on this one's (True).
-
-        False where it is nobody's in this deployment. Raises StoreError.
+        True: it is this server's from now on, since its own server is dead. A Redirect: another living server has it.
+        False: no server of this deployment has it. Raises StoreError.
         """
         if not self._watching:
             return False
         async with self._claiming:
-            found = await asyncio.to_thread(self._service.registry.find_launcher, launcher_id)
-        if found is None or found[0].deployment != self._service.deployment:
+            found = await asyncio.to_thread(self._registry.find_launcher, launcher_id)
+        if found is None or found[0].deployment != self._deployment:
             return False
         server, record = found
-        if server.server_id != self._service.registry.server_id:
+        if server.server_id != self._registry.server_id:
             if not server.is_dead:
                 return Redirect(record.tokens, record.jobid, server.addresses, record.epoch)
-            await self._claim_and_tell()
+            await self._claim_and_notify()
         return True
 
-    # -- letting go -------------------------------------------------------------------------------
+    # -- Handing over ---------------------------------------------------------------------------
 
-    def lose(self, lost: LostRows) -> None:
-        """Another server took these: let go of them, and of what is with them in the same jobs."""
-        service = self._service
-        gone = [one for one in service.owners.listed() if one.record_key in lost.allocations]
-        dropped = [held for held in service.kernels() if held.allocation in gone]
-        for held in dropped:
-            held.give_away("another server has taken it over")
-        for allocation in gone:
-            service.owners.of(allocation.owner).hand_over(allocation)
-        if gone:
+    def hand_over(self, lost: LostRows) -> None:
+        """Another server took these records: drop their kernels, and the kernels that share their jobs."""
+        owners = self._kernels.owners
+        allocations = [one for one in owners.listed() if one.record_key in lost.allocations]
+        handles = [handle for handle in self._kernels.handles() if handle.allocation in allocations]
+        for handle in handles:
+            handle.hand_over("another server has taken it over")
+        for allocation in allocations:
+            owners.of(allocation.owner).hand_over(allocation)
+        if allocations:
             self.log.warning(
-                "this server was not heard of for too long: another one has taken over %d kernels in jobs %s",
-                len(dropped),
-                ", ".join(one.jobid for one in gone),
+                "this server did not renew its lease in time: another one has taken over %d kernels in jobs %s",
+                len(handles),
+                ", ".join(allocation.jobid for allocation in allocations),
             )
-        if dropped:
-            service.on_dropped([held.process.kernel_id for held in dropped])
+        if handles:
+            self._on_dropped([handle.process.kernel_id for handle in handles])

@@ -104,7 +104,7 @@ Where = tuple[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
-class Settled:
+class Selection:
     """A launch whose way is decided; for a direct kernel with its address, and its ports where they were tried."""
 
     launch: KernelLaunch
@@ -125,16 +125,16 @@ class _Silent:
     pause: float
 
 
-class Dialling:
+class TransportSelector:
     """Decides for each start; remembers which nodes did not answer. Lives on the service's loop."""
 
     def __init__(self, log: logging.Logger) -> None:
         self.log = log
         self._silent: dict[str, _Silent] = {}
 
-    async def settle(
+    async def select(
         self, launch: KernelLaunch, launcher: Launcher, kernel_id: str, last: KernelLaunch | None, was: Where
-    ) -> Settled:
+    ) -> Selection:
         """Decide the way of a kernel on ``launcher``'s node; ``last`` is how it was started before, if it was.
 
         A restart keeps the way, the address and the ports, since clients are connected by them; only one that is
@@ -143,12 +143,12 @@ class Dialling:
         must be direct and cannot.
         """
         kept = was if last is not None and last.mode == "direct" else None
-        settled = await self._settle(launch, launcher, kernel_id, last, kept)
-        way = "direct" if settled.launch.mode == "direct" else "tunnel"
-        self.log.info("kernel %s: %s: %s", kernel_id, way, settled.launch.why)
-        return settled
+        selected = await self._select(launch, launcher, kernel_id, last, kept)
+        way = "direct" if selected.launch.mode == "direct" else "tunnel"
+        self.log.info("kernel %s: %s: %s", kernel_id, way, selected.launch.why)
+        return selected
 
-    async def detours(self, records: Iterable[KernelRecord]) -> dict[str, str]:
+    async def fallback_reasons(self, records: Iterable[KernelRecord]) -> dict[str, str]:
         """Of the direct kernels that an earlier server had, those whose node cannot be dialled from here; and why.
 
         Of each node one kernel is dialled. It may be over, and its port refuse: by the tunnel the others of that node
@@ -166,13 +166,13 @@ class Dialling:
             if record.ip in why
         }
 
-    async def _settle(
+    async def _select(
         self, launch: KernelLaunch, launcher: Launcher, kernel_id: str, last: KernelLaunch | None, kept: Where | None
-    ) -> Settled:
+    ) -> Selection:
         if launch.mode == "ipc":
-            return Settled(launch)
+            return Selection(launch)
         if launch.mode == "auto" and last is not None and last.mode == "ipc":
-            return Settled(launch.tunnelled(last.why))
+            return Selection(launch.tunnelled(last.why))
         try:
             return await self._direct(launch, launcher, kernel_id, kept)
         except _CannotDial as error:
@@ -185,16 +185,16 @@ class Dialling:
                 f"connect = direct, but {words}. Clients dial a direct kernel from this machine: have its nodes accept "
                 f"connections from here (ports {among}), or use connect = auto or tunnel"
             )
-        return Settled(launch.tunnelled(words))
+        return Selection(launch.tunnelled(words))
 
-    async def _direct(self, launch: KernelLaunch, launcher: Launcher, kernel_id: str, kept: Where | None) -> Settled:
+    async def _direct(self, launch: KernelLaunch, launcher: Launcher, kernel_id: str, kept: Where | None) -> Selection:
         """Raises _CannotDial."""
         asked = launch.mode == "direct"
         if not launcher.probes:
             if not asked:
                 raise _CannotDial(f"was not dialled: {OLDER}")
             why = f"connect = direct; node {launcher.node} was not dialled: {OLDER}"
-            return Settled(launch.direct(_and(why, launch.why)), _address(launcher), kept and kept[1])
+            return Selection(launch.direct(_and(why, launch.why)), _address(launcher), kept and kept[1])
         ip, ports = kept or (_address(launcher), None)
         if not asked:
             self._check_memory(ip)
@@ -202,7 +202,7 @@ class Dialling:
         self._silent.pop(ip, None)
         words = f"node {launcher.node} can be dialled at {ip}"
         why = f"connect = direct, and {words}" if asked else words
-        return Settled(launch.direct(_and(why, launch.why)), ip, ports)
+        return Selection(launch.direct(_and(why, launch.why)), ip, ports)
 
     async def _reach(
         self, launch: KernelLaunch, launcher: Launcher, kernel_id: str, ip: str, kept: dict[str, int] | None

@@ -16,7 +16,7 @@ from typing import Any
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
 
-from gateway_slurm.kernels.restore import Restored
+from gateway_slurm.kernels.restore import RestoredKernel
 from gateway_slurm.link import envelope, wire
 from gateway_slurm.store import LauncherRecord
 from helpers import HELPERS
@@ -43,7 +43,7 @@ async def start(name, **options):
     clients[manager.kernel_id] = await client_of(manager)
     provisioner = manager.provisioner
     provisioner.remember({"launch_args": {}, "seen": "by the first server"})
-    pid = provisioner._held.process.pid
+    pid = provisioner._handle.process.pid
     service = SlurmService.instance()
     await service.run(asyncio.sleep(0))
     await asyncio.to_thread(service.registry.flush)
@@ -153,7 +153,7 @@ async def call(one: Server, command: str, /, **options: Any) -> Any:
     return await asyncio.to_thread(lambda: one.call(command, **options))
 
 
-def adopt(restored: Restored, kernel_name: str) -> AsyncKernelManager:
+def adopt(restored: RestoredKernel, kernel_name: str) -> AsyncKernelManager:
     """A kernel manager for a kernel of an earlier process, as if it had started the kernel."""
     manager = AsyncKernelManager(kernel_name=kernel_name)
     manager.kernel_id = restored.record.kernel_id

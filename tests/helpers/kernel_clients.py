@@ -231,7 +231,7 @@ DROP_NOTHING = """
 
 def process_of(manager: Any) -> Any:
     """The process proxy of a manager's kernel."""
-    return manager.provisioner._held.process
+    return manager.provisioner._handle.process
 
 
 def jobid_of(manager: Any) -> str:

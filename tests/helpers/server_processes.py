@@ -21,7 +21,7 @@ PROGRAM = """
     from jupyter_client import KernelManager
     manager = KernelManager(kernel_name=sys.argv[1])
     manager.start_kernel()
-    print(manager.provisioner.jobid, manager.provisioner._held.process.pid, flush=True)
+    print(manager.provisioner.jobid, manager.provisioner._handle.process.pid, flush=True)
     while sys.stdin.readline() == "stop\\n":
         manager.shutdown_kernel()
         print("stopped", flush=True)

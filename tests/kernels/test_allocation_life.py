@@ -32,7 +32,7 @@ CPUS = "import os; print(os.environ['SLURM_CPUS_PER_TASK'], os.environ['SLURM_ST
 
 def node_of(manager) -> str:
     """The node that a kernel runs on, as the server knows it."""
-    return manager.provisioner._held.process.launcher.node
+    return manager.provisioner._handle.process.launcher.node
 
 
 async def until(condition, timeout: float = READY) -> None:
@@ -272,7 +272,7 @@ async def test_a_suspended_kernel_is_lost_and_comes_back(admin_settings, kernels
     async with async_kernel("slurm") as (manager, client):
         await async_execute(client, "kept = 41")
         slurm("scontrol", "suspend", jobid_of(manager), cluster=cluster)
-        process = manager.provisioner._held.process
+        process = manager.provisioner._handle.process
         await until(lambda: process.phase is Phase.LOST)
         assert await manager.is_alive()
         slurm("scontrol", "resume", jobid_of(manager), cluster=cluster)
@@ -290,7 +290,7 @@ async def test_a_requeued_job_ends_its_kernels(service, kernelspecs, cluster):
     manager = AsyncKernelManager(kernel_name="join")
     await manager.start_kernel()
     slurm("scontrol", "requeuehold", jobid, cluster=cluster)
-    process = manager.provisioner._held.process
+    process = manager.provisioner._handle.process
     await until(lambda: process.phase is Phase.DEAD)
     with pytest.raises((AllocationEnded, Exception), match=jobid):
         await manager.restart_kernel()

@@ -85,7 +85,7 @@ async def test_each_owner_is_shown_their_own_allocations(service, kernelspecs):
             "kept": False,
         }
         assert row["kernel_ids"] == [first.provisioner.kernel_id]
-        assert row["nodes"] == [first.provisioner._held.process.launcher.node]
+        assert row["nodes"] == [first.provisioner._handle.process.launcher.node]
         assert row["config"]["gpus"] == 1
         assert row["end_time"] > 0
         everybodys = [row["jobid"] for row in service.allocations_of(None)]

@@ -29,7 +29,7 @@ for line in open('/proc/self/status'):
 
 def place_of(manager):
     """A kernel's allocation, and its launcher."""
-    held = manager.provisioner._held
+    held = manager.provisioner._handle
     return held.allocation, held.process.launcher
 
 
@@ -75,7 +75,7 @@ async def test_slurms_signal_costs_one_question_and_no_kernel(service, kernelspe
         assert len(masks) == 2
         assert not [mask for mask in masks if int(mask) & SIGUSR1_BIT]
         before = commands_run(service)
-        launcher = psutil.Process(manager.provisioner._held.process.pid).parent()
+        launcher = psutil.Process(manager.provisioner._handle.process.pid).parent()
         allocation, _launcher = place_of(manager)
         for number in (1, 2):
             known = allocation.info
@@ -103,4 +103,4 @@ async def test_a_shortened_time_limit_is_noticed_by_slurms_signal(service, kerne
         assert commands_run(service) == before + 1
         assert abs(allocation.end_time - time.time()) < 300
         assert launcher.end_time == allocation.end_time
-        assert manager.provisioner._held.process.walltime_end == allocation.end_time
+        assert manager.provisioner._handle.process.walltime_end == allocation.end_time

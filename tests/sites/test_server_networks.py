@@ -175,17 +175,17 @@ def test_interfaces_that_swallow_what_is_sent_cost_a_head_start_each(admin_setti
     usual, _reached = timed_start(admin_settings())
     with silent_port() as silent:
         dead = [f"127.0.0.1:{silent}", f"127.0.0.2:{silent}", f"[::ffff:127.0.0.1]:{silent}", f"127.0.0.3:{silent}"]
-        original = SlurmService._open_socket
+        original = SlurmService._listen
 
-        async def open_socket(service: SlurmService) -> None:
+        async def listen(service: SlurmService) -> None:
             await original(service)
-            service.endpoints = [*dead, *service.endpoints]
+            service.addresses.direct = [*dead, *service.addresses.direct]
 
-        monkeypatch.setattr(SlurmService, "_open_socket", open_socket)
+        monkeypatch.setattr(SlurmService, "_listen", listen)
         service = admin_settings()
         seconds, reached = timed_start(service)
-    assert service.endpoints[:4] == dead
-    assert reached == service.endpoints[4]
+    assert service.addresses.direct[:4] == dead
+    assert reached == service.addresses.direct[4]
     assert 4 * HEAD_START < seconds < usual + 2.5
 
 
@@ -194,4 +194,4 @@ def timed_start(service: SlurmService) -> tuple[float, str]:
     began = time.monotonic()
     with running_kernel("slurm") as (_manager, client):
         assert execute(client, "print(6 * 7)") == "42"
-        return time.monotonic() - began, service.kernels()[0].process.launcher.reached
+        return time.monotonic() - began, service.kernels.handles()[0].process.launcher.reached

@@ -71,7 +71,7 @@ def by_ssh(
 def unreachable(service: SlurmService) -> Iterator[None]:
     """Nobody answers at the address that the server has of its own."""
     service.submit(service.open()).result(READY)
-    service.endpoints = ["127.0.0.1:9"]
+    service.addresses.direct = ["127.0.0.1:9"]
     yield
 
 
@@ -152,7 +152,7 @@ def test_a_cell_goes_on_while_the_connection_is_killed_for_20_s(by_ssh, line, ca
     """All its lines come once, in order; launchers come back by the same port; Slurm is reached again."""
     service = by_ssh()
     with running_kernel("slurm") as (manager, client):
-        process, port = manager.provisioner._held.process, relay_of(service).port
+        process, port = manager.provisioner._handle.process, relay_of(service).port
         pid = execute(client, PID)
         code = "import time\nfor n in range(250): print(n, flush=True); time.sleep(0.1)"
         msg_id = client.execute(code)
@@ -176,7 +176,7 @@ def test_a_relay_that_dies_is_there_again(by_ssh, node):
     """Its port stays the same, and the launcher finds it; the connection is not made anew for that."""
     service = by_ssh()
     with running_kernel("slurm") as (manager, client):
-        relay, process = relay_of(service), manager.provisioner._held.process
+        relay, process = relay_of(service), manager.provisioner._handle.process
         execute(client, "kept = 1")
         port, pid = relay.port, relay._previous["pid"]
         os.kill(pid, signal.SIGKILL)
@@ -192,7 +192,7 @@ def test_an_old_relay_that_does_not_know_that_its_connection_broke_is_ended(by_s
     """sshd may not have noticed: it would hold the port for ever."""
     service = by_ssh()
     with running_kernel("slurm") as (manager, client):
-        relay, process = relay_of(service), manager.provisioner._held.process
+        relay, process = relay_of(service), manager.provisioner._handle.process
         old = psutil.Process(relay._previous["pid"])
         sshd = old.parent()
         assert sshd is not None

@@ -43,7 +43,7 @@ import signal
 from jupyter_client import KernelManager
 manager = KernelManager(kernel_name={name!r})
 manager.start_kernel()
-print(manager.provisioner._held.process.pid, flush=True)
+print(manager.provisioner._handle.process.pid, flush=True)
 signal.pause()
 """
 

@@ -89,7 +89,7 @@ async def test_a_start_that_is_cancelled_twice_takes_its_job_with_it(admin_setti
     start = asyncio.ensure_future(AsyncKernelManager(kernel_name="slurm").start_kernel())
     assert await poll_async(lambda: jobs_of_ours(cluster), timeout=READY)
     for _time in range(3):
-        await asyncio.to_thread(on_loop, lambda: [one.cancel() for one in service._starting])
+        await asyncio.to_thread(on_loop, lambda: [one.cancel() for one in service.kernels._starting])
     go.touch()
     with pytest.raises(asyncio.CancelledError):
         await start

@@ -19,7 +19,7 @@ from gateway_slurm.cli.doctor.findings import Doctor, Finding, _print
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.kernels.process import SAID_LIMIT, KernelProcess
-from gateway_slurm.kernels.transport import Dialling
+from gateway_slurm.kernels.transport import TransportSelector
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from helpers.raw_links import launcher_settings
@@ -80,7 +80,7 @@ async def kernel():
     allocation = Allocation(ours=True, request=KernelRequest())
     launcher = Launcher("gs-a", allocation, launcher_settings(), addresses=list, events=None, log=LOG)
     launcher.jobid = "7"
-    kernel = KernelProcess("k", launcher, tunnel_prefix="/nonexistent/t", dialling=Dialling(LOG), log=LOG)
+    kernel = KernelProcess("k", launcher, tunnel_prefix="/nonexistent/t", transport=TransportSelector(LOG), log=LOG)
     kernel._enter(Phase.STARTING)
     kernel._started = asyncio.get_running_loop().create_future()
     kernel.generation = 1

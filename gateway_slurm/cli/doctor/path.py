@@ -152,7 +152,7 @@ class PathCheck:
     async def _open(service: SlurmService) -> str:
         await service.run(service.open())
         await service.run(service.access.wait_ready())
-        addresses = service.access.endpoints(service.endpoints)
+        addresses = service.addresses.of_this_server()
         return f"{service.registry.store.name}; launchers will dial {', '.join(addresses)}"
 
     async def _kernel(self) -> None:
@@ -209,7 +209,7 @@ class PathCheck:
 
     @staticmethod
     def _transport_of(manager: AsyncKernelManager) -> str:
-        process = manager.provisioner._held.process  # type: ignore[union-attr]
+        process = manager.provisioner._handle.process  # type: ignore[union-attr]
         transports = {
             "direct": f"direct at {process.ip}, CurveZMQ",
             "ipc": "through the tunnel, Unix sockets on the node",
@@ -224,7 +224,7 @@ class PathCheck:
         Raises KernelStartError if the kernel ends or does not answer, or if a Python kernel answers with an error.
         """
         assert self._service is not None
-        process = manager.provisioner._held.process  # type: ignore[union-attr]
+        process = manager.provisioner._handle.process  # type: ignore[union-attr]
         answer = asyncio.ensure_future(_evaluate(manager))
         dead = asyncio.ensure_future(self._service.run(process.wait()))
         try:

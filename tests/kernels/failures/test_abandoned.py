@@ -53,7 +53,7 @@ async def test_a_restarter_that_gives_up_leaves_no_job(admin_settings, cluster):
     dead = []
     await manager.start_kernel()
     manager.add_restart_callback(lambda: dead.append(1), "dead")
-    psutil.Process(manager.provisioner._held.process.pid).kill()
+    psutil.Process(manager.provisioner._handle.process.pid).kill()
     assert await poll_async(lambda: dead, timeout=20)
     assert await poll_async(lambda: not jobs_of(cluster), timeout=20)
     manager.stop_restarter()
@@ -87,7 +87,7 @@ def test_a_place_that_was_given_up_is_not_taken_again_in_silence(admin_settings,
     """A restart after release_grace is an error that says what to do: a new job is not taken unasked."""
     admin_settings(release_grace=0.2)
     with running_kernel("slurm") as (manager, _client):
-        psutil.Process(manager.provisioner._held.process.pid).kill()
+        psutil.Process(manager.provisioner._handle.process.pid).kill()
         assert poll(lambda: not jobs_of(cluster), timeout=20)
         with pytest.raises(AllocationEnded, match="start it again"):
             manager.restart_kernel(now=True)
@@ -100,7 +100,7 @@ START = """
     from jupyter_client import KernelManager
     manager = KernelManager(kernel_name="slurm")
     manager.start_kernel()
-    print(manager.provisioner._held.process.pid, flush=True)
+    print(manager.provisioner._handle.process.pid, flush=True)
 """
 
 

@@ -13,7 +13,7 @@ from jupyter_client import AsyncKernelManager, KernelManager
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 
 from gateway_slurm.errors import QueueTimeout
-from gateway_slurm.service import HeldKernel
+from gateway_slurm.kernels.held import KernelHandle
 from helpers.failing_starts import filled, jobs_of_ours, nothing_left, spec, start_error, wrapped_command
 from helpers.kernel_clients import execute, poll_async, running_kernel
 from helpers.private_slurm import jobs_of, poll, slurm
@@ -105,7 +105,7 @@ async def test_a_start_that_is_cancelled_in_its_last_moment_ends_the_kernel(serv
         reached.set()
         await asyncio.sleep(600)
 
-    monkeypatch.setattr(HeldKernel, "taken_over", never)
+    monkeypatch.setattr(KernelHandle, "confirm", never)
     manager = AsyncKernelManager(kernel_name="slurm")
     task = asyncio.ensure_future(manager.start_kernel())
     assert await poll_async(reached.is_set, timeout=40)

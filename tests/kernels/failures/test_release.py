@@ -54,12 +54,12 @@ def users_step(jobid: str, cluster) -> Iterator[psutil.Process]:
 
 def launcher_of(manager) -> psutil.Process:
     """The launcher of a kernel on this machine, which is every node."""
-    return psutil.Process(manager.provisioner._held.process.pid).parent()
+    return psutil.Process(manager.provisioner._handle.process.pid).parent()
 
 
 async def stop_without_link(manager) -> psutil.Process:
     """The kernel is over while its launcher cannot be reached; return the launcher, which stands still."""
-    process, launcher = manager.provisioner._held.process, launcher_of(manager)
+    process, launcher = manager.provisioner._handle.process, launcher_of(manager)
     launcher.suspend()
     assert await asyncio.to_thread(cut_links) == 1
     assert await poll_async(lambda: process.phase is Phase.LOST, timeout=READY)

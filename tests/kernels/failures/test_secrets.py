@@ -124,7 +124,7 @@ def test_no_secret_is_in_a_log(service, kernel_name, tokens, caplog, places, jup
         execute(client, "pass")
         manager.restart_kernel()
         client.wait_for_ready(timeout=60)
-        process = manager.provisioner._held.process
+        process = manager.provisioner._handle.process
         cut_links()
         assert poll(lambda: process.phase is Phase.RUNNING, timeout=20)
         secrets = secrets_of(manager, tokens)
@@ -150,7 +150,7 @@ def test_what_the_node_holds_is_its_owners_alone(service, kernel_name, jupyter_b
     """The kernel's directory on the node is 0700, its connection file and the logs are 0600."""
     with running_kernel(kernel_name) as (manager, client):
         execute(client, "pass")
-        argv = psutil.Process(manager.provisioner._held.process.pid).cmdline()
+        argv = psutil.Process(manager.provisioner._handle.process.pid).cmdline()
         file = Path(next(item for item in argv if item.endswith("kernel.json")))
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         # ipykernel adds the sticky bit, against those who clean up /tmp.
@@ -165,8 +165,8 @@ def test_what_the_node_holds_is_its_owners_alone(service, kernel_name, jupyter_b
 async def test_a_kernel_does_not_get_the_launchers_token(service, tokens):
     """The launch token is in no kernel's environment, and no longer valid where it can still be read."""
     async with async_kernel("slurm") as (manager, _client):
-        kernel = psutil.Process(manager.provisioner._held.process.pid)
+        kernel = psutil.Process(manager.provisioner._handle.process.pid)
         assert not [value for value in kernel.environ().values() if tokens[0].hex() in value]
-        expected = manager.provisioner._held.process.launcher.expected
+        expected = manager.provisioner._handle.process.launcher.expected
         assert await poll_async(lambda: tokens[0] not in expected.tokens, timeout=5)
         assert len(processes_of_job(manager.provisioner.jobid)) >= 2

@@ -57,7 +57,7 @@ class Storm:
                     await manager.restart_kernel(now=self.rng.random() < 0.5)
                     self.counts["restarted"] += 1
                 case "kill":
-                    process = manager.provisioner._held.process
+                    process = manager.provisioner._handle.process
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process.pid, signal.SIGKILL)
                     self.counts["killed"] += 1
@@ -130,7 +130,7 @@ async def test_twenty_kernels_in_three_jobs_leave_nothing_whatever_breaks(
     for jobid in jobids:
         assert await asyncio.to_thread(poll, lambda jobid=jobid: processes_of_job(jobid) == [], timeout=READY)
     assert await asyncio.to_thread(poll, lambda: on_record() == [], timeout=READY)
-    assert service._kernels == {}
+    assert service.kernels.handles() == []
     assert os.listdir(service._directory) == []
     assert job_state(foreign) in ("PENDING", "RUNNING")
     slurm("scancel", foreign, cluster=cluster)

@@ -37,10 +37,10 @@ async def test_a_job_that_its_user_renamed_is_the_same_one(state, admin_settings
         launcher.suspend()  # until Slurm has been asked
         first.signal(signal.SIGKILL)
     (restored,) = await service.run(service.restore())
-    allocation = restored.held.allocation
+    allocation = restored.handle.allocation
     assert await poll_async(lambda: allocation.info is not None or allocation.ended.done(), timeout=READY)
     launcher.resume()
-    assert await poll_async(lambda: restored.held.process.phase is Phase.RUNNING, timeout=READY)
+    assert await poll_async(lambda: restored.handle.process.phase is Phase.RUNNING, timeout=READY)
     manager = adopt(restored, "slurm")
     client = manager.client()
     client.start_channels()
@@ -58,7 +58,7 @@ async def test_a_kernel_whose_srun_was_killed_outlives_a_break_of_its_link(servi
     assert await asyncio.to_thread(poll, lambda: job_state(jobid) == "RUNNING", timeout=READY)
     async with async_kernel(spec(kernelspecs, jobid=jobid)) as (manager, client):
         await async_execute(client, "kept = 41")
-        process, pid = manager.provisioner._held.process, await async_execute(client, PID)
+        process, pid = manager.provisioner._handle.process, await async_execute(client, PID)
         children = psutil.Process().children(recursive=True)
         sruns = [one for one in children if f"--jobid={jobid}" in one.cmdline()]
         assert sruns

@@ -88,7 +88,7 @@ class Server:
 
     def __init__(self, service: Any, manager: Any) -> None:
         self.service, self.provisioner = service, manager.provisioner
-        self.launcher = self.provisioner._held.process.launcher
+        self.launcher = self.provisioner._handle.process.launcher
 
     async def cut(self) -> None:
         """The link breaks, and the launcher cannot come back."""
@@ -112,7 +112,7 @@ class Server:
             self.socket._expected[self.launcher.launcher_id] = self.expected
 
         await self.service.run(let_in())
-        process = self.provisioner._held.process
+        process = self.provisioner._handle.process
         assert await poll_async(lambda: process.phase in (Phase.RUNNING, Phase.DEAD), timeout=READY)
 
 
@@ -231,7 +231,7 @@ async def test_a_kernels_last_words_can_be_read_after_its_death(service, tmp_pat
         (tmp_path / "cut").touch()
         assert await poll_async(lambda: not psutil.pid_exists(pid), timeout=READY)
         await server.back()
-        process = manager.provisioner._held.process
+        process = manager.provisioner._handle.process
         assert await poll_async(lambda: process.phase is Phase.DEAD, timeout=READY)
         assert process.returncode == 3
         assert "why it died" in process.output_tail
@@ -243,7 +243,7 @@ async def test_a_kernels_last_words_can_be_read_after_its_death(service, tmp_pat
 async def test_the_launch_token_is_void_on_record_too(service):
     """Once a launcher has taken the successor, what stands in the job's environment is nothing to a later server."""
     async with async_kernel(TUNNEL) as (manager, _client):
-        launcher = manager.provisioner._held.process.launcher
+        launcher = manager.provisioner._handle.process.launcher
         (record,) = service.registry.launchers()
         assert record.tokens == launcher.tokens
         assert len({*record.tokens, *launcher.expected.tokens}) == 1

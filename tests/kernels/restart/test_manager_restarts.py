@@ -96,7 +96,7 @@ async def test_a_kernel_whose_restart_failed_for_want_of_a_link_can_be_shut_down
             assert kernel.execution_state == "dead"
         await manager.shutdown_kernel(kernel_id, now=True)
         assert kernel_id not in manager
-        assert await poll_async(lambda: service.kernels() == [], timeout=5)
+        assert await poll_async(lambda: service.kernels.handles() == [], timeout=5)
         assert nothing_left(cluster)
 
 
@@ -109,7 +109,7 @@ async def test_a_restart_that_failed_and_is_not_tried_again_leaves_no_job(admin_
         assert await poll_async(lambda: process_of(manager).phase is Phase.LOST, timeout=5)
         with pytest.raises(LinkError):
             await manager.restart_kernel(now=True)
-    assert await poll_async(lambda: service.kernels() == [], timeout=10)
+    assert await poll_async(lambda: service.kernels.handles() == [], timeout=10)
     assert nothing_left(cluster)
 
 
@@ -136,7 +136,7 @@ async def test_a_launcher_that_stops_no_kernel_fails_the_restart(admin_settings,
         launcher = psutil.Process(process_of(kernel).pid).parent()
         launcher.suspend()
         try:
-            with pytest.raises(HTTPError, match="did not say within") as caught:
+            with pytest.raises(HTTPError, match="did not report within") as caught:
                 await manager.restart_kernel(kernel_id, now=True)
         finally:
             launcher.resume()
@@ -155,7 +155,7 @@ async def test_restarts_after_the_jobs_end_leave_nothing_in_the_server(admin_set
     assert await poll_async(lambda: process_of(manager).phase is Phase.DEAD, timeout=20)
     with pytest.raises(AllocationEnded):
         await manager.restart_kernel(now=True)
-    assert await poll_async(lambda: service.kernels() == [], timeout=10)
+    assert await poll_async(lambda: service.kernels.handles() == [], timeout=10)
     assert os.listdir(service._directory) == []
 
 
@@ -179,7 +179,7 @@ async def test_a_kernel_can_be_shut_down_while_it_is_restarted(service, cluster,
         assert kernel_id not in manager
         with contextlib.suppress(HTTPError):
             await asyncio.wait_for(restart, READY)
-        assert await poll_async(lambda: service.kernels() == [], timeout=5)
+        assert await poll_async(lambda: service.kernels.handles() == [], timeout=5)
         assert nothing_left(cluster)
 
 
@@ -193,7 +193,7 @@ async def test_a_kernel_can_be_shut_down_while_its_restarter_restarts_it(service
         await asyncio.wait_for(begun.wait(), READY)
         await manager.shutdown_kernel(kernel_id)
         assert kernel_id not in manager
-        assert await poll_async(lambda: service.kernels() == [], timeout=5)
+        assert await poll_async(lambda: service.kernels.handles() == [], timeout=5)
         assert kernel._restarter._pcallback is None
         assert nothing_left(cluster)
 

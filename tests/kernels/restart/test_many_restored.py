@@ -108,7 +108,7 @@ async def test_a_thousand_kernels_are_restored_and_their_launchers_linked_in_ten
 
         def all_run() -> bool:
             sockets = len(os.listdir(service._directory))
-            return sockets == 5 * KERNELS and all(one.held.process.phase is Phase.RUNNING for one in restored)
+            return sockets == 5 * KERNELS and all(one.handle.process.phase is Phase.RUNNING for one in restored)
 
         assert await poll_async(all_run, timeout=READY)
         # Of the processor's time: how long it takes by the clock says how many others want the same machine.

@@ -154,7 +154,7 @@ async def test_slurmctld_is_down_for_a_while(by_rest, cluster, caplog):
     """Kernels live and are restarted; a start is refused in words; afterwards there are starts again."""
     service = by_rest(watch_interval=0.2)
     async with async_kernel("slurm") as (manager, client):
-        process = manager.provisioner._held.process
+        process = manager.provisioner._handle.process
         await asyncio.to_thread(cluster.stop_daemon, "slurmctld")
         try:
             began = time.monotonic()

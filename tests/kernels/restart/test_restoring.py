@@ -70,7 +70,7 @@ async def test_the_next_process_has_the_kernels_again(deployment, kernel_name, h
     assert await manager.provisioner.poll() is None
     client = await client_of(manager)
     # A direct kernel's clients do not need its launcher.
-    assert await poll_async(lambda: restored.held.process.phase is Phase.RUNNING, timeout=READY)
+    assert await poll_async(lambda: restored.handle.process.phase is Phase.RUNNING, timeout=READY)
     assert await async_execute(client, "print(x + 1)") == "42"
     await manager.interrupt_kernel()
     await manager.restart_kernel()
@@ -95,8 +95,8 @@ async def test_a_direct_kernel_is_restarted_where_its_clients_are_connected(depl
     (restored,) = await restored_by(deployment)
     manager = adopt(restored, "slurm-direct")
     client = await client_of(manager)
-    assert await poll_async(lambda: restored.held.process.phase is Phase.RUNNING, timeout=READY)
-    assert restored.held.process.launcher.peer == "127.0.0.1"
+    assert await poll_async(lambda: restored.handle.process.phase is Phase.RUNNING, timeout=READY)
+    assert restored.handle.process.launcher.peer == "127.0.0.1"
     was = manager.get_connection_info()
     await manager.restart_kernel()
     assert manager.get_connection_info() == was
@@ -119,8 +119,8 @@ async def test_a_server_that_dies_before_a_launcher_came_to_it_costs_nothing(dep
         second.signal(signal.SIGKILL)
         (restored,) = await restored_by(deployment)
         launcher.resume()
-    assert await poll_async(lambda: restored.held.process.phase is Phase.RUNNING, timeout=READY)
-    await deployment.run(restored.held.release())
+    assert await poll_async(lambda: restored.handle.process.phase is Phase.RUNNING, timeout=READY)
+    await deployment.run(restored.handle.release())
     assert await is_over(known["jobid"])
 
 
@@ -143,9 +143,9 @@ threading.Thread(target=die).start()
     sign.touch()
     assert await poll_async(lambda: not os.path.exists(f"/proc/{known['pid']}"), timeout=READY)
     (restored,) = await restored_by(deployment)
-    assert await deployment.run(restored.held.process.wait()) == 7
-    assert restored.held.process.reason == "exit code 7"
-    assert restored.held.process.output_tail.endswith("my last words")
+    assert await deployment.run(restored.handle.process.wait()) == 7
+    assert restored.handle.process.reason == "exit code 7"
+    assert restored.handle.process.output_tail.endswith("my last words")
     # It can be started again where it was.
     manager = adopt(restored, kernel_name)
     await manager.restart_kernel(now=True)
@@ -314,7 +314,7 @@ async def test_a_server_of_another_deployment_takes_nothing(deployment, kernelsp
     assert await restored_by(other) == []
     assert job_state(known["jobid"]) == "RUNNING"
     (restored,) = await other.run(other.take_over([known["kernel_id"]]))
-    await other.run(restored.held.release())
+    await other.run(restored.handle.release())
     assert await is_over(known["jobid"])
 
 
@@ -325,5 +325,5 @@ def test_a_restored_kernels_spec_may_be_gone(deployment, kernelspecs):
         known = first.call("start", name="short-lived")
         first.signal(signal.SIGKILL)
     (restored,) = deployment.submit(deployment.restore()).result(READY)
-    deployment.submit(restored.held.release()).result(READY)
+    deployment.submit(restored.handle.release()).result(READY)
     assert poll(lambda: job_state(known["jobid"]) == "", timeout=READY)

@@ -66,7 +66,7 @@ async def restored_kernel(service: SlurmService, known: dict[str, object]) -> No
     client = manager.client()
     client.start_channels()
     await client.wait_for_ready(timeout=READY)
-    assert restored.held.process.phase is Phase.RUNNING
+    assert restored.handle.process.phase is Phase.RUNNING
     assert await async_execute(client, PID) == str(known["pid"])
     client.stop_channels()
     await manager.shutdown_kernel()

@@ -16,7 +16,7 @@ from gateway_slurm.errors import LauncherFailed, LinkError, NodeUnreachable, Req
 from gateway_slurm.kernels import transport as dialling
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.process import KernelProcess
-from gateway_slurm.kernels.transport import NOT_KEPT, Dialling, choose_mode
+from gateway_slurm.kernels.transport import NOT_KEPT, TransportSelector, choose_mode
 from gateway_slurm.link import wire
 from helpers.kernel_clients import poll_async
 
@@ -108,38 +108,38 @@ async def honest_node(**options):
 
 
 @pytest.fixture
-def settle():
-    """Settle a launch with one Dialling."""
-    made = Dialling(logging.getLogger("test"))
+def select():
+    """Select a launch's transport with one TransportSelector."""
+    made = TransportSelector(logging.getLogger("test"))
 
-    async def settled(node, launch=LAUNCH, last=None, ports=None, ip=HERE):
-        return await made.settle(launch, node, "k", last, (ip, ports or {}))
+    async def selected(node, launch=LAUNCH, last=None, ports=None, ip=HERE):
+        return await made.select(launch, node, "k", last, (ip, ports or {}))
 
-    return settled
+    return selected
 
 
-async def test_a_node_whose_answer_comes_is_direct(settle, dialled):
+async def test_a_node_whose_answer_comes_is_direct(select, dialled):
     """All five ports are dialled, where the link comes from, and they are the kernel's."""
     async with honest_node() as (node, ports):
-        settled = await settle(node)
-    assert (settled.launch.mode, settled.ip, settled.ports) == ("direct", HERE, ports)
-    assert settled.launch.connection == LAUNCH.connection
+        selected = await select(node)
+    assert (selected.launch.mode, selected.ip, selected.ports) == ("direct", HERE, ports)
+    assert selected.launch.connection == LAUNCH.connection
     assert sorted(dialled) == sorted((HERE, port) for port in ports.values())
 
 
-async def test_a_direct_kernel_whose_output_is_not_kept_says_so(settle, caplog):
+async def test_a_direct_kernel_whose_output_is_not_kept_says_so(select, caplog):
     """In the log, and in the reason that the kernel's model shows."""
     caplog.set_level(logging.INFO)
     async with honest_node() as (node, _ports):
-        settled = await settle(node, replace(LAUNCH, mode="direct", why=NOT_KEPT))
-    assert settled.launch.why == f"connect = direct, and node n1 can be dialled at {HERE}; {NOT_KEPT}"
-    assert settled.launch.why in caplog.text
+        selected = await select(node, replace(LAUNCH, mode="direct", why=NOT_KEPT))
+    assert selected.launch.why == f"connect = direct, and node n1 can be dialled at {HERE}; {NOT_KEPT}"
+    assert selected.launch.why in caplog.text
 
 
-async def test_an_ipv4_address_that_a_socket_for_both_shows_is_ipv4(settle, dialled):
+async def test_an_ipv4_address_that_a_socket_for_both_shows_is_ipv4(select, dialled):
     """A listener for both families, as the relay's, says ``::ffff:…``."""
     async with honest_node(peer=f"::ffff:{HERE}") as (node, _ports):
-        assert (await settle(node)).ip == HERE
+        assert (await select(node)).ip == HERE
 
 
 # -- what a launcher may not have us do -----------------------------------------------------------------------
@@ -172,30 +172,30 @@ def others(channel="shell", port=2001):
         {"error": "x" * 100_000},
     ],
 )
-async def test_rubbish_for_ports_is_dialled_by_nobody(settle, dialled, answer):
+async def test_rubbish_for_ports_is_dialled_by_nobody(select, dialled, answer):
     """Its kernel goes through the tunnel, the reason is short, and no connection was tried."""
-    settled = await settle(Node(lambda _fields: answer))
-    assert settled.launch.mode == "ipc"
-    assert settled.launch.why.startswith("node n1 was not dialled: ")
-    assert len(settled.launch.why) < 500
+    selected = await select(Node(lambda _fields: answer))
+    assert selected.launch.mode == "ipc"
+    assert selected.launch.why.startswith("node n1 was not dialled: ")
+    assert len(selected.launch.why) < 500
     assert dialled == []
 
 
-async def test_only_ports_of_the_admins_range_are_dialled(settle, dialled):
+async def test_only_ports_of_the_admins_range_are_dialled(select, dialled):
     """A launcher that names another one is not believed."""
     async with honest_node() as (node, ports):
         low = max(ports.values()) + 1
-        settled = await settle(node, replace(LAUNCH, port_range=(low, 65535)))
-    assert (settled.launch.mode, dialled) == ("ipc", [])
+        selected = await select(node, replace(LAUNCH, port_range=(low, 65535)))
+    assert (selected.launch.mode, dialled) == ("ipc", [])
 
 
 @pytest.mark.parametrize("field", ["ip", "host", "address", "peer"])
-async def test_an_address_that_a_launcher_names_is_not_dialled(settle, dialled, field):
+async def test_an_address_that_a_launcher_names_is_not_dialled(select, dialled, field):
     """Whatever PROBED says beside ports, the link's own address is dialled."""
     async with honest_node() as (node, _ports):
         honest = node.answer
         node.answer = lambda fields: {**honest(fields), field: "192.0.2.9"}
-        assert (await settle(node)).ip == HERE
+        assert (await select(node)).ip == HERE
     assert {host for host, _port in dialled} == {HERE}
 
 
@@ -211,19 +211,19 @@ async def test_an_address_that_a_launcher_names_is_not_dialled(settle, dialled, 
         ("fe80::5%eth0", "fe80::5%eth0", "IPv4 addresses only"),
     ],
 )
-async def test_a_node_that_is_not_where_its_link_comes_from_is_not_asked(settle, dialled, peer, own, words):
+async def test_a_node_that_is_not_where_its_link_comes_from_is_not_asked(select, dialled, peer, own, words):
     """Nothing is dialled that TCP has not proved, and nobody is asked to listen for it."""
     node = Node(lambda _fields: {"ports": others()}, peer=peer, own_ip=own)
-    settled = await settle(node)
-    assert settled.launch.mode == "ipc"
-    assert words in settled.launch.why
+    selected = await select(node)
+    assert selected.launch.mode == "ipc"
+    assert words in selected.launch.why
     assert (dialled, node.asked) == ([], [])
     with pytest.raises(NodeUnreachable, match=words):
-        await settle(node, replace(LAUNCH, mode="direct"))
+        await select(node, replace(LAUNCH, mode="direct"))
 
 
 @pytest.mark.parametrize("speech", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"0" * 32, b"x" * 1_000_000, "echo"])
-async def test_who_does_not_know_the_answer_is_not_the_node(settle, speech, monkeypatch):
+async def test_who_does_not_know_the_answer_is_not_the_node(select, speech, monkeypatch):
     """Silence, a greeting, a guess, a flood and an echo: each is something else, and soon known."""
     monkeypatch.setattr(dialling, "WORD_SECONDS", 0.1)
 
@@ -231,12 +231,12 @@ async def test_who_does_not_know_the_answer_is_not_the_node(settle, speech, monk
         writer.write(await reader.read(100) if speech == "echo" else speech)
 
     async with five_listeners(speak) as ports:
-        settled = await settle(Node(lambda _fields: {"ports": ports}))
-    assert settled.launch.mode == "ipc"
-    assert "something else than its launcher listens there" in settled.launch.why
+        selected = await select(Node(lambda _fields: {"ports": ports}))
+    assert selected.launch.mode == "ipc"
+    assert "something else than its launcher listens there" in selected.launch.why
 
 
-async def test_nothing_but_the_question_is_sent(settle, monkeypatch):
+async def test_nothing_but_the_question_is_sent(select, monkeypatch):
     """Whatever listens there gets a random word, which nobody else knows, and nothing more."""
     monkeypatch.setattr(dialling, "WORD_SECONDS", 0.1)
     heard = []
@@ -247,15 +247,15 @@ async def test_nothing_but_the_question_is_sent(settle, monkeypatch):
     servers = [await asyncio.start_server(served, HERE, 0) for _ in wire.CHANNELS]
     ports = {name: each.sockets[0].getsockname()[1] for name, each in zip(wire.CHANNELS, servers, strict=True)}
     node = Node(lambda _fields: {"ports": ports})
-    settled = await settle(node)
+    selected = await select(node)
     for each in servers:
         each.close()
-    assert settled.launch.mode == "ipc"
+    assert selected.launch.mode == "ipc"
     assert await poll_async(lambda: len(heard) == 5, timeout=10)
     assert set(heard) == {node.asked[0]["question"].encode()}
 
 
-async def test_a_port_that_is_closed_is_named(settle):
+async def test_a_port_that_is_closed_is_named(select):
     """One of five is enough: its kernel would hang."""
     async with honest_node() as (node, ports):
         with socket.socket() as free:
@@ -263,16 +263,16 @@ async def test_a_port_that_is_closed_is_named(settle):
             closed = free.getsockname()[1]
             honest = node.answer
             node.answer = lambda fields: {**honest(fields), "ports": {**ports, "stdin": closed}}
-            settled = await settle(node)
-    assert settled.launch.why == f"node n1 could not be dialled at {HERE}:{closed}: Connection refused"
+            selected = await select(node)
+    assert selected.launch.why == f"node n1 could not be dialled at {HERE}:{closed}: Connection refused"
 
 
-async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(settle, dialled, monkeypatch):
+async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(select, dialled, monkeypatch):
     """The start goes on through the tunnel."""
     monkeypatch.setattr(launcher, "PROBE_TIMEOUT", 0.05)
-    settled = await settle(Node(lambda _fields: None))
-    assert (settled.launch.mode, dialled) == ("ipc", [])
-    assert "did not answer" in settled.launch.why
+    selected = await select(Node(lambda _fields: None))
+    assert (selected.launch.mode, dialled) == ("ipc", [])
+    assert "did not answer" in selected.launch.why
 
 
 def test_an_answer_that_nobody_asked_for_is_nothing():
@@ -301,46 +301,46 @@ def swallowing():
             each.close()
 
 
-async def test_one_that_does_not_answer_is_remembered(settle, dialled, swallowing, monkeypatch):
+async def test_one_that_does_not_answer_is_remembered(select, dialled, swallowing, monkeypatch):
     """For a while it is neither asked nor dialled; then it is tried again, and twice as long the next time."""
     now, loop = [1000.0], asyncio.get_running_loop()
     monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.2)
     node = Node(lambda _fields: {"ports": dict.fromkeys(wire.CHANNELS, swallowing)})
     monkeypatch.setattr(dialling, "_now", lambda: now[0])
     begun = loop.time()
-    first = await settle(node)
+    first = await select(node)
     assert loop.time() - begun < 5
     assert first.launch.why == f"node n1 could not be dialled at {HERE}:{swallowing}: timed out"
     assert len(dialled) == 5
     for seconds, asked in ((0.0, 1), (59.0, 1), (2.0, 2), (119.0, 2), (2.0, 3)):
         now[0] += seconds
-        settled = await settle(node)
-        assert settled.launch.mode == "ipc"
-        assert settled.launch.why.startswith(first.launch.why)
+        selected = await select(node)
+        assert selected.launch.mode == "ipc"
+        assert selected.launch.why.startswith(first.launch.why)
         assert len(node.asked) == asked
 
 
-async def test_who_must_be_direct_is_tried_although_it_is_remembered(settle, swallowing, monkeypatch):
+async def test_who_must_be_direct_is_tried_although_it_is_remembered(select, swallowing, monkeypatch):
     """``connect = direct`` is not refused for what was; and a success is the end of the memory."""
     monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.2)
     silent = Node(lambda _fields: {"ports": dict.fromkeys(wire.CHANNELS, swallowing)})
-    await settle(silent)
+    await select(silent)
     with pytest.raises(NodeUnreachable, match="timed out"):
-        await settle(silent, replace(LAUNCH, mode="direct"))
+        await select(silent, replace(LAUNCH, mode="direct"))
     async with honest_node() as (node, _ports):
-        assert (await settle(node)).launch.mode == "ipc"
-        assert (await settle(node, replace(LAUNCH, mode="direct"))).launch.mode == "direct"
-        assert (await settle(node)).launch.mode == "direct"
+        assert (await select(node)).launch.mode == "ipc"
+        assert (await select(node, replace(LAUNCH, mode="direct"))).launch.mode == "direct"
+        assert (await select(node)).launch.mode == "direct"
 
 
-async def test_what_is_remembered_is_bounded(settle, swallowing, monkeypatch):
+async def test_what_is_remembered_is_bounded(select, swallowing, monkeypatch):
     """The oldest is forgotten."""
     monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.05)
     monkeypatch.setattr(dialling, "REMEMBER_NODES", 1)
     for host in ("127.0.0.1", "127.0.0.2", "127.0.0.1"):
         monkeypatch.setattr(dialling, "_dial_all", lambda *_arguments, **_words: _timed_out())
         node = Node(lambda _fields: {"ports": others()}, peer=host, own_ip=host)
-        assert (await settle(node)).launch.mode == "ipc"
+        assert (await select(node)).launch.mode == "ipc"
         assert len(node.asked) == 1
 
 
@@ -351,39 +351,39 @@ async def _timed_out():
 # -- restarts and older versions ------------------------------------------------------------------------------
 
 
-async def test_a_restart_keeps_the_tunnel(settle, dialled):
+async def test_a_restart_keeps_the_tunnel(select, dialled):
     """Clients are connected by it; the reason stays that of its start."""
     async with honest_node() as (node, _ports):
         last = LAUNCH.tunnelled("it was so")
-        settled = await settle(node, last=last)
-    assert (settled.launch.mode, settled.launch.why, node.asked, dialled) == ("ipc", "it was so", [], [])
-    assert "curve_publickey" not in settled.launch.connection
+        selected = await select(node, last=last)
+    assert (selected.launch.mode, selected.launch.why, node.asked, dialled) == ("ipc", "it was so", [], [])
+    assert "curve_publickey" not in selected.launch.connection
 
 
-async def test_a_restart_asks_for_the_kernels_own_ports(settle):
+async def test_a_restart_asks_for_the_kernels_own_ports(select):
     """The launcher is told them only where they are a direct kernel's."""
     async with honest_node() as (node, ports):
-        await settle(node, last=LAUNCH.direct("so"), ports=ports)
-        await settle(node, replace(LAUNCH, mode="direct"), last=LAUNCH.tunnelled("so"), ports=dict(ports))
+        await select(node, last=LAUNCH.direct("so"), ports=ports)
+        await select(node, replace(LAUNCH, mode="direct"), last=LAUNCH.tunnelled("so"), ports=dict(ports))
     assert [fields["ports"] for fields in node.asked] == [ports, None]
 
 
 @pytest.mark.parametrize(("peer", "own"), [("fd00::2", "fd00::2"), ("127.0.0.9", "127.0.0.9"), ("127.0.0.9", HERE)])
-async def test_a_restart_keeps_the_kernels_address(settle, dialled, peer, own):
+async def test_a_restart_keeps_the_kernels_address(select, dialled, peer, own):
     """Also where its launcher has come back by another one of its node's: clients are connected to it."""
     async with honest_node(peer=peer, own_ip=own) as (node, ports):
-        settled = await settle(node, last=LAUNCH.direct("so"), ports=ports)
-    assert (settled.launch.mode, settled.ip, settled.ports) == ("direct", HERE, ports)
+        selected = await select(node, last=LAUNCH.direct("so"), ports=ports)
+    assert (selected.launch.mode, selected.ip, selected.ports) == ("direct", HERE, ports)
     assert [fields["ip"] for fields in node.asked] == [HERE]
     assert {host for host, _port in dialled} == {HERE}
 
 
-async def test_a_launcher_of_an_older_version_gets_no_new_message(settle, dialled):
+async def test_a_launcher_of_an_older_version_gets_no_new_message(select, dialled):
     """The tunnel; or direct, unproved, where that was asked for."""
     node = Node(lambda _fields: None, probes=False)
-    assert (await settle(node)).launch.mode == "ipc"
-    settled = await settle(node, replace(LAUNCH, mode="direct"))
-    assert (settled.launch.mode, settled.ip, settled.ports) == ("direct", HERE, None)
+    assert (await select(node)).launch.mode == "ipc"
+    selected = await select(node, replace(LAUNCH, mode="direct"))
+    assert (selected.launch.mode, selected.ip, selected.ports) == ("direct", HERE, None)
     assert (node.asked, dialled) == ([], [])
 
 
@@ -424,7 +424,7 @@ async def test_a_tunnelled_kernel_sends_nobody_to_an_address(tmp_path):
     process = process_on(node, {"mode": "direct", "pid": 5, "ip": "192.0.2.9", "ports": others()}, tmp_path)
     with pytest.raises(LinkError, match="to start it for ipc"):
         await process.start(LAUNCH)
-    process.leave()
+    process.detach()
 
 
 async def test_a_job_that_ends_while_its_node_is_dialled_is_the_reason():
@@ -447,7 +447,7 @@ async def test_a_job_that_ends_while_its_node_is_dialled_is_the_reason():
 def process_on(node, started, directory="/nonexistent"):
     """A kernel whose launcher answers START at once."""
     log = logging.getLogger("test")
-    process = KernelProcess("k", node, tunnel_prefix=f"{directory}/t", dialling=Dialling(log), log=log)
+    process = KernelProcess("k", node, tunnel_prefix=f"{directory}/t", transport=TransportSelector(log), log=log)
     send = node.send
 
     def sending(name, **fields):
