@@ -28,7 +28,7 @@ from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.metrics import GatewayCollector
 from gateway_slurm.gateway.peers.client import PeerClient
 from gateway_slurm.gateway.peers.directory import StoreDirectory
-from gateway_slurm.gateway.peers.forward import Passing
+from gateway_slurm.gateway.peers.forward import Forwarder
 from gateway_slurm.gateway.peers.peers import Peers
 from gateway_slurm.gateway.sessions import GatewaySessionManager, NoContents
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
@@ -47,13 +47,13 @@ def default_peer_url(app: Any) -> str:
     return f"{'https' if app.certfile else 'http'}://{host}:{app.port}{app.base_url}"
 
 
-def make_passing(app: Any) -> Passing:
-    """What the handlers find in their settings as ``passing``; the application closes it."""
+def make_forwarder(app: Any) -> Forwarder:
+    """What the handlers find in their settings as ``forwarder``; the application closes it."""
     directory = StoreDirectory(SlurmService.instance())
     proof = tuple(filter(None, [getattr(app.identity_provider, "trusted_header", "")]))
-    passing = Passing(Peers(directory, log=app.log), PeerClient(app.peer_cafile), proof=proof)
-    app.web_app.settings["passing"] = passing
-    return passing
+    forwarder = Forwarder(Peers(directory, log=app.log), PeerClient(app.peer_cafile), proof=proof)
+    app.web_app.settings["forwarder"] = forwarder
+    return forwarder
 
 
 # -- ``jupyter slurm gateway``: the shared deployment, an application on jupyter_server. --
@@ -229,7 +229,7 @@ class SlurmGatewayApp(ServerApp):
     def init_webapp(self) -> None:
         """Also what passes requests on to other gateways."""
         super().init_webapp()
-        self.passing = make_passing(self)
+        self.forwarder = make_forwarder(self)
 
     def init_httpserver(self) -> None:
         """Also what the other gateways are told of where this one is: its port is known from here."""
@@ -243,7 +243,7 @@ class SlurmGatewayApp(ServerApp):
         """What is the gateway's own ends with it."""
         await super().cleanup_extensions()
         self._collector.close()
-        self.passing.close()
+        self.forwarder.close()
         if isinstance(self.identity_provider, GatewayIdentityProvider):
             self.identity_provider.close()
 

@@ -36,10 +36,10 @@ from gateway_slurm.gateway.auth.identity import GatewayUser, kernel_owner
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.openapi import description
-from gateway_slurm.gateway.peers.forward import RETRY_AFTER, PassesOn, check_limits_everywhere, refuse_taken_id
-from gateway_slurm.gateway.peers.lists import with_others
+from gateway_slurm.gateway.peers.forward import RETRY_AFTER, ForwardsRequests, check_deployment_limits, refuse_taken_id
+from gateway_slurm.gateway.peers.lists import with_peers
 from gateway_slurm.gateway.peers.peers import ALLOCATIONS, KERNELS, SESSIONS
-from gateway_slurm.gateway.peers.websocket import JoinsPeers
+from gateway_slurm.gateway.peers.websocket import ForwardsWebsocket
 from gateway_slurm.gateway.sessions import GatewaySessionManager, Session, session_env
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.service import SlurmService
@@ -91,7 +91,7 @@ async def until_restored(handler: web.RequestHandler) -> None:
         raise web.HTTPError(503, NOT_RESTORED) from error
 
 
-class GatewayHandler(PassesOn, APIHandler):
+class GatewayHandler(ForwardsRequests, APIHandler):
     """A handler of the gateway's API: JSON in and out, and each user sees what is theirs."""
 
     auth_resource = "kernels"
@@ -104,7 +104,7 @@ class GatewayHandler(PassesOn, APIHandler):
         if self.waits_for_kernels:
             await until_restored(self)
         if not self._finished:
-            await self.pass_on_what_is_elsewhere()
+            await self.forward_to_holder()
 
     @property
     def user(self) -> GatewayUser:
@@ -221,7 +221,7 @@ class StartsKernels(GatewayHandler):
         Raises NotAllowed, RequestError, NoSuchKernel, or HTTPError for limits.
         """
         owner = kernel_owner(self.user, env)
-        await check_limits_everywhere(self, owner)
+        await check_deployment_limits(self, owner)
         name = name or await self.default_name(owner)
         # Kernelspecs and groups are looked up on disk.
         fields = await asyncio.to_thread(self.specs.request_fields, name, owner, env)
@@ -254,7 +254,7 @@ class KernelsHandler(StartsKernels):
     @authorized
     async def get(self) -> None:
         """The user's kernels."""
-        self.answer(await with_others(self, KERNELS, self.kernels.models_for(self.user)))
+        self.answer(await with_peers(self, KERNELS, self.kernels.models_for(self.user)))
 
     @web.authenticated
     @authorized
@@ -308,7 +308,7 @@ class KernelActionHandler(GatewayHandler):
             self.answer(self.kernels.kernel_model(kernel_id))
 
 
-class ChannelsHandler(JoinsPeers, KernelWebsocketHandler):
+class ChannelsHandler(ForwardsWebsocket, KernelWebsocketHandler):
     """``/api/kernels/{kernel_id}/channels``: the websocket."""
 
     async def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -319,7 +319,7 @@ class ChannelsHandler(JoinsPeers, KernelWebsocketHandler):
     @ws_authenticated
     async def get(self, kernel_id: str) -> None:
         """Upgrade; 404 for a kernel that is not there, or not this user's to see."""
-        if await self.joined_peer(kernel_id):
+        if await self.forward_websocket(kernel_id):
             return
         if not self.settings["kernel_manager"].is_visible(kernel_id, self.current_user):
             raise web.HTTPError(404, f"there is no kernel {kernel_id}")
@@ -334,7 +334,7 @@ class SessionsHandler(StartsKernels):
     async def get(self) -> None:
         """The user's sessions."""
         own = [self.sessions.model(one) for one in self.sessions.all() if self.is_mine(one)]
-        self.answer(await with_others(self, SESSIONS, own))
+        self.answer(await with_peers(self, SESSIONS, own))
 
     def is_mine(self, session: Session) -> bool:
         return self.kernels.is_visible(session.kernel_id, self.user)
@@ -349,7 +349,7 @@ class SessionsHandler(StartsKernels):
         if not path:
             raise web.HTTPError(400, "path must not be empty")
         owner = kernel_owner(self.user, env)
-        if await self.pass_on_session(owner, path, text_field(kernel, "id")):
+        if await self.forward_session(owner, path, text_field(kernel, "id")):
             return
         # A frontend that is reloaded asks again before the first answer is there.
         async with self.sessions.lock(path, owner):
@@ -397,7 +397,7 @@ class SessionHandler(SessionsHandler):
         if session.owner != self.user.username:
             env.setdefault("KERNEL_USERNAME", session.owner)
         moved = {"path": path, "name": name, "type": kind, "kernel": kernel, "env": env}
-        answer = await self.session_made_at(text_field(kernel, "id"), moved)
+        answer = await self.create_session_at_peer(text_field(kernel, "id"), moved)
         if answer is not None:  # it has gone where its new kernel is
             self.sessions.remove(session_id)
         elif kernel.get("id") or kernel.get("name"):
@@ -408,7 +408,7 @@ class SessionHandler(SessionsHandler):
         if (answer is not None or session.kernel_id != before) and before in self.kernels:
             await self.kernels.shutdown_kernel(before)
         if answer is not None:
-            self.answer_as(answer, status=200)
+            self.relay_answer(answer, status=200)
         else:
             self.answer(self.sessions.model(session))
 
@@ -495,7 +495,7 @@ class AllocationsHandler(GatewayHandler):
     @authorized
     async def get(self) -> None:
         """The user's allocations: jobs with their state, nodes, time and kernels."""
-        self.answer(await with_others(self, ALLOCATIONS, SlurmService.instance().allocations_of(self.whose)))
+        self.answer(await with_peers(self, ALLOCATIONS, SlurmService.instance().allocations_of(self.whose)))
 
 
 class AllocationHandler(AllocationsHandler):
@@ -542,7 +542,7 @@ class StatusHandler(UntrackedHandler, GatewayHandler):
     @authorized
     async def get(self) -> None:
         """When the gateway started and was last used, and how many kernels and connections the user has."""
-        models = await with_others(self, KERNELS, self.kernels.models_for(self.user))
+        models = await with_peers(self, KERNELS, self.kernels.models_for(self.user))
         self.answer(
             {
                 "started": _as_utc(self.settings["started"]),

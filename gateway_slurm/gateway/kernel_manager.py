@@ -27,7 +27,7 @@ from gateway_slurm._util import TaskSet, printable
 from gateway_slurm.allocations.model import Waiting
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
-from gateway_slurm.gateway.auth.user import sees
+from gateway_slurm.gateway.auth.user import can_see
 from gateway_slurm.gateway.channels.channels import KernelChannels
 from gateway_slurm.gateway.channels.frontends import Frontends
 from gateway_slurm.gateway.channels.sockets import Activity, raise_socket_limit
@@ -193,7 +193,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if user is None or kernel_id not in self:
             return False
         owner, maker = self._owners.get(kernel_id, ("", ""))
-        return sees(user, owner, maker)
+        return can_see(user, owner, maker)
 
     def models_for(self, user: Any) -> list[dict[str, Any]]:
         """The models of the kernels that ``user`` may see."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_slurm.gateway.peers.client import PASSED_ON
+from gateway_slurm.gateway.peers.client import FORWARDED_BY
 from helpers.gateway_group import Deployment, deployment
 from helpers.gateway_process import ask, start, stop, stop_all
 from helpers.kernel_clients import JOB, PID, READY, jupyter_files_in, poll_async
@@ -116,7 +116,7 @@ async def use(alice: Server, bob: Server) -> None:
         assert await bob.json("GET", "/api/kernels") == []
         assert await bob.status("GET", f"/api/kernels/{kernels[0]}") == 404
         # A client's own mark is taken away.
-        marked = await alice.request("GET", f"/api/kernels/{kernels[0]}", headers={PASSED_ON: "x"})
+        marked = await alice.request("GET", f"/api/kernels/{kernels[0]}", headers={FORWARDED_BY: "x"})
         assert marked.code == 200
     job = await ask(alice, kernels[0], JOB)
     await alice.request("POST", f"/api/kernels/{kernels[0]}/restart")

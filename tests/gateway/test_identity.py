@@ -21,7 +21,7 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from tornado.websocket import websocket_connect
 
 from gateway_slurm.errors import IdentityUnavailable
-from gateway_slurm.gateway.auth.hub import CACHED, QUESTIONS, HubTokens
+from gateway_slurm.gateway.auth.hub import MAX_CACHED_USERS, MAX_LOOKUPS, HubTokens
 from gateway_slurm.gateway.auth.tokens import TokenFile
 from helpers.kernel_clients import jupyter_environment, jupyter_files_in
 from helpers.notebook_server import Server, running_server
@@ -407,7 +407,7 @@ async def hub_tokens(gateway):
         request = HTTPServerRequest(
             start_line=START_LINE, headers=HTTPHeaders({"Host": "gateway", "Authorization": f"token {token}"})
         )
-        user = await tokens.principal(SimpleNamespace(request=request))
+        user = await tokens.authenticate(SimpleNamespace(request=request))
         return None if user is None else user.username
 
     yield name
@@ -419,7 +419,7 @@ async def test_invented_tokens_take_no_users_place(gateway, hub_tokens):
     good = new_token()
     gateway.hub.answers[good] = hub_user("ada")
     assert await hub_tokens(good) == "ada"
-    for _ in range(0, CACHED + 100, 50):
+    for _ in range(0, MAX_CACHED_USERS + 100, 50):
         assert await asyncio.gather(*(hub_tokens(new_token()) for _ in range(50))) == [None] * 50
     assert await hub_tokens(good) == "ada"
     assert gateway.hub.asked.count(good) == 1
@@ -443,7 +443,7 @@ async def test_only_so_many_tokens_are_asked_about_at_a_time(gateway, hub_tokens
     gateway.hub.answers[good] = hub_user("ada")
     assert await hub_tokens(good) == "ada"
     gateway.hub.delay = 2.0
-    invented = [asyncio.ensure_future(hub_tokens(new_token())) for _ in range(QUESTIONS)]
+    invented = [asyncio.ensure_future(hub_tokens(new_token())) for _ in range(MAX_LOOKUPS)]
     await asyncio.sleep(0)  # each has begun
     with pytest.raises(IdentityUnavailable, match="too many"):
         await hub_tokens(new_token())

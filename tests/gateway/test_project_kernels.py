@@ -82,7 +82,7 @@ def test_without_accounting_nobody_is_a_member_by_account(cluster, service, root
     with pytest.raises(SlurmUnavailable):
         ask_accounts(Runner())
     specs = GatewayKernelSpecManager(projects_root=str(root), serve_installed=False)
-    assert not specs.visible("clim.python", "ada")
+    assert "clim.python" not in specs.specs_for("ada")
 
 
 async def test_a_projects_kernel_runs_with_its_fields_and_the_clients(cluster, service, kernelspecs, root):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from gateway_slurm.gateway.peers.client import PASSED_ON
+from gateway_slurm.gateway.peers.client import FORWARDED_BY
 from helpers.gateway_process import Gateway, running_gateway
 from helpers.kernel_clients import READY, poll_async, write_admin_settings
 from helpers.notebook_server import Server
@@ -85,7 +85,7 @@ def is_ready(gateway: Gateway) -> bool:
 async def has_itself(server: Server, kernel_id: str) -> bool:
     """Whether the gateway, asked as another gateway asks it, has the kernel."""
     path = f"/api/kernels/{kernel_id}"
-    return (await server.request("GET", path, headers={PASSED_ON: "test"}, raise_error=False)).code == 200
+    return (await server.request("GET", path, headers={FORWARDED_BY: "test"}, raise_error=False)).code == 200
 
 
 @contextmanager

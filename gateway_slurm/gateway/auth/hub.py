@@ -18,13 +18,13 @@ from gateway_slurm.errors import IdentityUnavailable, NotAllowed
 from gateway_slurm.gateway.auth.tokens import PREFIX, request_token
 from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
 
-CACHED: Final = 1024
+MAX_CACHED_USERS: Final = 1024
 """Users' tokens whose answers are kept, of those used last."""
-CACHED_UNKNOWN: Final = 256
+MAX_CACHED_UNKNOWN: Final = 256
 """Tokens that are none of the hub's: whoever invents some takes no user's place."""
-QUESTIONS: Final = 64
+MAX_LOOKUPS: Final = 64
 """Under way at a time; the client asks ten of them at once, and the others wait within their timeout."""
-_LARGEST_ANSWER: Final = 1 << 20
+_MAX_ANSWER_BYTES: Final = 1 << 20
 
 Model = dict[str, Any]
 
@@ -56,7 +56,7 @@ class HubTokens:
         self._asking: dict[str, asyncio.Task[Model | None]] = {}
         self._client: SimpleAsyncHTTPClient | None = None
 
-    async def principal(self, handler: RequestHandler) -> GatewayUser | None:
+    async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         """Raises IdentityUnavailable when the hub does not say, NotAllowed when its user may not come here."""
         token = request_token(handler.request)
         # The gateway's own tokens are none of the hub's business.
@@ -82,7 +82,7 @@ class HubTokens:
                 kept.move_to_end(key)
                 return model
         if key not in self._asking:
-            if len(self._asking) >= QUESTIONS:
+            if len(self._asking) >= MAX_LOOKUPS:
                 raise IdentityUnavailable("too many tokens are being asked about at the JupyterHub; try again")
             task = self._asking[key] = asyncio.ensure_future(self._ask(key, token))
             task.add_done_callback(lambda task: self._asked(key, task))
@@ -96,8 +96,8 @@ class HubTokens:
 
     async def _ask(self, key: str, token: str) -> Model | None:
         model = _parse(await self._fetch(token))
-        users = self._users, CACHED
-        unknown = self._unknown, CACHED_UNKNOWN
+        users = self._users, MAX_CACHED_USERS
+        unknown = self._unknown, MAX_CACHED_UNKNOWN
         (kept, most), (other, _) = (unknown, users) if model is None else (users, unknown)
         other.pop(key, None)
         kept[key] = time.monotonic() + self._cache_seconds, model
@@ -108,7 +108,7 @@ class HubTokens:
 
     async def _fetch(self, token: str) -> HTTPResponse:
         if self._client is None:
-            self._client = SimpleAsyncHTTPClient(force_instance=True, max_body_size=_LARGEST_ANSWER)
+            self._client = SimpleAsyncHTTPClient(force_instance=True, max_body_size=_MAX_ANSWER_BYTES)
         request = HTTPRequest(
             self._url,
             headers={"Authorization": f"token {token}", "Accept": "application/json"},

@@ -1,6 +1,6 @@
 """Who is asking: tokens of the gateway's own, a JupyterHub's, or a reverse proxy's word, in any combination.
 
-Each way is a class with ``async def principal(handler) -> GatewayUser | None``, which says who a request
+Each way is a class with ``async def authenticate(handler) -> GatewayUser | None``, which says who a request
 comes from, or that it does not know; it raises NotAllowed for a request that is to be refused, and
 IdentityUnavailable when it could not find out. HTTP statuses are chosen here.
 """
@@ -24,15 +24,15 @@ from gateway_slurm.gateway.auth.proxy import TrustedHeader
 from gateway_slurm.gateway.auth.tokens import TokenFile, UserTokens, request_token, take_url_token
 from gateway_slurm.gateway.auth.user import GatewayUser, is_name, kernel_owner
 
-__all__ = ["GatewayIdentityProvider", "GatewayUser", "Way", "is_name", "kernel_owner"]
+__all__ = ["Authenticator", "GatewayIdentityProvider", "GatewayUser", "is_name", "kernel_owner"]
 
 _NO_LOGIN = "log in with a token in the Authorization header; the gateway has no login page"
 
 
-class Way(Protocol):
+class Authenticator(Protocol):
     """A way to know users."""
 
-    async def principal(self, handler: RequestHandler) -> GatewayUser | None:
+    async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         """Who the request comes from, or None. Raises NotAllowed and IdentityUnavailable."""
 
 
@@ -139,7 +139,7 @@ class GatewayIdentityProvider(IdentityProvider):
         self._complaint = ""
         self._token_file = TokenFile(Path(self.tokens_file).expanduser()) if self.tokens_file else None
         self._hub = self._make_hub() if self.hub_api_url else None
-        self.ways: list[Way] = self._make_ways()
+        self.authenticators: list[Authenticator] = self._make_authenticators()
 
     def _make_hub(self) -> HubTokens:
         return HubTokens(
@@ -150,9 +150,9 @@ class GatewayIdentityProvider(IdentityProvider):
             services=self.hub_services,
         )
 
-    def _make_ways(self) -> list[Way]:
+    def _make_authenticators(self) -> list[Authenticator]:
         """In the order in which they are asked; the proxy first, since its header is never to be overlooked."""
-        ways: list[Way] = []
+        ways: list[Authenticator] = []
         if self.trusted_header:
             ways.append(TrustedHeader(self.trusted_header, self.trusted_proxies))
         if self._token_file is not None:
@@ -181,7 +181,7 @@ class GatewayIdentityProvider(IdentityProvider):
             return known
         self._take_url_token(handler.request)
         try:
-            user, way = await self._principal(handler)
+            user, way = await self._authenticate(handler)
         except NotAllowed as error:
             raise HTTPError(403, str(error)) from None
         except IdentityUnavailable as error:
@@ -194,9 +194,9 @@ class GatewayIdentityProvider(IdentityProvider):
         self._users[handler] = user
         return user
 
-    async def _principal(self, handler: RequestHandler) -> tuple[GatewayUser | None, Way | None]:
-        for way in self.ways:
-            user = await way.principal(handler)
+    async def _authenticate(self, handler: RequestHandler) -> tuple[GatewayUser | None, Authenticator | None]:
+        for way in self.authenticators:
+            user = await way.authenticate(handler)
             if user is not None:
                 return user, way
         return None, None
@@ -253,13 +253,13 @@ class GatewayIdentityProvider(IdentityProvider):
     def validate_security(self, app: Any, ssl_options: dict[str, Any] | None = None) -> None:
         """Called before the server listens. Raises ConfigError where nobody could get in, or a file is not safe."""
         super().validate_security(app, ssl_options)
-        if not self.ways:
+        if not self.authenticators:
             raise ConfigError(
                 "nobody could use the gateway: set GatewayIdentityProvider.tokens_file, hub_api_url, or trusted_header"
             )
         if self.trusted_header and not self.trusted_proxies:
             raise ConfigError("GatewayIdentityProvider.trusted_header needs trusted_proxies: who may send it?")
-        if any(isinstance(way, TrustedHeader) and way.trusts_this_machine for way in self.ways):
+        if any(isinstance(way, TrustedHeader) and way.trusts_this_machine for way in self.authenticators):
             self.log.warning(
                 "whoever can log in on this machine can name any user in the header %s: let the proxy use a Unix "
                 "socket (SlurmGatewayApp.sock) and set trusted_proxies = ['unix']",

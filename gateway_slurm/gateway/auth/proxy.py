@@ -37,7 +37,7 @@ class TrustedHeader:
         own = [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")]
         return any(network.is_loopback or any(one in network for one in own) for network in self._networks)
 
-    async def principal(self, handler: RequestHandler) -> GatewayUser | None:
+    async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         """Raises NotAllowed for the header from anybody else, who can only want to pose as somebody."""
         values = handler.request.headers.get_list(self._header)
         if not values:

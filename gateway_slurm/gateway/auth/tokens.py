@@ -166,7 +166,7 @@ class UserTokens:
         self._file = file
         self._complain = complain
 
-    async def principal(self, handler: RequestHandler) -> GatewayUser | None:
+    async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         """Raises IdentityUnavailable when the file cannot be used: nobody gets in, and it is no token's fault."""
         token = request_token(handler.request)
         if token is None or not token.startswith(PREFIX):

@@ -25,7 +25,7 @@ class GatewayUser(User):
     """Is a program, such as a Jupyter server for many users, that says for whom it asks."""
 
 
-def sees(user: Any, owner: str, maker: str) -> bool:
+def can_see(user: Any, owner: str, maker: str) -> bool:
     """Whether a kernel or session is the user's to see: an owner's, an admin's, or the service's that made it."""
     return bool(user.admin) or user.username == owner or (user.service and user.username == maker)
 

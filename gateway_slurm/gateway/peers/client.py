@@ -17,16 +17,16 @@ from tornado.websocket import WebSocketClientConnection, WebSocketError, websock
 from gateway_slurm.errors import ConfigError, GatewaySlurmError
 from gateway_slurm.gateway.peers.peers import Peer
 
-PASSED_ON: Final = "Gateway-Slurm-Passed-On"
+FORWARDED_BY: Final = "Gateway-Slurm-Forwarded-By"
 """Marks a request that came through another gateway, whose id it holds: it is passed on no further."""
 
 CONNECT_SECONDS: Final = 3.0
-LONGEST_ANSWER: Final = 300.0
+MAX_ANSWER_SECONDS: Final = 300.0
 """Seconds that a restart, or a kernel's end, may take at the other gateway."""
 UPGRADE_SECONDS: Final = 15.0
 """Seconds for a websocket to open, which waits for no kernel."""
-_AT_ONCE: Final = 1000
-_LARGEST: Final = 1 << 30
+_MAX_REQUESTS: Final = 1000
+_MAX_MESSAGE_BYTES: Final = 1 << 30
 """Bytes of one message or answer; a kernel's own gateway has bounded it already."""
 
 # What says who the client is, and what it sends and wants. Not Origin, which this gateway has judged, and
@@ -43,7 +43,7 @@ class PeerUnreachable(GatewaySlurmError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passed:
+class ForwardedRequest:
     """A client's request as it goes on to a peer."""
 
     method: str
@@ -53,10 +53,12 @@ class Passed:
     body: bytes | None = None
 
     @classmethod
-    def of(cls, request: HTTPServerRequest, base_url: str, server_id: str, *, proof: Sequence[str] = ()) -> Passed:
+    def of(
+        cls, request: HTTPServerRequest, base_url: str, server_id: str, *, proof: Sequence[str] = ()
+    ) -> ForwardedRequest:
         """``proof``: further headers that say who the client is, such as a trusted proxy's."""
         headers = {name: request.headers[name] for name in (*_HEADERS, *proof) if name in request.headers}
-        headers |= {PASSED_ON: server_id or "gateway", "X-Forwarded-For": str(request.remote_ip)}
+        headers |= {FORWARDED_BY: server_id or "gateway", "X-Forwarded-For": str(request.remote_ip)}
         # Authentication has taken a token out of these.
         query = urlencode([(name, value) for name, values in request.query_arguments.items() for value in values])
         path = request.path[len(base_url) :].lstrip("/")
@@ -68,9 +70,9 @@ class Passed:
             body=request.body if has_body else None,
         )
 
-    def at(self, path: str) -> Passed:
+    def at(self, path: str) -> ForwardedRequest:
         """The same client's question for something else."""
-        return Passed(method="GET", path=path, headers=self.headers)
+        return ForwardedRequest(method="GET", path=path, headers=self.headers)
 
 
 class PeerClient:
@@ -86,11 +88,14 @@ class PeerClient:
             raise ConfigError(f"SlurmGatewayApp.peer_cafile={ca_file!r} cannot be used: {error}") from error
         self._client: SimpleAsyncHTTPClient | None = None
 
-    async def send(self, peer: Peer, passed: Passed, *, timeout: float = LONGEST_ANSWER) -> HTTPResponse:
+    async def send(self, peer: Peer, passed: ForwardedRequest, *, timeout: float = MAX_ANSWER_SECONDS) -> HTTPResponse:
         """The peer's answer, whatever its status. Raises PeerUnreachable after ``timeout`` seconds or earlier."""
         if self._client is None:
             self._client = SimpleAsyncHTTPClient(
-                force_instance=True, max_clients=_AT_ONCE, max_buffer_size=_LARGEST, max_body_size=_LARGEST
+                force_instance=True,
+                max_clients=_MAX_REQUESTS,
+                max_buffer_size=_MAX_MESSAGE_BYTES,
+                max_body_size=_MAX_MESSAGE_BYTES,
             )
         request = HTTPRequest(
             _url(peer, passed.path),
@@ -113,7 +118,9 @@ class PeerClient:
         except (OSError, ValueError) as error:
             raise PeerUnreachable(f"{peer.url}: {error}", sent=False) from error
 
-    async def websocket(self, peer: Peer, passed: Passed, subprotocols: list[str]) -> WebSocketClientConnection:
+    async def websocket(
+        self, peer: Peer, passed: ForwardedRequest, subprotocols: list[str]
+    ) -> WebSocketClientConnection:
         """A websocket that the peer has accepted.
 
         Raises HTTPClientError with the status of a refusal, and PeerUnreachable.
@@ -126,7 +133,9 @@ class PeerClient:
             ssl_options=self._tls,
         )
         try:
-            connection = await websocket_connect(request, subprotocols=subprotocols or None, max_message_size=_LARGEST)
+            connection = await websocket_connect(
+                request, subprotocols=subprotocols or None, max_message_size=_MAX_MESSAGE_BYTES
+            )
         except HTTPClientError as error:
             if error.code == 599:
                 raise PeerUnreachable(f"{peer.url}: {error}", sent=False) from error
@@ -136,7 +145,7 @@ class PeerClient:
         assert connection.protocol is not None
         stream = connection.protocol.stream
         assert stream is not None
-        stream.max_buffer_size = _LARGEST
+        stream.max_buffer_size = _MAX_MESSAGE_BYTES
         stream.set_nodelay(True)
         return connection
 

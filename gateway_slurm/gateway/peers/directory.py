@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from gateway_slurm.errors import StoreError
-from gateway_slurm.gateway.peers.peers import DirectoryUnavailable, Kept, Location, Peer
+from gateway_slurm.gateway.peers.peers import DirectoryUnavailable, Location, Peer, PeerRecords
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store import KernelRecord, Registry, ServerRecord, SessionRecord
 
@@ -63,20 +63,20 @@ class StoreDirectory:
         """The kernels of all other gateways, and who owns them."""
         return await self._ask(lambda look: look.owners(), {})
 
-    async def kept(self, server_ids: Collection[str]) -> Kept:
+    async def records_of(self, server_ids: Collection[str]) -> PeerRecords:
         """What is on record of these gateways."""
-        return await self._ask(lambda look: look.kept(server_ids), Kept())
+        return await self._ask(lambda look: look.records_of(server_ids), PeerRecords())
 
     def close(self) -> None:
         """The gateway ends; a question that hangs is left to itself."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _ask(self, question: Callable[[_Look], T], alone: T) -> T:
+    async def _ask(self, question: Callable[[_StoreQueries], T], alone: T) -> T:
         """Raise DirectoryUnavailable; ``alone`` is the answer of a gateway that has no others."""
         registry, deployment = self._registry, self._service.deployment
         if registry is None or not deployment:
             return alone
-        asked = asyncio.get_running_loop().run_in_executor(self._threads, question, _Look(registry, deployment))
+        asked = asyncio.get_running_loop().run_in_executor(self._threads, question, _StoreQueries(registry, deployment))
         try:
             return await asyncio.wait_for(asked, ANSWER_SECONDS)
         except asyncio.TimeoutError as error:
@@ -85,7 +85,7 @@ class StoreDirectory:
             raise DirectoryUnavailable(str(error)) from error
 
 
-class _Look:
+class _StoreQueries:
     """Questions to the store. Blocking; raises StoreError."""
 
     def __init__(self, registry: Registry, deployment: str) -> None:
@@ -106,7 +106,7 @@ class _Look:
     def owners(self) -> Mapping[str, str]:
         return self._store.kernel_owners(self._deployment, except_server=self._registry.server_id)
 
-    def kept(self, server_ids: Collection[str]) -> Kept:
+    def records_of(self, server_ids: Collection[str]) -> PeerRecords:
         kernels, sessions = [], []
         for rows in map(self._store.rows_of, server_ids):
             models = {record.kernel_id: _kernel_model(record) for record in rows.kernels}
@@ -117,7 +117,7 @@ class _Look:
                 for one in rows.sessions
                 if one.kernel_id in models
             ]
-        return Kept(kernels=tuple(kernels), sessions=tuple(sessions))
+        return PeerRecords(kernels=tuple(kernels), sessions=tuple(sessions))
 
     @property
     def _store(self) -> Store:

@@ -18,7 +18,7 @@ from tornado.httpclient import HTTPResponse
 from tornado.web import RequestHandler
 
 from gateway_slurm.gateway.auth.user import GatewayUser
-from gateway_slurm.gateway.peers.client import PASSED_ON, Passed, PeerClient, PeerUnreachable
+from gateway_slurm.gateway.peers.client import FORWARDED_BY, ForwardedRequest, PeerClient, PeerUnreachable
 from gateway_slurm.gateway.peers.peers import (
     ALLOCATIONS,
     KERNELS,
@@ -38,17 +38,17 @@ WAIT_SECONDS: Final = 5.0
 POLL_SECONDS: Final = 0.25
 RETRY_AFTER: Final = "1"
 
-MOVED: Final = (404, 409)
+MOVED_STATUSES: Final = (404, 409)
 """Statuses by which a peer may say that it no longer has a kernel."""
 
 # The argument of a route, and where such things are.
 _COLLECTIONS: Final = {"kernel_id": KERNELS, "session_id": SESSIONS, "jobid": ALLOCATIONS}
 # The headers of an answer that are the client's; the others this gateway sets itself.
 _ANSWER_HEADERS: Final = ("Location", "Retry-After", "WWW-Authenticate", "Cache-Control")
-BUSY: Final = "the gateway that has this does not answer; another one takes over from one that is gone: try again"
+TRY_AGAIN: Final = "the gateway that has this does not answer; another one takes over from one that is gone: try again"
 
 
-class Passing:
+class Forwarder:
     """What the gateway's handlers share for passing on; one per gateway, made by the application."""
 
     def __init__(self, peers: Peers, client: PeerClient, *, proof: tuple[str, ...] = ()) -> None:
@@ -94,7 +94,7 @@ class Passing:
                 task.cancel()
         return None
 
-    async def _has(self, peer: Peer, passed: Passed) -> Peer | None:
+    async def _has(self, peer: Peer, passed: ForwardedRequest) -> Peer | None:
         try:
             answer = await self.client.send(peer, passed, timeout=ASK_SECONDS)
         except PeerUnreachable:
@@ -103,12 +103,12 @@ class Passing:
 
     # -- passing on ---------------------------------------------------------------------------------
 
-    def request_of(self, handler: RequestHandler) -> Passed:
+    def request_of(self, handler: RequestHandler) -> ForwardedRequest:
         """The handler's request, as it goes to a peer."""
         base_url: str = handler.settings.get("base_url", "/")
-        return Passed.of(handler.request, base_url, self.peers.server_id, proof=self.proof)
+        return ForwardedRequest.of(handler.request, base_url, self.peers.server_id, proof=self.proof)
 
-    async def settled(
+    async def wait_for_holder(
         self, is_here: Callable[[], bool], find: Callable[[bool], Awaitable[Location | None]]
     ) -> tuple[bool, Peer | None]:
         """Whether it is here, or else which living peer has it; (False, None) is nobody.
@@ -125,21 +125,21 @@ class Passing:
                 return False, found.peer
             without_address = found.peer.lives and found.peer.server_id != self.peers.server_id
             if without_address or time.monotonic() > deadline:
-                raise web.HTTPError(503, BUSY)
+                raise web.HTTPError(503, TRY_AGAIN)
             await asyncio.sleep(POLL_SECONDS)
             fresh = True
         return True, None
 
-    async def holder(
+    async def find_holder(
         self, handler: RequestHandler, collection: str, key: str, *, fresh: bool = False
     ) -> tuple[bool, Peer | None]:
         """``settled`` for a kernel, a session or an allocation by its id."""
-        return await self.settled(
+        return await self.wait_for_holder(
             lambda: is_here(handler, collection, key),
             lambda again: self.find(handler, collection, key, fresh=fresh or again),
         )
 
-    async def send(self, peer: Peer, passed: Passed) -> HTTPResponse | None:
+    async def send(self, peer: Peer, passed: ForwardedRequest) -> HTTPResponse | None:
         """The peer's answer, or None from one that has not had the request.
 
         Raises HTTPError 503 when it is not known whether the peer has done what was asked.
@@ -149,12 +149,12 @@ class Passing:
         except PeerUnreachable as error:
             self.peers.unreachable(peer, str(error))
             if error.sent and passed.method != "GET":
-                raise web.HTTPError(503, BUSY) from error
+                raise web.HTTPError(503, TRY_AGAIN) from error
             return None
         self.peers.reachable(peer)
         return answer
 
-    async def _answer_of(self, peer: Peer, passed: Passed) -> HTTPResponse:
+    async def _answer_of(self, peer: Peer, passed: ForwardedRequest) -> HTTPResponse:
         """What takes long is waited for as long as the peer lives: one that hangs has a lease that is soon over."""
         sending = asyncio.ensure_future(self.client.send(peer, passed))
         try:
@@ -168,9 +168,9 @@ class Passing:
             sending.cancel()
 
 
-def is_passed_on(handler: RequestHandler) -> bool:
+def is_forwarded(handler: RequestHandler) -> bool:
     """Whether another gateway has sent the request here."""
-    return PASSED_ON in handler.request.headers
+    return FORWARDED_BY in handler.request.headers
 
 
 def is_here(handler: RequestHandler, collection: str, key: str) -> bool:
@@ -187,47 +187,47 @@ def may_see(user: Any, found: Location) -> bool:
     return not found.owner or user.admin or user.service or user.username == found.owner
 
 
-class PassesOn(web.RequestHandler):
+class ForwardsRequests(web.RequestHandler):
     """A handler whose routes name a kernel, a session or an allocation, which may be at another gateway."""
 
     @property
-    def passing(self) -> Passing:
-        passing: Passing = self.settings["passing"]
-        return passing
+    def forwarder(self) -> Forwarder:
+        forwarder: Forwarder = self.settings["forwarder"]
+        return forwarder
 
-    async def pass_on_what_is_elsewhere(self) -> None:
+    async def forward_to_holder(self) -> None:
         """Answer with the peer's answer; nothing is done where this gateway, or nobody, has it."""
         named = next((name for name in _COLLECTIONS if name in self.path_kwargs), None)
-        if named is None or is_passed_on(self) or not isinstance(self.current_user, GatewayUser):
+        if named is None or is_forwarded(self) or not isinstance(self.current_user, GatewayUser):
             return
         collection, key = _COLLECTIONS[named], self.path_kwargs[named]
         if not is_here(self, collection, key):
             answer = await self._answer_of_holder(collection, key)
             if answer is not None:
-                self.answer_as(answer)
+                self.relay_answer(answer)
 
     async def _answer_of_holder(self, collection: str, key: str) -> HTTPResponse | None:
         """The answer of whoever has it; None where that is this gateway, or nobody. Raises HTTPError 503."""
-        passed, deadline = self.passing.request_of(self), time.monotonic() + WAIT_SECONDS
+        passed, deadline = self.forwarder.request_of(self), time.monotonic() + WAIT_SECONDS
         asked: Peer | None = None
         answer: HTTPResponse | None = None
         while True:
-            here, peer = await self.passing.holder(self, collection, key, fresh=asked is not None)
+            here, peer = await self.forwarder.find_holder(self, collection, key, fresh=asked is not None)
             if here:
                 return None
             if peer is None or (peer == asked and answer is not None):
                 return answer
-            answer = await self.passing.send(peer, passed)
+            answer = await self.forwarder.send(peer, passed)
             # It may have moved a moment ago: once more it is asked whose it is.
-            if answer is not None and (answer.code not in MOVED or asked is not None):
+            if answer is not None and (answer.code not in MOVED_STATUSES or asked is not None):
                 return answer
             asked = peer
             if answer is None:
                 if time.monotonic() > deadline:
-                    raise web.HTTPError(503, BUSY)
+                    raise web.HTTPError(503, TRY_AGAIN)
                 await asyncio.sleep(POLL_SECONDS)
 
-    def answer_as(self, answer: HTTPResponse, status: int | None = None) -> None:
+    def relay_answer(self, answer: HTTPResponse, status: int | None = None) -> None:
         """The peer's answer is the client's, with another ``status`` if there is one."""
         self.set_status(status or answer.code, answer.reason if status is None else None)
         for name in _ANSWER_HEADERS:
@@ -241,29 +241,29 @@ class PassesOn(web.RequestHandler):
 
     # -- sessions -------------------------------------------------------------------------------------
 
-    async def pass_on_session(self, owner: str, path: str, kernel_id: str) -> bool:
+    async def forward_session(self, owner: str, path: str, kernel_id: str) -> bool:
         """Whether POST /api/sessions was answered by a peer.
 
         By the one that has the document's session, or the kernel that is named; else by the one that all
         agree upon, so that two gateways asked at the same time do not make two sessions.
         """
-        sessions, passing = self.settings["session_manager"], self.passing
-        if is_passed_on(self):
+        sessions, forwarder = self.settings["session_manager"], self.forwarder
+        if is_forwarded(self):
             return False
-        here, peer = await passing.settled(
-            lambda: sessions.at(path, owner) is not None, lambda _again: passing.peers.session_at(owner, path)
+        here, peer = await forwarder.wait_for_holder(
+            lambda: sessions.at(path, owner) is not None, lambda _again: forwarder.peers.session_at(owner, path)
         )
         if peer is None and not here and kernel_id:
-            here, peer = await passing.holder(self, KERNELS, kernel_id)
+            here, peer = await forwarder.find_holder(self, KERNELS, kernel_id)
         elif peer is None and not here:
-            peer = await passing.peers.home(owner, path)
-        answer = None if here or peer is None else await passing.send(peer, passing.request_of(self))
+            peer = await forwarder.peers.preferred_peer(owner, path)
+        answer = None if here or peer is None else await forwarder.send(peer, forwarder.request_of(self))
         if answer is None:
             return False
-        self.answer_as(answer)
+        self.relay_answer(answer)
         return True
 
-    async def session_made_at(self, kernel_id: str, body: dict[str, Any]) -> HTTPResponse | None:
+    async def create_session_at_peer(self, kernel_id: str, body: dict[str, Any]) -> HTTPResponse | None:
         """A peer's answer to POST /api/sessions for a kernel of its own; None for a kernel that is no peer's.
 
         Also for a request that was passed on: this is another one, and goes no further. Raises HTTPError with
@@ -271,30 +271,30 @@ class PassesOn(web.RequestHandler):
         """
         if not kernel_id:
             return None
-        _here, peer = await self.passing.holder(self, KERNELS, kernel_id)
+        _here, peer = await self.forwarder.find_holder(self, KERNELS, kernel_id)
         if peer is None:
             return None
         question = replace(
-            self.passing.request_of(self), method="POST", path="api/sessions", body=json.dumps(body).encode()
+            self.forwarder.request_of(self), method="POST", path="api/sessions", body=json.dumps(body).encode()
         )
-        answer = await self.passing.send(peer, question)
+        answer = await self.forwarder.send(peer, question)
         if answer is None:
-            raise web.HTTPError(503, BUSY)
+            raise web.HTTPError(503, TRY_AGAIN)
         if answer.code != 201:
             raise web.HTTPError(answer.code, f"the kernel's gateway answers: {answer.reason}")
         return answer
 
 
-async def check_limits_everywhere(handler: PassesOn, owner: str) -> None:
+async def check_deployment_limits(handler: ForwardsRequests, owner: str) -> None:
     """Raise HTTPError 429 where the kernels at all gateways are as many as may be."""
     manager = handler.settings["kernel_manager"]
     if manager.max_kernels or manager.max_kernels_per_user:
-        manager.check_limits(owner, await handler.passing.peers.owners())
+        manager.check_limits(owner, await handler.forwarder.peers.owners())
 
 
-async def refuse_taken_id(handler: PassesOn, kernel_id: str) -> None:
+async def refuse_taken_id(handler: ForwardsRequests, kernel_id: str) -> None:
     """Raise HTTPError 409 for an id that a kernel of another gateway has, whoever's it is."""
-    peers = handler.passing.peers
+    peers = handler.forwarder.peers
     try:
         found = await peers.find(KERNELS, kernel_id, fresh=True)
     except DirectoryUnavailable as error:

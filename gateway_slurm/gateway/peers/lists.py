@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from tornado.web import RequestHandler
 
-from gateway_slurm.gateway.auth.user import sees
-from gateway_slurm.gateway.peers.client import Passed, PeerUnreachable
-from gateway_slurm.gateway.peers.forward import Passing, is_passed_on
-from gateway_slurm.gateway.peers.peers import KERNELS, SESSIONS, DirectoryUnavailable, Kept, Peer
+from gateway_slurm.gateway.auth.user import can_see
+from gateway_slurm.gateway.peers.client import ForwardedRequest, PeerUnreachable
+from gateway_slurm.gateway.peers.forward import Forwarder, is_forwarded
+from gateway_slurm.gateway.peers.peers import KERNELS, SESSIONS, DirectoryUnavailable, Peer, PeerRecords
 
 LIST_SECONDS: Final = 2.0
 """For so long the others are waited for: a frontend asks for its lists every few seconds."""
@@ -19,56 +19,56 @@ LIST_SECONDS: Final = 2.0
 Models = list[dict[str, Any]]
 
 
-async def with_others(handler: RequestHandler, collection: str, own: Models) -> Models:
+async def with_peers(handler: RequestHandler, collection: str, own: Models) -> Models:
     """``own`` and what the other gateways have for this user; what is here counts where two have it.
 
     A request that comes from another gateway gets what is here. What a gateway does not tell within
     LIST_SECONDS is as the store has it, so that no client takes it for gone.
     """
-    passing: Passing = handler.settings["passing"]
-    if is_passed_on(handler):
+    forwarder: Forwarder = handler.settings["forwarder"]
+    if is_forwarded(handler):
         return own
-    others = await passing.peers.others()
+    others = await forwarder.peers.others()
     if not others:
         return own
-    passed = passing.request_of(handler).at(f"api/{collection}")
-    answers = await asyncio.gather(*(_list_of(passing, peer, passed) for peer in others))
+    passed = forwarder.request_of(handler).at(f"api/{collection}")
+    answers = await asyncio.gather(*(_list_of(forwarder, peer, passed) for peer in others))
     silent = [peer.server_id for peer, answer in zip(others, answers, strict=True) if answer is None]
     models = [*own, *(model for answer in answers if answer is not None for model in answer)]
     if silent:
-        models += _visible(await _kept(passing, silent), collection, handler.current_user)
+        models += _visible(await _kept(forwarder, silent), collection, handler.current_user)
     return list(_merged(models, "jobid" if collection not in (KERNELS, SESSIONS) else "id"))
 
 
-async def _list_of(passing: Passing, peer: Peer, passed: Passed) -> Models | None:
+async def _list_of(forwarder: Forwarder, peer: Peer, passed: ForwardedRequest) -> Models | None:
     """What the peer has; None where it does not say."""
     if not peer.can_be_asked:
         return None
     try:
-        answer = await passing.client.send(peer, passed, timeout=LIST_SECONDS)
+        answer = await forwarder.client.send(peer, passed, timeout=LIST_SECONDS)
         models = json.loads(answer.body) if answer.code == 200 else None
     except PeerUnreachable as error:
-        passing.peers.unreachable(peer, str(error))
+        forwarder.peers.unreachable(peer, str(error))
         return None
     except (ValueError, RecursionError):
         models = None
     if not isinstance(models, list):
-        passing.peers.unreachable(peer, f"it answered {answer.code} to a question for a list")
+        forwarder.peers.unreachable(peer, f"it answered {answer.code} to a question for a list")
         return None
-    passing.peers.reachable(peer)
+    forwarder.peers.reachable(peer)
     return [model for model in models if isinstance(model, dict)]
 
 
-async def _kept(passing: Passing, silent: list[str]) -> Kept:
+async def _kept(forwarder: Forwarder, silent: list[str]) -> PeerRecords:
     try:
-        return await passing.peers.directory.kept(silent)
+        return await forwarder.peers.directory.records_of(silent)
     except DirectoryUnavailable:
-        return Kept()  # has been told when it was asked for the gateways
+        return PeerRecords()  # has been told when it was asked for the gateways
 
 
-def _visible(kept: Kept, collection: str, user: Any) -> Models:
+def _visible(kept: PeerRecords, collection: str, user: Any) -> Models:
     entries = {KERNELS: kept.kernels, SESSIONS: kept.sessions}.get(collection, ())
-    return [model for owner, maker, model in entries if sees(user, owner, maker)]
+    return [model for owner, maker, model in entries if can_see(user, owner, maker)]
 
 
 def _merged(models: Models, key: str) -> Models:

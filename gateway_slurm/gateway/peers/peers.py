@@ -1,7 +1,7 @@
 """The other gateways of the deployment: which of them has a kernel, and whether it lives.
 
 Several gateways share one store. Each kernel, session and allocation is one gateway's; a request that comes
-to another one is passed on (``passing``), with the client's own credentials, and at most once. What is known
+to another one is passed on (``forwarder``), with the client's own credentials, and at most once. What is known
 of the others comes from a ``Directory``, which is the store's in a deployment.
 """
 
@@ -26,7 +26,7 @@ ALLOCATIONS: Final = "allocations"
 
 CACHED_SECONDS: Final = 2.0
 """For so long it is not asked again whose a kernel is: a frontend asks for it many times a second."""
-CACHED: Final = 4096
+MAX_CACHED: Final = 4096
 WATCH_SECONDS: Final = 2.0
 
 
@@ -53,7 +53,7 @@ class Location:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class PeerRecords:
     """What is on record of other gateways: the models of their kernels and sessions, each with its owner and maker."""
 
     kernels: tuple[tuple[str, str, dict[str, Any]], ...] = ()
@@ -82,7 +82,7 @@ class Directory(Protocol):
     async def owners(self) -> Mapping[str, str]:
         """The kernels of all other gateways, starting ones included: their ids, and the users who own them."""
 
-    async def kept(self, server_ids: Collection[str]) -> Kept:
+    async def records_of(self, server_ids: Collection[str]) -> PeerRecords:
         """What is on record of these gateways."""
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class DirectoryUnavailable(GatewaySlurmError):
     """The store does not answer: nobody knows now whose a kernel is."""
 
 
-class Moves(Protocol):
+class ForwardedWebsocket(Protocol):
     """A websocket that is passed on to a peer."""
 
     kernel_id: str
@@ -114,7 +114,7 @@ class Peers:
         self._log = log
         self._known: OrderedDict[tuple[str, str], tuple[float, Location]] = OrderedDict()
         self._others: tuple[float, list[Peer]] = (0.0, [])
-        self._websockets: set[Moves] = set()
+        self._websockets: set[ForwardedWebsocket] = set()
         self._watching: asyncio.Task[None] | None = None
         self._silent: set[str] = set()
         self._trouble = ""
@@ -172,10 +172,10 @@ class Peers:
         if found is None:
             return  # the next moment somebody may have it
         self._known[collection, key] = time.monotonic() + CACHED_SECONDS, found
-        while len(self._known) > CACHED:
+        while len(self._known) > MAX_CACHED:
             self._known.popitem(last=False)
 
-    async def home(self, *key: str) -> Peer | None:
+    async def preferred_peer(self, *key: str) -> Peer | None:
         """The gateway that all agree upon for what must be made only once; None is this one.
 
         Each gateway that lives is weighed against the key, and the heaviest has it (rendezvous hashing), so
@@ -218,13 +218,13 @@ class Peers:
 
     # -- websockets that are passed on ----------------------------------------------------------------
 
-    def watch(self, websocket: Moves) -> None:
+    def watch(self, websocket: ForwardedWebsocket) -> None:
         """End it when its kernel's gateway is gone, until ``unwatch``."""
         self._websockets.add(websocket)
         if self._watching is None or self._watching.done():
             self._watching = asyncio.ensure_future(self._watch())
 
-    def unwatch(self, websocket: Moves) -> None:
+    def unwatch(self, websocket: ForwardedWebsocket) -> None:
         self._websockets.discard(websocket)
 
     async def _watch(self) -> None:

@@ -19,10 +19,17 @@ from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, W
 
 from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.peers.client import PeerUnreachable
-from gateway_slurm.gateway.peers.forward import BUSY, MOVED, POLL_SECONDS, WAIT_SECONDS, Passing, is_passed_on
+from gateway_slurm.gateway.peers.forward import (
+    MOVED_STATUSES,
+    POLL_SECONDS,
+    TRY_AGAIN,
+    WAIT_SECONDS,
+    Forwarder,
+    is_forwarded,
+)
 from gateway_slurm.gateway.peers.peers import KERNELS, SERVICE_RESTART, Peer, Peers
 
-LONGEST_REASON: Final = 120
+MAX_REASON_BYTES: Final = 120
 """Bytes; RFC 6455 has room for 123 in a close frame."""
 # A close frame may hold these; others stand for what no frame said (RFC 6455 section 7.4.1).
 _NOT_SENT: Final = frozenset({1004, 1005, 1006, 1015})
@@ -83,7 +90,7 @@ class PeerChannels:
 
     def end(self, code: int, reason: str) -> None:
         """Close both halves."""
-        short = reason.encode()[:LONGEST_REASON].decode(errors="ignore")
+        short = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
         self._handler.close(code, short)
         self._close_peer(None)
 
@@ -99,7 +106,7 @@ class PeerChannels:
             self._connection.close(code)
 
 
-class JoinsPeers(WebSocketHandler):
+class ForwardsWebsocket(WebSocketHandler):
     """A kernel's websocket handler that also takes clients whose kernel another gateway has."""
 
     connection: Any
@@ -110,19 +117,19 @@ class JoinsPeers(WebSocketHandler):
         waiting: Awaitable[None] | None = self.connection.handle_incoming_message(message)
         return waiting
 
-    async def joined_peer(self, kernel_id: str) -> bool:
+    async def forward_websocket(self, kernel_id: str) -> bool:
         """Whether the kernel is a peer's; then the websocket was joined to it, until one of the two closed.
 
         Raises HTTPError with the peer's status where it refuses, and 503 where it does not answer.
         """
-        if is_passed_on(self) or not isinstance(self.current_user, GatewayUser):
+        if is_forwarded(self) or not isinstance(self.current_user, GatewayUser):
             return False
         found = await self._peer_websocket(kernel_id)
         if found is None:
             return False
         peer, connection = found
-        passing: Passing = self.settings["passing"]
-        channels = PeerChannels(self, connection, kernel_id=kernel_id, peer=peer, peers=passing.peers, log=self.log)
+        forwarder: Forwarder = self.settings["forwarder"]
+        channels = PeerChannels(self, connection, kernel_id=kernel_id, peer=peer, peers=forwarder.peers, log=self.log)
         self.kernel_id, self.connection = kernel_id, channels
         try:
             await WebSocketHandler.get(self, kernel_id=kernel_id)
@@ -132,12 +139,12 @@ class JoinsPeers(WebSocketHandler):
 
     async def _peer_websocket(self, kernel_id: str) -> tuple[Peer, WebSocketClientConnection] | None:
         """The peer's half; None where this gateway has the kernel, or nobody."""
-        passing: Passing = self.settings["passing"]
-        passed, deadline = passing.request_of(self), time.monotonic() + WAIT_SECONDS
+        forwarder: Forwarder = self.settings["forwarder"]
+        passed, deadline = forwarder.request_of(self), time.monotonic() + WAIT_SECONDS
         asked: Peer | None = None
         refused: HTTPClientError | None = None
         while True:
-            here, peer = await passing.holder(self, KERNELS, kernel_id, fresh=asked is not None)
+            here, peer = await forwarder.find_holder(self, KERNELS, kernel_id, fresh=asked is not None)
             if here:
                 return None
             if refused is not None and (peer is None or peer == asked):
@@ -145,14 +152,14 @@ class JoinsPeers(WebSocketHandler):
             if peer is None:
                 return None
             try:
-                return peer, await passing.client.websocket(peer, passed, subprotocols_of(self))
+                return peer, await forwarder.client.websocket(peer, passed, subprotocols_of(self))
             except PeerUnreachable as error:
-                passing.peers.unreachable(peer, str(error))
+                forwarder.peers.unreachable(peer, str(error))
                 if time.monotonic() > deadline:
-                    raise web.HTTPError(503, BUSY) from error
+                    raise web.HTTPError(503, TRY_AGAIN) from error
                 await asyncio.sleep(POLL_SECONDS)
             except HTTPClientError as error:
-                if error.code not in MOVED or refused is not None:
+                if error.code not in MOVED_STATUSES or refused is not None:
                     raise web.HTTPError(error.code, error.message) from error
                 refused = error
             asked = peer

@@ -21,13 +21,13 @@ from jupyter_client.kernelspec import KernelSpec
 from traitlets import TraitError
 
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, NotAllowed
-from gateway_slurm.gateway.specs.limits import check, merged
+from gateway_slurm.gateway.specs.limits import check_request, merge_fields
 from gateway_slurm.gateway.specs.projects import FILE_NAME, Project, load_object, parse_project
 from gateway_slurm.request import parse_request
 
 T = TypeVar("T")
 
-LARGEST: Final = 1 << 20
+MAX_FILE_BYTES: Final = 1 << 20
 """Bytes of a file that is read here; what is larger is no such file."""
 SETTLED_SECONDS: Final = 1.0
 """A file changed less long ago than this may change again with the same time stamp: it is read each time."""
@@ -119,7 +119,7 @@ class FileCache(Generic[T]):
             self.reads += 1
             settled = now - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS
             try:
-                content = read_bounded(file, LARGEST)
+                content = read_bounded(file, MAX_FILE_BYTES)
                 return _Known(stamp(status), settled, self._parse(path, content, status), None)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is raised to whoever asks
                 return _Known(stamp(status), settled, None, error)
@@ -130,7 +130,7 @@ class FileCache(Generic[T]):
 
 PROVISIONER: Final = "slurm-provisioner"
 SPEC_FILE: Final = "kernel.json"
-LARGEST_RESOURCE: Final = 4 << 20
+MAX_RESOURCE_BYTES: Final = 4 << 20
 """Bytes of a logo, kernel.js or kernel.css."""
 
 _PROJECT_NAME: Final = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
@@ -175,7 +175,7 @@ class SpecFile:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedSpec:
     """A kernelspec by its name in the gateway; ``project`` is None for one on Jupyter's own path."""
 
     name: str
@@ -200,14 +200,9 @@ class Catalog:
         self._installed = FileCache(_spec_file)
         self._resources: dict[Path, tuple[Stamp, list[str]]] = {}
 
-    @property
-    def reads(self) -> int:
-        """How many files were read so far."""
-        return self._projects.reads + self._specs.reads + self._installed.reads
-
     # -- projects ---------------------------------------------------------------------------------
 
-    def load(self, name: str) -> Served | None:
+    def load(self, name: str) -> ServedSpec | None:
         """The kernelspec ``<project>.<name>``; None if there is none. Raises ConfigError for one that is broken."""
         project_name, _dot, spec_name = name.partition(".")
         if self._root is None or not _PROJECT_NAME.fullmatch(project_name) or not _SPEC_NAME.fullmatch(spec_name):
@@ -220,7 +215,7 @@ class Catalog:
             return None
         except OSError as error:
             raise ConfigError(f"{directory / SPEC_FILE} cannot be read: {error.strerror}") from error
-        return Served(name, directory, self._spec(folder, directory), self.project(project_name))
+        return ServedSpec(name, directory, self._spec(folder, directory), self.project(project_name))
 
     def project(self, name: str) -> Project:
         """Raises ConfigError that names the file."""
@@ -240,9 +235,9 @@ class Catalog:
         except (OSError, ValueError, ConfigError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def scan(self) -> tuple[dict[str, Served], list[str]]:
+    def scan(self) -> tuple[dict[str, ServedSpec], list[str]]:
         """All kernelspecs of all projects by name, and what is wrong with the others."""
-        found: dict[str, Served] = {}
+        found: dict[str, ServedSpec] = {}
         problems: list[str] = []
         for folder in self._folders(self._root, _PROJECT_NAME, problems):
             try:
@@ -255,7 +250,7 @@ class Catalog:
         self._forget(found)
         return found, problems
 
-    def _scan_one(self, name: str, found: dict[str, Served], problems: list[str]) -> None:
+    def _scan_one(self, name: str, found: dict[str, ServedSpec], problems: list[str]) -> None:
         try:
             served = self.load(name)
         except ConfigError as error:
@@ -282,7 +277,7 @@ class Catalog:
                 dot = "_ - and ." if pattern is _SPEC_NAME else "_ and -"
                 problems.append(f"{parent / name} is not served: its name may have small letters, digits, {dot} only")
 
-    def _forget(self, found: Mapping[str, Served]) -> None:
+    def _forget(self, found: Mapping[str, ServedSpec]) -> None:
         directories = {served.directory for served in found.values()}
         self._specs.forget_others({directory / SPEC_FILE for directory in directories})
         self._projects.forget_others({directory.parent / FILE_NAME for directory in directories})
@@ -294,17 +289,17 @@ class Catalog:
 
     # -- Jupyter's own path -------------------------------------------------------------------------
 
-    def installed(self, name: str, directory: Path) -> Served:
+    def installed(self, name: str, directory: Path) -> ServedSpec:
         """A kernelspec that is installed for Jupyter. Raises ConfigError if it is broken, OSError if it is gone."""
         path = directory / SPEC_FILE
         try:
-            return Served(name, directory, self._installed.get(path), None)
+            return ServedSpec(name, directory, self._installed.get(path), None)
         except (ValueError, ConfigError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
     # -- resources ----------------------------------------------------------------------------------
 
-    def resources(self, served: Served) -> list[str]:
+    def resources(self, served: ServedSpec) -> list[str]:
         """The names of its files that clients may have: logos, kernel.js and kernel.css."""
         try:
             now = stamp(served.directory.stat())
@@ -316,25 +311,25 @@ class Catalog:
             return []
         return [name for name in known[1] if _can_be_opened(served, name)]
 
-    def resource(self, served: Served, name: str) -> bytes | None:
+    def resource(self, served: ServedSpec, name: str) -> bytes | None:
         """What is in that file; None if there is none, if it leads out of the project, or is larger than
-        ``LARGEST_RESOURCE``.
+        ``MAX_RESOURCE_BYTES``.
         """
         if not _RESOURCE.fullmatch(name):
             return None
         try:
             with _opened_resource(served, name) as (file, _status):
-                return read_bounded(file, LARGEST_RESOURCE)
+                return read_bounded(file, MAX_RESOURCE_BYTES)
         except (OSError, ValueError):
             return None
 
 
-def _opened_resource(served: Served, name: str) -> AbstractContextManager[tuple[BinaryIO, os.stat_result]]:
+def _opened_resource(served: ServedSpec, name: str) -> AbstractContextManager[tuple[BinaryIO, os.stat_result]]:
     within = served.directory.parent if served.project else served.directory
     return opened(served.directory / name, within)
 
 
-def _can_be_opened(served: Served, name: str) -> bool:
+def _can_be_opened(served: ServedSpec, name: str) -> bool:
     try:
         with _opened_resource(served, name):
             return True
@@ -342,13 +337,13 @@ def _can_be_opened(served: Served, name: str) -> bool:
         return False
 
 
-def _excess(served: Served) -> list[str]:
+def _excess(served: ServedSpec) -> list[str]:
     """What the kernelspec asks for beyond its project's limits: it is served, since a client may ask for less."""
     if served.file.is_local:
         return []
-    fields = merged(served.project, served.file.config, {})
+    fields = merge_fields(served.project, served.file.config, {})
     try:
-        check({**_PLACEHOLDERS, **_partition(served), **fields}, served.project)
+        check_request({**_PLACEHOLDERS, **_partition(served), **fields}, served.project)
     except NotAllowed as error:
         return [f"no start will be allowed as it stands: {error}"]
     except GatewaySlurmError:
@@ -356,7 +351,7 @@ def _excess(served: Served) -> list[str]:
     return []
 
 
-def _partition(served: Served) -> dict[str, object]:
+def _partition(served: ServedSpec) -> dict[str, object]:
     partitions = served.project.partitions if served.project else None
     return {"partition": partitions[0]} if partitions else {}
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from gateway_slurm.environment import kernel_environment
 from gateway_slurm.errors import NotAllowed, RequestError
-from gateway_slurm.gateway.specs.projects import NEVER, Project
+from gateway_slurm.gateway.specs.projects import NEVER_CLIENT_FIELDS, Project
 from gateway_slurm.request import FIELDS, KernelRequest, parse_request
 from gateway_slurm.slurm.formats import memory_in_mebibytes
 
@@ -16,7 +16,7 @@ PREFIX: Final = "KERNEL_SLURM_"
 
 COUNTED: Final = frozenset({"nodes", "gpus", "gres", "cpus", "memory", "runtime", "time", "partition"})
 """Request fields that limits are about."""
-UNCOUNTED: Final = NEVER | {
+UNCOUNTED: Final = NEVER_CLIENT_FIELDS | {
     "project",
     "reservation",
     "jobid",
@@ -50,8 +50,8 @@ def client_fields(env: Mapping[str, object], allowed: Collection[str]) -> dict[s
         name = variable.removeprefix(PREFIX).lower()
         if name not in _KNOWN:
             raise RequestError(f"{variable[:100]}: there is no request field {name[:100]!r}", field=name[:100])
-        if name in NEVER or name not in allowed:
-            names = ", ".join(sorted(set(allowed) - NEVER)) or "none"
+        if name in NEVER_CLIENT_FIELDS or name not in allowed:
+            names = ", ".join(sorted(set(allowed) - NEVER_CLIENT_FIELDS)) or "none"
             raise NotAllowed(
                 f"{variable}={_shown(value)}: clients may not set {name!r} of this kernelspec; they may set: {names}",
                 field=name,
@@ -78,7 +78,9 @@ def client_environment(env: Mapping[str, object], allowed: Collection[str]) -> d
 # -- the whole --------------------------------------------------------------------------------------------
 
 
-def merged(project: Project | None, config: Mapping[str, object], client: Mapping[str, object]) -> dict[str, object]:
+def merge_fields(
+    project: Project | None, config: Mapping[str, object], client: Mapping[str, object]
+) -> dict[str, object]:
     """The project's defaults, over them the kernelspec's own fields, over those the client's.
 
     What is to be unset is None, since the result goes over the kernelspec's fields once more.
@@ -91,7 +93,7 @@ def merged(project: Project | None, config: Mapping[str, object], client: Mappin
     return fields
 
 
-def check(fields: Mapping[str, object], project: Project | None) -> KernelRequest:
+def check_request(fields: Mapping[str, object], project: Project | None) -> KernelRequest:
     """The request that ``fields`` are. Raises RequestError if they are none, NotAllowed where it is too much."""
     request = parse_request(fields)
     if project is None:

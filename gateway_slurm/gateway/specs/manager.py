@@ -15,10 +15,10 @@ from traitlets import Bool, CFloat, List, TraitError, Unicode, validate
 
 from gateway_slurm.errors import ConfigError, NotAllowed
 from gateway_slurm.gateway.jupyter_compat import spec_directory
-from gateway_slurm.gateway.specs.catalog import PROVISIONER, Catalog, Served
-from gateway_slurm.gateway.specs.limits import check, client_environment, client_fields, merged
+from gateway_slurm.gateway.specs.catalog import PROVISIONER, Catalog, ServedSpec
+from gateway_slurm.gateway.specs.limits import check_request, client_environment, client_fields, merge_fields
 from gateway_slurm.gateway.specs.members import Membership, ask_accounts
-from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS, NEVER
+from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS, NEVER_CLIENT_FIELDS
 from gateway_slurm.request import FIELDS
 from gateway_slurm.service import SlurmService
 
@@ -89,7 +89,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
 
     @validate("allowed_client_fields")
     def _valid_client_fields(self, proposal: Any) -> list[str]:
-        known = {field.name for field in FIELDS} - NEVER
+        known = {field.name for field in FIELDS} - NEVER_CLIENT_FIELDS
         if wrong := [name for name in proposal["value"] if name not in known]:
             raise TraitError(
                 f"GatewayKernelSpecManager.allowed_client_fields: clients cannot set {wrong}; "
@@ -120,14 +120,6 @@ class GatewayKernelSpecManager(KernelSpecManager):
         models = self.specs_for(user, base_url)
         return models.get(served.name) or self._model(served, _display_name(served), base_url)
 
-    def visible(self, name: str, user: str) -> bool:
-        """Whether it is in this user's list."""
-        try:
-            self._for(name, user)
-        except (NoSuchKernel, NotAllowed):
-            return False
-        return True
-
     def spec_for(self, name: str, user: str) -> KernelSpec:
         """Raises NoSuchKernel for one that is not there for this user, NotAllowed for one that has another's name on
         it, or that is not served.
@@ -153,8 +145,8 @@ class GatewayKernelSpecManager(KernelSpecManager):
         project = served.project
         allowed = project.allowed_client_fields if project else None
         client = client_fields(env, self.allowed_client_fields if allowed is None else allowed)
-        fields = merged(project, served.file.config, client)
-        check(fields, project)
+        fields = merge_fields(project, served.file.config, client)
+        check_request(fields, project)
         return fields
 
     def kernel_env(self, name: str, env: Mapping[str, object]) -> dict[str, str]:
@@ -193,7 +185,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
 
     # -- looking ----------------------------------------------------------------------------------------
 
-    def _all(self) -> dict[str, Served]:
+    def _all(self) -> dict[str, ServedSpec]:
         """Everything that is served; what is wrong is told."""
         with self._lock:
             found, problems = self._catalog.scan()
@@ -219,7 +211,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
                 self.log.warning("%s", problem)
         self._problems = list(dict.fromkeys(problems))
 
-    def _is_served(self, served: Served) -> bool:
+    def _is_served(self, served: ServedSpec) -> bool:
         if self.allowed_kernelspecs and served.name not in self.allowed_kernelspecs:
             return False
         return self.allow_local or not served.file.is_local
@@ -231,7 +223,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
             problems.append(f"the kernelspecs on Jupyter's path cannot be listed: {error}")
             return {}
 
-    def _installed(self, name: str, directory: str) -> Served:
+    def _installed(self, name: str, directory: str) -> ServedSpec:
         """Raises NoSuchKernel for one that is gone or whose provisioner is, ConfigError for a broken one."""
         try:
             served = self._catalog.installed(name, Path(directory))
@@ -244,7 +236,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
                 raise NoSuchKernel(name)
         return served
 
-    def _served(self, name: str) -> Served:
+    def _served(self, name: str) -> ServedSpec:
         """One by name, served or local, without a look at the others. Raises NoSuchKernel."""
         key = name.lower()
         try:
@@ -259,7 +251,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
             raise NoSuchKernel(name)
         return found
 
-    def _for(self, name: str, user: str) -> Served:
+    def _for(self, name: str, user: str) -> ServedSpec:
         served = self._served(name)
         if not self._is_member(served, user):
             raise NoSuchKernel(name)
@@ -271,18 +263,16 @@ class GatewayKernelSpecManager(KernelSpecManager):
             )
         return served
 
-    def _sees(self, served: Served, user: str) -> bool:
+    def _sees(self, served: ServedSpec, user: str) -> bool:
         return served.file.admits(user) and self._is_member(served, user)
 
-    def _is_member(self, served: Served, user: str) -> bool:
+    def _is_member(self, served: ServedSpec, user: str) -> bool:
         return served.project is None or self._membership.is_member(user, served.project.members)
 
-    def _model(self, served: Served, display_name: str, base_url: str | None) -> dict[str, Any]:
+    def _model(self, served: ServedSpec, display_name: str, base_url: str | None) -> dict[str, Any]:
         base = base_url if base_url is not None else str(getattr(self.parent, "base_url", "/"))
         resources = {
-            file if file.startswith("kernel.") else Path(file).stem: url_path_join(
-                base, "kernelspecs", served.name, file
-            )
+            _resource_name(file): url_path_join(base, "kernelspecs", served.name, file)
             for file in self._catalog.resources(served)
         }
         spec = {**served.kernel_spec().to_dict(), "display_name": display_name}
@@ -294,11 +284,11 @@ def _resource_name(file: str) -> str:
     return file if file.startswith("kernel.") else Path(file).stem
 
 
-def _display_name(served: Served) -> str:
+def _display_name(served: ServedSpec) -> str:
     return str(served.file.content.get("display_name") or served.name)
 
 
-def _display_names(specs: Collection[Served]) -> dict[str, str]:
+def _display_names(specs: Collection[ServedSpec]) -> dict[str, str]:
     """Names for people, no two of them the same: with the project's title where needed, else with the whole name."""
     names = {served.name: _display_name(served) for served in specs}
     _tell_apart(names, {served.name: served.project.title for served in specs if served.project})

@@ -19,7 +19,7 @@ from gateway_slurm.slurm.runner import Runner
 UNANSWERED_SECONDS: Final = 30.0
 """For so long a question that was not answered is not asked again: each costs its asker the whole time limit."""
 _ASK_SECONDS: Final = 15.0
-_USERS: Final = 4096
+_MAX_USERS: Final = 4096
 
 Accounts = Mapping[str, frozenset[str]]
 """Each user's Slurm accounts."""
@@ -61,7 +61,7 @@ class Membership:
         until, groups = self._groups.get(user, (float("-inf"), frozenset()))
         if self._clock() >= until:
             groups = unix_groups(user)
-            if len(self._groups) >= _USERS:
+            if len(self._groups) >= _MAX_USERS:
                 self._groups.clear()
             self._groups[user] = self._clock() + self._max_age, groups
         return groups

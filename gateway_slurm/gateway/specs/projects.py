@@ -18,7 +18,7 @@ from gateway_slurm.request import FIELDS
 from gateway_slurm.slurm.formats import memory_in_mebibytes
 
 FILE_NAME: Final = "project.json"
-NEVER: Final = frozenset({"kernel_argv", "kernel_name", "kernel_language"})
+NEVER_CLIENT_FIELDS: Final = frozenset({"kernel_argv", "kernel_name", "kernel_language"})
 """Request fields that say what runs: a client never sets them."""
 CLIENT_FIELDS: Final = (
     "jobid",
@@ -161,8 +161,8 @@ def _matching(matches: Callable[[str], object], allowed: str) -> Callable[[objec
 
 
 _CLIENT_FIELD: Final = _matching(
-    lambda text: text in _FIELDS and text not in NEVER,
-    f"request fields, and of those none of {', '.join(sorted(NEVER))}",
+    lambda text: text in _FIELDS and text not in NEVER_CLIENT_FIELDS,
+    f"request fields, and of those none of {', '.join(sorted(NEVER_CLIENT_FIELDS))}",
 )
 _ENV: Final = _matching(_VARIABLE.fullmatch, "names of variables, or beginnings of names with * after them")
 

@@ -7,8 +7,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway_slurm.errors import NotAllowed, RequestError
-from gateway_slurm.gateway.specs.limits import COUNTED, UNCOUNTED, check, client_environment, client_fields, merged
-from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS, NEVER, Limits, Project
+from gateway_slurm.gateway.specs.limits import (
+    COUNTED,
+    UNCOUNTED,
+    check_request,
+    client_environment,
+    client_fields,
+    merge_fields,
+)
+from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS, NEVER_CLIENT_FIELDS, Limits, Project
 from gateway_slurm.request import FIELDS, parse_request
 from gateway_slurm.slurm.formats import memory_in_mebibytes, minutes
 
@@ -16,14 +23,14 @@ CONFIG = {"project": "demo", "partition": "batch", "nodes": "2", "runtime": 30, 
 LIMITS = Limits(max_nodes=4, max_gpus=4, max_cpus=16, max_memory=8192, max_runtime=60)
 PROJECT = Project(name="demo", title="Demo", partitions=("batch", "gpu"), limits=LIMITS)
 FREE = Project(name="free", title="Free")
-EVERY = tuple(field.name for field in FIELDS if field.name not in NEVER)
+EVERY = tuple(field.name for field in FIELDS if field.name not in NEVER_CLIENT_FIELDS)
 
 
 def start(config=None, of=PROJECT, allowed=EVERY, **client):
     """The fields of a start, and the request that they are."""
     env = {f"KERNEL_SLURM_{name.upper()}": value for name, value in client.items()}
-    fields = merged(of, {**CONFIG, "memory": "1G", **(config or {})}, client_fields(env, allowed))
-    return fields, check(fields, of)
+    fields = merge_fields(of, {**CONFIG, "memory": "1G", **(config or {})}, client_fields(env, allowed))
+    return fields, check_request(fields, of)
 
 
 def test_every_request_field_is_counted_or_known_to_need_no_count():
@@ -31,7 +38,7 @@ def test_every_request_field_is_counted_or_known_to_need_no_count():
     assert {field.name for field in FIELDS} == COUNTED | UNCOUNTED
     assert not COUNTED & UNCOUNTED
     assert set(CLIENT_FIELDS) <= {field.name for field in FIELDS}
-    assert not NEVER & set(CLIENT_FIELDS)
+    assert not NEVER_CLIENT_FIELDS & set(CLIENT_FIELDS)
 
 
 def test_a_field_that_nobody_counts_is_refused_where_there_are_limits(monkeypatch):
@@ -80,11 +87,11 @@ def test_a_clients_runtime_counts_though_the_kernelspec_has_a_time():
 # -- what a client may set ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(NEVER))
+@pytest.mark.parametrize("name", sorted(NEVER_CLIENT_FIELDS))
 def test_what_runs_is_never_the_clients(name):
     """Not even where somebody has put it into the list of what is allowed."""
     with pytest.raises(NotAllowed) as caught:
-        client_fields({f"KERNEL_SLURM_{name.upper()}": "x"}, [*EVERY, *NEVER])
+        client_fields({f"KERNEL_SLURM_{name.upper()}": "x"}, [*EVERY, *NEVER_CLIENT_FIELDS])
     assert caught.value.field == name
 
 
@@ -198,11 +205,11 @@ def test_no_gpus_means_no_share_of_one_either():
 
 def test_memory_that_is_not_said_can_be_all_of_a_node():
     """Where memory is limited it has to be asked for; in a job that is there already nothing is added."""
-    fields = merged(PROJECT, CONFIG, {})
+    fields = merge_fields(PROJECT, CONFIG, {})
     with pytest.raises(NotAllowed, match="memory") as caught:
-        check(fields, PROJECT)
+        check_request(fields, PROJECT)
     assert caught.value.field == "memory"
-    assert check({**fields, "jobid": "12"}, PROJECT)
+    assert check_request({**fields, "jobid": "12"}, PROJECT)
 
 
 # -- whatever a client sends ------------------------------------------------------------------------------
@@ -253,8 +260,8 @@ def test_nothing_that_is_let_through_is_beyond_the_limits(client, spec, allowed)
     config = {**CONFIG, "memory": "1G", **spec}
     env = {f"KERNEL_SLURM_{name.upper()}": value for name, value in client.items()}
     try:
-        fields = merged(PROJECT, config, client_fields(env, allowed))
-        check(fields, PROJECT)
+        fields = merge_fields(PROJECT, config, client_fields(env, allowed))
+        check_request(fields, PROJECT)
     except RequestError:
         return
     # The provisioner puts the result over the kernelspec's fields, and parses the whole.

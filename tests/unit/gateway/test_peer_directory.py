@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from gateway_slurm.errors import StoreUnavailable
-from gateway_slurm.gateway.peers import directory as storedirectory
+from gateway_slurm.gateway.peers import directory as peer_directory
 from gateway_slurm.gateway.peers.directory import StoreDirectory
 from gateway_slurm.gateway.peers.peers import DirectoryUnavailable
 from gateway_slurm.store import AllocationRecord, KernelRecord, Registry, SessionRecord
@@ -109,7 +109,7 @@ async def test_what_nobody_has_is_not_found(directory, registries):
 
 async def test_what_a_silent_gateway_has_is_told_from_the_store(directory, other):
     """As models that a client takes: the kernel's state is not known, and its time has the form that Jupyter reads."""
-    kept = await directory.kept([other.server_id])
+    kept = await directory.records_of([other.server_id])
     [(owner, maker, model)] = kept.kernels
     assert (owner, maker) == ("alice", "portal")
     assert (model["id"], model["name"], model["execution_state"]) == (KERNEL, "physics.python", "unknown")
@@ -150,7 +150,7 @@ async def test_a_store_that_does_not_answer_is_said_to_be_away(directory, regist
     monkeypatch.setattr(registries[0].store, "servers", away)
     with pytest.raises(DirectoryUnavailable, match="it is away"):
         await directory.others()
-    monkeypatch.setattr(storedirectory, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(peer_directory, "ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(registries[0].store, "servers", lambda: time.sleep(0.5))
     with pytest.raises(DirectoryUnavailable, match="not answered"):
         await directory.others()

@@ -19,15 +19,13 @@ from tornado.netutil import bind_sockets
 from tornado.websocket import WebSocketHandler, websocket_connect
 
 from gateway_slurm.gateway.auth.user import GatewayUser
-from gateway_slurm.gateway.peers import forward as passing
-from gateway_slurm.gateway.peers import lists as merged
-from gateway_slurm.gateway.peers import peers
-from gateway_slurm.gateway.peers import websocket as peerchannels
-from gateway_slurm.gateway.peers.client import PASSED_ON, PeerClient
-from gateway_slurm.gateway.peers.forward import PassesOn, Passing
-from gateway_slurm.gateway.peers.lists import with_others
-from gateway_slurm.gateway.peers.peers import KERNELS, DirectoryUnavailable, Kept, Location, Peer, Peers
-from gateway_slurm.gateway.peers.websocket import JoinsPeers
+from gateway_slurm.gateway.peers import forward, lists, peers
+from gateway_slurm.gateway.peers import websocket as peer_websocket
+from gateway_slurm.gateway.peers.client import FORWARDED_BY, PeerClient
+from gateway_slurm.gateway.peers.forward import Forwarder, ForwardsRequests
+from gateway_slurm.gateway.peers.lists import with_peers
+from gateway_slurm.gateway.peers.peers import KERNELS, DirectoryUnavailable, Location, Peer, PeerRecords, Peers
+from gateway_slurm.gateway.peers.websocket import ForwardsWebsocket
 from helpers.proxies import Certificate
 
 V1 = "v1.kernel.websocket.jupyter.org"
@@ -68,9 +66,9 @@ class Directory:
     async def owners(self):
         return {key: owner for key, (server, owner) in self._known().kernels.items() if server != self.server_id}
 
-    async def kept(self, server_ids):
+    async def records_of(self, server_ids):
         entries = [(owner, "", {"id": key}) for key, (server, owner) in self.kernels.items() if server in server_ids]
-        return Kept(kernels=tuple(entries))
+        return PeerRecords(kernels=tuple(entries))
 
     def close(self):
         pass
@@ -98,13 +96,13 @@ class Known(web.RequestHandler):
         return self.settings["gateway"]
 
 
-class Kernel(Known, PassesOn):
+class Kernel(Known, ForwardsRequests):
     """``/api/kernels/{id}`` and below: answers with what it was asked."""
 
     async def prepare(self):
         super().prepare()
         self.gateway.asked.append(self.request)
-        await self.pass_on_what_is_elsewhere()
+        await self.forward_to_holder()
 
     def finish(self, chunk=None, set_content_type="text/plain"):
         self.set_header("Content-Type", set_content_type)
@@ -134,7 +132,7 @@ class KernelById(Kernel):
     delete = get
 
 
-class KernelList(Known, PassesOn):
+class KernelList(Known, ForwardsRequests):
     """``/api/kernels``."""
 
     async def get(self):
@@ -146,8 +144,8 @@ class KernelList(Known, PassesOn):
             if owner == self.current_user.username
         ]
         self.finish(
-            {"kernels": await with_others(self, KERNELS, own)}
-            if PASSED_ON not in self.request.headers
+            {"kernels": await with_peers(self, KERNELS, own)}
+            if FORWARDED_BY not in self.request.headers
             else json.dumps(own)
         )
 
@@ -156,7 +154,7 @@ class SessionList(Kernel):
     """``POST /api/sessions``."""
 
     async def post(self):
-        if not await self.pass_on_session(self.current_user.username, self.get_query_argument("path"), ""):
+        if not await self.forward_session(self.current_user.username, self.get_query_argument("path"), ""):
             self.finish({"at": self.gateway.name})
 
 
@@ -197,14 +195,14 @@ class Connection:
         self.handler.gateway.closed.append((self.handler.close_code, self.handler.close_reason))
 
 
-class Channels(JoinsPeers, Known, WebSocketHandler):
+class Channels(ForwardsWebsocket, Known, WebSocketHandler):
     """``/api/kernels/{id}/channels``, around which KernelWebsocketHandler does the same."""
 
     log = LOG
 
     async def get(self, kernel_id):
         self.gateway.asked.append(self.request)
-        if await self.joined_peer(kernel_id):
+        if await self.forward_websocket(kernel_id):
             return
         if self.current_user is None or self.gateway.kernels.get(kernel_id) != self.current_user.username:
             raise web.HTTPError(404)
@@ -230,7 +228,7 @@ class Gateway:
         self.silence = self.reading = None
         self.directory = Directory(name)
         self.peers = Peers(self.directory, log=LOG)
-        self.passing = Passing(self.peers, PeerClient(ca_file))
+        self.forwarder = Forwarder(self.peers, PeerClient(ca_file))
         routes = [
             (r"/api/kernels", KernelList),
             (r"/api/sessions", SessionList),
@@ -238,7 +236,7 @@ class Gateway:
             (r"/api/kernels/(?P<kernel_id>[0-9a-z]+)/act", Kernel),
             (r"/api/kernels/(?P<kernel_id>[0-9a-z]+)/channels", Channels),
         ]
-        settings = {"gateway": self, "passing": self.passing, "kernel_manager": self.kernels, "base_url": "/"}
+        settings = {"gateway": self, "forwarder": self.forwarder, "kernel_manager": self.kernels, "base_url": "/"}
         application = web.Application(routes, session_manager=Sessions(), **settings)
         self.server = HTTPServer(application, ssl_options=tls)
         sockets = bind_sockets(0, "127.0.0.1")
@@ -260,7 +258,7 @@ class Gateway:
         return await websocket_connect(HTTPRequest(url, headers=headers), **options)
 
     async def close(self):
-        self.passing.close()
+        self.forwarder.close()
         self.server.stop()
         await self.server.close_all_connections()
 
@@ -314,7 +312,7 @@ async def test_a_request_for_a_peers_kernel_gets_the_peers_answer(pair, method):
     assert (request.method, request.query_arguments) == (method, {"y": ["&ä".encode(), b"2"]})
     assert request.headers["Authorization"] == "token alice"
     assert request.headers["Cookie"] == "c=1"
-    assert request.headers[PASSED_ON] == "a"
+    assert request.headers[FORWARDED_BY] == "a"
     assert "Origin" not in request.headers
 
 
@@ -364,12 +362,12 @@ async def test_a_dead_gateways_kernel_is_waited_for_and_then_said_to_be_busy(pai
     a.kernels["k"] = "alice"  # taken over
     assert json.loads((await waiting).body)["at"] == "a"
     a.kernels.clear()
-    monkeypatch.setattr(passing, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(forward, "WAIT_SECONDS", 0.1)
     assert (await a.ask("GET", "/api/kernels/k/act")).code == 503
     await b.close()
     a.directory.gateways["b"] = Peer(server_id="b", url=b.url)  # its lease is not over yet
     assert (await a.ask("GET", "/api/kernels/k/act")).code == 503
-    monkeypatch.setattr(peerchannels, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(peer_websocket, "WAIT_SECONDS", 0.1)
     with pytest.raises(HTTPClientError, match="503"):
         await a.websocket("k")
 
@@ -397,7 +395,7 @@ async def test_while_the_store_is_away_what_was_known_is_used(pair):
 
 async def test_a_gateway_that_hangs_is_waited_for_as_long_as_it_lives(pair, monkeypatch):
     """A slow answer arrives; once the lease is over the request is free to be sent to who has the kernel then."""
-    monkeypatch.setattr(passing, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(forward, "WATCH_SECONDS", 0.05)
     monkeypatch.setattr(peers, "CACHED_SECONDS", 0.0)
     a, b = pair
     b.silence = asyncio.Event()
@@ -427,12 +425,12 @@ async def test_lists_have_what_is_at_all_gateways():
         assert len(answer) == 4
         c.silence = asyncio.Event()
         a.directory.kernels.update(k3=("c", "alice"), theirs=("c", "bob"))
-        merged_before = merged.LIST_SECONDS
-        merged.LIST_SECONDS = 0.2
+        seconds_before = lists.LIST_SECONDS
+        lists.LIST_SECONDS = 0.2
         try:
             answer = json.loads((await a.ask("GET", "/api/kernels")).body)["kernels"]
         finally:
-            merged.LIST_SECONDS = merged_before
+            lists.LIST_SECONDS = seconds_before
             c.silence.set()
         assert sorted(one["id"] for one in answer) == ["k1", "k2", "k3", "moved"]
 
@@ -467,7 +465,7 @@ async def test_a_peers_certificate_is_checked(tmp_path):
             async with gateways(name, ca_file=ca_file) as [a]:
                 a.directory.gateways["b"], a.directory.kernels["k"] = b.peer, ("b", "alice")
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(passing, "WAIT_SECONDS", 0)
+                    patch.setattr(forward, "WAIT_SECONDS", 0)
                     passed = await a.ask("GET", "/api/kernels/k/act")
                 assert passed.code == (201 if ca_file else 503)
         async with gateways("a", ca_file=str(certificate.file)) as [a]:

@@ -98,7 +98,7 @@ def test_a_file_of_another_user_is_refused(file, monkeypatch):
         json.dumps({"tokens": [{"id": "0" * 12, "user": "ada", "sha256": "0" * 64, "expires": "never"}]}),
         json.dumps({"tokens": [{"id": "0" * 12, "user": "ada", "sha256": "0" * 64, "unknown": 1}]}),
         "[" * 100_000,
-        " " * (files.LARGEST + 1),
+        " " * (files.MAX_FILE_BYTES + 1),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused(file, text):

@@ -103,11 +103,11 @@ def test_a_hubs_service_asks_the_hub_for_its_own_scope(monkeypatch):
     """What JupyterHub sets for a service it runs is enough; without it, and without settings, there is no hub."""
     monkeypatch.delenv("JUPYTERHUB_API_URL", raising=False)
     monkeypatch.delenv("JUPYTERHUB_OAUTH_ACCESS_SCOPES", raising=False)
-    assert GatewayIdentityProvider().ways == []
+    assert GatewayIdentityProvider().authenticators == []
     monkeypatch.setenv("JUPYTERHUB_API_URL", "http://127.0.0.1:8081/hub/api")
     monkeypatch.setenv("JUPYTERHUB_OAUTH_ACCESS_SCOPES", '["access:services!service=gateway"]')
     provider = GatewayIdentityProvider()
-    assert len(provider.ways) == 1
+    assert len(provider.authenticators) == 1
     assert provider.hub_scopes == ["access:services!service=gateway"]
 
 
