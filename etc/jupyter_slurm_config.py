@@ -6,199 +6,200 @@ Copy this file to a directory of Jupyter's config path (``config`` in the output
 
 c = get_config()  # noqa: F821
 
-## How Slurm is reached: `local:`, by its commands on this machine; `ssh://[user@]login[:port]`, by its commands
-## on a login node; or `rest+http(s)://host:port`, by its REST interface.
+## How Slurm is reached: `local:` by its commands on this machine, `ssh://[user@]login[:port]` by its commands on
+## a login node, or `rest+http(s)://host:port` by its REST interface.
 # c.SlurmService.cluster = "local:"
 
-## OpenSSH's configuration file, followed for host, user, port, identities, jump hosts and known_hosts files of a
-## login node that `cluster` names.
+## OpenSSH's configuration file. For the login node that `cluster` names, its host, user, port, identities, jump
+## hosts and known_hosts files are used.
 # c.SlurmService.ssh_config = "~/.ssh/config"
 
-## Private keys (0600) to log in to the login node with. Default: the configuration's, then `~/.ssh/id_ed25519`,
-## `id_ecdsa` and `id_rsa`; the agent's are tried before them.
+## Private keys (mode 0600) for the login node. Default: those of `ssh_config`, then `~/.ssh/id_ed25519`,
+## `id_ecdsa` and `id_rsa`. The SSH agent's keys are tried first.
 # c.SlurmService.ssh_identity_files = []
 
-## known_hosts files by which the keys of login node and jump hosts are checked. Default: the configuration's,
-## then the user's and the system's. A host that they do not know is refused.
+## known_hosts files with the keys of the login node and of jump hosts. Default: those of `ssh_config`, then the
+## user's and the system's. A host without a known key is refused.
 # c.SlurmService.ssh_known_hosts = []
 
-## File (0600) with the answers to what the login node asks for: a password, or a line for each question.
+## File (mode 0600) with the answers to the login node's questions: a password, or one line for each question.
 ## Default: none; a user with a terminal is asked at the first login.
 # c.SlurmService.ssh_password_file = ""
 
-## Python (>= 3.9, no further package) on the login node for what runs there: a small program that comes through
-## the connection and leaves no file.
+## Python (>= 3.9, no other package) on the login node. It runs a small program that is sent through the
+## connection and leaves no file there.
 # c.SlurmService.ssh_python = "python3"
 
-## Seconds for each step of a login, and for the start of a program on the login node; slow homes and directory
-## services take most of it.
+## Seconds for each step of a login, and for the start of a program on the login node. Slow home directories and
+## directory services take most of it.
 # c.SlurmService.ssh_timeout = 20.0
 
-## Whether launchers may come by way of the login node, where `cluster` is `ssh://`: `always` by it only,
-## `never`, or `auto`: they try this server's addresses, then the login node's, and those that worked come first
-## from then on. One of: 'auto', 'always', 'never'.
+## Whether launchers may connect through a relay on the login node, where `cluster` is `ssh://`: `always`,
+## `never`, or `auto`. With `auto` they try this server's addresses, then the login node's; addresses that worked
+## are tried first from then on. One of: 'auto', 'always', 'never'.
 # c.SlurmService.relay = "auto"
 
-## TCP port of the login node that the relay listens on, or a range `low-high` of which the first free one is
-## taken. Default 0: any. It stays the same while the server runs, and the next server, of the same deployment,
-## listens there, too.
+## TCP port of the relay on the login node, or a range `low-high` of which the first free port is used. Default
+## 0: any. The port stays the same while the server runs, and the next server of the same deployment uses it
+## again.
 # c.SlurmService.relay_port = "0"
 
-## Host name or IP address of the login node as compute nodes reach it; tried first. Default: only the addresses
-## of its interfaces, then its host name.
+## Host name or IP address of the login node as compute nodes reach it; launchers try it first. Default: the
+## addresses of its interfaces, then its host name.
 # c.SlurmService.relay_address = ""
 
-## File with the token for the REST interface (mode 0600; `{user}` is replaced by the user whose jobs they are to
-## Slurm). It is read again when it has changed: who wrote it keeps it fresh. This or `rest_token_command` is
-## needed where `cluster` is a REST interface.
+## File (mode 0600) with the token for the REST interface; `{user}` in the path is replaced by the Unix user who
+## owns the jobs. The file is read again when it changes, so another program can renew the token. Where `cluster`
+## is a REST interface, this or `rest_token_command` is required.
 # c.SlurmService.rest_token_file = ""
 
-## Command (argv list; `{user}` is replaced) that prints a token for the REST interface, as `scontrol token
-## username={user} lifespan=3600` does. It runs as this process's own account, again before a token expires, and
-## when one is refused.
+## Command (argv list; `{user}` is replaced) that prints a token for the REST interface, such as `scontrol token
+## username={user} lifespan=3600`. It runs as this process's user, before a token expires and after a token is
+## refused.
 # c.SlurmService.rest_token_command = []
 
-## Name by which the REST interface, and Slurm, know this process's own user. Default: the name of the user that
-## it runs as.
+## Name by which Slurm and its REST interface know this process's user. Default: the name of the Unix user.
 # c.SlurmService.rest_user = ""
 
-## File with the certificates (PEM) that sign the REST interface's. Default: the system's.
+## File (PEM) with the certificates of the authorities that sign the REST interface's certificate. Default: the
+## system's authorities.
 # c.SlurmService.rest_ca_file = ""
 
-## Host name or IP address of this server as compute nodes reach it, optionally with `:port` where a port is
-## forwarded. It is tried first; default: only the addresses that this machine finds on its own interfaces, then
-## its host name.
+## Host name or IP address of this server as compute nodes reach it, with `:port` if a port is forwarded;
+## launchers try it first. Default: the addresses of this machine's interfaces, then its host name.
 # c.SlurmService.response_address = ""
 
-## TCP port of the response socket that launchers dial, or a range `low-high` of which the first free one is
-## taken (several users' servers on one login node). Default 0: any.
+## TCP port of the response socket, which launchers dial, or a range `low-high` of which the first free port is
+## used (for several users' servers on one login node). Default 0: any.
 # c.SlurmService.response_port = "0"
 
-## Name of the network interface, or an IP address, that the response socket listens on, for login nodes with an
-## internal network. Default: all of them.
+## Name of the network interface, or IP address, that the response socket listens on, for login nodes with an
+## internal network. Default: all interfaces.
 # c.SlurmService.response_interface = ""
 
-## How clients reach kernels that do not say: `direct` (TCP with CurveZMQ to the node; the kernel must support
-## it), `tunnel` (through the launcher's link), or `auto`: direct where the kernelspec declares
-## `supported_encryption` curve and this machine can dial the node, which is tried before each start; else
-## tunnel. The gateway, and a Jupyter server with its kernel manager, take the tunnel for `auto` unless
+## How clients reach a kernel whose request does not say: `direct` (TCP with CurveZMQ to the node; the kernel
+## must support it), `tunnel` (through the launcher's link), or `auto`. `auto` takes `direct` if the kernelspec
+## declares `supported_encryption` curve and this machine can dial the node, which is tried before each start,
+## and else `tunnel`. The gateway, and a Jupyter server with its kernel manager, take `tunnel` for `auto` unless
 ## `kept_output` is 0. One of: 'auto', 'direct', 'tunnel'.
 # c.SlurmService.connect = "auto"
 
-## Range `low-high` of TCP ports on the nodes for direct kernels, where a firewall lets only some through; five a
-## kernel. Default: any free port.
+## Range `low-high` of TCP ports on the nodes for direct kernels, which use five each, if a firewall opens only
+## some ports. Default: any free port.
 # c.SlurmService.kernel_ports = ""
 
-## Pythons (>= 3.9, with pycryptodome >= 3.23) for the launcher on the nodes; the first that exists there is
-## taken. Default: this server's own, then `python3`.
+## Pythons (>= 3.9, with pycryptodome >= 3.23) for the launcher on the nodes; the first one that exists there is
+## used. Default: this server's Python, then `python3`.
 # import sys
 # c.SlurmService.launcher_python = [sys.executable, "python3"]
 
-## Directory on the nodes (0700) for the kernels' and launchers' logs; `~` is the user's home there.
+## Directory on the nodes (mode 0700) for the logs of kernels and launchers; `~` is the user's home directory
+## there.
 # c.SlurmService.log_directory = "~/.local/state/gateway_slurm"
 
-## Directory on this machine in which a private one for the tunnels' Unix sockets is made; its path must be short
-## (108 bytes for each socket). Default: the temporary directory.
+## Directory on this machine in which the server makes a private directory for the tunnels' Unix sockets. Its
+## path must be short, since a socket's path has at most 108 bytes. Default: the temporary directory.
 # c.SlurmService.tunnel_directory = ""
 
-## Name that servers share which take over each other's kernels when one of them is dead; letters, digits, `.`,
-## `_` and `-`. Default: none, nobody takes this process's kernels by itself. The gateway and the Jupyter server
-## of the kernel manager class set one where none is set here.
+## Name shared by servers that take over each other's kernels when one of them dies; letters, digits, `.`, `_`
+## and `-`. Default: none, and no server takes over this process's kernels by itself. The gateway, and a Jupyter
+## server with its kernel manager, set a name if none is set here.
 # c.SlurmService.deployment = ""
 
-## Seconds that a job may wait in Slurm's queue before its start fails and the job is cancelled. Default 0: as
-## long as it takes.
+## Seconds that a job may wait in Slurm's queue; then the job is cancelled and the start fails. Default 0: no
+## limit.
 # c.SlurmService.queue_timeout = 0.0
 
-## Seconds between Slurm saying that a job runs and its launcher dialling in; slow homes and cold file caches
-## take most of it.
+## Seconds from when Slurm reports a job as running until its launcher has connected. Slow home directories and
+## cold file caches take most of it.
 # c.SlurmService.link_timeout = 60.0
 
-## Seconds between the start of a kernel's process and its listening on all channels; conda environments on a
+## Seconds from the start of a kernel's process until it listens on all channels. A conda environment on a
 ## parallel file system can take a minute.
 # c.SlurmService.start_timeout = 120.0
 
-## Seconds after a kernel's death in which it may be started again before its place in the allocation is given up
-## (Jupyter's restarter looks every 3 s, and when it gives up it tells nobody).
+## Seconds after a kernel's death in which it may be restarted before its place in the allocation is released.
+## Jupyter's restarter looks every 3 s, and does not report when it gives up.
 # c.SlurmService.release_grace = 30.0
 
-## Seconds without a server after which a launcher ends its kernels and exits; a job that was submitted for it
-## ends with it. 0: never.
+## Seconds without a server after which a launcher ends its kernels and exits. A job that was submitted for the
+## launcher ends with it. 0: no limit.
 # c.SlurmService.orphan_timeout = 900.0
 
-## What a server does at its start with jobs that servers of this store submitted and none has any more, once
-## `orphan_timeout` has passed for them: `leave` them to their launchers and time limits, and tell of them, or
-## `cancel` them. Those to be kept, those in which somebody else's step runs, and other stores' jobs are left in
-## any case. One of: 'leave', 'cancel'.
+## What a starting server does with jobs that servers of this store have submitted and that have had no server
+## for `orphan_timeout`: `leave` logs them and leaves them to their launchers and time limits, `cancel` cancels
+## them. Jobs that are kept, jobs in which another user's step runs, and jobs of other stores are always left.
+## One of: 'leave', 'cancel'.
 # c.SlurmService.orphan_jobs = "leave"
 
 ## MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no server or no
-## client is there to take it; where it is more the oldest goes, and clients are told how much. Kernels that are
-## busy may need twice that for a moment. The output of a direct kernel is not kept. 0: nothing is kept.
+## client reads it. Beyond that the oldest output is dropped, and clients are told how much. Busy kernels may
+## need twice that for a moment. The output of a direct kernel is not kept. 0: no output is kept.
 # c.SlurmService.kept_output = 64
 
-## Seconds between signs of life on a link; after three without one it is taken for broken, as when a node
-## vanishes. Of servers that share a `store_url` at most 3, so that launchers leave one that hangs when the
-## others take it for dead.
+## Seconds between heartbeats on a link. After three missing ones the link counts as broken, as when a node has
+## failed. Servers that share a `store_url` use at most 3, so that launchers leave a server that hangs before
+## another server takes over its kernels.
 # c.SlurmService.heartbeat = 10.0
 
-## Minutes before an allocation's end at which a warning is given.
+## Minutes before an allocation's end at which its users are warned.
 # c.SlurmService.walltime_warnings = [10.0, 5.0, 1.0]
 
-## Command (argv list; `{project}` and `{user}`, the Unix user whose job it is, are replaced) whose `export
-## NAME=value` lines give a project's Slurm account and the environment of its jobs. It runs as this process's
-## own account. Default: none, the project's name is the account.
+## Command (argv list; `{project}` and `{user}`, the Unix user who owns the job, are replaced) that prints
+## `export NAME=value` lines: a project's Slurm account and the environment of its jobs. It runs as this
+## process's user. Default: none, and the project's name is the account.
 # c.SlurmService.account_command = []
 
-## The name by which `account_command` gives the account.
+## Name of the variable by which `account_command` gives the account.
 # c.SlurmService.account_variable = "BUDGET_ACCOUNTS"
 
-## Path of slurm.conf, where it is neither the default nor in SLURM_CONF.
+## Path of slurm.conf, if it is neither the default path nor in SLURM_CONF.
 # c.SlurmService.slurm_conf = ""
 
-## Directories (`:` between them) of Slurm's commands, where PATH lacks them.
+## Directories of Slurm's commands, separated by `:`, if they are not in PATH.
 # c.SlurmService.slurm_path = ""
 
-## As which Unix user jobs are submitted for an owner whom the gateway names: `self`, this process's own account,
-## or `user`, the owner's, by `as_user_command`. One of: 'self', 'user'.
+## Unix user who submits the jobs of an owner named by the gateway: `self`, this process's user, or `user`, the
+## owner, by `as_user_command`. One of: 'self', 'user'.
 # c.SlurmService.run_as = "self"
 
-## Command (argv list; `{user}` is replaced) that starts the helper as another user; what is to be run goes to
-## its standard input. docs/admins/security.md says how to install it.
+## Command (argv list; `{user}` is replaced) that starts the helper as another user. The helper reads from its
+## standard input which command to run. docs/admins/security.md explains its installation.
 # from gateway_slurm.slurm.sudo import HELPER
 # c.SlurmService.as_user_command = ["sudo", "-n", "-u", "{user}", "--", HELPER]
 
-## Lowest user id for which `run_as = "user"` runs kernels; those below are the system's accounts.
+## Lowest user id for which `run_as = "user"` runs kernels; lower ids are system accounts.
 # c.SlurmService.min_user_uid = 1000
 
-## Whether kernels may run as this process's own account where `run_as = "user"`; they could do all that it can,
-## with everybody's jobs.
+## Whether kernels may run as this process's own user where `run_as = "user"`. Such a kernel could do everything
+## that this process can, with the jobs of all users.
 # c.SlurmService.allow_own_user = False
 
-## Where it is on record which jobs, kernels and sessions there are: `postgresql://user@host/database` (a
-## database of its own for one Slurm cluster; the password is better in `~/.pgpass` than here), or `memory:` for
-## nowhere. Default: an SQLite file of this user and host, in `~/.local/state/gateway_slurm`.
+## Store for the records of jobs, kernels and sessions: `postgresql://user@host/database` (one database for each
+## Slurm cluster; keep the password in `~/.pgpass`), or `memory:` for no store. Default: an SQLite file for this
+## user and host, in `~/.local/state/gateway_slurm`.
 # c.SlurmService.store_url = ""
 
-## File (0600) with the key, 64 hexadecimal digits, that secrets in the store are sealed with; one that is not
-## there is made. Servers that share a store share it. Default: `~/.local/state/gateway_slurm/store.key`.
+## File (mode 0600) with the key, 64 hexadecimal digits, that encrypts the secrets in the store. The server
+## creates a missing file. Servers that share a store share the key. Default:
+## `~/.local/state/gateway_slurm/store.key`.
 # c.SlurmService.store_key_file = ""
 
-## Seconds that one Slurm command may take; from Slurm 23.02 a client that the controller limits waits inside the
-## command.
+## Seconds that one Slurm command may take. From Slurm 23.02 a client that the controller's rate limit delays
+## waits inside the command.
 # c.SlurmService.command_timeout = 60.0
 
-## Seconds after which Slurm is first asked about a waiting job; one `squeue` serves all, and the pause grows to
-## fifteen times this.
+## Seconds until Slurm is first asked about a waiting job. One `squeue` asks for all jobs, and the interval grows
+## to fifteen times this.
 # c.SlurmService.watch_interval = 1.0
 
-## Seconds that an allocation stays after its last kernel, for the next one to use it. Default 0: it is
-## relinquished at once, as budgets want it.
+## Seconds that an allocation is kept after its last kernel, so that the next kernel can use it. Default 0: it is
+## released at once and costs nothing more.
 # c.SlurmService.idle_timeout = 0.0
 
-## Seconds that a job named by `jobid` must have left; less is refused as too short.
+## Seconds that a job named by `jobid` must have left. A job with less time is refused.
 # c.SlurmService.min_time_left = 60.0
 
-## Seconds after a start in which the kernel manager has to take the kernel over; one that fails in between tells
-## nobody.
+## Seconds after a start in which the kernel manager must take the kernel over. A kernel manager that fails
+## before that does not report it.
 # c.SlurmService.post_launch_timeout = 10.0

@@ -1,4 +1,4 @@
-"""The addresses that the response socket is announced with: what launchers try, in this order."""
+"""The addresses of the response socket that launchers try, in order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gateway_slurm.link.endpoints import format_endpoint, parse_endpoint
 
 
 def interface_addresses(name: str) -> list[str]:
-    """The IP addresses of a network interface, or ``name`` itself where it is an address.
+    """The IP addresses of a network interface; ``name`` may be an address itself.
 
-    Raises ConfigError for an interface that this machine does not have, or that has no address others could dial.
+    Raises ConfigError for an interface that does not exist, or that has no address which other hosts can dial.
     """
     try:
         return [str(ipaddress.ip_address(name))]
@@ -30,31 +30,31 @@ def interface_addresses(name: str) -> list[str]:
     found = [address for address in map(_ip, known[name]) if address]
     if not found:
         raise ConfigError(
-            f"SlurmService.response_interface: {name!r} has no IP address that other hosts can dial (link-local ones "
-            "are none); is it up?"
+            f"SlurmService.response_interface: {name!r} has no IP address that other hosts can dial (link-local "
+            "addresses do not count); is it up?"
         )
     return found
 
 
 def check_address(text: str) -> str:
-    """A host's name or IP address, perhaps with a port, as ``response_address`` has it; ValueError for what is none.
+    """Check a host name or IP address with an optional port, as in ``response_address``; return it. Raises ValueError.
 
-    An IPv6 address with a port stands in brackets; alone it may.
+    An IPv6 address with a port must be in brackets; without a port it may be.
     """
     host, _port = parse_endpoint(text) or (text[1:-1] if re.fullmatch(r"\[.*\]", text) else text, 0)
     if not text or _NAME.fullmatch(host):
         return text
     if ipaddress.ip_address(host).is_link_local:
-        raise ValueError("a link-local address means another host on each node")
+        raise ValueError("a link-local address is not valid: on each node it means another host")
     return text
 
 
-# A host's name, or an IPv4 address (RFC 1123; underscores are common).
+# A host name or an IPv4 address (RFC 1123; underscores are common).
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?", re.ASCII)
 
 
 def _ip(entry: object) -> str | None:
-    """An interface's entry as an address that other hosts can dial; None for link-local and hardware ones."""
+    """The address in an interface's entry; None for a link-local or a hardware address."""
     if getattr(entry, "family", None) not in (socket.AF_INET, socket.AF_INET6):
         return None
     text = str(getattr(entry, "address", ""))
@@ -62,8 +62,9 @@ def _ip(entry: object) -> str | None:
 
 
 def all_addresses() -> list[str]:
-    """The machine's addresses: the default routes' first, IPv4 before IPv6, loopback last."""
+    """The addresses of this machine: those of the default routes first, IPv4 before IPv6, loopback last."""
     found = {text for entries in psutil.net_if_addrs().values() for text in map(_ip, entries) if text}
+    # Destinations of RFC 5737 and RFC 3849, which are on no network.
     first = {_route_address(socket.AF_INET, "192.0.2.1"), _route_address(socket.AF_INET6, "2001:db8::1")}
 
     def rank(text: str) -> tuple[bool, bool, bool, str]:
@@ -73,18 +74,19 @@ def all_addresses() -> list[str]:
     return sorted(found, key=rank)
 
 
-def _route_address(family: socket.AddressFamily, out: str) -> str:
-    # A connected UDP socket sends nothing; the kernel only picks the route (udp(7)). RFC 5737 and 3849 addresses.
+def _route_address(family: socket.AddressFamily, destination: str) -> str:
+    """The address from which this machine would send to ``destination``; empty without a route."""
+    # Connecting a UDP socket sends nothing: the kernel only picks the route (udp(7)).
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((out, 9))
+            probe.connect((destination, 9))
             return str(probe.getsockname()[0])
-    except OSError:  # no route out: a cluster's inner network, or none at all
+    except OSError:  # no default route, as in a cluster's internal network
         return ""
 
 
 def endpoints(configured: str, listening_on: list[str] | None, port: int) -> list[str]:
-    """``host:port`` texts, the configured one first, the host's name last (it may need a resolver)."""
+    """The addresses as ``host:port``: the configured one first, the host name last, since it may need a resolver."""
     hosts = list(listening_on) if listening_on else all_addresses()
     texts = [format_endpoint(host, port) for host in [*hosts, socket.gethostname()]]
     if configured:
@@ -92,8 +94,8 @@ def endpoints(configured: str, listening_on: list[str] | None, port: int) -> lis
     return list(dict.fromkeys(texts))
 
 
-def dialled_in_vain(log: str, addresses: list[str]) -> list[str]:
-    """``address: why not`` for each of ``addresses`` that a launcher's log names; none where it says nothing."""
+def failed_dials(log: str, addresses: list[str]) -> list[str]:
+    """For each address, the reason in a launcher's log why it could not be dialled; empty if the log has none."""
     why: dict[str, str] = {}
     for line in log.splitlines():
         for address in addresses:

@@ -1,11 +1,14 @@
-"""The admin's settings of the service, in ``jupyter_slurm_config.py``."""
+"""The admin's settings, and the files on Jupyter's config path that hold them.
+
+Every mode reads the same file, ``jupyter_slurm_config.py``: the provisioner, the gateway and the command line.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from jupyter_core.paths import jupyter_config_path
 from traitlets import Bool, CFloat, CInt, CUnicode, Enum, Float, List, TraitError, Unicode, default, validate
@@ -17,306 +20,306 @@ from gateway_slurm.errors import ConfigError
 from gateway_slurm.slurm.sudo import HELPER
 from gateway_slurm.slurm.url import parse_cluster_url
 
+FILE_NAME: Final = "jupyter_slurm_config.py"
+
+C = TypeVar("C", bound=LoggingConfigurable)
+
 
 class ServiceSettings(LoggingConfigurable):
-    """What an admin may set; the section of the file is ``SlurmService``, the class that uses them."""
+    """The settings. Their section in the file is ``SlurmService``, the class that inherits them."""
 
     cluster = Unicode(
         "local:",
         config=True,
-        help="""How Slurm is reached: ``local:``, by its commands on this machine;
-        ``ssh://[user@]login[:port]``, by its commands on a login node; or
-        ``rest+http(s)://host:port``, by its REST interface.""",
+        help="""How Slurm is reached: ``local:`` by its commands on this machine, ``ssh://[user@]login[:port]`` by its
+        commands on a login node, or ``rest+http(s)://host:port`` by its REST interface.""",
     )
     ssh_config = Unicode(
         "~/.ssh/config",
         config=True,
-        help="""OpenSSH's configuration file, followed for host, user, port, identities, jump hosts and
-        known_hosts files of a login node that ``cluster`` names.""",
+        help="""OpenSSH's configuration file. For the login node that ``cluster`` names, its host, user, port,
+        identities, jump hosts and known_hosts files are used.""",
     )
     ssh_identity_files = List(
         Unicode(),
         config=True,
-        help="""Private keys (0600) to log in to the login node with. Default: the configuration's, then
-        ``~/.ssh/id_ed25519``, ``id_ecdsa`` and ``id_rsa``; the agent's are tried before them.""",
+        help="""Private keys (mode 0600) for the login node. Default: those of ``ssh_config``, then
+        ``~/.ssh/id_ed25519``, ``id_ecdsa`` and ``id_rsa``. The SSH agent's keys are tried first.""",
     )
     ssh_known_hosts = List(
         Unicode(),
         config=True,
-        help="""known_hosts files by which the keys of login node and jump hosts are checked. Default: the
-        configuration's, then the user's and the system's. A host that they do not know is refused.""",
+        help="""known_hosts files with the keys of the login node and of jump hosts. Default: those of ``ssh_config``,
+        then the user's and the system's. A host without a known key is refused.""",
     )
     ssh_password_file = Unicode(
         "",
         config=True,
-        help="""File (0600) with the answers to what the login node asks for: a password, or a line for
-        each question. Default: none; a user with a terminal is asked at the first login.""",
+        help="""File (mode 0600) with the answers to the login node's questions: a password, or one line for each
+        question. Default: none; a user with a terminal is asked at the first login.""",
     )
     ssh_python = Unicode(
         "python3",
         config=True,
-        help="""Python (>= 3.9, no further package) on the login node for what runs there: a small program
-        that comes through the connection and leaves no file.""",
+        help="""Python (>= 3.9, no other package) on the login node. It runs a small program that is sent through the
+        connection and leaves no file there.""",
     )
     ssh_timeout = CFloat(
         20.0,
         config=True,
-        help="""Seconds for each step of a login, and for the start of a program on the login node; slow
-        homes and directory services take most of it.""",
+        help="""Seconds for each step of a login, and for the start of a program on the login node. Slow home
+        directories and directory services take most of it.""",
     )
     relay = Enum(
         ["auto", "always", "never"],
         "auto",
         config=True,
-        help="""Whether launchers may come by way of the login node, where ``cluster`` is ``ssh://``:
-        ``always`` by it only, ``never``, or ``auto``: they try this server's addresses, then the login
-        node's, and those that worked come first from then on.""",
+        help="""Whether launchers may connect through a relay on the login node, where ``cluster`` is ``ssh://``:
+        ``always``, ``never``, or ``auto``. With ``auto`` they try this server's addresses, then the login node's;
+        addresses that worked are tried first from then on.""",
     )
     relay_port = CUnicode(
         "0",
         config=True,
-        help="""TCP port of the login node that the relay listens on, or a range ``low-high`` of which the
-        first free one is taken. Default 0: any. It stays the same while the server runs, and the next
-        server, of the same deployment, listens there, too.""",
+        help="""TCP port of the relay on the login node, or a range ``low-high`` of which the first free port is used.
+        Default 0: any. The port stays the same while the server runs, and the next server of the same deployment uses
+        it again.""",
     )
     relay_address = Unicode(
         "",
         config=True,
-        help="""Host name or IP address of the login node as compute nodes reach it; tried first. Default:
-        only the addresses of its interfaces, then its host name.""",
+        help="""Host name or IP address of the login node as compute nodes reach it; launchers try it first. Default:
+        the addresses of its interfaces, then its host name.""",
     )
     rest_token_file = Unicode(
         "",
         config=True,
-        help="""File with the token for the REST interface (mode 0600; ``{user}`` is replaced by the
-        user whose jobs they are to Slurm). It is read again when it has changed: who wrote it keeps it
-        fresh. This or ``rest_token_command`` is needed where ``cluster`` is a REST interface.""",
+        help="""File (mode 0600) with the token for the REST interface; ``{user}`` in the path is replaced by the Unix
+        user who owns the jobs. The file is read again when it changes, so another program can renew the token. Where
+        ``cluster`` is a REST interface, this or ``rest_token_command`` is required.""",
     )
     rest_token_command = List(
         Unicode(),
         config=True,
-        help="""Command (argv list; ``{user}`` is replaced) that prints a token for the REST interface,
-        as ``scontrol token username={user} lifespan=3600`` does. It runs as this process's own account,
-        again before a token expires, and when one is refused.""",
+        help="""Command (argv list; ``{user}`` is replaced) that prints a token for the REST interface, such as
+        ``scontrol token username={user} lifespan=3600``. It runs as this process's user, before a token expires and
+        after a token is refused.""",
     )
     rest_user = CUnicode(
         "",
         config=True,
-        help="""Name by which the REST interface, and Slurm, know this process's own user. Default: the
-        name of the user that it runs as.""",
+        help="Name by which Slurm and its REST interface know this process's user. Default: the name of the Unix user.",
     )
     rest_ca_file = Unicode(
         "",
         config=True,
-        help="""File with the certificates (PEM) that sign the REST interface's. Default: the system's.""",
+        help="""File (PEM) with the certificates of the authorities that sign the REST interface's certificate.
+        Default: the system's authorities.""",
     )
     response_address = Unicode(
         "",
         config=True,
-        help="""Host name or IP address of this server as compute nodes reach it, optionally with
-        ``:port`` where a port is forwarded. It is tried first; default: only the addresses that
-        this machine finds on its own interfaces, then its host name.""",
+        help="""Host name or IP address of this server as compute nodes reach it, with ``:port`` if a port is
+        forwarded; launchers try it first. Default: the addresses of this machine's interfaces, then its host name.""",
     )
     response_port = CUnicode(
         "0",
         config=True,
-        help="""TCP port of the response socket that launchers dial, or a range ``low-high`` of which
-        the first free one is taken (several users' servers on one login node). Default 0: any.""",
+        help="""TCP port of the response socket, which launchers dial, or a range ``low-high`` of which the first free
+        port is used (for several users' servers on one login node). Default 0: any.""",
     )
     response_interface = Unicode(
         "",
         config=True,
-        help="""Name of the network interface, or an IP address, that the response socket listens
-        on, for login nodes with an internal network. Default: all of them.""",
+        help="""Name of the network interface, or IP address, that the response socket listens on, for login nodes
+        with an internal network. Default: all interfaces.""",
     )
     connect = Enum(
         ["auto", "direct", "tunnel"],
         "auto",
         config=True,
-        help="""How clients reach kernels that do not say: ``direct`` (TCP with CurveZMQ to the node;
-        the kernel must support it), ``tunnel`` (through the launcher's link), or ``auto``: direct
-        where the kernelspec declares ``supported_encryption`` curve and this machine can dial the
-        node, which is tried before each start; else tunnel. The gateway, and a Jupyter server with
-        its kernel manager, take the tunnel for ``auto`` unless ``kept_output`` is 0.""",
+        help="""How clients reach a kernel whose request does not say: ``direct`` (TCP with CurveZMQ to the node; the
+        kernel must support it), ``tunnel`` (through the launcher's link), or ``auto``. ``auto`` takes ``direct`` if
+        the kernelspec declares ``supported_encryption`` curve and this machine can dial the node, which is tried
+        before each start, and else ``tunnel``. The gateway, and a Jupyter server with its kernel manager, take
+        ``tunnel`` for ``auto`` unless ``kept_output`` is 0.""",
     )
     kernel_ports = Unicode(
         "",
         config=True,
-        help="""Range ``low-high`` of TCP ports on the nodes for direct kernels, where a firewall
-        lets only some through; five a kernel. Default: any free port.""",
+        help="""Range ``low-high`` of TCP ports on the nodes for direct kernels, which use five each, if a firewall
+        opens only some ports. Default: any free port.""",
     )
     launcher_python = List(
         Unicode(),
         config=True,
-        help="""Pythons (>= 3.9, with pycryptodome >= 3.23) for the launcher on the nodes; the first
-        that exists there is taken. Default: this server's own, then ``python3``.""",
+        help="""Pythons (>= 3.9, with pycryptodome >= 3.23) for the launcher on the nodes; the first one that exists
+        there is used. Default: this server's Python, then ``python3``.""",
     )
     log_directory = Unicode(
         "~/.local/state/gateway_slurm",
         config=True,
-        help="""Directory on the nodes (0700) for the kernels' and launchers' logs; ``~`` is the
-        user's home there.""",
+        help="""Directory on the nodes (mode 0700) for the logs of kernels and launchers; ``~`` is the user's home
+        directory there.""",
     )
     tunnel_directory = Unicode(
         "",
         config=True,
-        help="""Directory on this machine in which a private one for the tunnels' Unix sockets is
-        made; its path must be short (108 bytes for each socket). Default: the temporary directory.""",
+        help="""Directory on this machine in which the server makes a private directory for the tunnels' Unix sockets.
+        Its path must be short, since a socket's path has at most 108 bytes. Default: the temporary directory.""",
     )
     deployment = Unicode(
         "",
         config=True,
-        help="""Name that servers share which take over each other's kernels when one of them is dead; letters,
-        digits, ``.``, ``_`` and ``-``. Default: none, nobody takes this process's kernels by itself. The gateway
-        and the Jupyter server of the kernel manager class set one where none is set here.""",
+        help="""Name shared by servers that take over each other's kernels when one of them dies; letters, digits,
+        ``.``, ``_`` and ``-``. Default: none, and no server takes over this process's kernels by itself. The gateway,
+        and a Jupyter server with its kernel manager, set a name if none is set here.""",
     )
     queue_timeout = CFloat(
         0.0,
         config=True,
-        help="""Seconds that a job may wait in Slurm's queue before its start fails and the job is
-        cancelled. Default 0: as long as it takes.""",
+        help="""Seconds that a job may wait in Slurm's queue; then the job is cancelled and the start fails. Default
+        0: no limit.""",
     )
     link_timeout = CFloat(
         60.0,
         config=True,
-        help="""Seconds between Slurm saying that a job runs and its launcher dialling in; slow
-        homes and cold file caches take most of it.""",
+        help="""Seconds from when Slurm reports a job as running until its launcher has connected. Slow home
+        directories and cold file caches take most of it.""",
     )
     start_timeout = CFloat(
         120.0,
         config=True,
-        help="""Seconds between the start of a kernel's process and its listening on all channels;
-        conda environments on a parallel file system can take a minute.""",
+        help="""Seconds from the start of a kernel's process until it listens on all channels. A conda environment on
+        a parallel file system can take a minute.""",
     )
     release_grace = CFloat(
         30.0,
         config=True,
-        help="""Seconds after a kernel's death in which it may be started again before its place in
-        the allocation is given up (Jupyter's restarter looks every 3 s, and when it gives up it
-        tells nobody).""",
+        help="""Seconds after a kernel's death in which it may be restarted before its place in the allocation is
+        released. Jupyter's restarter looks every 3 s, and does not report when it gives up.""",
     )
     orphan_timeout = CFloat(
         900.0,
         config=True,
-        help="""Seconds without a server after which a launcher ends its kernels and exits; a job
-        that was submitted for it ends with it. 0: never.""",
+        help="""Seconds without a server after which a launcher ends its kernels and exits. A job that was submitted
+        for the launcher ends with it. 0: no limit.""",
     )
     orphan_jobs = Enum(
         ["leave", "cancel"],
         "leave",
         config=True,
-        help="""What a server does at its start with jobs that servers of this store submitted and none
-        has any more, once ``orphan_timeout`` has passed for them: ``leave`` them to their launchers
-        and time limits, and tell of them, or ``cancel`` them. Those to be kept, those in which somebody
-        else's step runs, and other stores' jobs are left in any case.""",
+        help="""What a starting server does with jobs that servers of this store have submitted and that have had no
+        server for ``orphan_timeout``: ``leave`` logs them and leaves them to their launchers and time limits,
+        ``cancel`` cancels them. Jobs that are kept, jobs in which another user's step runs, and jobs of other stores
+        are always left.""",
     )
     kept_output = CInt(
         64,
         min=0,
         max=1024,
         config=True,
-        help="""MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no
-        server or no client is there to take it; where it is more the oldest goes, and clients are told how much.
-        Kernels that are busy may need twice that for a moment. The output of a direct kernel is not kept.
-        0: nothing is kept.""",
+        help="""MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no server
+        or no client reads it. Beyond that the oldest output is dropped, and clients are told how much. Busy kernels
+        may need twice that for a moment. The output of a direct kernel is not kept. 0: no output is kept.""",
     )
     heartbeat = CFloat(
         10.0,
         config=True,
-        help="""Seconds between signs of life on a link; after three without one it is taken for
-        broken, as when a node vanishes. Of servers that share a ``store_url`` at most 3, so that launchers
-        leave one that hangs when the others take it for dead.""",
+        help="""Seconds between heartbeats on a link. After three missing ones the link counts as broken, as when a
+        node has failed. Servers that share a ``store_url`` use at most 3, so that launchers leave a server that hangs
+        before another server takes over its kernels.""",
     )
     walltime_warnings = List(
         CFloat(),
         [10.0, 5.0, 1.0],
         config=True,
-        help="Minutes before an allocation's end at which a warning is given.",
+        help="Minutes before an allocation's end at which its users are warned.",
     )
     account_command = List(
         Unicode(),
         config=True,
-        help="""Command (argv list; ``{project}`` and ``{user}``, the Unix user whose job it is, are
-        replaced) whose ``export NAME=value`` lines give a project's Slurm account and the
-        environment of its jobs. It runs as this process's own account. Default: none, the project's
-        name is the account.""",
+        help="""Command (argv list; ``{project}`` and ``{user}``, the Unix user who owns the job, are replaced) that
+        prints ``export NAME=value`` lines: a project's Slurm account and the environment of its jobs. It runs as this
+        process's user. Default: none, and the project's name is the account.""",
     )
     account_variable = Unicode(
         "BUDGET_ACCOUNTS",
         config=True,
-        help="The name by which ``account_command`` gives the account.",
+        help="Name of the variable by which ``account_command`` gives the account.",
     )
-    slurm_conf = Unicode("", config=True, help="Path of slurm.conf, where it is neither the default nor in SLURM_CONF.")
+    slurm_conf = Unicode(
+        "", config=True, help="Path of slurm.conf, if it is neither the default path nor in SLURM_CONF."
+    )
     slurm_path = Unicode(
-        "", config=True, help="Directories (``:`` between them) of Slurm's commands, where PATH lacks them."
+        "", config=True, help="Directories of Slurm's commands, separated by ``:``, if they are not in PATH."
     )
     run_as = Enum(
         ["self", "user"],
         "self",
         config=True,
-        help="""As which Unix user jobs are submitted for an owner whom the gateway names: ``self``, this
-        process's own account, or ``user``, the owner's, by ``as_user_command``.""",
+        help="""Unix user who submits the jobs of an owner named by the gateway: ``self``, this process's user, or
+        ``user``, the owner, by ``as_user_command``.""",
     )
     as_user_command = List(
         Unicode(),
         config=True,
-        help="""Command (argv list; ``{user}`` is replaced) that starts the helper as another user; what is
-        to be run goes to its standard input. docs/admins/security.md says how to install it.""",
+        help="""Command (argv list; ``{user}`` is replaced) that starts the helper as another user. The helper reads
+        from its standard input which command to run. docs/admins/security.md explains its installation.""",
     )
     min_user_uid = CInt(
         1000,
         config=True,
-        help="""Lowest user id for which ``run_as = "user"`` runs kernels; those below are the system's
-        accounts.""",
+        help='Lowest user id for which ``run_as = "user"`` runs kernels; lower ids are system accounts.',
     )
     allow_own_user = Bool(
         False,
         config=True,
-        help="""Whether kernels may run as this process's own account where ``run_as = "user"``; they could
-        do all that it can, with everybody's jobs.""",
+        help="""Whether kernels may run as this process's own user where ``run_as = "user"``. Such a kernel could do
+        everything that this process can, with the jobs of all users.""",
     )
     store_url = Unicode(
         "",
         config=True,
-        help="""Where it is on record which jobs, kernels and sessions there are: ``postgresql://user@host/database``
-        (a database of its own for one Slurm cluster; the password is better in ``~/.pgpass`` than here), or
-        ``memory:`` for nowhere. Default: an SQLite file of this user and host, in
-        ``~/.local/state/gateway_slurm``.""",
+        help="""Store for the records of jobs, kernels and sessions: ``postgresql://user@host/database`` (one database
+        for each Slurm cluster; keep the password in ``~/.pgpass``), or ``memory:`` for no store. Default: an SQLite
+        file for this user and host, in ``~/.local/state/gateway_slurm``.""",
     )
     store_key_file = Unicode(
         "",
         config=True,
-        help="""File (0600) with the key, 64 hexadecimal digits, that secrets in the store are sealed with; one that is
-        not there is made. Servers that share a store share it. Default: ``~/.local/state/gateway_slurm/store.key``.""",
+        help="""File (mode 0600) with the key, 64 hexadecimal digits, that encrypts the secrets in the store. The
+        server creates a missing file. Servers that share a store share the key. Default:
+        ``~/.local/state/gateway_slurm/store.key``.""",
     )
     command_timeout = CFloat(
         60.0,
         config=True,
-        help="""Seconds that one Slurm command may take; from Slurm 23.02 a client that the
-        controller limits waits inside the command.""",
+        help="""Seconds that one Slurm command may take. From Slurm 23.02 a client that the controller's rate limit
+        delays waits inside the command.""",
     )
     watch_interval = CFloat(
         1.0,
         config=True,
-        help="""Seconds after which Slurm is first asked about a waiting job; one ``squeue`` serves
-        all, and the pause grows to fifteen times this.""",
+        help="""Seconds until Slurm is first asked about a waiting job. One ``squeue`` asks for all jobs, and the
+        interval grows to fifteen times this.""",
     )
     idle_timeout = CFloat(
         0.0,
         config=True,
-        help="""Seconds that an allocation stays after its last kernel, for the next one to use it.
-        Default 0: it is relinquished at once, as budgets want it.""",
+        help="""Seconds that an allocation is kept after its last kernel, so that the next kernel can use it. Default
+        0: it is released at once and costs nothing more.""",
     )
     min_time_left = CFloat(
         60.0,
         config=True,
-        help="Seconds that a job named by ``jobid`` must have left; less is refused as too short.",
+        help="Seconds that a job named by ``jobid`` must have left. A job with less time is refused.",
     )
     post_launch_timeout = Float(
         10.0,
         config=True,
-        help="""Seconds after a start in which the kernel manager has to take the kernel over; one
-        that fails in between tells nobody.""",
+        help="""Seconds after a start in which the kernel manager must take the kernel over. A kernel manager that
+        fails before that does not report it.""",
     )
 
     @default("launcher_python")
@@ -330,7 +333,7 @@ class ServiceSettings(LoggingConfigurable):
     @validate("as_user_command")
     def _valid_command(self, proposal: Any) -> list[str]:
         if not any("{user}" in item for item in proposal["value"]):
-            raise TraitError(f"SlurmService.as_user_command must hold {{user}}, and {proposal['value']!r} does not")
+            raise TraitError(f"SlurmService.as_user_command must contain {{user}}, not {proposal['value']!r}")
         return list(proposal["value"])
 
     @validate("ssh_python")
@@ -351,7 +354,7 @@ class ServiceSettings(LoggingConfigurable):
     @validate("rest_user")
     def _valid_rest_user(self, proposal: Any) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}|", proposal["value"], re.ASCII):
-            raise TraitError(f"SlurmService.rest_user must be the name of a user, not {proposal['value']!r}")
+            raise TraitError(f"SlurmService.rest_user must be a user name, not {proposal['value']!r}")
         return str(proposal["value"])
 
     @validate("response_address")
@@ -360,8 +363,8 @@ class ServiceSettings(LoggingConfigurable):
             return check_address(proposal["value"])
         except ValueError as error:
             raise TraitError(
-                "SlurmService.response_address must be a host's name or IP address, as launchers on the nodes dial it, "
-                f"with :port where a port is forwarded ([address]:port for IPv6), not {proposal['value']!r}: {error}"
+                "SlurmService.response_address must be a host name or IP address that launchers on the nodes can dial, "
+                f"with :port if a port is forwarded ([address]:port for IPv6), not {proposal['value']!r}: {error}"
             ) from error
 
     @validate("response_port", "kernel_ports", "relay_port")
@@ -375,7 +378,10 @@ class ServiceSettings(LoggingConfigurable):
 
 
 def port_range(text: str) -> tuple[int, int] | None:
-    """``""`` or ``"0"``: None; ``"5000"``: (5000, 5000); ``"5000-5100"``: (5000, 5100)."""
+    """The first and the last port of a setting: None for ``""`` and ``"0"``, (5000, 5100) for ``"5000-5100"``.
+
+    One port is a range of one. Raises ValueError.
+    """
     if text in ("", "0"):
         return None
     low, _dash, high = text.partition("-")
@@ -385,21 +391,14 @@ def port_range(text: str) -> tuple[int, int] | None:
     return first, last
 
 
-# -- The admin's settings: ``jupyter_slurm_config.py`` on Jupyter's config path, in every mode alike. --
-
-
-FILE_NAME = "jupyter_slurm_config.py"
-
-C = TypeVar("C", bound=LoggingConfigurable)
+# -- files ------------------------------------------------------------------------------------------------
 
 
 def load_admin_config(configurable: type[C]) -> C:
-    """An instance of ``configurable`` with the settings of all files found.
+    """An instance of ``configurable`` with the settings of all files.
 
-    What comes first on Jupyter's config path wins; in a virtual environment that is the
-    environment's own directory, before the user's.
-
-    Raises ConfigError that names file and setting.
+    The first directory on Jupyter's config path has precedence. In a virtual environment that is the environment's own
+    directory, before the user's. Raises ConfigError, which names the file and the setting.
     """
     config = Config()
     for path in config_files():
@@ -408,8 +407,7 @@ def load_admin_config(configurable: type[C]) -> C:
 
 
 def config_files() -> list[Path]:
-    """Those that are there, the one that wins last."""
-    # The path begins with what wins.
+    """The files that exist, in ascending precedence."""
     paths = [Path(directory) / FILE_NAME for directory in reversed(jupyter_config_path())]
     return [path for path in paths if path.is_file()]
 
@@ -417,18 +415,20 @@ def config_files() -> list[Path]:
 def _read(path: Path, configurable: type[C]) -> Config:
     try:
         config = PyFileConfigLoader(path.name, str(path.parent)).load_config()
-    except (Exception, SystemExit) as error:  # the file is Python: what it raises is the admin's to mend
-        raise ConfigError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is Python code of the admin's
+        raise ConfigError(f"{path} raised {type(error).__name__}: {error}") from error
     name = configurable.__name__
     known = configurable.class_trait_names(config=True)
     for section in config:
         if section != name:
-            raise ConfigError(f"{path}: there is no class {section} to set; the settings are those of {name}")
+            raise ConfigError(f"{path}: there is no section {section}; this file holds settings of {name}")
     for setting in config.get(name, {}):
         if setting not in known:
-            raise ConfigError(f"{path}: there is no setting {name}.{setting}; known are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{path}: there is no setting {name}.{setting}; the settings are {', '.join(sorted(known))}"
+            )
     try:
-        # Each file alone, so that a wrong value is reported with the file it stands in.
+        # Each file is checked by itself, so that the error names the file with the wrong value.
         configurable(config=config)
     except TraitError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -1,7 +1,7 @@
-"""Which of the server's environment variables a kernel gets, as one table of what it must not get.
+"""The environment variables of the server that a kernel inherits; a table names those that it must not inherit.
 
-A kernel runs on another machine, in another job, possibly for another user: the server's secrets, its sockets
-and its own Slurm job's variables are wrong there, and some of them are dangerous.
+A kernel runs on another machine, in another job, possibly for another user. The server's secrets, its sockets and the
+variables of its own Slurm job are wrong there, and some of them are dangerous.
 """
 
 from __future__ import annotations
@@ -17,34 +17,33 @@ from gateway_slurm.errors import RequestError
 _PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_]+)\}")
 
 MAX_ENVIRONMENT: Final = 1 << 20
-"""Bytes of all names and values; Linux gives argv and environment a quarter of the stack, 2 MiB by
-default."""
+"""Bytes of all names and values. Linux gives argv and environment a quarter of the stack, 2 MiB by default."""
 MAX_VARIABLE: Final = (128 << 10) - 1
-"""Bytes of one ``NAME=value``: Linux's MAX_ARG_STRLEN, its NUL not counted."""
+"""Bytes of one ``NAME=value``: Linux's MAX_ARG_STRLEN without its NUL."""
 
 DROPPED: Final[tuple[tuple[str, str], ...]] = (
     ("JUPYTER_TOKEN", "the server's secret"),
     ("JUPYTERHUB_*", "the hub's secrets and addresses"),
     ("JPY_API_TOKEN", "the server's secret"),
     ("JPY_COOKIE_SECRET", "the server's secret"),
-    ("JPY_PARENT_PID", "a process on another machine: the kernel would wait for its end"),
-    ("CONFIGPROXY_AUTH_TOKEN", "the hub's proxy's secret"),
+    ("JPY_PARENT_PID", "a process on another machine; the kernel would end itself, as if that process had ended"),
+    ("CONFIGPROXY_AUTH_TOKEN", "the secret of the hub's proxy"),
     ("JUPYTER_GATEWAY_*", "the server's secrets for a gateway"),
     ("JUPYTER_SERVER_*", "the server's address, read by its extensions"),
-    ("GATEWAY_SLURM_*", "our own settings and launch tokens"),
-    ("KERNEL_SLURM_*", "request fields: they choose the allocation, and are no part of it"),
-    ("SLURM_*", "the server's own job; SLURM_JOB_ID or SLURM_NTASKS of another job breaks steps"),
+    ("GATEWAY_SLURM_*", "settings and launch tokens of gateway_slurm"),
+    ("KERNEL_SLURM_*", "request fields, which choose the allocation"),
+    ("SLURM_*", "the server's own job; job steps fail with another job's SLURM_JOB_ID or SLURM_NTASKS"),
     ("SLURMD_*", "another node's daemon"),
-    ("SLURMCTLD_*", "the controller's"),
-    ("SBATCH_*", "options for commands of the server's, not of the kernel's"),
-    ("SRUN_*", "options for commands"),
-    ("SALLOC_*", "options for commands"),
-    ("SQUEUE_*", "options for commands"),
-    ("SCANCEL_*", "options for commands"),
-    ("SCONTROL_*", "options for commands"),
-    ("SINFO_*", "options for commands"),
-    ("SACCT_*", "options for commands"),
-    ("SPRIO_*", "options for commands"),
+    ("SLURMCTLD_*", "variables of the controller"),
+    ("SBATCH_*", "options for Slurm's commands on the server"),
+    ("SRUN_*", "options for Slurm's commands on the server"),
+    ("SALLOC_*", "options for Slurm's commands on the server"),
+    ("SQUEUE_*", "options for Slurm's commands on the server"),
+    ("SCANCEL_*", "options for Slurm's commands on the server"),
+    ("SCONTROL_*", "options for Slurm's commands on the server"),
+    ("SINFO_*", "options for Slurm's commands on the server"),
+    ("SACCT_*", "options for Slurm's commands on the server"),
+    ("SPRIO_*", "options for Slurm's commands on the server"),
     ("PMI_*", "another job's MPI"),
     ("PMI2_*", "another job's MPI"),
     ("PMIX_*", "another job's MPI"),
@@ -64,29 +63,29 @@ DROPPED: Final[tuple[tuple[str, str], ...]] = (
     ("XDG_SESSION_*", "the login session on the server"),
     ("XDG_SEAT*", "the login session on the server"),
     ("XDG_VTNR", "the login session on the server"),
-    ("DISPLAY", "a screen of the server's"),
-    ("WAYLAND_DISPLAY", "a screen of the server's"),
-    ("XAUTHORITY", "a secret for the server's screen"),
+    ("DISPLAY", "a display of the server"),
+    ("WAYLAND_DISPLAY", "a display of the server"),
+    ("XAUTHORITY", "a secret for the server's display"),
     ("TMUX", "a socket on the server"),
     ("TMUX_PANE", "a socket on the server"),
     ("STY", "a socket on the server"),
-    ("NOTIFY_SOCKET", "the service manager's"),
-    ("LISTEN_FDS", "the service manager's"),
-    ("LISTEN_FDNAMES", "the service manager's"),
-    ("LISTEN_PID", "the service manager's"),
-    ("INVOCATION_ID", "the service manager's"),
-    ("JOURNAL_STREAM", "the service manager's"),
-    ("MAINPID", "the service manager's"),
-    ("WATCHDOG_*", "the service manager's"),
-    ("CREDENTIALS_DIRECTORY", "the service manager's secrets"),
-    ("PWD", "the shell's"),
-    ("OLDPWD", "the shell's"),
-    ("SHLVL", "the shell's"),
-    ("_", "the shell's"),
-    ("HOSTNAME", "another machine's name"),
+    ("NOTIFY_SOCKET", "a variable of the service manager"),
+    ("LISTEN_FDS", "a variable of the service manager"),
+    ("LISTEN_FDNAMES", "a variable of the service manager"),
+    ("LISTEN_PID", "a variable of the service manager"),
+    ("INVOCATION_ID", "a variable of the service manager"),
+    ("JOURNAL_STREAM", "a variable of the service manager"),
+    ("MAINPID", "a variable of the service manager"),
+    ("WATCHDOG_*", "a variable of the service manager"),
+    ("CREDENTIALS_DIRECTORY", "secrets from the service manager"),
+    ("PWD", "a variable of the shell"),
+    ("OLDPWD", "a variable of the shell"),
+    ("SHLVL", "a variable of the shell"),
+    ("_", "a variable of the shell"),
+    ("HOSTNAME", "the name of another machine"),
 )
 
-# Of the server's own user; another user's kernel has those of its job instead.
+# Variables of the server's own user. Another user's kernel has the values of its job instead.
 PERSONAL: Final = frozenset(
     {
         "HOME",
@@ -108,7 +107,7 @@ PERSONAL: Final = frozenset(
     }
 )
 
-# Of the server's machine and its own installations; on another cluster the job's own take their places.
+# Variables of the server's machine and its installations. On another cluster a kernel has those of its job instead.
 MACHINE: Final = frozenset(
     {
         "PATH",
@@ -143,13 +142,11 @@ _PREFIXES: Final = tuple(name[:-1] for name, _ in DROPPED if name.endswith("*"))
 
 
 def kernel_environment(ambient: Mapping[str, str], *, allowed: Collection[str] | None = None) -> dict[str, str]:
-    """Return what of ``ambient`` a kernel gets: without DROPPED, and if ``allowed`` is given only names in
-    it.
+    """The variables of ``ambient`` that a kernel inherits: those not in DROPPED, and with ``allowed`` those in it.
 
-    ``allowed`` holds names and globs (``LC_*``); it adds nothing to what DROPPED takes away. Names that
-    are no
-    identifiers are carried too (bash's ``BASH_FUNC_module%%``), unless they are empty or hold ``=`` or NUL.
-    Raises RequestError naming a variable whose value holds a NUL or is too long, and for too large a whole.
+    ``allowed`` holds names and patterns (``LC_*``); it cannot admit what DROPPED names. Names that are no identifiers
+    (bash's ``BASH_FUNC_module%%``) are inherited as well, unless they are empty or contain ``=`` or NUL. Raises
+    RequestError for a value with a NUL, for a variable that is too long, and for an environment that is too large.
     """
     kept = {name: value for name, value in ambient.items() if _passes(name, allowed)}
     total = 0
@@ -159,28 +156,28 @@ def kernel_environment(ambient: Mapping[str, str], *, allowed: Collection[str] |
         size = len(_bytes(name)) + len(_bytes(value)) + 1
         if size > MAX_VARIABLE:
             raise RequestError(
-                f"the environment variable {name[:200]!r} has {size} bytes; Linux takes {MAX_VARIABLE}",
+                f"the environment variable {name[:200]!r} has {size} bytes; Linux allows {MAX_VARIABLE}",
                 field=name,
             )
         total += size + 1
     if total > MAX_ENVIRONMENT:
-        raise RequestError(f"the environment has {total} bytes; at most {MAX_ENVIRONMENT} are sent to a kernel")
+        raise RequestError(f"the environment has {total} bytes; at most {MAX_ENVIRONMENT} can be sent to a kernel")
     return kept
 
 
-def without_personal(environment: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-    """Return ``environment`` without what of PERSONAL has the value that it has in ``ours``, our own."""
-    return {name: value for name, value in environment.items() if name not in PERSONAL or ours.get(name) != value}
+def without_personal(environment: Mapping[str, str], server: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` without the variables of PERSONAL that have the same value in ``server``, the server's own."""
+    return {name: value for name, value in environment.items() if name not in PERSONAL or server.get(name) != value}
 
 
-def without_machine(environment: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-    """Return ``environment`` without what of MACHINE has the value that it has in ``ours``, our own."""
-    return {name: value for name, value in environment.items() if name not in MACHINE or ours.get(name) != value}
+def without_machine(environment: Mapping[str, str], server: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` without the variables of MACHINE that have the same value in ``server``, the server's own."""
+    return {name: value for name, value in environment.items() if name not in MACHINE or server.get(name) != value}
 
 
 def dropped_table() -> str:
-    """Draw DROPPED as markdown."""
-    lines = ["| variable | why a kernel does not get it |", "|---|---|"]
+    """Draw DROPPED as a markdown table."""
+    lines = ["| variable | why a kernel does not inherit it |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in DROPPED]
     return "\n".join(lines) + "\n"
 
@@ -194,16 +191,16 @@ def _passes(name: str, allowed: Collection[str] | None) -> bool:
 
 
 def _bytes(text: str) -> bytes:
-    """Encode as os.environ does: bytes that were no UTF-8 come back as they were."""
+    """Encode as os.environ does, which keeps bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def fill_placeholders(item: str, resource_dir: str) -> str:
-    """Jupyter's placeholders in an argument; ``{connection_file}`` is filled in on the node."""
+    """Replace Jupyter's placeholders in an argument, except ``{connection_file}``, which the launcher replaces."""
     known = {"prefix": sys.prefix, "resource_dir": resource_dir}
     return _PLACEHOLDER.sub(lambda match: known.get(match.group(1)) or match.group(), item)
 
 
 def only_texts(env: Mapping[str, Any]) -> dict[str, str]:
-    """An environment as a process can have it."""
+    """An environment with names and values as text, without variables that are None."""
     return {str(name): str(value) for name, value in env.items() if value is not None}

@@ -1,39 +1,40 @@
 """Every error that this package raises on purpose.
 
     GatewaySlurmError
-    ├── RequestError            the kernelspec or the client asked for something invalid
-    │   └── NotAllowed          what is asked for is valid, and not allowed for this user
-    ├── IdentityUnavailable     who is asking could not be found out
-    ├── ConfigError             a setting of the admin's is wrong, or its file is
-    ├── SlurmError              Slurm said no, or could not be asked
-    │   ├── SlurmNotInstalled   the command is not there
-    │   ├── SlurmUnavailable    it was asked and did not answer, or its controller is down
-    │   │   ├── Unanswered      a command was under way, which may have done what it was to do
-    │   │   └── SshError        its login node cannot be reached, or broke off
+    ├── RequestError            a request field or a client's request is not valid
+    │   └── NotAllowed          the request is valid, but not allowed for this user
+    ├── IdentityUnavailable     the service that knows the users could not say which user sent a request
+    ├── ConfigError             an admin's setting or its file is wrong
+    ├── SlurmError              Slurm refused a request, or could not be asked
+    │   ├── SlurmNotInstalled   a Slurm command was not found
+    │   ├── SlurmUnavailable    Slurm did not answer, or its controller is down
+    │   │   ├── StepsUnknown    this access to Slurm does not show which steps run in a job
+    │   │   ├── Unanswered      the answer to a command was lost; Slurm may have carried the command out
+    │   │   └── SshError        the login node cannot be reached, or the connection broke
     │   │       ├── HostKeyRefused  the login node's key is unknown, changed or revoked
-    │   │       ├── LoginRefused    the login node does not take our keys or passwords
-    │   │       ├── SshTurnedAway   it ended the connection before it said who it is: it may have too many
-    │   │       └── SshLost         it broke off while a command was under way, which may have been run
-    │   ├── SubmitRefused       sbatch refused the job, in its own words
-    │   └── UnknownJob          a healthy controller does not know the job id
+    │   │       ├── LoginRefused    the login node accepts none of our keys and passwords
+    │   │       ├── SshTurnedAway   sshd closed the connection before its greeting: too many clients may be logging in
+    │   │       └── SshLost         the connection broke during a command, which may have run
+    │   ├── SubmitRefused       sbatch refused the job; the message has Slurm's own words
+    │   └── UnknownJob          the controller answered that it does not know the job id
     ├── AllocationError         the allocation cannot be used
-    │   ├── AllocationEnded     it is over: TIMEOUT, CANCELLED, NODE_FAIL …
-    │   └── QueueTimeout        it waited longer in the queue than allowed
-    ├── KernelStartError        the launcher is there, the kernel did not come up
-    │   ├── LauncherFailed      the launcher itself could not do its work on the node
-    │   │   ├── CryptoMissing   its Python has no pycryptodome
-    │   │   ├── OutOfReach      it reached none of the server's addresses
-    │   │   └── NotProven       it came, and what it said did not prove that it was it
-    │   ├── NodeUnreachable     it is to be direct, and its node cannot be dialled
-    │   └── StartTimeout        the kernel did not listen in time
+    │   ├── AllocationEnded     the allocation is over: TIMEOUT, CANCELLED, NODE_FAIL …
+    │   └── QueueTimeout        the job waited in the queue longer than allowed
+    ├── KernelStartError        the launcher runs, but the kernel did not start
+    │   ├── LauncherFailed      the launcher itself failed on the node
+    │   │   ├── CryptoMissing   the launcher's Python has no pycryptodome
+    │   │   ├── OutOfReach      the launcher reached none of the server's addresses
+    │   │   └── NotProven       a client claimed to be the launcher and could not prove it
+    │   ├── NodeUnreachable     the kernel must be direct, and this machine cannot dial its node
+    │   └── StartTimeout        the kernel did not listen on its channels in time
     ├── LinkError               a peer broke the protocol, or the link is gone
-    │   └── HandshakeError      an unauthenticated peer did not prove who it is
+    │   └── HandshakeError      a peer did not prove that it is one of our launchers
     ├── StoreError              the store cannot be used as it is: its file, its key, its version
-    │   └── StoreUnavailable    it takes or gives nothing now: worth another try
-    └── ClusterError            the private Slurm for development and tests cannot do it
+    │   └── StoreUnavailable    the store cannot be read or written at the moment; a later attempt may succeed
+    └── ClusterError            the private Slurm for development and tests failed
 
-A message says what was asked, what came back (Slurm's own words), and what to do next.
-HTTP statuses are chosen at the edge (the gateway), never here.
+A message says what was asked, what came back (Slurm's own words), and what to do next. The gateway chooses HTTP
+statuses; no error holds one.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from collections.abc import Sequence
 
 
 class GatewaySlurmError(Exception):
-    """The root of the tree; catching it catches everything that is raised on purpose."""
+    """The root of the tree: everything that this package raises on purpose."""
 
 
 class RequestError(GatewaySlurmError):
-    """A request field is missing, unknown or not valid; ``field`` names it."""
+    """A request field is missing, unknown or not valid; ``field`` is its name."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -54,11 +55,11 @@ class RequestError(GatewaySlurmError):
 
 
 class NotAllowed(RequestError):
-    """What is asked for is valid, but not for this user; ``field`` names what they may not have."""
+    """The request is valid, but not allowed for this user; ``field`` is the name of the field that is not allowed."""
 
 
 class IdentityUnavailable(GatewaySlurmError):
-    """Whoever knows the users did not answer, or its answer is of no use: the request may be repeated."""
+    """The service that knows the users did not answer, or its answer is not usable; the client may try again."""
 
 
 class ConfigError(GatewaySlurmError):
@@ -66,7 +67,7 @@ class ConfigError(GatewaySlurmError):
 
 
 class SlurmError(GatewaySlurmError):
-    """A Slurm command failed; carries the command's name, its exit status and its own words."""
+    """A Slurm command failed; the error has its argv, its exit status and its standard error."""
 
     def __init__(
         self,
@@ -87,35 +88,35 @@ class SlurmNotInstalled(SlurmError):
 
 
 class SlurmUnavailable(SlurmError):
-    """Slurm did not answer in time, or its controller is down: nothing is known about the jobs."""
+    """Slurm did not answer in time, or its controller is down. The states of jobs are unknown."""
 
 
 class StepsUnknown(SlurmUnavailable):
-    """Which steps run in a job is not told by the way in which Slurm is reached."""
+    """The access to Slurm does not show which steps run in a job."""
 
 
 class Unanswered(SlurmUnavailable):
-    """A command was under way when its answer was lost, or it gave none: it may have done what it was to do."""
+    """The answer to a command was lost, or the command gave none. Slurm may have carried it out."""
 
 
 class SshError(SlurmUnavailable):
-    """The login node could not be reached, or the connection to it broke: nothing is known about the jobs."""
+    """The login node could not be reached, or the connection to it broke. The states of jobs are unknown."""
 
 
 class HostKeyRefused(SshError):
-    """The host's key is not the one that known_hosts files have; the message says its fingerprint, and what to do."""
+    """The host's key is not in the known_hosts files; the message has its fingerprint, and says what to do."""
 
 
 class LoginRefused(SshError):
-    """No key, password or answer of ours was taken; the message says what was tried."""
+    """The login node accepted no key, password or answer; the message says what was tried."""
 
 
 class SshTurnedAway(SshError):
-    """The login node took the connection and ended it before it said who it is: others may be logging in."""
+    """sshd accepted the connection and closed it before its greeting: too many logins at a time (MaxStartups)."""
 
 
 class SshLost(SshError, Unanswered):
-    """The connection broke while a command was under way: it may have been run."""
+    """The connection broke during a command, which may have run."""
 
 
 class SubmitRefused(SlurmError):
@@ -123,7 +124,7 @@ class SubmitRefused(SlurmError):
 
 
 class UnknownJob(SlurmError):
-    """The controller answered, and it does not know (or no longer knows) this job id."""
+    """The controller answered that it does not know this job id, or no longer knows it."""
 
 
 class AllocationError(GatewaySlurmError):
@@ -135,7 +136,7 @@ class AllocationError(GatewaySlurmError):
 
 
 class AllocationEnded(AllocationError):
-    """The allocation is over; ``state`` is Slurm's word for how."""
+    """The allocation is over; ``state`` is the job's final state in Slurm."""
 
     def __init__(self, message: str, *, jobid: str | None = None, state: str = "") -> None:
         super().__init__(message, jobid=jobid)
@@ -143,11 +144,11 @@ class AllocationEnded(AllocationError):
 
 
 class QueueTimeout(AllocationError):
-    """The job waited in the queue for longer than ``queue_timeout``; it was cancelled."""
+    """The job waited in the queue for longer than ``queue_timeout`` and was cancelled."""
 
 
 class KernelStartError(GatewaySlurmError):
-    """The kernel did not come up on its node; ``output_tail`` is the end of what it printed."""
+    """The kernel did not start on its node; ``output_tail`` is the end of its output."""
 
     def __init__(self, message: str, *, output_tail: str = "") -> None:
         super().__init__(message)
@@ -155,11 +156,11 @@ class KernelStartError(GatewaySlurmError):
 
 
 class LauncherFailed(KernelStartError):
-    """The launcher could not do its work on the node (no Python, no pycryptodome, no directory)."""
+    """The launcher failed on the node: no Python, no pycryptodome, no directory for logs."""
 
 
 class NodeUnreachable(KernelStartError):
-    """``connect = direct``, and its node cannot be dialled from here; names node, address and what came back."""
+    """``connect = direct``, but this machine cannot dial the node; the message has node, address and error."""
 
 
 class CryptoMissing(LauncherFailed):
@@ -167,11 +168,11 @@ class CryptoMissing(LauncherFailed):
 
 
 class OutOfReach(LauncherFailed):
-    """The job runs, and its launcher reached none of the server's addresses; the message says why, where known."""
+    """The job runs, but its launcher reached none of the server's addresses; the message has the known reasons."""
 
 
 class NotProven(LauncherFailed):
-    """Somebody came under the launcher's name and could not say a HELLO that its token opens."""
+    """A client claimed to be the launcher, but its HELLO could not be opened with the launch token."""
 
 
 class StartTimeout(KernelStartError):
@@ -183,16 +184,16 @@ class LinkError(GatewaySlurmError):
 
 
 class HandshakeError(LinkError):
-    """A peer did not prove that it is one of our launchers."""
+    """A peer did not prove that it is one of this server's launchers."""
 
 
 class StoreError(GatewaySlurmError):
-    """The store cannot be used as it is; names it (never its password), the cause and what to do. It is left alone."""
+    """The store cannot be used, and is not changed; the message has its URL (without password), cause and remedy."""
 
 
 class StoreUnavailable(StoreError):
-    """The store takes or gives nothing at the moment: its disk is full, its server is away, somebody has it locked."""
+    """The store cannot be read or written at the moment: full disk, database down, locked by another process."""
 
 
 class ClusterError(GatewaySlurmError):
-    """The private Slurm cannot be brought up, used or taken down; names the daemon, with the end of its log."""
+    """The private Slurm cannot be started, used or stopped; the message has the daemon and the end of its log."""

@@ -1,10 +1,8 @@
-"""What a kernelspec, or a gateway's client, may ask for: the request fields, as one table.
+"""The request fields of a kernelspec, or of a gateway's client, as one table.
 
-They come from ``metadata.kernel_provisioner.config`` of a kernel.json, which its user writes: untrusted
-input.
-Every value that goes into Slurm's argv is bounded and has no control characters and no leading ``-``;
-whatever
-else a user may write is carried as data, never through a shell.
+The fields come from ``metadata.kernel_provisioner.config`` of a kernel.json. A user writes that file, so its content is
+untrusted input. Every value that goes into Slurm's argv is bounded, and has no control characters and no leading ``-``.
+All other values are carried as data, and never pass through a shell.
 """
 
 from __future__ import annotations
@@ -19,17 +17,17 @@ from gateway_slurm.errors import RequestError
 from gateway_slurm.slurm.formats import TIME_FORMATS, TimeFormatError, minutes
 
 MAX_ARGUMENT: Final = (128 << 10) - 1
-"""Bytes of one item of kernel_argv: Linux's MAX_ARG_STRLEN, its NUL not counted."""
+"""Bytes of one item of kernel_argv: Linux's MAX_ARG_STRLEN without its NUL."""
 MAX_ARGUMENTS: Final = 1024
 MAX_COMMAND: Final = 1 << 20
-"""Bytes of all of kernel_argv: Linux takes 2 MiB with the environment, and START carries both in one message."""
+"""Bytes of kernel_argv in all: Linux takes 2 MiB with the environment, and START carries both in one message."""
 _MAX_WORD: Final = 255
 _MAX_INT: Final = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRequest:
-    """One valid request; None is "not asked for". The table in this module says what each field means."""
+    """One valid request; None means that the field is not set. FIELDS explains the fields."""
 
     project: str | None = None
     partition: str | None = None
@@ -54,31 +52,31 @@ class KernelRequest:
     keep_allocation: bool = False
 
     def as_config(self) -> dict[str, Any]:
-        """The fields that were asked for, as a kernelspec would hold them."""
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items() if v not in (None, (), False)}
+        """The fields that are set, as a kernelspec holds them."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v not in (None, (), False)
+        }
 
     @property
     def minutes(self) -> int | None:
-        """The time asked for; None is no limit, or none given."""
+        """The requested time limit in minutes; None if it is UNLIMITED or not set."""
         return minutes(self.time) if self.time is not None else self.runtime
 
     @property
     def time_limit(self) -> int | str | None:
-        """What goes into ``--time``: ``time`` in Slurm's format if it is given, else ``runtime`` in
-        minutes.
-        """
+        """The value of ``--time``: ``time`` in Slurm's format if it is set, else ``runtime`` in minutes."""
         return self.time if self.time is not None else self.runtime
 
     @property
     def gres_list(self) -> list[str]:
-        """What goes into ``--gres``, per node: the GPUs and the other generic resources."""
+        """The items of ``--gres``, per node: the GPUs and the other generic resources."""
         gpus = [f"gpu:{self.gpus}"] if self.gpus else []
         return gpus + (self.gres.split(",") if self.gres else [])
 
 
 class _Invalid(ValueError):
-    """A field's parser says what is allowed."""
+    """A value is not valid; the message says which values are allowed."""
 
 
 Parser = Callable[[object], Any]
@@ -86,7 +84,7 @@ Parser = Callable[[object], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One request field: ``required`` is always, for a new allocation only, or never."""
+    """One request field. ``required`` is ALWAYS, NEW (for a new allocation only), or empty."""
 
     name: str
     parse: Parser
@@ -122,19 +120,19 @@ def _flag(value: object) -> bool:
 _FLAGS: Final = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def _word(pattern: str, allowed: str, *, longest: int = _MAX_WORD) -> Parser:
-    """Parse text for Slurm's argv: ``pattern`` must match all of it, once blanks around it are gone."""
+def _word(pattern: str, allowed: str, *, max_length: int = _MAX_WORD) -> Parser:
+    """A parser of text for Slurm's argv: ``pattern`` must match the text without the spaces around it."""
     compiled = re.compile(pattern, re.ASCII)
 
     def parse(value: object) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise _Invalid(f"text: {allowed}")
-        # Not for large ints: Python refuses to write those with over 4300 digits.
+        # Python refuses to convert ints with more than 4300 digits to text.
         if isinstance(value, int) and abs(value) > 10**18:
             raise _Invalid(allowed)
         text = str(value).strip(" ")
-        if len(text) > longest or not compiled.fullmatch(text):
-            raise _Invalid(f"{allowed}, at most {longest} characters")
+        if len(text) > max_length or not compiled.fullmatch(text):
+            raise _Invalid(f"{allowed}, at most {max_length} characters")
         return text
 
     return parse
@@ -155,7 +153,7 @@ def _argv(value: object) -> tuple[str, ...]:
 
 
 def _size(text: str) -> int:
-    """Return the bytes of ``text`` as an argument; half a surrogate pair, which JSON can hold, is no text."""
+    """The size of ``text`` in bytes. Raises _Invalid for half a surrogate pair, which JSON can hold."""
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
@@ -163,14 +161,14 @@ def _size(text: str) -> int:
 
 
 def _time(value: object) -> str:
-    text: str = _word(r"[0-9A-Za-z:-]+", TIME_FORMATS, longest=32)(value)
+    text: str = _word(r"[0-9A-Za-z:-]+", TIME_FORMATS, max_length=32)(value)
     try:
         limit = minutes(text)
     except TimeFormatError as error:
         raise _Invalid(TIME_FORMATS) from error
     if limit == 0:
-        # To Slurm, 0 means no limit at all, which nobody who writes 0 expects.
-        raise _Invalid("a time above zero; for none, UNLIMITED")
+        # To Slurm, 0 means no limit, which is not what a user who writes 0 expects.
+        raise _Invalid("a time above zero, or UNLIMITED for no limit")
     return text
 
 
@@ -185,78 +183,83 @@ def _choice(*words: str) -> Parser:
 
 _NAME: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*", "letters, digits and _ . @ + -, not beginning with -")
 _NAMES: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.@+,-]*", "names of letters, digits and _ . @ + -, separated by commas")
-_MEMORY: Final = _word(r"[0-9]{1,12}[KMGTkmgt]?[Bb]?", "a number with K, M, G or T (M if none)")
+_MEMORY: Final = _word(r"[0-9]{1,12}[KMGTkmgt]?[Bb]?", "a number with the unit K, M, G or T (M without a unit)")
 _CONSTRAINT: Final = _word(
     r"[A-Za-z0-9_\[(][A-Za-z0-9_.:=+@*&|,\[\]()-]*",
     "features with Slurm's operators & | * [ ] ( )",
-    longest=1024,
+    max_length=1024,
 )
 _GRES: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.:,+=/-]*", "name[[:type]:count], separated by commas")
 _NODE: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "one node's name")
 _JOBID: Final = _word(r"[0-9]{1,10}(?:[_+][0-9]{1,10})?", "a job id such as 123")
 _KERNEL_NAME: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a kernelspec's name: letters, digits and _ . -")
-_LANGUAGE: Final = _word(r"[^\x00-\x1f\x7f-]?[^\x00-\x1f\x7f]*", "text without control characters", longest=64)
+_LANGUAGE: Final = _word(r"[^\x00-\x1f\x7f-]?[^\x00-\x1f\x7f]*", "text without control characters", max_length=64)
 
 NEW: Final = "for a new allocation"
 ALWAYS: Final = "always"
 
 FIELDS: Final[tuple[Field, ...]] = (
-    Field(name="project", parse=_NAME, required=NEW, help="budget account, through the site's account hook"),
-    Field(name="partition", parse=_NAMES, required=NEW, help="partition, or several with commas"),
-    Field(name="nodes", parse=_integer(1), required=NEW, help="nodes of the allocation (count)"),
-    Field(name="runtime", parse=_integer(1), required=f"{NEW}, if not `time`", help="time limit (minutes)"),
+    Field(
+        name="project",
+        parse=_NAME,
+        required=NEW,
+        help="project; its budget account comes from the site's `account_command`, by default the account of that name",
+    ),
+    Field(name="partition", parse=_NAMES, required=NEW, help="partition, or several separated by commas"),
+    Field(name="nodes", parse=_integer(1), required=NEW, help="number of nodes of the allocation"),
+    Field(name="runtime", parse=_integer(1), required=f"{NEW}, without `time`", help="time limit (minutes)"),
     Field(
         name="kernel_argv",
         parse=_argv,
-        required=f"{ALWAYS}, if not `kernel_name`",
-        help="the kernel's command as a list; `{connection_file}` stands for its connection file",
+        required=f"{ALWAYS}, without `kernel_name`",
+        help="command of the kernel, as a list; `{connection_file}` stands for its connection file",
     ),
-    Field(name="gpus", parse=_integer(0), help="GPUs per node (count, 0 for none)"),
-    Field(name="reservation", parse=_NAMES, help="reservation to use"),
-    Field(name="jobid", parse=_JOBID, help="a running allocation of yours to use instead of a new one"),
-    Field(name="node", parse=_NODE, help="node of the allocation that the kernel runs on"),
-    Field(name="kernel_language", parse=_LANGUAGE, help="the kernel's language, as frontends show it"),
+    Field(name="gpus", parse=_integer(0), help="number of GPUs per node"),
+    Field(name="reservation", parse=_NAMES, help="reservation, or several separated by commas"),
+    Field(name="jobid", parse=_JOBID, help="job id of a running allocation of yours, to use it instead of a new one"),
+    Field(name="node", parse=_NODE, help="node of the allocation on which the kernel runs"),
+    Field(name="kernel_language", parse=_LANGUAGE, help="language of the kernel, as frontends show it"),
     Field(
         name="kernel_name",
         parse=_KERNEL_NAME,
-        help="an installed kernelspec to wrap; kernel_argv wins over it",
+        help="installed kernelspec to run on the node; `kernel_argv` has precedence",
     ),
     Field(name="qos", parse=_NAME, help="quality of service"),
-    Field(name="cpus", parse=_integer(1), help="CPUs per task (count)"),
-    Field(name="memory", parse=_MEMORY, help="memory per node (Slurm's format: 4G; MiB if it has no unit)"),
+    Field(name="cpus", parse=_integer(1), help="number of CPUs per task"),
+    Field(name="memory", parse=_MEMORY, help="memory per node (Slurm's format, such as 4G; MiB without a unit)"),
     Field(name="constraint", parse=_CONSTRAINT, help="features that the nodes must have, with Slurm's operators"),
     Field(name="gres", parse=_GRES, help="generic resources per node, such as `shard:1`"),
-    Field(name="time", parse=_time, help=f"time limit (Slurm's format: {TIME_FORMATS}); wins over runtime"),
+    Field(name="time", parse=_time, help=f"time limit (Slurm's format: {TIME_FORMATS}); has precedence over `runtime`"),
     Field(
         name="connect",
         parse=_choice("auto", "direct", "tunnel"),
-        help="how the server reaches the kernel: auto, direct (Curve-encrypted TCP) or tunnel; "
-        "unset is what the admin chose",
+        help="how the server reaches the kernel: auto, direct (TCP encrypted by CurveZMQ) or tunnel "
+        "(default: the admin's setting)",
     ),
     Field(
         name="share",
         parse=_flag,
-        help="true: join a fitting allocation that servers of yours have made, instead of queueing for a new one",
+        help="true: use an allocation of your servers that fits the request, instead of queueing for a new one",
     ),
     Field(
         name="isolate",
         parse=_flag,
-        help="true: a job step of its own with an exact share of CPUs (`cpus`), memory (`memory`) and GPUs (`gpus`)",
+        help="true: run the kernel in its own job step with an exact share of CPUs (`cpus`), memory and GPUs",
     ),
     Field(
         name="keep_allocation",
         parse=_flag,
-        help="true: the allocation stays after its last kernel, until its time limit or until it is released",
+        help="true: keep the allocation after its last kernel, until its time limit or until you release it",
     ),
 )
 _BY_NAME: Final = {field.name: field for field in FIELDS}
 
 
 def parse_request(config: Mapping[str, object], *, spec_language: str | None = None) -> KernelRequest:
-    """Return the valid request in ``config``; ``"None"``, ``""`` and null mean unset, numbers may be text.
+    """Return the valid request in ``config``; ``"None"``, ``""`` and null mean that a field is not set.
 
-    ``spec_language`` is the kernelspec's ``language``, used when the request names none. Raises RequestError
-    whose message names the field, the value and what is allowed, and whose ``field`` is the field's name.
+    Numbers may be text. ``spec_language`` is the kernelspec's ``language``, for a request that names none. Raises
+    RequestError: its message names the field, the value and the allowed values, and its ``field`` is the field's name.
     """
     values: dict[str, Any] = {}
     for name, value in config.items():
@@ -273,7 +276,7 @@ def parse_request(config: Mapping[str, object], *, spec_language: str | None = N
 
 
 def fields_table() -> str:
-    """Draw the fields as markdown, one line per field."""
+    """Draw the fields as a markdown table, one row a field."""
     lines = ["| field | required | meaning (unit) |", "|---|---|---|"]
     lines += [f"| `{field.name}` | {field.required or 'no'} | {field.help} |" for field in FIELDS]
     return "\n".join(lines) + "\n"
@@ -287,12 +290,12 @@ def _parse(field: Field, value: object) -> object:
     try:
         return field.parse(value)
     except _Invalid as error:
-        message = f"request field {field.name!r}: {_shown(value)} is not valid; allowed is {error}"
+        message = f"request field {field.name!r}: {_short_repr(value)} is not valid; allowed: {error}"
         raise RequestError(message, field=field.name) from error
 
 
-def _shown(value: object) -> str:
-    """Return the value's repr, cut; a huge number's repr is itself an error in Python."""
+def _short_repr(value: object) -> str:
+    """The value's repr, shortened. Python refuses to convert a huge number, which is then described."""
     try:
         text = repr(value)
     except ValueError:
@@ -303,23 +306,21 @@ def _shown(value: object) -> str:
 def _unknown(name: object) -> RequestError:
     near = difflib.get_close_matches(str(name)[:100], _BY_NAME, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    message = f"unknown request field {_shown(name)}{hint} The fields are: {', '.join(_BY_NAME)}"
+    message = f"unknown request field {_short_repr(name)}{hint} The fields are: {', '.join(_BY_NAME)}"
     return RequestError(message.replace("' The", "'. The"), field=str(name)[:100])
 
 
 def _refuse_components(jobid: str) -> None:
     if not jobid.isdigit():
         raise RequestError(
-            f"request field 'jobid': {jobid!r} is an array task or a heterogeneous component; "
-            "array tasks and heterogeneous components cannot be adopted yet. Name a plain job, such as 123",
+            f"request field 'jobid': {jobid!r} is an array task or a component of a heterogeneous job, "
+            "which cannot be adopted yet. Name a plain job, such as 123",
             field="jobid",
         )
 
 
 def _require(values: Mapping[str, object]) -> None:
-    """Raise for the first field that is missing: what runs, and, unless a job is adopted, what is to be
-    allocated.
-    """
+    """Raise RequestError for the first missing field: a command, and, without ``jobid``, the fields of a new job."""
     needed = [("kernel_argv", "kernel_name")]
     if "jobid" not in values:
         needed += [("project", ""), ("partition", ""), ("nodes", ""), ("runtime", "time")]
@@ -327,7 +328,7 @@ def _require(values: Mapping[str, object]) -> None:
         if name not in values and instead not in values:
             other = f" (or {instead!r})" if instead else ""
             raise RequestError(
-                f"request field {name!r}{other} is missing; it is {_BY_NAME[name].help}. "
+                f"request field {name!r}{other} is missing: {_BY_NAME[name].help}. "
                 "Set it in metadata.kernel_provisioner.config of the kernel.json",
                 field=name,
             )

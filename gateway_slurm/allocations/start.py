@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from gateway_slurm._util import Backoff
-from gateway_slurm.addresses import dialled_in_vain
+from gateway_slurm.addresses import failed_dials
 from gateway_slurm.allocations.identity import JOB_NAME, STEP_NAME, TOKEN_VARIABLE, new_launcher_id
 from gateway_slurm.allocations.launcher import UNKNOWN_NODE, Launcher, LauncherSettings, moment
 from gateway_slurm.allocations.model import Allocation
@@ -278,7 +278,7 @@ class LauncherStarter:
                 f"{launcher.expected.refused}; something on the way changes what is sent (its log on the node: {log})"
             )
         addresses = self._site.endpoints()
-        why = "; ".join(dialled_in_vain(await self._site.log_end(log), addresses))
+        why = "; ".join(failed_dials(await self._site.log_end(log), addresses))
         return OutOfReach(
             f"job {allocation.jobid} runs{where}, but its launcher did not reach this server {within} at any of "
             f"{', '.join(addresses)}{f' ({why})' if why else ''}; set SlurmService.response_address to an address "

@@ -1,4 +1,4 @@
-"""Which variables of the server's a kernel gets."""
+"""The environment variables of the server that a kernel inherits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gateway_slurm.errors import RequestError
 
 @pytest.mark.parametrize("name", [name.replace("*", "X") for name, _ in DROPPED])
 def test_dropped(name: str) -> None:
-    """Every variable of the table stays with the server, also when the admin's list would let it pass."""
+    """No variable of the table is inherited, even if the admin's list allows it."""
     assert kernel_environment({name: "secret"}) == {}
     assert kernel_environment({name: "secret"}, allowed=["*"]) == {}
 
 
 def test_kept() -> None:
-    """What belongs to the user is carried, bash's functions included."""
+    """The user's variables are inherited, including bash's functions."""
     ambient = {
         "PATH": "/bin",
         "LANG": "C",
@@ -30,7 +30,7 @@ def test_kept() -> None:
 
 
 def test_allowed() -> None:
-    """An allow-list lets exact names and globs pass, and nothing else."""
+    """An allow-list admits its names and patterns, and nothing else."""
     ambient = {"PATH": "/bin", "LC_ALL": "C", "LC_CTYPE": "C", "HOME": "/h"}
     assert kernel_environment(ambient, allowed=["LC_*", "HOME"]) == {
         "LC_ALL": "C",
@@ -54,7 +54,7 @@ def test_nul_names_the_variable() -> None:
 
 
 def test_bounds() -> None:
-    """One variable and all of them are bounded."""
+    """Each variable is bounded, and so is the whole environment."""
     with pytest.raises(RequestError, match="'BIG'"):
         kernel_environment({"BIG": "x" * (128 << 10)})
     with pytest.raises(RequestError, match="1048576"):
@@ -63,7 +63,7 @@ def test_bounds() -> None:
 
 @given(st.dictionaries(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8"))))
 def test_only_takes_away(ambient: dict[str, str]) -> None:
-    """Filtering only takes away, and fails with nothing but a RequestError."""
+    """Filtering only removes variables, and the only error is RequestError."""
     try:
         kept = kernel_environment(ambient)
     except RequestError:

@@ -1,4 +1,4 @@
-"""Request fields: what is taken, what is refused, and in which words."""
+"""Request fields: which values are accepted, which are refused, and the messages."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SLURM_TEXT = (
 
 
 def refused(config: dict[str, Any]) -> RequestError:
-    """Parse what must not parse, and return the error."""
+    """Parse a request that is not valid, and return the error."""
     with pytest.raises(RequestError) as caught:
         parse_request(config)
     return caught.value
 
 
 def test_existing_kernel_json() -> None:
-    """The kernel.json that users have parses to what it always meant."""
+    """A kernel.json of jupyter-slurm-provisioner keeps its meaning."""
     config = {
         "gpus": "0",
         "nodes": "2",
@@ -66,7 +66,7 @@ def test_existing_kernel_json() -> None:
 @pytest.mark.parametrize("unset", ["None", "", None, "  "])
 @pytest.mark.parametrize("field", [field.name for field in FIELDS if not field.required])
 def test_unset(field: str, unset: object) -> None:
-    """None, "None" and the empty text mean that a field is not there."""
+    """None, "None" and the empty text mean that a field is not set."""
     assert parse_request({**NEW, field: unset}) == parse_request(NEW)
 
 
@@ -79,7 +79,7 @@ def test_missing_required(field: str) -> None:
 
 
 def test_alternatives() -> None:
-    """Time stands in for runtime, kernel_name for kernel_argv, a jobid for all that would be allocated."""
+    """time replaces runtime, kernel_name replaces kernel_argv, and jobid replaces the fields of a new job."""
     new = {name: value for name, value in NEW.items() if name not in ("runtime", "kernel_argv")}
     request = parse_request({**new, "time": "1-00", "kernel_name": "ir"})
     assert (request.time_limit, request.kernel_name, request.kernel_argv) == ("1-00", "ir", ())
@@ -116,7 +116,7 @@ def test_unknown_field_suggests_the_nearest() -> None:
     ],
 )  # fmt: skip
 def test_invalid_values(field: str, value: object) -> None:
-    """A value that is not allowed is quoted, cut, with its field and with what is allowed."""
+    """The message quotes the value, shortened, and names the field and the allowed values."""
     error = refused({**NEW, field: value})
     assert error.field == field
     assert f"{field!r}: " in str(error)
@@ -126,7 +126,7 @@ def test_invalid_values(field: str, value: object) -> None:
 
 @pytest.mark.parametrize("jobid", ["123_4", "123+1"])
 def test_components_are_refused_with_the_reason(jobid: str) -> None:
-    """Array tasks and heterogeneous components are understood, and refused with the reason."""
+    """Array tasks and components of heterogeneous jobs are recognised, and refused with the reason."""
     assert "cannot be adopted yet" in str(refused({"jobid": jobid, "kernel_argv": ["k"]}))
 
 
@@ -140,7 +140,7 @@ def test_components_are_refused_with_the_reason(jobid: str) -> None:
     ],
 )  # fmt: skip
 def test_slurm_syntax_is_carried(field: str, value: str) -> None:
-    """What Slurm's own syntax allows is carried as it is."""
+    """Slurm's own syntax is carried unchanged."""
     assert getattr(parse_request({**NEW, field: value}), field) == value
 
 
@@ -151,7 +151,7 @@ def test_argv_is_data() -> None:
 
 
 def test_gres_list() -> None:
-    """The GPUs and the other generic resources become one list; 0 GPUs are none."""
+    """The GPUs and the other generic resources become one list; 0 GPUs add nothing."""
     assert parse_request({**NEW, "gpus": "2", "gres": "shard:1,fpga"}).gres_list == [
         "gpu:2",
         "shard:1",
@@ -169,14 +169,14 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([field.name for field in FIELDS]) | st.text(max_size=8), JSON, max_size=6))
 def test_only_request_errors(config: dict[str, object]) -> None:
-    """Whatever a kernelspec holds, parsing gives a request or a RequestError, never anything else."""
+    """Parsing any kernelspec gives a request or a RequestError, and no other error."""
     with contextlib.suppress(RequestError):
         assert parse_request({**NEW, **config})
 
 
 @given(st.sampled_from(SLURM_TEXT), st.text(max_size=40))
 def test_text_for_slurm_is_harmless(field: str, value: str) -> None:
-    """A text that passes into Slurm's argv holds no blank or control character and is no option."""
+    """A text that reaches Slurm's argv has no blank or control character and is no option."""
     try:
         text = getattr(parse_request({**NEW, field: value}), field)
     except RequestError:
