@@ -11,7 +11,7 @@ import random
 import stat
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,11 +146,17 @@ class LogOnce:
         return was_open
 
 
-# -- Tasks --
+# -- Tasks and loops --
+
+
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
+    """Call ``function`` on another thread's loop; a closed loop calls nothing."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
 
 
 class TaskSet:
-    """The tasks of one owner, which calls ``close``. A task that is created after ``close`` is cancelled at once."""
+    """The tasks of one owner, which calls ``close`` or ``cancel``. Tasks created later are cancelled at once."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -171,9 +177,13 @@ class TaskSet:
     def __iter__(self) -> Iterator[asyncio.Task[Any]]:
         return iter(tuple(self._tasks))
 
-    async def close(self) -> None:
-        """Cancel the tasks and wait until all of them have ended."""
+    def cancel(self) -> None:
+        """Cancel the tasks, and those that are created later, without waiting for their ends."""
         self._closed = True
         for task in self:
             task.cancel()
+
+    async def close(self) -> None:
+        """Cancel the tasks and wait until all of them have ended."""
+        self.cancel()
         await asyncio.gather(*self, return_exceptions=True)

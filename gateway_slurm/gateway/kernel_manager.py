@@ -10,10 +10,9 @@ with it. A Jupyter server uses this manager by one line of its configuration::
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +22,7 @@ from tornado import web
 from tornado.ioloop import IOLoop
 from traitlets import Bool, CFloat, CInt, default, observe
 
-from gateway_slurm._util import TaskSet, printable
+from gateway_slurm._util import TaskSet, call_on, printable
 from gateway_slurm.allocations.model import Waiting
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
@@ -43,12 +42,6 @@ CANCEL_SECONDS = 5.0
 RESTART_END_SECONDS = 5.0
 # Seconds that a Jupyter server's start waits for the kernels of its earlier process.
 RESTORE_SECONDS = 20.0
-
-
-def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
-    """Call a function on another thread's loop; a closed loop calls nothing."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, *arguments)
 
 
 def failure_text(error: BaseException) -> str:
@@ -296,7 +289,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         """Take a running kernel of an earlier server into the tables, as after a start."""
         self._owners[kernel_id] = owner, maker
         jupyter_compat.add_kernel(self, kernel_id, kernel)
-        self.frontends.expect(kernel_id)
+        self.frontends.expect_restore(kernel_id)
         self.start_watching_activity(kernel_id)
         self.add_restart_callback(kernel_id, lambda: self.restarter_gave_up(kernel_id), "dead")
         self._follow(kernel_id, kernel)
@@ -318,10 +311,10 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         """Show the kernel as dead as soon as its allocation has ended: no restarter can help there."""
         if not isinstance(kernel.provisioner, SlurmProvisioner):
             return
-        kernel.provisioner.on_moved = lambda: self.frontends.moved(kernel_id)
+        kernel.provisioner.on_moved = lambda: self.frontends.reconnect(kernel_id)
         if self.has_frontends:
             loop = asyncio.get_running_loop()
-            kernel.provisioner.show_warnings(partial(_call_on, loop, self.frontends.warn, kernel_id))
+            kernel.provisioner.show_warnings(partial(call_on, loop, self.frontends.warn, kernel_id))
         reason = await kernel.provisioner.until_over()
         if self.find_kernel(kernel_id) is kernel and not kernel.shutting_down and not self._is_dead(kernel_id):
             kernel.stop_restarter()
@@ -346,7 +339,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self.stop_watching_activity(kernel_id)
         kernel.execution_state, kernel.reason = "dead", reason
         self.log.warning("kernel %s is dead: %s", kernel_id, printable(reason))
-        for channels in self.frontends.of(kernel_id):
+        for channels in self.frontends.channels_of(kernel_id):
             channels.fail(reason)
         loop = asyncio.get_running_loop()
         remove = self._remove_dead
@@ -440,7 +433,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     async def restart_kernel(self, kernel_id: str, now: bool = False) -> Any:  # type: ignore[override] # as above
         """Restart in the same allocation. Raises HTTPError 409, with the reason, where that is not possible."""
         kernel = self._ready_kernel(kernel_id, "restarted")
-        waiting = self.frontends.of(kernel_id)
+        waiting = self.frontends.channels_of(kernel_id)
         for channels in waiting:
             channels.hold()
         was_dead = kernel_id in self._lingering
@@ -498,7 +491,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     def channels_of(self, kernel_id: str, session_id: str) -> KernelChannels:
         """The session's channels to the kernel; the first call creates them."""
         self.get_kernel(kernel_id)  # raises HTTPError 404
-        return self.frontends.channels(kernel_id, session_id)
+        return self.frontends.open_channels(kernel_id, session_id)
 
     async def _why_dead(self, kernel_id: str) -> str:
         reason = await self._wait_ready(kernel_id)
@@ -512,8 +505,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
 
     def start_watching_activity(self, kernel_id: str) -> None:
         """Keep ``execution_state`` and ``last_activity`` from the kernel's iopub, until ``stop_watching_activity``."""
-        delivery = self.frontends.delivery(kernel_id)
-        self._activities[kernel_id] = Activity(self, self.get_kernel(kernel_id), delivery)
+        acks = self.frontends.acks(kernel_id)
+        self._activities[kernel_id] = Activity(self, self.get_kernel(kernel_id), acks)
 
     def stop_watching_activity(self, kernel_id: str) -> None:
         """Close the iopub socket of ``start_watching_activity``."""

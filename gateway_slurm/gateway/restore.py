@@ -21,6 +21,7 @@ from typing import Any
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_server.prometheus.metrics import KERNEL_CURRENTLY_RUNNING_TOTAL
 
+from gateway_slurm._util import call_on
 from gateway_slurm.environment import kernel_environment
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
@@ -79,9 +80,9 @@ class KernelRestorer:
         kernels = {kernel_id: manager.get_kernel(kernel_id) for kernel_id in manager.list_kernel_ids()}
         running = {kernel_id: kernel for kernel_id, kernel in kernels.items() if _runs_on_a_node(kernel)}
         reason = "the server was stopped before the kernel had this cell: run it again"
-        channels = [session for kernel_id in running for session in manager.frontends.of(kernel_id)]
+        channels = [session for kernel_id in running for session in manager.frontends.channels_of(kernel_id)]
         for session in channels:
-            session.give_back(reason)
+            session.refuse_held(reason)
         if channels:
             flushes = [asyncio.ensure_future(session.flushed()) for session in channels]
             await asyncio.wait(flushes, timeout=FLUSH_SECONDS)
@@ -148,8 +149,8 @@ class KernelRestorer:
         service = SlurmService.instance(self.log)
         service.deployment = service.deployment or deployment
         loop = asyncio.get_running_loop()
-        service.on_claimed = lambda restored: _call_soon(loop, self.adopt, restored)
-        service.on_dropped = lambda kernel_ids: _call_soon(loop, self._drop, kernel_ids)
+        service.on_claimed = lambda restored: call_on(loop, self.adopt, restored)
+        service.on_dropped = lambda kernel_ids: call_on(loop, self._drop, kernel_ids)
         return service
 
     async def _adopt_later(
@@ -267,8 +268,3 @@ def _fields_of(spec: KernelSpec) -> dict[str, Any]:
     """The kernelspec's request fields, as ``KernelProvisionerFactory`` gives them to a provisioner."""
     provisioner = (spec.metadata or {}).get("kernel_provisioner", {})
     return dict(provisioner.get("config", {})) if isinstance(provisioner, dict) else {}
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-        loop.call_soon_threadsafe(function, *arguments)

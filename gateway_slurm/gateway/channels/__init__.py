@@ -1,1 +1,1 @@
-"""The websocket of each frontend, and the output that it has not seen yet. Knows no Slurm."""
+"""The websocket of each frontend, its queue of output, and the acknowledgements. Knows no Slurm."""

@@ -1,34 +1,36 @@
-"""What of one kernel's output has left to all of its frontends: the rest is kept by its launcher, on the node.
+"""Acknowledgements of one kernel's output to its launcher, which keeps all output that is not acknowledged.
 
-A gateway that ends, however it ends, takes with it what it has not sent. So the launcher keeps each message
-until it is acknowledged here; the next gateway reads what is left, and what each session has had of it.
+A server that stops, or is killed, loses the output that it has not sent to its frontends. So the launcher, on the
+kernel's node, keeps each message until the server acknowledges it: until all frontends have it. The next server reads
+from the launcher what is left, and each session's position.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-# Seconds between two acknowledgements, for which what leaves is put together. The first one waits for nothing:
-# what has left and is not acknowledged when a server is killed comes twice.
-EVERY = 0.02
-# Messages whose order is known here; a frontend that is further behind holds only its launcher's bound up.
-MOST = 200_000
-# Characters of a position, of which a launcher takes no more: those cells go that were asked for last.
-LONGEST = 4000
-STATE = " state"
-"""The key in the positions that can be no session's: its value is the kernel's state."""
+from gateway_slurm._util import call_on
+
+# Seconds between two acknowledgements; what is sent meanwhile goes into one. The first one does not wait: messages that
+# were sent and not acknowledged come twice when a server is killed.
+ACK_INTERVAL = 0.02
+# Messages in the server's memory of the kernel's order. The output before them is acknowledged unseen.
+MAX_MESSAGES = 200_000
+# Characters of a position, of which a launcher takes no more. The cells that were requested last are left out.
+MAX_POSITION = 4000
+STATE_KEY = " state"
+"""The key of the kernel's state among the positions. No session has this id, which begins with a space."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a session is: the last message of the kernel's that it has, and its cells without an answer.
+    """A session's position: the last of the kernel's messages that its frontend has, and its cells without a reply.
 
-    A cell's value is how far it is (``cells``). As text, which is never empty: ``@last +/cell ok:3/cell``.
+    ``cells`` has each cell's mark (``cells``). As text, which is never empty: ``@last +/cell ok:3/cell``.
     """
 
     msg_id: str = ""
@@ -37,7 +39,7 @@ class Position:
     def __str__(self) -> str:
         text = "@" + self.msg_id.replace(" ", "")
         for cell, mark in self.cells.items():
-            if " " not in cell and len(text) + len(cell) < LONGEST:
+            if " " not in cell and len(text) + len(cell) < MAX_POSITION:
                 text += f" {mark}/{cell}"
         return text
 
@@ -48,31 +50,32 @@ class Position:
         return cls(msg_id.removeprefix("@"), {cell: mark for mark, _slash, cell in split if cell})
 
 
-class Delivery:
-    """The acknowledgements of one kernel's output; lives on the loop of its frontends.
+class OutputAcks:
+    """The acknowledgements of one kernel's output, on the loop of its frontends. ``close`` ends them.
 
-    ``acknowledge`` gets the id of the last message that nobody waits for, and every session's position; it
-    returns at once, and the future is done when that is on its way. ``close`` ends it.
+    ``acknowledge`` gets the id of the last message that all sessions have, and every session's position. It returns at
+    once a future that is done when the acknowledgement has been sent to the launcher, or None if there is no launcher.
     """
 
     def __init__(self, acknowledge: Callable[[str, dict[str, str]], Future[None] | None]) -> None:
         self._acknowledge = acknowledge
-        # The order in which the kernel published: ids, and each one's number. It is the same for all who
-        # subscribe, so the first who hears of a message says where it comes.
+        # The ids of the kernel's messages in its order, which is the same for all subscribers, and each one's number.
+        # The first session that receives a message adds it.
         self._ids: deque[str] = deque()
         self._numbers: dict[str, int] = {}
         self._first = 0
+        # The number of the last message that each session has.
         self._sessions: dict[str, int] = {}
         self._positions: dict[str, Position] = {}
         self._state = ""
         self._upto = ""
-        self._said: tuple[str, dict[str, str]] = ("", {})
+        self._last_ack: tuple[str, dict[str, str]] = ("", {})
+        self._last_time = 0.0  # by the loop's clock
         self._timer: asyncio.TimerHandle | None = None
         self._used = False
-        self._saying = False
-        self._last = 0.0  # by the loop's clock
+        self._is_sending = False
 
-    # -- what is heard, and what has left --------------------------------------------------------
+    # -- messages and positions ------------------------------------------------------------------
 
     def published(self, msg_id: str) -> None:
         """The kernel published this message, and a session has it in its queue."""
@@ -80,59 +83,59 @@ class Delivery:
             return
         self._numbers[msg_id] = self._end + 1
         self._ids.append(msg_id)
-        if len(self._ids) > MOST:
+        if len(self._ids) > MAX_MESSAGES:
             self._upto = self._forget_first()
 
-    def unwanted(self, msg_id: str) -> None:
-        """The kernel published this message; it is nobody's to have where there is no session."""
+    def published_unheard(self, msg_id: str) -> None:
+        """The kernel published this message; without a session, it is acknowledged at once."""
         if self._used and not self._sessions and msg_id:
             while self._ids:
                 self._forget_first()
             self._upto = msg_id
-            self._soon()
+            self._schedule()
 
-    def kept(self, session_id: str, msg_ids: Iterable[str]) -> None:
-        """The launcher has these, in the kernel's order, whether the session has had them or not."""
+    def add_kept(self, session_id: str, msg_ids: Iterable[str]) -> None:
+        """Add the messages that the launcher keeps, in the kernel's order, whether the session has them or not."""
         for msg_id in msg_ids:
             self.published(msg_id)
         if session_id in self._sessions:
-            here = self._numbers.get(self._positions[session_id].msg_id, self._first - 1)
-            self._sessions[session_id] = max(self._sessions[session_id], here)
-            self._soon()
+            number = self._numbers.get(self._positions[session_id].msg_id, self._first - 1)
+            self._sessions[session_id] = max(self._sessions[session_id], number)
+            self._schedule()
 
     def join(self, session_id: str, position: Position | None = None) -> None:
-        """A session is there; without a position it waits for nothing that was published before."""
-        here = position or Position(self._ids[-1] if self._ids else self._upto)
-        self._positions[session_id] = here
-        self._sessions[session_id] = self._numbers.get(here.msg_id, self._first - 1 if position else self._end)
+        """Add a session. Without a position it waits for no earlier message."""
+        start = position or Position(self._ids[-1] if self._ids else self._upto)
+        self._positions[session_id] = start
+        self._sessions[session_id] = self._numbers.get(start.msg_id, self._first - 1 if position else self._end)
         self._used = True
-        self._soon()
+        self._schedule()
 
     def leave(self, session_id: str) -> None:
-        """Nobody waits for the session's messages any more."""
+        """Remove a session; no message waits for it any more."""
         self._sessions.pop(session_id, None)
         self._positions.pop(session_id, None)
-        self._soon()
+        self._schedule()
 
-    def left(self, session_id: str, msg_id: str) -> None:
-        """The message has left to this session's frontend, or was dropped."""
+    def sent(self, session_id: str, msg_id: str) -> None:
+        """The message was sent to the session's frontend, or was dropped."""
         number = self._numbers.get(msg_id, -1)
         if session_id in self._sessions and number > self._sessions[session_id]:
             self._sessions[session_id] = number
             self._positions[session_id] = Position(msg_id, self._positions[session_id].cells)
-            self._soon()
+            self._schedule()
 
-    def runs(self, session_id: str, cells: Mapping[str, str]) -> None:
-        """The session's cells that have no answer, and how far each is."""
+    def set_cells(self, session_id: str, cells: Mapping[str, str]) -> None:
+        """Set the session's cells without a reply, with their marks."""
         if session_id in self._sessions:
             self._positions[session_id] = Position(self._positions[session_id].msg_id, dict(cells))
-            self._soon()
+            self._schedule()
 
-    def state(self, state: str) -> None:
-        """What the kernel does."""
+    def set_state(self, state: str) -> None:
+        """Set the kernel's execution state."""
         if state != self._state:
             self._state = state
-            self._soon()
+            self._schedule()
 
     # -- acknowledging ----------------------------------------------------------------------------
 
@@ -146,49 +149,46 @@ class Delivery:
         self._first += 1
         return msg_id
 
-    def _soon(self) -> None:
-        # Who never had a frontend owes nobody anything, and its launcher keeps nothing while the link is there.
-        if self._used and self._timer is None and not self._saying:
+    def _schedule(self) -> None:
+        # Without an acknowledgement the launcher keeps nothing while the link is up: right for a kernel that never had
+        # a frontend.
+        if self._used and self._timer is None and not self._is_sending:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(max(self._last + EVERY, loop.time()), self.say)
+            self._timer = loop.call_at(max(self._last_time + ACK_INTERVAL, loop.time()), self.flush)
 
-    def say(self) -> None:
-        """Say what there is to say, now."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def flush(self) -> None:
+        """Acknowledge now what is not acknowledged yet."""
+        self._cancel_timer()
         lowest = min(self._sessions.values(), default=self._end)
         while self._ids and self._first <= lowest:
             self._upto = self._forget_first()
         positions = {session: str(position) for session, position in self._positions.items()}
-        said = self._upto, {**positions, STATE: self._state or "idle"}
-        if self._used and said != self._said:
+        ack = self._upto, {**positions, STATE_KEY: self._state or "idle"}
+        if self._used and ack != self._last_ack:
             loop = asyncio.get_running_loop()
-            self._said, self._last = said, loop.time()
-            on_its_way = self._acknowledge(*said)
-            if on_its_way is not None:
-                # One at a time: where the service has much to do, each says more, and none waits behind others.
-                self._saying = True
-                on_its_way.add_done_callback(lambda _done: self._call(loop, self._said_it))
+            self._last_ack, self._last_time = ack, loop.time()
+            sending = self._acknowledge(*ack)
+            if sending is not None:
+                # One at a time: while the service is busy, later ones are put together rather than queued.
+                self._is_sending = True
+                sending.add_done_callback(lambda _done: call_on(loop, self._was_sent))
 
-    @staticmethod
-    def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(function)
+    def _was_sent(self) -> None:
+        self._is_sending = False
+        self._schedule()
 
-    def _said_it(self) -> None:
-        self._saying = False
-        self._soon()
-
-    def again(self, state: str = "") -> None:
-        """Say it all once more: to the launcher this is a new link, or the one of a new server."""
-        self._said, self._used = ("", {}), True
+    def resend(self, state: str = "") -> None:
+        """Acknowledge everything again: the launcher has a new link, or a new server."""
+        self._last_ack, self._used = ("", {}), True
         self._state = state or self._state
-        self._soon()
+        self._schedule()
 
     def close(self) -> None:
-        """The kernel is over, or this server leaves it: what was not said stays as it is."""
+        """Send no more acknowledgements: the kernel has ended, or runs on for the next server."""
+        self._cancel_timer()
+        self._used = False
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._used = False

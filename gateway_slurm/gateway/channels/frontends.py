@@ -1,4 +1,4 @@
-"""The frontends of every kernel: their sessions' channels, and what of its output has left to all of them."""
+"""The frontends of every kernel: their sessions' channels, and the acknowledgements of the kernels' output."""
 
 from __future__ import annotations
 
@@ -11,51 +11,55 @@ from typing import Any
 
 from gateway_slurm.errors import GatewaySlurmError, LinkError
 from gateway_slurm.gateway.channels import messages
-from gateway_slurm.gateway.channels.acks import STATE, Delivery, Position
+from gateway_slurm.gateway.channels.acks import STATE_KEY, OutputAcks, Position
 from gateway_slurm.gateway.channels.channels import KernelChannels
-from gateway_slurm.gateway.channels.replay import CatchUp, Kept
+from gateway_slurm.gateway.channels.replay import Replay
+from gateway_slurm.link.output import Kept
 from gateway_slurm.provisioner import SlurmProvisioner
 
-# What a client calls its session becomes a ZMQ identity: 255 bytes at most, none of them a NUL at the beginning.
+# A session's id becomes a ZMQ identity: at most 255 bytes, not beginning with a NUL byte.
 _SESSION_ID = re.compile(r"[\x21-\x7e]{1,200}")
-# Seconds for which an earlier server's frontends are waited for: Jupyter's own give up after 31 to 36.
+# Seconds that an earlier server's frontends have to come back; Jupyter's own give up after 31 to 36.
 RECONNECT_SECONDS = 60.0
-# Seconds for which a launcher is waited for before it is looked whether its kernel is over.
+# Seconds between two looks at whether a kernel has ended while its launcher has no link.
 LINK_SECONDS = 5.0
 
 
 class Frontends:
-    """For one kernel manager, on its loop. ``close`` ends what there is for a kernel."""
+    """The frontends of one kernel manager, on its loop. ``close`` ends a kernel's.
+
+    ``why_dead`` waits until a kernel has started and returns "", or the reason why it is dead.
+    """
 
     def __init__(self, manager: Any, why_dead: Callable[[str], Awaitable[str]]) -> None:
         self._manager, self._why_dead = manager, why_dead
         self._channels: dict[str, dict[str, KernelChannels]] = {}
-        self._deliveries: dict[str, Delivery] = {}
-        # Kernels of an earlier server's: how far its sessions were, once that is known.
+        self._acks: dict[str, OutputAcks] = {}
+        # The sessions' positions for kernels of an earlier server, once they are known.
         self._positions: dict[str, asyncio.Future[dict[str, Position]]] = {}
-        self._waited_for: dict[str, asyncio.TimerHandle] = {}
+        self._reconnect_timers: dict[str, asyncio.TimerHandle] = {}
         self._reading: dict[str, asyncio.Lock] = {}
 
-    def of(self, kernel_id: str) -> list[KernelChannels]:
-        """The channels of every session with this kernel."""
+    def channels_of(self, kernel_id: str) -> list[KernelChannels]:
+        """The channels of all sessions of this kernel."""
         return list(self._channels.get(kernel_id, {}).values())
 
-    def delivery(self, kernel_id: str) -> Delivery | None:
-        """What of a kernel's output has left; None for a kernel that has no launcher of ours."""
-        if kernel_id not in self._deliveries:
+    def acks(self, kernel_id: str) -> OutputAcks | None:
+        """The acknowledgements of a kernel's output; None for a kernel that has no launcher of ours."""
+        if kernel_id not in self._acks:
             provisioner = self._provisioner(kernel_id)
             if provisioner is None:
                 return None
-            self._deliveries[kernel_id] = Delivery(provisioner.acknowledge)
-        return self._deliveries[kernel_id]
+            self._acks[kernel_id] = OutputAcks(provisioner.acknowledge)
+        return self._acks[kernel_id]
 
     def _provisioner(self, kernel_id: str) -> SlurmProvisioner | None:
         kernel = self._manager.find_kernel(kernel_id)
         provisioner = getattr(kernel, "provisioner", None)
         return provisioner if isinstance(provisioner, SlurmProvisioner) else None
 
-    def channels(self, kernel_id: str, session_id: str) -> KernelChannels:
-        """The session's channels to the kernel, made when they are first asked for."""
+    def open_channels(self, kernel_id: str, session_id: str) -> KernelChannels:
+        """The session's channels to the kernel; the first call creates them."""
         sessions = self._channels.setdefault(kernel_id, {})
         if not _SESSION_ID.fullmatch(session_id):
             session_id = uuid.uuid4().hex
@@ -64,62 +68,62 @@ class Frontends:
             sessions[session_id] = KernelChannels(
                 manager.get_kernel(kernel_id),
                 session_id,
-                ready=partial(self._until_there, kernel_id),
+                ready=partial(self._wait_ready, kernel_id),
                 subscribe_timeout=manager.kernel_info_timeout,
                 log=manager.log,
-                catch_up=partial(self._catch_up, kernel_id, session_id),
+                make_replay=partial(self._make_replay, kernel_id, session_id),
             )
         return sessions[session_id]
 
-    async def _until_there(self, kernel_id: str) -> str:
+    async def _wait_ready(self, kernel_id: str) -> str:
         reason = await self._why_dead(kernel_id)
         if not reason and kernel_id in self._positions:
             await asyncio.shield(self._positions[kernel_id])
             reason = await self._why_dead(kernel_id)
         return reason
 
-    def _catch_up(self, kernel_id: str, session_id: str) -> CatchUp:
-        """Called once the kernel is there."""
-        known = self._positions.get(kernel_id)
-        position = known.result().pop(session_id, None) if known is not None else None
-        return CatchUp(
-            self.delivery(kernel_id),
-            partial(self._kept, kernel_id),
+    def _make_replay(self, kernel_id: str, session_id: str) -> Replay:
+        """Called once ``_wait_ready`` has returned."""
+        positions = self._positions.get(kernel_id)
+        position = positions.result().pop(session_id, None) if positions is not None else None
+        return Replay(
+            self.acks(kernel_id),
+            partial(self._read_kept, kernel_id),
             position=position,
-            is_ours=partial(self._is_ours, kernel_id, session_id),
+            may_be_ours=partial(self._may_be_ours, kernel_id, session_id),
         )
 
-    def _is_ours(self, kernel_id: str, session_id: str, header: dict[str, Any]) -> bool:
-        """Whether a request may be this session's: it names it, or none that is known."""
+    def _may_be_ours(self, kernel_id: str, session_id: str, header: dict[str, Any]) -> bool:
+        """Whether a request may be this session's: its header names the session, or none that is known."""
         named = header.get("session")
         return named == session_id or named not in self._channels.get(kernel_id, {})
 
-    def moved(self, kernel_id: str) -> None:
-        """A restart has given the kernel another address: nothing comes from the old one any more."""
+    def reconnect(self, kernel_id: str) -> None:
+        """A restart has given the kernel another address: connect all sockets to it."""
         manager = self._manager
         if kernel_id not in manager:  # it was shut down meanwhile
             return
         manager.ports_changed(kernel_id)
         manager.stop_watching_activity(kernel_id)
         manager.start_watching_activity(kernel_id)
-        for channels in self.of(kernel_id):
-            channels.moved()
+        for channels in self.channels_of(kernel_id):
+            channels.reconnect()
 
     def follow_restart(self, kernel_id: str) -> None:
         """The restarter begins to restart the kernel."""
-        for channels in self.of(kernel_id):
+        for channels in self.channels_of(kernel_id):
             channels.follow_restart()
 
     def warn(self, kernel_id: str, text: str) -> None:
         """Show every session a warning under the cell that the kernel began last."""
-        sessions = self.of(kernel_id)
+        sessions = self.channels_of(kernel_id)
         began = [channels.last_cell for channels in sessions if channels.last_cell]
         for channels in sessions:
             channels.warn(text, channels.last_cell or (began[0] if began else {}))
 
     def detached(self, kernel_id: str, channels: KernelChannels) -> None:
-        """A websocket closed: of the sessions whose frontend is away only the last one's output is kept."""
-        if kernel_id in self._waited_for:
+        """A websocket closed. Close the other sessions without a frontend: output is kept for the last one only."""
+        if kernel_id in self._reconnect_timers:
             return
         sessions = self._channels.get(kernel_id, {})
         for session, other in list(sessions.items()):
@@ -127,96 +131,98 @@ class Frontends:
                 sessions.pop(session).close("another session went away after it")
 
     def hand_over(self, kernel_id: str, reason: str) -> None:
-        """Close the kernel's channels after a last acknowledgement, from which the next server knows all positions."""
-        delivery = self._deliveries.get(kernel_id)
-        if delivery is not None:
-            delivery.say()
+        """Close the kernel's channels after a last acknowledgement, which gives the next server all positions."""
+        acks = self._acks.get(kernel_id)
+        if acks is not None:
+            acks.flush()
         self.close(kernel_id, reason)
 
     def close(self, kernel_id: str, reason: str) -> None:
-        """The kernel is over, or no longer this server's."""
-        delivery = self._deliveries.pop(kernel_id, None)
-        if delivery is not None:
-            delivery.close()
+        """The kernel has ended, or belongs to another server."""
+        acks = self._acks.pop(kernel_id, None)
+        if acks is not None:
+            acks.close()
         for channels in self._channels.pop(kernel_id, {}).values():
             channels.close(reason)
-        timer = self._waited_for.pop(kernel_id, None)
+        timer = self._reconnect_timers.pop(kernel_id, None)
         if timer is not None:
             timer.cancel()
-        known = self._positions.pop(kernel_id, None)
-        if known is not None and not known.done():
-            known.set_result({})
+        positions = self._positions.pop(kernel_id, None)
+        if positions is not None and not positions.done():
+            positions.set_result({})
         self._reading.pop(kernel_id, None)
 
-    # -- those of an earlier server -------------------------------------------------------------------
+    # -- sessions of an earlier server ------------------------------------------------------------
 
-    def expect(self, kernel_id: str) -> None:
-        """The kernel is an earlier server's: its sessions go on once ``restore`` knows where."""
+    def expect_restore(self, kernel_id: str) -> None:
+        """The kernel is an earlier server's: its sessions wait for ``restore``, which finds their positions."""
         self._positions[kernel_id] = asyncio.get_running_loop().create_future()
 
     async def restore(self, kernel_id: str) -> str:
-        """Have the sessions of an earlier server's kernel again; return the kernel's state, "" where it is not known.
+        """Restore the sessions of an earlier server's kernel; return the kernel's state, "" if it is not known.
 
-        Their output is held from now on, whether their frontends come back or not, for a while.
+        Output is held for each of them, also if its frontend does not come back, for ``RECONNECT_SECONDS``.
         """
         known = self._positions[kernel_id]
-        state, found = "", {}
+        state, positions = "", {}
         try:
-            kept = await self._first_kept(kernel_id)
+            kept = await self._read_first_kept(kernel_id)
             if kept is not None:
-                found = {session: Position.parse(text) for session, text in kept.positions.items() if session != STATE}
-                state = _state_after(kept.positions.get(STATE, ""), kept, self._manager.track_message_type)
+                texts = {session: text for session, text in kept.positions.items() if session != STATE_KEY}
+                positions = {session: Position.parse(text) for session, text in texts.items()}
+                state = _last_state(kept.positions.get(STATE_KEY, ""), kept, self._manager.track_message_type)
         except GatewaySlurmError as error:
-            self._manager.log.warning("kernel %s: its output cannot be read: %s", kernel_id, error)
+            self._manager.log.warning("kernel %s: the output kept on its node cannot be read: %s", kernel_id, error)
         finally:
             if not known.done():
-                known.set_result(found)
-        delivery = self.delivery(kernel_id)
-        if delivery is None or kernel_id not in self._positions:
+                known.set_result(positions)
+        acks = self.acks(kernel_id)
+        if acks is None or kernel_id not in self._positions:
             return state
-        for session_id, position in list(found.items()):
-            # At once: what is heard before they subscribe is theirs to have.
-            delivery.join(session_id, position)
-            self.channels(kernel_id, session_id)
-        if found or state:
-            delivery.again(state)
+        for session_id, position in list(positions.items()):
+            # Now, so that no output is acknowledged before they have subscribed.
+            acks.join(session_id, position)
+            self.open_channels(kernel_id, session_id)
+        if positions or state:
+            acks.resend(state)
         loop = asyncio.get_running_loop()
-        self._waited_for[kernel_id] = loop.call_later(RECONNECT_SECONDS, self._wait_no_more, kernel_id)
+        self._reconnect_timers[kernel_id] = loop.call_later(RECONNECT_SECONDS, self._end_reconnecting, kernel_id)
         return state
 
-    async def _first_kept(self, kernel_id: str) -> Kept | None:
-        """What the launcher has, once it is there; None for a kernel that is over before."""
+    async def _read_first_kept(self, kernel_id: str) -> Kept | None:
+        """Read what the launcher keeps, once it has a link; None for a kernel that ends before."""
         while kernel_id in self._positions and (provisioner := self._provisioner(kernel_id)) is not None:
             try:
                 await provisioner.until_linked(LINK_SECONDS)
-                return await self._kept(kernel_id)
+                return await self._read_kept(kernel_id)
             except LinkError:
                 if await provisioner.poll() is not None:
                     break
         return None
 
-    async def _kept(self, kernel_id: str) -> Kept:
+    async def _read_kept(self, kernel_id: str) -> Kept:
         provisioner = self._provisioner(kernel_id)
         if provisioner is None:
-            raise LinkError(f"kernel {kernel_id} is over")
-        # One after the other: each may be as much as a launcher keeps.
+            raise LinkError(f"kernel {kernel_id} has ended")
+        # One at a time: each may be as large as a launcher's memory for output.
         async with self._reading.setdefault(kernel_id, asyncio.Lock()):
             return await provisioner.kept_output()
 
-    def _wait_no_more(self, kernel_id: str) -> None:
-        """Of the sessions that did not come back only one's output is kept on."""
-        self._waited_for.pop(kernel_id, None)
-        away = [session for session, one in self._channels.get(kernel_id, {}).items() if not one.is_attached]
+    def _end_reconnecting(self, kernel_id: str) -> None:
+        """Close all but one of the sessions that did not come back."""
+        self._reconnect_timers.pop(kernel_id, None)
+        sessions = self._channels.get(kernel_id, {})
+        away = [session for session, channels in sessions.items() if not channels.is_attached]
         for session in away[:-1]:
-            self._channels[kernel_id].pop(session).close("its frontend did not come back")
+            sessions.pop(session).close("its frontend did not come back")
 
 
-def _state_after(state: str, kept: Kept, tracks: Callable[[str | None], bool]) -> str:
-    """What the kernel does, after what was kept."""
+def _last_state(state: str, kept: Kept, tracks: Callable[[str | None], bool]) -> str:
+    """The kernel's execution state after the kept messages; ``state`` is the one before them."""
     for frames in reversed(kept.messages):
         parts = messages.parts_of(frames)
         if parts and b"status" in parts[0] and messages.header_of(parts).get("msg_type") == "status":
-            asked_by = messages.parent_header_of(parts).get("msg_type")
-            if tracks(asked_by):
+            parent_type = messages.parent_header_of(parts).get("msg_type")
+            if tracks(parent_type):
                 return str(messages.content_of(parts).get("execution_state", ""))
     return state

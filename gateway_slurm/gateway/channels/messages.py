@@ -1,8 +1,7 @@
 """Kernel messages on a websocket: jupyter_server's two formats, to and from ZMQ's parts. Pure.
 
-Parts are those of the wire protocol behind the signature: header, parent header, metadata, content
-(JSON texts), then buffers. What comes from a client is untrusted: every count is checked against what
-is there before anything is made of it.
+Parts are those of the wire protocol after the signature: header, parent header, metadata, content (JSON texts), then
+buffers. A client's frame is untrusted: every count is checked against the frame's size before it is used.
 
 Source: jupyter_server, "WebSocket kernel wire protocols" (the JSON one, and
 ``v1.kernel.websocket.jupyter.org``).
@@ -21,14 +20,14 @@ V1 = "v1.kernel.websocket.jupyter.org"
 CHANNELS = ("shell", "control", "stdin", "iopub")
 _JSON_PARTS = ("header", "parent_header", "metadata", "content")
 MAX_PARTS = 4096
-# As kernels write it: in the header there is nothing else of that name, and in an id nothing to escape.
+# As kernels write it: the header has one field of that name, and an id has nothing to escape.
 _ID = re.compile(rb'"msg_id"\s*:\s*"([!#-\[\]-~]{1,200})"')
 # Between identities and signature (jupyter_client, "The wire protocol").
 DELIMITER = b"<IDS|MSG>"
 
 
 class MessageError(ValueError):
-    """A frame that is no kernel message."""
+    """A frame that is not a kernel message."""
 
 
 def encode(protocol: str, channel: str, parts: Sequence[bytes]) -> bytes | str:
@@ -41,18 +40,18 @@ def encode(protocol: str, channel: str, parts: Sequence[bytes]) -> bytes | str:
 
 
 def decode(protocol: str, frame: bytes | str) -> tuple[str, list[bytes]]:
-    """Channel and parts of a client's frame; raises MessageError for one that is not well formed."""
+    """Channel and parts of a client's frame; raises MessageError for a malformed one."""
     try:
         channel, parts = _decode_v1(frame) if protocol == V1 else _decode_json(frame)
     except (ValueError, struct.error, RecursionError) as error:
-        raise MessageError(f"a frame of {len(frame)} bytes is no kernel message: {error}") from error
+        raise MessageError(f"a frame of {len(frame)} bytes is not a kernel message: {error}") from error
     if channel not in CHANNELS:
         raise MessageError(f"there is no channel {channel[:40]!r}")
     return channel, parts
 
 
 def parts_of(frames: list[bytes]) -> list[bytes]:
-    """The parts of what ZMQ brought: identities, delimiter and signature go first."""
+    """The parts of a message from ZMQ, without identities, delimiter and signature; empty for a malformed one."""
     try:
         return frames[frames.index(DELIMITER) + 2 :]
     except ValueError:
@@ -60,7 +59,7 @@ def parts_of(frames: list[bytes]) -> list[bytes]:
 
 
 def signed_parts(frames: list[bytes]) -> tuple[bytes, list[bytes]]:
-    """Signature and parts of what ZMQ brought; both empty for what is no message."""
+    """Signature and parts of a message from ZMQ; both empty for a malformed one."""
     try:
         start = frames.index(DELIMITER) + 1
         return frames[start], frames[start + 1 :]
@@ -69,18 +68,18 @@ def signed_parts(frames: list[bytes]) -> tuple[bytes, list[bytes]]:
 
 
 def id_of(parts: Sequence[bytes]) -> str:
-    """The message's id, without reading all of its header where that can be helped; empty for none."""
+    """The message's id; empty for none. Most headers are searched and not parsed."""
     found = _ID.search(parts[0]) if parts else None
     return found[1].decode() if found else str(header_of(parts).get("msg_id", ""))
 
 
 def header_of(parts: Sequence[bytes]) -> dict[str, Any]:
-    """The message's header; empty where it is none."""
+    """The message's header; empty for a malformed one."""
     return _object(parts, 0)
 
 
 def parent_header_of(parts: Sequence[bytes]) -> dict[str, Any]:
-    """The header of the request that the message belongs to; empty where there is none."""
+    """The header of the request that the message belongs to; empty for none."""
     return _object(parts, 1)
 
 
@@ -90,7 +89,7 @@ def parent_id(parts: Sequence[bytes]) -> str:
 
 
 def content_of(parts: Sequence[bytes]) -> dict[str, Any]:
-    """The message's content; empty where it is none."""
+    """The message's content; empty for a malformed one."""
     return _object(parts, 3)
 
 
@@ -115,7 +114,7 @@ def _encode_v1(channel: str, parts: Sequence[bytes]) -> bytes:
 
 def _decode_v1(frame: bytes | str) -> tuple[str, list[bytes]]:
     if isinstance(frame, str):
-        raise MessageError("a text frame, where the protocol has binary ones")
+        raise MessageError("a text frame, and the protocol has binary ones only")
     (count,) = struct.unpack_from("<Q", frame)
     if not 6 <= count <= MAX_PARTS or len(frame) < 8 * (count + 1):
         raise MessageError(f"{count} offsets")
@@ -133,7 +132,7 @@ def _decode_v1(frame: bytes | str) -> tuple[str, list[bytes]]:
 
 
 def _as_json(channel: str, parts: Sequence[bytes]) -> bytes:
-    """The parts are JSON already: they are put together, not read and written again."""
+    """The parts are JSON already: they are joined, not parsed and written again."""
     header = header_of(parts)
     ids = json.dumps({"channel": channel, "msg_id": header.get("msg_id"), "msg_type": header.get("msg_type")})
     named = [b'"%s":%s' % (name.encode(), bytes(part)) for name, part in zip(_JSON_PARTS, parts, strict=False)]

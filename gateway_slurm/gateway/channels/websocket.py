@@ -1,6 +1,6 @@
-"""A frontend's websocket: open at once, also while its kernel waits in Slurm's queue, and never in a hurry.
+"""A frontend's websocket, which opens at once, also while its kernel waits in Slurm's queue.
 
-It is ``ServerApp.kernel_websocket_connection_class``, in the gateway and in a Jupyter server alike.
+The class is ``ServerApp.kernel_websocket_connection_class`` in the gateway and in a Jupyter server.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GOING_AWAY = 1001
 
 
 class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
-    """Joins a websocket to its session's channels, which outlive it."""
+    """Attaches a websocket to its session's channels, which outlive the websocket."""
 
     _channels: KernelChannels | None = None
     _open = False
@@ -30,7 +30,7 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         return self.websocket_handler.selected_subprotocol or ""
 
     async def connect(self) -> None:
-        """The websocket is open: it gets what its session's channels have for it."""
+        """The websocket is open: attach it to its session's channels."""
         # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
         self.websocket_handler.set_nodelay(True)
         self._open = True
@@ -49,30 +49,32 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
             self.multi_kernel_manager.detached(self.kernel_id, self._channels)
 
     def handle_incoming_message(self, incoming_msg: str | bytes) -> None:
-        """From the frontend to the kernel."""
+        """Pass a message on from the frontend to the kernel."""
         if self._channels is None or not self._open:
             return
         try:
             channel, parts = messages.decode(self._protocol, incoming_msg)
             allowed = self.multi_kernel_manager.allowed_message_types
             if allowed and messages.header_of(parts).get("msg_type") not in allowed:
-                self.log.warning("kernel %s: a message of a type that is not allowed was ignored", self.kernel_id)
+                self.log.warning(
+                    "kernel %s: a message was ignored: its type is not in allowed_message_types", self.kernel_id
+                )
                 return
             self._channels.from_client(channel, parts)
         except messages.MessageError as error:
-            self.log.warning("kernel %s: a websocket was closed: %s", self.kernel_id, error)
+            self.log.warning("kernel %s: the server closes a websocket: %s", self.kernel_id, error)
             self.websocket_handler.close(POLICY_VIOLATION, str(error)[:120])
 
-    # -- Sink -----------------------------------------------------------------------------------
+    # -- ``channels.Sink`` ------------------------------------------------------------------------
 
     def write(self, channel: str, parts: list[bytes]) -> asyncio.Future[None] | None:
-        """Send a message; None when the websocket is closed."""
+        """Send a message; the future is done when it is written. None: the websocket is closed."""
         frame = messages.encode(self._protocol, channel, parts)
         try:
             written = self.websocket_handler.write_message(frame, binary=isinstance(frame, bytes))
         except WebSocketClosedError:
             return None
-        written.add_done_callback(_seen)
+        written.add_done_callback(_retrieve_error)
         return written
 
     def end(self, reason: str) -> None:
@@ -81,10 +83,10 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
 
     @classmethod
     async def close_all(cls) -> None:
-        """Jupyter server asks for it at its end; the kernel manager closes the channels, and these with them."""
+        """Jupyter server calls it when it stops. The kernel manager closes the channels, and these the websockets."""
 
 
-def _seen(written: asyncio.Future[Any]) -> None:
-    """A message that could not leave is the closed websocket's, and needs no complaint."""
+def _retrieve_error(written: asyncio.Future[Any]) -> None:
+    """Retrieve a write's error, which asyncio would log: a closed websocket cannot write."""
     if not written.cancelled():
         written.exception()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_slurm.gateway.channels.acks import EVERY, STATE, Delivery, Position
+from gateway_slurm.gateway.channels.acks import ACK_INTERVAL, STATE_KEY, OutputAcks, Position
 from helpers.kernel_clients import poll_async
 
 IDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters="@"), min_size=1, max_size=40)
@@ -27,7 +27,7 @@ class Launcher:
     async def next(self):
         """What is said next."""
         before = len(self.said)
-        assert await poll_async(lambda: len(self.said) > before, timeout=5, interval=EVERY / 4)
+        assert await poll_async(lambda: len(self.said) > before, timeout=5, interval=ACK_INTERVAL / 4)
         return self.said[-1]
 
 
@@ -37,82 +37,82 @@ def launcher():
     return Launcher()
 
 
-def publish(delivery, *msg_ids):
+def publish(acks, *msg_ids):
     """The kernel says these."""
     for msg_id in msg_ids:
-        delivery.published(msg_id)
+        acks.published(msg_id)
 
 
 async def test_what_is_acknowledged_is_what_the_slowest_frontend_has(launcher):
     """One that is away holds it up; when it is given up the others count."""
-    delivery = Delivery(launcher)
-    delivery.join("quick")
-    delivery.join("slow")
-    publish(delivery, "1", "2", "3")
-    delivery.left("quick", "3")
-    delivery.left("slow", "1")
+    acks = OutputAcks(launcher)
+    acks.join("quick")
+    acks.join("slow")
+    publish(acks, "1", "2", "3")
+    acks.sent("quick", "3")
+    acks.sent("slow", "1")
     upto, positions = await launcher.next()
     assert upto == "1"
     assert [Position.parse(positions[one]).msg_id for one in ("quick", "slow")] == ["3", "1"]
-    delivery.leave("slow")
+    acks.leave("slow")
     assert (await launcher.next())[0] == "3"
 
 
 async def test_many_messages_are_one_acknowledgement(launcher):
     """They are put together for a moment."""
-    delivery = Delivery(launcher)
-    delivery.join("one")
+    acks = OutputAcks(launcher)
+    acks.join("one")
     for number in range(1000):
-        delivery.published(str(number))
-        delivery.left("one", str(number))
+        acks.published(str(number))
+        acks.sent("one", str(number))
     assert (await launcher.next())[0] == "999"
     assert len(launcher.said) == 1
 
 
 async def test_a_kernel_that_never_had_a_frontend_is_not_acknowledged(launcher):
     """Its launcher keeps nothing while the link is there; after the last frontend it would keep everything."""
-    delivery = Delivery(launcher)
-    delivery.unwanted("1")
-    await asyncio.sleep(2 * EVERY)
+    acks = OutputAcks(launcher)
+    acks.published_unheard("1")
+    await asyncio.sleep(2 * ACK_INTERVAL)
     assert launcher.said == []
-    delivery.join("one")
+    acks.join("one")
     assert (await launcher.next())[0] == ""
-    delivery.leave("one")
-    delivery.unwanted("2")
+    acks.leave("one")
+    acks.published_unheard("2")
     assert (await launcher.next())[0] == "2"
 
 
 async def test_sessions_of_an_earlier_server_go_on_from_where_they_were(launcher):
     """What was kept is in the kernel's order, whoever reads it first."""
-    delivery = Delivery(launcher)
-    delivery.join("ahead", Position("7"))
-    delivery.join("behind", Position("5"))
-    delivery.kept("ahead", ["5", "6", "7", "8"])
-    delivery.kept("behind", ["5", "6", "7", "8"])
-    delivery.left("ahead", "8")
+    acks = OutputAcks(launcher)
+    acks.join("ahead", Position("7"))
+    acks.join("behind", Position("5"))
+    acks.add_kept("ahead", ["5", "6", "7", "8"])
+    acks.add_kept("behind", ["5", "6", "7", "8"])
+    acks.sent("ahead", "8")
     assert (await launcher.next())[0] == "5"
-    delivery.left("behind", "6")
+    acks.sent("behind", "6")
     assert (await launcher.next())[0] == "6"
 
 
 async def test_cells_and_the_kernels_state_are_told_with_the_positions(launcher):
     """The next server knows what waits for an answer, and whether the kernel computes."""
-    delivery = Delivery(launcher)
-    delivery.join("one")
-    delivery.runs("one", {"cell": "+"})
-    delivery.state("busy")
+    acks = OutputAcks(launcher)
+    acks.join("one")
+    acks.set_cells("one", {"cell": "+"})
+    acks.set_state("busy")
     _upto, positions = await launcher.next()
-    assert positions[STATE] == "busy"
+    assert positions[STATE_KEY] == "busy"
     assert Position.parse(positions["one"]).cells == {"cell": "+"}
 
 
 async def test_a_session_that_is_new_waits_for_nothing_that_was_before(launcher):
     """It does not hold up what others have."""
-    delivery = Delivery(launcher)
-    delivery.join("old")
-    publish(delivery, "1", "2")
-    delivery.join("new")
-    delivery.left("old", "2")
+    acks = OutputAcks(launcher)
+    acks.join("old")
+    publish(acks, "1", "2")
+    acks.join("new")
+    acks.sent("old", "2")
     assert (await launcher.next())[0] == "2"
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gateway_slurm.gateway.channels.replay import Cells
+from gateway_slurm.gateway.channels.cells import Cells
 
 
 def header(msg_id, msg_type="execute_request", **fields):
@@ -22,36 +22,36 @@ def told(cell, msg_type, **content):
 
 def run(cells, cell, *, count=None, error=None):
     """The kernel runs the cell to its end."""
-    cells.heard(told(cell, "status", execution_state="busy"))
+    cells.on_iopub(told(cell, "status", execution_state="busy"))
     if count is not None:
-        cells.heard(told(cell, "execute_input", code="1", execution_count=count))
+        cells.on_iopub(told(cell, "execute_input", code="1", execution_count=count))
     if error is not None:
-        cells.heard(told(cell, "error", ename=error, evalue="it", traceback=["t"]))
-    return cells.heard(told(cell, "status", execution_state="idle"))
+        cells.on_iopub(told(cell, "error", ename=error, evalue="it", traceback=["t"]))
+    return cells.on_iopub(told(cell, "status", execution_state="idle"))
 
 
 @pytest.fixture
 def cells():
     """Two cells that an earlier server passed on, and nobody heard of."""
     made = Cells()
-    made.remembered({"a": "-", "b": "-"})
+    made.restore({"a": "-", "b": "-"})
     return made
 
 
 def test_a_cell_that_ended_well_is_answered_with_its_count(cells):
     """And with the header of its request, as iopub's messages carry it."""
     assert run(cells, "a", count=3) == (True, "a")
-    made_for, content = cells.answer("a")
+    made_for, content = cells.make_reply("a")
     assert made_for["msg_id"] == "a"
     assert (content["status"], content["execution_count"]) == ("ok", 3)
-    assert cells.answer("a") is None
+    assert cells.make_reply("a") is None
 
 
 def test_a_cell_that_failed_is_answered_with_its_error_and_those_behind_it_as_let_go(cells):
     """As the kernel itself would have it."""
     run(cells, "a", count=3, error="ValueError")
     run(cells, "b")
-    failed, let_go = cells.answer("a")[1], cells.answer("b")[1]
+    failed, let_go = cells.make_reply("a")[1], cells.make_reply("b")[1]
     assert (failed["status"], failed["ename"], failed["traceback"]) == ("error", "ValueError", ["t"])
     assert let_go["status"] == "aborted"
 
@@ -59,42 +59,42 @@ def test_a_cell_that_failed_is_answered_with_its_error_and_those_behind_it_as_le
 def test_a_reply_that_comes_after_ours_is_one_too_many(cells):
     """A frontend gets one answer for each cell."""
     run(cells, "a", count=1)
-    assert cells.is_answered("b")
-    cells.answer("a")
-    assert not cells.is_answered("a")
+    assert cells.on_reply("b")
+    cells.make_reply("a")
+    assert not cells.on_reply("a")
 
 
 def test_what_is_remembered_of_a_cell_is_what_the_next_server_knows(cells):
     """Whether it was asked, had begun, or was over, and how."""
     run(cells, "a", count=7, error="E")
-    cells.heard(told("b", "status", execution_state="busy"))
-    cells.heard(told("b", "execute_input", execution_count=8))
-    cells.asked(header("c"))
-    cells.asked(header("d"))
-    cells.heard(told("d", "error", ename="E"))
+    cells.on_iopub(told("b", "status", execution_state="busy"))
+    cells.on_iopub(told("b", "execute_input", execution_count=8))
+    cells.add_request(header("c"))
+    cells.add_request(header("d"))
+    cells.on_iopub(told("d", "error", ename="E"))
     marks = cells.marks()
     assert marks == {"a": "error:7", "b": "+8", "c": "-", "d": "!"}
     later = Cells()
-    later.remembered(marks)
+    later.restore(marks)
     assert later.marks() == marks
     assert list(later.ended()) == ["a"]
-    assert later.unheard() == {"c"}
-    assert later.answer("a")[1]["execution_count"] == 7
+    assert later.unconfirmed() == {"c"}
+    assert later.make_reply("a")[1]["execution_count"] == 7
     run(later, "d")
-    assert later.answer("d")[1]["status"] == "error"
+    assert later.make_reply("d")[1]["status"] == "error"
 
 
 def test_a_cell_that_nobody_remembered_counts_where_it_may_be_the_sessions():
     """The server before was gone before it could say that it had passed it on."""
     cells = Cells()
-    assert cells.heard(told("a", "status", execution_state="busy"), lambda _header: False) == (False, "")
+    assert cells.on_iopub(told("a", "status", execution_state="busy"), lambda _header: False) == (False, "")
     assert not cells
-    cells.heard(told("a", "status", execution_state="busy"), lambda _header: True)
+    cells.on_iopub(told("a", "status", execution_state="busy"), lambda _header: True)
     assert cells.marks() == {"a": "+"}
 
 
 def test_other_requests_are_no_cells():
     """Nobody waits for a completion for ever."""
     cells = Cells()
-    assert not cells.asked(header("a", "complete_request"))
+    assert not cells.add_request(header("a", "complete_request"))
     assert not cells

@@ -17,11 +17,10 @@ import zmq.asyncio
 from jupyter_client.session import Session
 
 from gateway_slurm.errors import LinkError
-from gateway_slurm.gateway.channels import messages
-from gateway_slurm.gateway.channels import replay as catchup
-from gateway_slurm.gateway.channels.acks import Delivery, Position
+from gateway_slurm.gateway.channels import messages, replay
+from gateway_slurm.gateway.channels.acks import OutputAcks, Position
 from gateway_slurm.gateway.channels.channels import KernelChannels
-from gateway_slurm.gateway.channels.replay import CatchUp
+from gateway_slurm.gateway.channels.replay import Replay
 from helpers.kernel_clients import poll_async
 
 SESSION = "frontend-1"
@@ -155,7 +154,7 @@ async def kernel(tmp_path):
 @pytest.fixture
 async def open_channels(kernel, monkeypatch):
     """``open_channels(kept, position)``: a later server's channels of the session."""
-    monkeypatch.setattr(catchup, "REPLY_GRACE", 0.2)
+    monkeypatch.setattr(replay, "REPLY_GRACE", 0.2)
     made = []
 
     def make(kept=None, position=None, *, error=None):
@@ -168,14 +167,14 @@ async def open_channels(kernel, monkeypatch):
             return ""
 
         said = []
-        delivery = Delivery(lambda upto, positions: said.append((upto, positions)))
+        acks = OutputAcks(lambda upto, positions: said.append((upto, positions)))
         one = KernelChannels(
             kernel,
             SESSION,
             ready=ready,
             subscribe_timeout=WAIT,
             log=logging.getLogger("test"),
-            catch_up=partial(CatchUp, delivery, read, position=position),
+            make_replay=partial(Replay, acks, read, position=position),
         )
         one.said = said
         made.append(one)
@@ -210,20 +209,20 @@ async def test_a_message_that_comes_by_both_ways_counts_once(kernel, open_channe
     reading, go_on = asyncio.Event(), asyncio.Event()
     kept = Kept([kernel.output("0 "), both])
     one = open_channels(kept, Position("none"))
-    read = one._make_catch_up.args[1]
+    read = one._make_replay.args[1]
 
     async def later():
         reading.set()
         await go_on.wait()
         return await read()
 
-    one._make_catch_up = partial(CatchUp, one._make_catch_up.args[0], later, position=Position("none"))
+    one._make_replay = partial(Replay, one._make_replay.args[0], later, position=Position("none"))
     frontend = Frontend()
     one.attach(frontend)
     await reading.wait()
     await kernel.say(both)
     await kernel.say(after)
-    await until(lambda: len(one._catch_up._live) == 2)
+    await until(lambda: len(one._replay._live) == 2)
     assert frontend.printed == ""
     go_on.set()
     await until(lambda: frontend.printed == "0 1 2 ")
@@ -266,7 +265,7 @@ async def test_the_kernels_own_reply_is_the_one_where_it_comes(kernel, open_chan
     await kernel.reply(request("cell"), status="ok", execution_count=1)
     await kernel.say(kernel.status("idle"))
     await until(lambda: frontend.replies)
-    await asyncio.sleep(2 * catchup.REPLY_GRACE)
+    await asyncio.sleep(2 * replay.REPLY_GRACE)
     assert [content["execution_count"] for _cell, content in frontend.replies] == [1]
 
 
@@ -288,13 +287,13 @@ async def test_a_cell_that_is_still_before_the_kernel_is_not_refused(kernel, ope
     frontend = Frontend()
     one.attach(frontend)
     await until(lambda: "status" in [kind for _, kind, _, _ in frontend.got])
-    await asyncio.sleep(4 * catchup.REPLY_GRACE)
+    await asyncio.sleep(4 * replay.REPLY_GRACE)
     assert frontend.replies == []
     await kernel.say(kernel.status("idle"))
     await kernel.say(kernel.status("busy", "behind"))
     kernel.tasks.append(asyncio.ensure_future(kernel._serve()))
     await until(lambda: [cell for cell, _content in frontend.replies] == ["cell"])
-    await asyncio.sleep(4 * catchup.REPLY_GRACE)
+    await asyncio.sleep(4 * replay.REPLY_GRACE)
     assert [cell for cell, _content in frontend.replies] == ["cell"]
 
 
