@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_slurm._util import Backoff, LogOnce, TaskSet, exposure, write_atomically
+from gateway_slurm._util import Backoff, LogOnce, TaskSet, call_on, exposure, write_atomically
 
 
 def test_a_file_of_secrets_is_its_users_alone(tmp_path: Path) -> None:
@@ -92,3 +92,24 @@ async def test_the_end_of_a_set_of_tasks_is_the_end_of_each() -> None:
     late = tasks.create_task(work("late"))
     await asyncio.gather(late, return_exceptions=True)
     assert (first.cancelled(), late.cancelled(), began, len(tasks)) == (True, True, ["first"], 0)
+
+
+async def test_tasks_can_be_cancelled_without_waiting() -> None:
+    """For owners that close in a plain function; later tasks are cancelled as well."""
+    tasks = TaskSet()
+    task = tasks.create_task(asyncio.sleep(3600))
+    tasks.cancel()
+    late = tasks.create_task(asyncio.sleep(3600))
+    await asyncio.gather(task, late, return_exceptions=True)
+    assert (task.cancelled(), late.cancelled()) == (True, True)
+
+
+async def test_a_call_reaches_another_threads_loop_and_a_closed_one_is_no_error() -> None:
+    """The service's thread calls the server's loop, which may have ended."""
+    called = asyncio.Event()
+    await asyncio.to_thread(call_on, asyncio.get_running_loop(), called.set)
+    await asyncio.wait_for(called.wait(), 5)
+    closed = asyncio.new_event_loop()
+    closed.close()
+    call_on(closed, called.clear)
+    assert called.is_set()
