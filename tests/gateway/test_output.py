@@ -13,7 +13,7 @@ import psutil
 import pytest
 from websocket import create_connection
 
-from gateway_slurm.gateway.channels.channels import FLUSH_EVERY
+from gateway_slurm.gateway.channels.channels import FLUSH_BYTES
 from gateway_slurm.gateway.channels.messages import CHANNELS
 from gateway_slurm.gateway.channels.queue import QUEUE_LIMIT
 from gateway_slurm.gateway.channels.sockets import RECEIVE_MARK
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 ROUND_TRIPS = 40
 # What a frontend that does not read may cost: its queue, what is on its way to the websocket and at ZMQ's
 # side of it, and the windows of its kernel's channels.
-ITS_OWN = QUEUE_LIMIT + FLUSH_EVERY + RECEIVE_MARK * PIECE + len(CHANNELS) * WINDOW
+ITS_OWN = QUEUE_LIMIT + FLUSH_BYTES + RECEIVE_MARK * PIECE + len(CHANNELS) * WINDOW
 # The same for a frontend that reads, whose queue is all but empty; and what the allocator does not give back.
-BESIDE = FLUSH_EVERY + RECEIVE_MARK * PIECE + len(CHANNELS) * WINDOW + (32 << 20)
+BESIDE = FLUSH_BYTES + RECEIVE_MARK * PIECE + len(CHANNELS) * WINDOW + (32 << 20)
 
 
 @pytest.fixture
