@@ -1,4 +1,4 @@
-"""What the README and the other pages say can be done."""
+"""The examples, commands and links of the README and of the other pages work."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from traitlets import import_item
 from traitlets.config.loader import PyFileConfigLoader
 
 from gateway_slurm import SlurmMappingKernelManager
@@ -31,19 +32,21 @@ from helpers.proxies import connects, free_port, running
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+START = ROOT / "docs" / "users" / "start.md"
+GATEWAY = ROOT / "docs" / "admins" / "gateway.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "etc").rglob("*.md")])
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^]]+]\(([^)\s]+)\)")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The page's code blocks of a language."""
+    """Return the code blocks of a page in one language."""
     found = _FENCE.findall(page.read_text())
     return [textwrap.dedent(text) for _indent, kind, text in found if kind == language]
 
 
 def kernelspec(page: Path) -> dict[str, Any]:
-    """The page's one example of a kernel.json."""
+    """Return the one kernel.json of a page."""
     (text,) = blocks(page, "json")
     spec: dict[str, Any] = json.loads(text)
     return spec
@@ -58,9 +61,9 @@ def jupyter(*arguments: str) -> subprocess.CompletedProcess[str]:
 # -- the kernelspec -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/users/kernelspec.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/users/start.md", "docs/users/kernelspec.md"])
 def test_the_examples_are_valid_requests(page):
-    """The kernel.json of a page asks for what is allowed, by the provisioner's name."""
+    """The kernel.json of a page names the provisioner and has valid request fields."""
     spec = kernelspec(ROOT / page)
     provisioner = spec["metadata"]["kernel_provisioner"]
     assert provisioner["provisioner_name"] == "slurm-provisioner"
@@ -69,12 +72,13 @@ def test_the_examples_are_valid_requests(page):
     assert request.kernel_argv[-1] == "{connection_file}"
 
 
-def test_the_readmes_kernelspec_runs_as_it_stands(service, kernelspecs, monkeypatch):
-    """Its steps make a kernelspec that Jupyter lists and whose kernel runs in a job."""
+@pytest.mark.parametrize("page", [README, START], ids=lambda page: page.name)
+def test_the_kernelspec_of_a_page_runs_as_it_stands(service, kernelspecs, monkeypatch, page):
+    """Jupyter lists the kernelspec, and its kernel runs in a job."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
     directory = kernelspecs / "kernels" / "readme"
     directory.mkdir()
-    (directory / "kernel.json").write_text(blocks(README, "json")[0])
+    (directory / "kernel.json").write_text(blocks(page, "json")[0])
     assert "readme" in jupyter("kernelspec", "list").stdout
     with running_kernel("readme") as (manager, client):
         assert execute(client, JOB) == jobid_of(manager)
@@ -83,21 +87,22 @@ def test_the_readmes_kernelspec_runs_as_it_stands(service, kernelspecs, monkeypa
 # -- commands and settings ------------------------------------------------------------------------
 
 
-def test_its_commands_of_jupyter_slurm_are_there():
-    """Each ``jupyter slurm …`` that the README names has a help text."""
-    named = {name.removesuffix(" ada") for name in re.findall(r"jupyter slurm((?: [a-z]+)+)", README.read_text())}
-    assert {" cluster up", " cluster down", " gateway", " token add"} <= named
+def test_the_commands_of_jupyter_slurm_are_there():
+    """Each ``jupyter slurm …`` that a page names has a help text."""
+    pages = "".join(page.read_text() for page in PAGES)
+    named = {name.removesuffix(" ada") for name in re.findall(r"jupyter slurm((?: [a-z]+)+)", pages)}
+    assert {" cluster up", " cluster down", " gateway", " token add", " doctor", " attach"} <= named
     for command in ["", *sorted(named)]:
         result = jupyter("slurm", *command.split(), "--help")
         assert result.returncode == 0, result.stderr
-        # The gateway is an application of Jupyter's, with its kind of help.
+        # The gateway is a Jupyter application, which has another form of help.
         first = "The shared gateway" if command == " gateway" else f"usage: jupyter slurm{command}"
         assert result.stdout.startswith(first)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_its_make_targets_are_there(page):
-    """Each ``make …`` that a page names is a target."""
+    """Each ``make …`` that a page names is a target of the Makefile."""
     targets = set(re.findall(r"\bmake ([a-z-]+)(?=[`\n])", (ROOT / page).read_text()))
     assert "test" in targets
     makefile = (ROOT / "Makefile").read_text()
@@ -111,10 +116,9 @@ def test_the_files_that_contributing_names_are_there():
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/admins/settings.md"])
-def test_the_settings_of_the_examples_are_valid(page, tmp_path, monkeypatch):
-    """A page's jupyter_slurm_config.py is taken as it stands."""
-    (text,) = [text for text in blocks(ROOT / page, "python") if "SlurmService" in text]
+def test_the_settings_of_the_example_are_valid(tmp_path, monkeypatch):
+    """The jupyter_slurm_config.py of the page about settings loads as it stands."""
+    (text,) = blocks(ROOT / "docs" / "admins" / "settings.md", "python")
     monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path))
     (tmp_path / FILE_NAME).write_text(text)
     service = load_admin_config(SlurmService)
@@ -123,13 +127,24 @@ def test_the_settings_of_the_examples_are_valid(page, tmp_path, monkeypatch):
     assert service.connect == "tunnel"
 
 
-def test_the_readmes_settings_of_a_gateway_are_valid(tmp_path):
-    """Its jupyter_slurm_gateway_config.py names settings that are there, with values that they take."""
-    (text,) = [text for text in blocks(README, "python") if "GatewayIdentityProvider" in text]
+def test_the_public_names_in_the_pages_can_be_imported():
+    """Each ``gateway_slurm.…`` in a string or an import of an example is an object of the package."""
+    examples = "".join(text for page in PAGES for kind in ("python", "sh") for text in blocks(page, kind))
+    named = set(re.findall(r'"(gateway_slurm(?:\.\w+)+)"', examples))
+    named |= {".".join(pair) for pair in re.findall(r"from (gateway_slurm[\w.]*) import (\w+)", examples)}
+    assert "gateway_slurm.SlurmMappingKernelManager" in named
+    for name in sorted(named):
+        import_item(name)
+
+
+def test_the_settings_of_the_gateways_page_are_valid(tmp_path):
+    """The jupyter_slurm_gateway_config.py of the page names existing settings with valid values."""
+    (text,) = [text for text in blocks(GATEWAY, "python") if "GatewayIdentityProvider" in text]
     (tmp_path / "sample.py").write_text(text)
     config = PyFileConfigLoader("sample.py", str(tmp_path)).load_config()
     classes = {
-        one.__name__: one for one in (GatewayIdentityProvider, GatewayKernelSpecManager, SlurmMappingKernelManager)
+        configurable.__name__: configurable
+        for configurable in (GatewayIdentityProvider, GatewayKernelSpecManager, SlurmMappingKernelManager)
     }
     assert config.keys() == classes.keys()
     for name, settings in config.items():
@@ -140,9 +155,9 @@ def test_the_readmes_settings_of_a_gateway_are_valid(tmp_path):
 # -- scripts, and the gateway -------------------------------------------------------------------------
 
 
-def test_the_readmes_script_runs_as_it_stands(service, kernelspecs, tmp_path):
-    """It prints the node's name, by nbclient and a kernelspec that is called as the README has it."""
-    (text,) = [text for text in blocks(README, "python") if "nbclient" in text]
+def test_the_script_runs_as_it_stands(service, kernelspecs, tmp_path):
+    """The script for users prints the node's name, through nbclient and the kernelspec of the page."""
+    (text,) = [text for text in blocks(START, "python") if "nbclient" in text]
     (tmp_path / "script.py").write_text(text)
     argv = [sys.executable, str(tmp_path / "script.py")]
     result = subprocess.run(argv, capture_output=True, text=True, timeout=120)
@@ -150,8 +165,8 @@ def test_the_readmes_script_runs_as_it_stands(service, kernelspecs, tmp_path):
 
 
 async def test_the_readmes_gateway_runs_as_it_stands(cluster, kernelspecs, tmp_path, monkeypatch):
-    """In a fresh directory: a token, a gateway, and a Jupyter server of ada's whose kernel runs in a job."""
-    mine, theirs = (one for one in blocks(README, "sh") if "jupyter slurm gateway" in one or "jupyter server" in one)
+    """In a fresh directory: a token, a gateway, and ada's Jupyter server, on which a kernel runs in a job."""
+    mine, theirs = (text for text in blocks(README, "sh") if re.search("jupyter (slurm gateway|server)", text))
     shutil.copytree(ROOT / "kernelspecs", tmp_path / "kernelspecs")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
     gateway, server = free_port(), free_port()
@@ -170,7 +185,7 @@ async def test_the_readmes_gateway_runs_as_it_stands(cluster, kernelspecs, tmp_p
 
 @contextmanager
 def shell(text: str, directory: Path, port: int) -> Iterator[None]:
-    """Commands of which the last one is a server, once it listens on ``port``."""
+    """Run commands, of which the last one is a server, and continue when it listens on ``port``."""
     first, last = text.strip().rsplit("\n", 1)
     argv = ["/bin/sh", "-ec", f"{first}\nexec {last}"]
     environment = {"JUPYTER_PORT": str(port)}
@@ -187,27 +202,27 @@ def shell(text: str, directory: Path, port: int) -> Iterator[None]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What ``page#…`` may name: its headings as GitHub spells them."""
+    """Return the anchors of a page: its headings as GitHub spells them."""
     headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_internal_links_lead_somewhere(page):
-    """Files and headings that a page links to exist."""
-    lost = []
+    """The files and headings to which a page links exist."""
+    missing = []
     for link in _LINK.findall(_FENCE.sub("", page.read_text())):
         if link.startswith("https://"):
             continue
         name, _hash, anchor = link.partition("#")
         target = page.parent / name if name else page
         if not target.exists() or (anchor and anchor not in anchors(target)):
-            lost.append(link)
-    assert lost == []
+            missing.append(link)
+    assert missing == []
 
 
 def test_each_page_can_be_found_from_the_readme():
-    """Following links from the README comes by every page and every sample."""
+    """The links from the README lead, over other pages, to every page and every sample."""
     seen: set[Path] = set()
     ahead = [README]
     while ahead:

@@ -76,7 +76,7 @@ def test_the_drawn_parts_are_up_to_date():
         ("docs/admins/settings.md", "| `queue_timeout` |"),
         ("docs/developers/states.md", "| `RUNNING` |"),
         ("docs/users/kernelspec.md", "| `SLURM_*` |"),
-        ("docs/developers/how-it-works.md", "| `START` |"),
+        ("docs/developers/link.md", "| `START` |"),
         ("docs/admins/identity.md", "| `tokens_file` |"),
         ("docs/admins/projects.md", "| `limits.max_gpus` |"),
         ("docs/admins/projects.md", "| `projects_root` |"),
