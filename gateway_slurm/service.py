@@ -23,7 +23,7 @@ from gateway_slurm.allocations.manager import Allocations, AllocationSettings, m
 from gateway_slurm.allocations.model import Owner, Waiting
 from gateway_slurm.allocations.owners import Owners
 from gateway_slurm.allocations.recovery import recover, watch_orphans
-from gateway_slurm.allocations.start import LauncherSite
+from gateway_slurm.allocations.start import DialAddresses
 from gateway_slurm.allocations.table import AllocationTable, OwnerContext
 from gateway_slurm.config import ServiceSettings, load_admin_config, port_range
 from gateway_slurm.errors import GatewaySlurmError, LinkError
@@ -221,12 +221,9 @@ class SlurmService(ServiceSettings):
                 log=self.log,
             ),
             self._keep_flags,
-            LauncherSite(
-                endpoints=self.addresses.of_this_server,
-                addresses=self.addresses.of_all_servers,
-                log_end=self._users.log_end,
-            ),
             AllocationSettings.of(self),
+            DialAddresses(first=self.addresses.of_this_server, later=self.addresses.of_all_servers),
+            log_end=self._users.log_end,
         )
 
     async def _listen(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from gateway_slurm.allocations.model import (
 from gateway_slurm.allocations.monitor import AllocationMonitor
 from gateway_slurm.allocations.release import AllocationReleaser
 from gateway_slurm.allocations.sharing import ForeignAllocations, Offer, choose, misfit
-from gateway_slurm.allocations.start import LauncherSite, LauncherStarter
+from gateway_slurm.allocations.start import DialAddresses, LauncherStarter
 from gateway_slurm.allocations.table import OwnerContext
 from gateway_slurm.allocations.walltime import WalltimeMonitor
 from gateway_slurm.config import ServiceSettings
@@ -74,14 +74,20 @@ def _heartbeat(settings: ServiceSettings) -> float:
 
 
 def make_allocations(
-    owner: Owner, context: OwnerContext, keep_flags: KeepFlags, site: LauncherSite, settings: AllocationSettings
+    owner: Owner,
+    context: OwnerContext,
+    keep_flags: KeepFlags,
+    settings: AllocationSettings,
+    addresses: DialAddresses,
+    *,
+    log_end: Callable[[str], Awaitable[str]],
 ) -> Allocations:
-    """A new owner's allocations. All owners share the response socket, the watcher, the keep flags and the records."""
+    """Compose a new owner's allocations. Owners share the response socket, the watcher, keep flags and records."""
     keep_flags.add(context.table)
     releaser = AllocationReleaser(context, keep_flags, idle_timeout=settings.idle_timeout)
     walltime = WalltimeMonitor(context, warnings=settings.launcher.walltime_warnings)
     monitor = AllocationMonitor(context, keep_flags, releaser, walltime)
-    starter = LauncherStarter(context, monitor, settings.launcher, site)
+    starter = LauncherStarter(context, monitor, settings.launcher, addresses, log_end=log_end)
     return Allocations(context, keep_flags, releaser, monitor, starter, owner, min_time_left=settings.min_time_left)
 
 

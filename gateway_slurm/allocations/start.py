@@ -30,34 +30,41 @@ STEP_RETRY_DELAY, MAX_STEP_RETRY_DELAY = 0.5, 30.0
 TOKEN_BYTES = 32
 # What the job script's exit codes mean (launchers/, slurm/script.py), beside the launcher's own words.
 EXIT_MEANINGS = {
-    127: "no Python was found on the node: name one that is there in SlurmService.launcher_python",
+    127: "no Python was found on the node: name an installed one in SlurmService.launcher_python",
 }
 
 
 @dataclass(frozen=True)
-class LauncherSite:
-    """What this server's host contributes to launchers; the functions read the state at the time of the call."""
+class DialAddresses:
+    """The addresses that launchers dial, as they are at the time of the call."""
 
-    endpoints: Callable[[], list[str]]
+    first: Callable[[], list[str]]
     """This server's own addresses, for a launcher's first dial."""
-    addresses: Callable[[], list[str]]
-    """The addresses of all servers that may take its kernels over, for later dials."""
-    log_end: Callable[[str], Awaitable[str]]
-    """Reads the end of a launcher's log; returns an empty text where the log cannot be read."""
+    later: Callable[[], list[str]]
+    """The addresses of all servers that may take its kernels over, for all later dials."""
 
 
 class LauncherStarter:
-    """Makes launchers and waits for them. Lives on the service's loop."""
+    """Makes launchers and waits for them. Lives on the service's loop.
+
+    ``log_end`` reads the end of a launcher's log; it returns an empty text where the log cannot be read.
+    """
 
     def __init__(
-        self, context: OwnerContext, monitor: AllocationMonitor, settings: LauncherSettings, site: LauncherSite
+        self,
+        context: OwnerContext,
+        monitor: AllocationMonitor,
+        settings: LauncherSettings,
+        addresses: DialAddresses,
+        *,
+        log_end: Callable[[str], Awaitable[str]],
     ) -> None:
         self._driver, self._socket, self._table = context.driver, context.socket, context.table
         self._registry, self.log = context.table.registry, context.log
-        self._monitor, self.settings, self._site = monitor, settings, site
+        self._monitor, self.settings, self._addresses, self._log_end = monitor, settings, addresses, log_end
 
     def register(self, allocation: Allocation, *, isolated: bool = False) -> tuple[Launcher, bytes]:
-        """A new launcher of ``allocation``, which may dial in from now on, and its launch token.
+        """Return a new launcher of ``allocation``, which may dial in from now on, and its launch token.
 
         ``launcher.tokens`` has the successor, too, with which a later server can accept it.
         """
@@ -74,13 +81,13 @@ class LauncherStarter:
             launcher_id,
             allocation,
             self.settings,
-            addresses=self._site.addresses,
+            addresses=self._addresses.later,
             events=self._monitor.events(allocation),
             log=self.log,
         )
 
     def restore(self, allocation: Allocation, record: LauncherRecord) -> Launcher:
-        """The launcher that an earlier server process had; it may dial in once ``allow_reconnect`` is called."""
+        """Return the launcher on record. It may dial in once ``allow_reconnect`` is called."""
         launcher = self._new(allocation, record.launcher_id)
         launcher.tokens, launcher.epoch, launcher.slots = record.tokens, record.epoch, dict(record.slots)
         launcher.isolated, launcher.holds_job, launcher.stepid = record.isolated, record.holds_job, record.stepid
@@ -123,13 +130,16 @@ class LauncherStarter:
             launcher_program(),
             pythons=self.settings.pythons,
             log_dir=self.settings.log_dir,
-            arguments=[launcher.launcher_id, ",".join(self._site.endpoints()), timeout, role],
+            arguments=[launcher.launcher_id, ",".join(self._addresses.first()), timeout, role],
         )
 
     async def start_step(
         self, allocation: Allocation, node: str | None, request: KernelRequest | None
     ) -> tuple[Launcher, StepProcess]:
-        """A launcher as a job step; for an isolated kernel's ``request`` a step with an exact share."""
+        """Start a launcher as a job step; for an isolated kernel's ``request``, a step with an exact share.
+
+        Raises AllocationEnded or SlurmError; the launcher is removed then.
+        """
         launcher, token = self.register(allocation, isolated=request is not None)
         assert launcher.expected is not None
         launcher.jobid = allocation.jobid
@@ -161,7 +171,7 @@ class LauncherStarter:
         while not allocation.runs:
             if allocation.ended.done():
                 raise allocation.ended.result()
-            await asyncio.sleep(0.2)  # memory only: the watcher asks Slurm, for all jobs at once
+            await asyncio.sleep(0.2)  # reads memory only: the watcher asks Slurm, for all jobs at once
 
     async def watch_step(self, allocation: Allocation, launcher: Launcher, step: StepProcess) -> None:
         """Wait until a launcher that is a step of its own has ended, and remove it: its srun ends with it.
@@ -182,9 +192,9 @@ class LauncherStarter:
         self._remove(allocation, launcher, reason)
 
     async def watch_restored_step(self, allocation: Allocation, launcher: Launcher, reason: str = "") -> None:
-        """The same for a step whose srun is not a child of this process: Slurm is asked once the link is lost."""
+        """The same without an srun of this process: once the link is lost, Slurm is asked whether the step is over."""
         backoff = Backoff(STEP_RETRY_DELAY, MAX_STEP_RETRY_DELAY)
-        if not launcher.stepid:  # it had just been started
+        if not launcher.stepid:  # the step had just been started
             await asyncio.wait([launcher.ready], timeout=self.settings.link_timeout)
         while True:
             await launcher.gone.wait()
@@ -277,8 +287,8 @@ class LauncherStarter:
                 f"job {allocation.jobid} runs{where}, but its launcher was not accepted {within}: "
                 f"{launcher.expected.refused}; something on the way changes what is sent (its log on the node: {log})"
             )
-        addresses = self._site.endpoints()
-        why = "; ".join(failed_dials(await self._site.log_end(log), addresses))
+        addresses = self._addresses.first()
+        why = "; ".join(failed_dials(await self._log_end(log), addresses))
         return OutOfReach(
             f"job {allocation.jobid} runs{where}, but its launcher did not reach this server {within} at any of "
             f"{', '.join(addresses)}{f' ({why})' if why else ''}; set SlurmService.response_address to an address "
@@ -295,7 +305,7 @@ class LauncherStarter:
         if info.state not in ("FAILED", "COMPLETED"):
             return ended
         exit_text = EXIT_MEANINGS.get(info.exit_code or 0, f"exit code {info.exit_code}")
-        tail = "\n".join((await self._site.log_end(self._log_of(allocation))).splitlines()[-20:])
+        tail = "\n".join((await self._log_end(self._log_of(allocation))).splitlines()[-20:])
         return LauncherFailed(
             f"job {allocation.jobid} on {info.nodes} ended before its launcher was up: {exit_text}"
             + (f"; its log ends:\n{tail}" if tail else ""),
