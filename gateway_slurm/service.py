@@ -20,7 +20,7 @@ from gateway_slurm.access import SlurmUsers, cluster_access
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.manager import Allocations, AllocationSettings, make_allocations
-from gateway_slurm.allocations.model import Owner, Waiting
+from gateway_slurm.allocations.model import Owner, QueuedStart
 from gateway_slurm.allocations.owners import Owners
 from gateway_slurm.allocations.recovery import recover, watch_orphans
 from gateway_slurm.allocations.start import DialAddresses
@@ -345,7 +345,7 @@ class SlurmService(ServiceSettings):
     # ``await service.run(service.keep_allocation(owner, jobid))``. They raise UnknownJob for a job that is
     # over, or that another owner has, and SlurmError when Slurm did not do what it was asked.
 
-    def waiting(self, kernel_id: str, owner: str | None = None) -> Waiting | None:
+    def waiting(self, kernel_id: str, owner: str | None = None) -> QueuedStart | None:
         """Why a kernel's start takes time; reads memory only, and any thread may call it."""
         return self.owners.waiting(kernel_id, owner) if self.is_open else None
 

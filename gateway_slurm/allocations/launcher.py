@@ -320,7 +320,7 @@ class Launcher:
         self._nodelist = ""  # the job's nodes, as Slurm named them to the launcher
         self.nodes: list[str] = []  # the same, as a list
         self.reached = ""  # the server's address that worked
-        self.in_vain: list[tuple[str, str]] = []  # the addresses that it tried before, and why they did not work
+        self.failed_dials: list[tuple[str, str]] = []  # the addresses that it tried before, and why they did not work
         self.python = ""  # the Python that runs it, and its version
         self.end_time: float | None = None  # of the job, in seconds since the epoch
         self.leaving = False  # the server sent RELEASE
@@ -420,7 +420,7 @@ class Launcher:
         self.nodelist = str(hello.get("slurm_job_nodelist", ""))
         self.end_time = self._end_time_of(hello)
         self.python = f"{str(hello.get('executable', 'Python'))[:500]} ({str(hello.get('python', '?'))[:50]})"
-        self.reached, self.in_vain = _dialled(hello)
+        self.reached, self.failed_dials = _dialled(hello)
         self.log.info("job %s: the launcher on node %s is linked, by %s", self.jobid or "?", self.node, self.reached)
         self._schedule_beat()
         ours = {"keep": self._stays, "addresses": self._addresses(), "epoch": self.epoch}
@@ -577,9 +577,9 @@ def _dialled(hello: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     dialled = hello.get("dialled")
     fields = dialled if isinstance(dialled, dict) else {}
     pairs = fields.get("in_vain")
-    in_vain = [
+    failed = [
         (str(pair[0])[:300], str(pair[1])[:300])
         for pair in (pairs if isinstance(pairs, list) else [])[:32]
         if isinstance(pair, list) and len(pair) == 2
     ]
-    return str(fields.get("reached", ""))[:300], in_vain
+    return str(fields.get("reached", ""))[:300], failed

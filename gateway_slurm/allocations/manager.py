@@ -17,7 +17,7 @@ from gateway_slurm.allocations.model import (
     Allocation,
     Owner,
     Place,
-    Waiting,
+    QueuedStart,
     check_adoptable,
     check_time,
     not_yours,
@@ -258,10 +258,10 @@ class Allocations:
 
     async def _launcher(self, allocation: Allocation, request: KernelRequest, place: Place) -> Launcher:
         """The launcher for this kernel, linked."""
-        if not allocation.runs and allocation.launchers:
+        if not allocation.is_running and allocation.launchers:
             # The job's nodes are known once its own launcher is up.
             await self._starter.wait_for(allocation, next(iter(allocation.launchers.values())))
-        elif not allocation.runs:
+        elif not allocation.is_running:
             await self._starter.wait_until_running(allocation)
         place.node = allocation.choose_node(request.node)
         launcher = None if request.isolate else self._launcher_on(allocation, place.node)
@@ -366,12 +366,12 @@ class Allocations:
         self._keep_flags.release(allocation)
         self._monitor.ask_soon(allocation)  # Slurm will say that it is over
 
-    def waiting(self, kernel_id: str) -> Waiting | None:
+    def waiting(self, kernel_id: str) -> QueuedStart | None:
         """Why the kernel's start takes its time; None when it does not wait for Slurm."""
         for allocation in list(self._table.by_jobid.values()):
-            if not allocation.runs and kernel_id in allocation.kernel_ids:
+            if not allocation.is_running and kernel_id in allocation.kernel_ids:
                 info = allocation.info
                 state, reason = (info.state, info.reason) if info is not None else ("PENDING", "")
                 start = info.start_time if info is not None else None
-                return Waiting(allocation.jobid, state, reason, allocation.queue_place, start)
+                return QueuedStart(allocation.jobid, state, reason, allocation.queue_place, start)
         return None

@@ -65,13 +65,13 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class QueuedStart:
     """A start that waits in Slurm's queue."""
 
     jobid: str
     state: str
     reason: str
-    place: int | None
+    queue_place: int | None
     """In its partition's queue; 1 is the next job to start."""
     expected_start: float | None
     """Slurm's estimate in seconds since the epoch; None where Slurm gives none."""
@@ -249,7 +249,7 @@ class Allocation:
         return self.phase in (AllocationPhase.RELEASED, AllocationPhase.DETACHED, AllocationPhase.ENDED)
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         """Whether Slurm said that the job runs, or a launcher in it is linked."""
         return self.is_linked or (self.info is not None and meaning(self.info.state) is Meaning.USABLE)
 
@@ -281,7 +281,7 @@ class Allocation:
     @property
     def end_time(self) -> float | None:
         """When the time limit ends the job, in seconds since the epoch; None where that is not known."""
-        if self.info is not None and self.runs and self.info.end_time:
+        if self.info is not None and self.is_running and self.info.end_time:
             return self.info.end_time
         known = [launcher.end_time for launcher in list(self.launchers.values()) if launcher.end_time]
         return min(known) if known else self.last_end
@@ -303,7 +303,7 @@ class Allocation:
         ``state`` and ``reason`` are Slurm's words; ``queue_place`` is 1 for the next in the queue;
         ``expected_start`` and ``end_time`` are seconds since the epoch. None means that it is not known.
         """
-        info, waits = self.info, not self.runs
+        info, waits = self.info, not self.is_running
         return {
             "jobid": self.jobid,
             "owner": self.owner,

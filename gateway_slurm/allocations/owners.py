@@ -12,7 +12,7 @@ from typing import Any
 from gateway_slurm.allocations.identity import JOB_NAME
 from gateway_slurm.allocations.launcher import LauncherSteps
 from gateway_slurm.allocations.manager import Allocations
-from gateway_slurm.allocations.model import Allocation, Waiting
+from gateway_slurm.allocations.model import Allocation, QueuedStart
 from gateway_slurm.errors import NotAllowed, UnknownJob
 from gateway_slurm.slurm.driver import SlurmDriver
 from gateway_slurm.slurm.model import JobInfo, StepInfo
@@ -74,7 +74,7 @@ class Owners:
         rows = [allocation.row() for allocations in self._known(owner) for allocation in allocations.listed()]
         return sorted(rows, key=lambda row: int(row["jobid"]))
 
-    def waiting(self, kernel_id: str, owner: str | None) -> Waiting | None:
+    def waiting(self, kernel_id: str, owner: str | None) -> QueuedStart | None:
         """Why a kernel's start takes its time; None when it does not wait for Slurm."""
         found = (allocations.waiting(kernel_id) for allocations in self._known(owner))
         return next((waiting for waiting in found if waiting is not None), None)

@@ -168,7 +168,7 @@ class LauncherStarter:
 
     async def wait_until_running(self, allocation: Allocation) -> None:
         """Return when the job runs. Raises AllocationEnded when it ends instead."""
-        while not allocation.runs:
+        while not allocation.is_running:
             if allocation.ended.done():
                 raise allocation.ended.result()
             await asyncio.sleep(0.2)  # reads memory only: the watcher asks Slurm, for all jobs at once
@@ -256,7 +256,7 @@ class LauncherStarter:
         while True:
             await asyncio.sleep(0.25)
             info = allocation.info
-            if allocation.runs:
+            if allocation.is_running:
                 running_since = running_since or loop.time()
                 if loop.time() - running_since > self.settings.link_timeout:
                     return await self._never_came(allocation, launcher)

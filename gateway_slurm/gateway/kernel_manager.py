@@ -23,7 +23,7 @@ from tornado.ioloop import IOLoop
 from traitlets import Bool, CFloat, CInt, default, observe
 
 from gateway_slurm._util import TaskSet, call_on, printable
-from gateway_slurm.allocations.model import Waiting
+from gateway_slurm.allocations.model import QueuedStart
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.auth.user import can_see
@@ -66,18 +66,18 @@ def slurm_model(kernel: Any) -> dict[str, Any]:
         "jobid": waiting.jobid,
         "state": waiting.state,
         "reason": waiting.reason,
-        "place": waiting.place,
+        "place": waiting.queue_place,
         "expected_start": waiting.expected_start,
     }
     return {"slurm": slurm, "reason": _waiting_text(waiting)}
 
 
-def _waiting_text(waiting: Waiting) -> str:
+def _waiting_text(waiting: QueuedStart) -> str:
     text = f"job {waiting.jobid} is {waiting.state}"
     if waiting.reason and waiting.reason != "None":
         text += f" ({waiting.reason})"
-    if waiting.place:
-        text += f", number {waiting.place} in its partition's queue"
+    if waiting.queue_place:
+        text += f", number {waiting.queue_place} in its partition's queue"
     if waiting.expected_start:
         text += ", expected to start at " + time.strftime("%Y-%m-%d %H:%M", time.localtime(waiting.expected_start))
     return text

@@ -185,7 +185,7 @@ class PathCheck:
             return
         self._allocation = allocation
         self._done("submit", f"job {allocation.jobid}, partition {allocation.request.partition}")
-        self._report_job(allocation, runs=allocation.runs)
+        self._report_job(allocation, runs=allocation.is_running)
         launcher = next((item for item in list(allocation.launchers.values()) if item.was_up), None)
         if launcher is not None:
             self._report_launcher(launcher)
@@ -202,7 +202,7 @@ class PathCheck:
                 self._on_progress(line)
 
     def _report_launcher(self, launcher: Launcher) -> None:
-        in_vain = "".join(f"\nno connection to {address}: {why}" for address, why in launcher.in_vain)
+        in_vain = "".join(f"\nno connection to {address}: {why}" for address, why in launcher.failed_dials)
         self._done("dial", f"from {launcher.node} to {launcher.reached}{in_vain}")
         self._done("python", launcher.python)
         self._done("crypto", "X25519 and AES-256-GCM (HPKE), both sides are authenticated by the launch token")

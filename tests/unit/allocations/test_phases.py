@@ -91,7 +91,7 @@ async def test_an_adopted_job_is_active_and_told_by_its_comment_or_its_submissio
     info = JobInfo(jobid="12", state="RUNNING", comment="gateway_slurm:gs-1")
     allocation = Allocation.adopted(info, "ada")
     assert (allocation.phase, allocation.jobid, allocation.owner) == (AllocationPhase.ACTIVE, "12", "ada")
-    assert (allocation.ours, allocation.identity, allocation.runs) == (False, "gs-1", True)
+    assert (allocation.ours, allocation.identity, allocation.is_running) == (False, "gs-1", True)
 
 
 async def test_a_restored_job_is_active_with_what_was_last_known_of_it():
