@@ -62,43 +62,45 @@ c = get_config()  # noqa: F821
 ## -- GatewayIdentityProvider ---------------------------------------------------------------------------------
 
 ## Path of the file with the hashes of the users' tokens, which `jupyter slurm token` writes; only the gateway's
-## user may read it. Default: none, no tokens of the gateway's own.
+## user may read it. Default: none; the gateway has no tokens of its own.
 # c.GatewayIdentityProvider.tokens_file = ""
 
-## URL of a JupyterHub's API, such as `https://hub.example/hub/api`, which says whose a token is. Default:
-## JUPYTERHUB_API_URL, which a hub sets for its services; empty: no hub is asked.
+## URL of a JupyterHub's API, such as `https://hub.example/hub/api`, which knows the user of a token. Default:
+## JUPYTERHUB_API_URL, which a hub sets for its services; if empty, no hub is asked.
 # import os
 # c.GatewayIdentityProvider.hub_api_url = os.environ.get("JUPYTERHUB_API_URL", "")
 
-## Seconds that the hub may take; then the request fails with status 503, and its client may repeat it.
+## Seconds that the hub may take to answer. Then the request fails with status 503, and the client may repeat it.
 # c.GatewayIdentityProvider.hub_timeout = 10.0
 
-## Seconds for which the hub's answer about a token is used again; as long a token that was revoked still works.
+## Seconds for which the gateway uses the hub's answer about a token again. A revoked token still works for as
+## long.
 # c.GatewayIdentityProvider.hub_cache_seconds = 60.0
 
-## Scopes of which a hub's token must have one, such as `access:services!service=NAME`; else a token that its
-## user gave to another service will do here, too. Default: those that a hub sets for its services
+## Scopes of which a hub's token must have one, such as `access:services!service=NAME`. Without them a token that
+## its user gave to another service works here, too. Default: those that a hub sets for its services
 ## (JUPYTERHUB_OAUTH_ACCESS_SCOPES), or none.
 # import json, os
 # c.GatewayIdentityProvider.hub_scopes = json.loads(os.environ.get("JUPYTERHUB_OAUTH_ACCESS_SCOPES") or "[]")
 
-## Names of hub services that may start kernels for other users. Default: none; a service's token is refused.
+## Names of hub services that may start kernels for other users. Default: none; the tokens of services are
+## refused.
 # c.GatewayIdentityProvider.hub_services = []
 
 ## Header in which a reverse proxy names the user, such as `X-Remote-User`; the proxy must remove it from what
 ## clients send. Default: none.
 # c.GatewayIdentityProvider.trusted_header = ""
 
-## Addresses and networks of the proxies whose `trusted_header` counts, `unix` for a Unix socket. From anybody
-## else a request with the header is refused.
+## Addresses and networks of the proxies that may send `trusted_header`; `unix` for a Unix socket. A request with
+## the header from any other address is refused.
 # c.GatewayIdentityProvider.trusted_proxies = []
 
-## Users who may see and end everybody's kernels, besides those with an admin's token. A hub's admins are not
-## among them by themselves.
+## Users who may see and end all users' kernels, besides those with an admin's token. A hub's admins must be
+## named here, too.
 # c.GatewayIdentityProvider.admins = []
 
 ## Accept `?token=` when a websocket is opened, for clients that can set no headers there: browsers and VS Code.
-## A proxy before the gateway may write it to its log.
+## A proxy in front of the gateway may write the token to its log.
 # c.GatewayIdentityProvider.allow_token_in_url = False
 
 ## -- GatewayKernelSpecManager --------------------------------------------------------------------------------

@@ -545,7 +545,7 @@ def test_behind_a_proxy_another_sites_page_can_do_nothing(gateway):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "nobody could use the gateway"),
+        ([], "no user could use the gateway"),
         (["trusted_header=X-User"], "needs trusted_proxies"),
         (["trusted_header=X-User", "trusted_proxies=['10.0.0.0/33']"], "10.0.0.0/33"),
         (["hub_api_url=hub.example"], "must begin with http"),

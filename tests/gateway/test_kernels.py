@@ -425,7 +425,7 @@ def test_a_config_file_with_a_mistake_is_no_gateway_with_defaults(gateway_enviro
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "nobody could use the gateway"),
+        ([], "no user could use the gateway"),
         (["--tokens={tokens}", "--GatewayKernelSpecManager.allowed_client_fields=['kernel_argv']"], "kernel_argv"),
     ],
 )

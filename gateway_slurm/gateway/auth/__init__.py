@@ -1,1 +1,1 @@
-"""Who a client is: tokens of the gateway's own, a JupyterHub's, or a reverse proxy's header. Knows no kernel."""
+"""Authentication by the gateway's own tokens, a JupyterHub, or a reverse proxy's header. Knows no kernel."""

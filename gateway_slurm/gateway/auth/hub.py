@@ -1,4 +1,4 @@
-"""A JupyterHub that knows the users' tokens."""
+"""Authentication by a JupyterHub, which knows its users' tokens."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from gateway_slurm.gateway.auth.tokens import PREFIX, request_token
 from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
 
 MAX_CACHED_USERS: Final = 1024
-"""Users' tokens whose answers are kept, of those used last."""
+"""How many users' tokens the cache keeps: those used last."""
 MAX_CACHED_UNKNOWN: Final = 256
-"""Tokens that are none of the hub's: whoever invents some takes no user's place."""
+"""How many unknown tokens the cache keeps, apart from the users': invented tokens evict no user's."""
 MAX_LOOKUPS: Final = 64
-"""Under way at a time; the client asks ten of them at once, and the others wait within their timeout."""
+"""Requests to the hub at a time. The HTTP client sends ten at once; the others wait within their timeout."""
 _MAX_ANSWER_BYTES: Final = 1 << 20
 
 Model = dict[str, Any]
 
 
 class HubTokens:
-    """Asks the hub at ``api_url`` whose a token is (``GET /user``), and remembers it for ``cache_seconds``.
+    """Asks the hub at ``api_url`` which user owns a token (``GET /user``), and keeps the answer for ``cache_seconds``.
 
-    ``scopes``: the token must have one of them, if any are named. ``services``: hub services that may use
-    the gateway, for others. Whoever made it calls ``close``, on the loop that it was used on.
+    ``scopes``: the token must have one of them, if there are any. ``services``: the hub services that may use the
+    gateway, for other users. Its owner calls ``close``, on the loop that it was used on.
     """
 
     def __init__(
@@ -50,23 +50,23 @@ class HubTokens:
         self._cache_seconds = cache_seconds
         self._scopes = scopes
         self._services = services
-        # By the token's hash, so that what is kept lets nobody in. A model of None: no token of the hub's.
+        # By the token's hash: the cache holds no usable token. A model of None stands for a token unknown to the hub.
         self._users: OrderedDict[str, tuple[float, Model | None]] = OrderedDict()
         self._unknown: OrderedDict[str, tuple[float, Model | None]] = OrderedDict()
         self._asking: dict[str, asyncio.Task[Model | None]] = {}
         self._client: SimpleAsyncHTTPClient | None = None
 
     async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
-        """Raises IdentityUnavailable when the hub does not say, NotAllowed when its user may not come here."""
+        """The token's user. Raises IdentityUnavailable if the hub does not answer, NotAllowed if the user has no access."""
         token = request_token(handler.request)
-        # The gateway's own tokens are none of the hub's business.
+        # The gateway's own tokens are not sent to the hub.
         if token is None or token.startswith(PREFIX):
             return None
         model = await self._model(token)
         return None if model is None else self._user(model)
 
     def close(self) -> None:
-        """Give up what is being asked, and the connections."""
+        """Cancel the requests to the hub, and close the connections."""
         for task in self._asking.values():
             task.cancel()
         if self._client is not None:
@@ -74,7 +74,7 @@ class HubTokens:
             self._client = None
 
     async def _model(self, token: str) -> Model | None:
-        """From the cache, from a question that is under way already, or from the hub."""
+        """The answer from the cache, from a request that is under way, or from the hub."""
         key = hashlib.sha256(token.encode()).hexdigest()
         for kept in (self._users, self._unknown):
             until, model = kept.get(key, (0.0, None))
@@ -83,16 +83,16 @@ class HubTokens:
                 return model
         if key not in self._asking:
             if len(self._asking) >= MAX_LOOKUPS:
-                raise IdentityUnavailable("too many tokens are being asked about at the JupyterHub; try again")
+                raise IdentityUnavailable("too many tokens wait for the JupyterHub's answer; try again")
             task = self._asking[key] = asyncio.ensure_future(self._ask(key, token))
             task.add_done_callback(lambda task: self._asked(key, task))
-        # One caller's going away is not the others'.
+        # A caller that is cancelled does not cancel the request for the others.
         return await asyncio.shield(self._asking[key])
 
     def _asked(self, key: str, task: asyncio.Task[Model | None]) -> None:
         self._asking.pop(key, None)
         if not task.cancelled():
-            task.exception()  # is whoever's waits, and nobody may be left who does
+            task.exception()  # marks it as retrieved: all callers may have gone
 
     async def _ask(self, key: str, token: str) -> Model | None:
         model = _parse(await self._fetch(token))
@@ -114,7 +114,7 @@ class HubTokens:
             headers={"Authorization": f"token {token}", "Accept": "application/json"},
             connect_timeout=self._timeout,
             request_timeout=self._timeout,
-            # A redirect could carry the token to somebody else.
+            # A redirect could carry the token to another host.
             follow_redirects=False,
         )
         try:
@@ -133,23 +133,26 @@ class HubTokens:
         return GatewayUser(str(name), service=kind == "service")
 
     def _scopes_suffice(self, scopes: object) -> bool:
-        """A scope without a filter includes the filtered ones (JupyterHub's "Scopes in JupyterHub")."""
+        """Whether the token has one of the scopes; a scope without a filter includes the filtered ones.
+
+        Source: JupyterHub's documentation, "Scopes in JupyterHub".
+        """
         have = set(map(str, scopes)) if isinstance(scopes, list) else set()
-        return not self._scopes or any(one in have or one.partition("!")[0] in have for one in self._scopes)
+        return not self._scopes or any(scope in have or scope.partition("!")[0] in have for scope in self._scopes)
 
 
 def _parse(response: HTTPResponse) -> Model | None:
-    """The user's model; None where the hub says that there is no such token. Raises IdentityUnavailable."""
+    """The user's model; None if the hub does not know the token. Raises IdentityUnavailable."""
     if response.code in (401, 403):
         return None
     if response.code != 200:
         raise IdentityUnavailable(
-            f"the JupyterHub answered {response.code} to the question whose a token is; try again, or check hub_api_url"
+            f"the JupyterHub answered {response.code} when asked for a token's user; try again, or check hub_api_url"
         )
     try:
         model = json.loads(response.body)
     except (ValueError, RecursionError) as error:
         raise IdentityUnavailable("the JupyterHub's answer is not JSON; check hub_api_url") from error
     if not isinstance(model, dict):
-        raise IdentityUnavailable("the JupyterHub's answer is no user; check hub_api_url")
+        raise IdentityUnavailable("the JupyterHub's answer does not describe a user; check hub_api_url")
     return model

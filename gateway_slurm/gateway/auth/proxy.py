@@ -1,4 +1,4 @@
-"""A reverse proxy that has authenticated the user and says who it is in a header."""
+"""Authentication by a reverse proxy, which names the user in a header."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gateway_slurm.errors import ConfigError, NotAllowed
 from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
 
 UNIX = "unix"
-"""Stands in the list of proxies for whoever connects by a Unix socket."""
+"""In the list of proxies: every client that connects by a Unix socket."""
 
 
 class TrustedHeader:
-    """Believes ``header`` from the TCP peers in ``proxies`` (addresses, networks, or ``unix``).
+    """Accepts ``header`` from the TCP peers in ``proxies`` (addresses, networks, or ``unix``).
 
-    Raises ConfigError for what is none of these.
+    Raises ConfigError for an entry that is none of these.
     """
 
     def __init__(self, header: str, proxies: Sequence[str]) -> None:
@@ -32,13 +32,13 @@ class TrustedHeader:
             ) from error
 
     @property
-    def trusts_this_machine(self) -> bool:
-        """Whether a proxy may connect by this machine's loopback, which then any user of the machine may."""
-        own = [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")]
-        return any(network.is_loopback or any(one in network for one in own) for network in self._networks)
+    def trusts_this_host(self) -> bool:
+        """Whether proxies may connect by this host's loopback address; every user of the host can then do so."""
+        loopback = [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")]
+        return any(network.is_loopback or any(address in network for address in loopback) for network in self._networks)
 
     async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
-        """Raises NotAllowed for the header from anybody else, who can only want to pose as somebody."""
+        """The user in the header. Raises NotAllowed for the header from any other client: it would pose as a user."""
         values = handler.request.headers.get_list(self._header)
         if not values:
             return None
@@ -51,7 +51,7 @@ class TrustedHeader:
         return GatewayUser(values[0])
 
     def _is_proxy(self, handler: RequestHandler) -> bool:
-        """Look at the connection's own peer: ``remote_ip`` may be what X-Forwarded-For says."""
+        """Check the peer of the connection itself: ``remote_ip`` may come from X-Forwarded-For."""
         context = getattr(handler.request.connection, "context", None)
         family, address = getattr(context, "address_family", None), getattr(context, "address", None)
         if family == socket.AF_UNIX:

@@ -1,7 +1,7 @@
-"""Tokens of the gateway's own, one or more for each user: a file of hashes.
+"""Authentication by the gateway's own tokens: one or more for each user, in a file of hashes.
 
-A token is 32 random bytes, so nobody guesses one from its SHA-256, however fast that is: the slow hashes
-are for passwords, which people choose. A short public id in each token says where it is in the file.
+A token is 32 random bytes and cannot be guessed from its SHA-256, however fast that is. Slow hashes are for
+passwords, which people choose. A short public id in each token names its record in the file.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import json
 import os
 import re
 import secrets
-import stat
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,17 +23,28 @@ from urllib.parse import unquote_plus
 from tornado.httputil import HTTPServerRequest
 from tornado.web import RequestHandler
 
-from gateway_slurm._util import locked
+from gateway_slurm._util import LogOnce, exposure, locked, write_atomically
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, RequestError
 from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
 from gateway_slurm.gateway.specs.catalog import FileCache
 
+LOCK_SECONDS: Final = 10.0
+PREFIX: Final = "gws_"
+"""What a token begins with, so that people and secret scanners recognise one."""
+
+_TOKEN: Final = re.compile(rf"{PREFIX}([0-9a-f]{{12}})_[A-Za-z0-9_-]{{43}}", re.ASCII)
+_ID: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
+_HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_NO_HASH: Final = "0" * 64
+_UNUSABLE: Final = "tokens file"
 _AUTHORIZATION: Final = re.compile(r"\s*(?:token|bearer)\s+([!-~]{1,4096})\s*", re.IGNORECASE | re.ASCII)
 _REPLACED: Final = "token=[secret]"
 
+# -- The token in a request --
+
 
 def request_token(request: HTTPServerRequest) -> str | None:
-    """The token of ``Authorization: token …`` or ``Bearer …``; None for any other scheme or none."""
+    """The token of ``Authorization: token …`` or ``Bearer …``; None for any other scheme or no header."""
     match = _AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
     return match[1] if match else None
 
@@ -53,22 +62,12 @@ def take_url_token(request: HTTPServerRequest) -> str | None:
     return unquote_plus(found[0].partition("=")[2])
 
 
-# -- Tokens of the gateway's own, one or more for each user: a file of hashes. --
-
-
-LOCK_SECONDS: Final = 10.0
-PREFIX: Final = "gws_"
-"""What a token begins with, so that people and secret scanners know one when they see it."""
-
-_TOKEN: Final = re.compile(rf"{PREFIX}([0-9a-f]{{12}})_[A-Za-z0-9_-]{{43}}", re.ASCII)
-_ID: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
-_HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_NO_HASH: Final = "0" * 64
+# -- The file of hashes --
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRecord:
-    """What is kept of a token; ``created`` and ``expires`` are seconds since the epoch."""
+    """A token's entry in the file. ``created`` and ``expires`` are seconds since the epoch."""
 
     id: str
     user: str
@@ -84,10 +83,10 @@ class TokenRecord:
 
 
 class TokenFile:
-    """The file of hashes at ``path``. It is read when it has changed; nothing is held open.
+    """The file of hashes at ``path``. It is read when it has changed, and never kept open.
 
-    All methods block, shortly, and may be called by any thread. All raise ConfigError for a file that cannot
-    be used; one that is not there is an empty one.
+    All methods block shortly, may be called by any thread, and raise ConfigError for a file that cannot be used. A
+    file that does not exist has no tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +94,7 @@ class TokenFile:
         self._cache: FileCache[dict[str, TokenRecord]] = FileCache(_parse)
 
     def find(self, token: str) -> TokenRecord | None:
-        """The valid token's record; an id that is not in the file takes as long as one that is."""
+        """The record of a valid token; None for any other. An unknown id takes as long as a known one."""
         match = _TOKEN.fullmatch(token)
         records = self._by_id()
         record = records.get(match[1]) if match else None
@@ -107,17 +106,18 @@ class TokenFile:
         return list(self._by_id().values())
 
     def add(self, user: str, *, service: bool = False, admin: bool = False, days: float | None = None) -> str:
-        """Make a token and return it; it is nowhere else. Raises RequestError for what is no user's name."""
+        """Make a token and return it; the file has only its hash. Raises RequestError if ``user`` is no valid name."""
         if not is_name(user):
-            raise RequestError(f"{user[:200]!r} is no user's name; allowed are {NAMES}", field="user")
+            raise RequestError(f"{user[:200]!r} is not a user's name; allowed are {NAMES}", field="user")
         now = int(time.time())
         expires = None if days is None else now + int(days * 86400)
         with self._edited() as records:
-            identity = next(i for i in iter(lambda: secrets.token_hex(6), "") if all(i != one.id for one in records))
-            token = f"{PREFIX}{identity}_{secrets.token_urlsafe(32)}"
+            used = {record.id for record in records}
+            token_id = next(new for new in iter(lambda: secrets.token_hex(6), "") if new not in used)
+            token = f"{PREFIX}{token_id}_{secrets.token_urlsafe(32)}"
             records.append(
                 TokenRecord(
-                    id=identity,
+                    id=token_id,
                     user=user,
                     sha256=_hash(token),
                     service=service,
@@ -129,7 +129,7 @@ class TokenFile:
         return token
 
     def remove(self, unwanted: Callable[[TokenRecord], bool]) -> list[TokenRecord]:
-        """Take back every token that is ``unwanted``; returns their records."""
+        """Revoke every token that is ``unwanted``; returns their records."""
         with self._edited() as records:
             removed = [record for record in records if unwanted(record)]
             records[:] = [record for record in records if record not in removed]
@@ -145,8 +145,8 @@ class TokenFile:
 
     @contextlib.contextmanager
     def _edited(self) -> Iterator[list[TokenRecord]]:
-        """The records to be changed, under a lock; written when the block ends well."""
-        # A link stays one: what it points to is replaced.
+        """The records, under a lock. The caller changes the list; it is written when the block ends well."""
+        # A symbolic link stays: its target is replaced.
         path = Path(os.path.realpath(self.path))
         try:
             with locked(path.with_name(path.name + ".lock"), LOCK_SECONDS):
@@ -154,20 +154,22 @@ class TokenFile:
                 before = list(records)
                 yield records
                 if records != before:
-                    _write(path, records)
+                    text = json.dumps({"tokens": [asdict(record) for record in records]}, indent=1)
+                    # Durable: a revoked token must not come back after a power failure.
+                    write_atomically(path, text, durable=True)
         except OSError as error:
             raise ConfigError(f"the tokens in {self.path} cannot be changed: {error}") from error
 
 
 class UserTokens:
-    """Knows users by the tokens of a file."""
+    """Authenticates users by the tokens of a file. ``log`` has the reason once when the file cannot be used."""
 
-    def __init__(self, file: TokenFile, complain: Callable[[str], None]) -> None:
+    def __init__(self, file: TokenFile, log: LogOnce) -> None:
         self._file = file
-        self._complain = complain
+        self._log = log
 
     async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
-        """Raises IdentityUnavailable when the file cannot be used: nobody gets in, and it is no token's fault."""
+        """The token's user. Raises IdentityUnavailable when the file cannot be used: no token is to blame."""
         token = request_token(handler.request)
         if token is None or not token.startswith(PREFIX):
             return None
@@ -175,8 +177,9 @@ class UserTokens:
             # In a thread: the file may be on a file system that hangs.
             record = await asyncio.to_thread(self._file.find, token)
         except ConfigError as error:
-            self._complain(str(error))
+            self._log.error(_UNUSABLE, "%s", error)
             raise IdentityUnavailable("tokens cannot be checked: the gateway's log says why") from error
+        self._log.clear(_UNUSABLE)
         return GatewayUser(record.user, admin=record.admin, service=record.service) if record else None
 
 
@@ -184,17 +187,15 @@ def _hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _parse(path: Path, content: bytes, status: os.stat_result) -> dict[str, TokenRecord]:
-    """Raises ValueError for a file that others can get at, or that is not ours."""
-    if status.st_uid not in (os.geteuid(), 0):
-        raise ValueError(f"it belongs to uid {status.st_uid}, and must belong to the gateway's user or to root")
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        raise ValueError(f"others can read or write it; run: chmod 600 {path}")
+def _parse(_path: Path, content: bytes, status: os.stat_result) -> dict[str, TokenRecord]:
+    """The records by id. Raises ValueError for a file that is not private, or that holds anything else."""
+    if why := exposure(status):
+        raise ValueError(why)
     try:
         entries = json.loads(content)["tokens"]
         records = [_record(entry) for entry in entries]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"it is not what `jupyter slurm token` wrote ({type(error).__name__}: {error})") from error
+        raise ValueError(f"`jupyter slurm token` did not write it ({type(error).__name__}: {error})") from error
     return {record.id: record for record in records}
 
 
@@ -207,21 +208,3 @@ def _record(entry: dict[str, Any]) -> TokenRecord:
     if not isinstance(record.created, int) or not isinstance(record.expires, int | None):
         raise ValueError(f"the times of {record.id} are not numbers")
     return record
-
-
-def _write(path: Path, records: Sequence[TokenRecord]) -> None:
-    """Replace the file whole, 0600; one that root changes stays its owner's."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "w") as file:
-            json.dump({"tokens": [asdict(record) for record in records]}, file, indent=1)
-            if os.geteuid() == 0 and path.exists():
-                owner = path.stat()
-                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
-            file.flush()
-            # A token that was taken back must not come back with the power.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
