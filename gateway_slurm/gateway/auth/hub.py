@@ -57,7 +57,7 @@ class HubTokens:
         self._client: SimpleAsyncHTTPClient | None = None
 
     async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
-        """The token's user. Raises IdentityUnavailable if the hub does not answer, NotAllowed if the user has no access."""
+        """The token's user. Raises IdentityUnavailable if the hub is silent, NotAllowed for a user without access."""
         token = request_token(handler.request)
         # The gateway's own tokens are not sent to the hub.
         if token is None or token.startswith(PREFIX):

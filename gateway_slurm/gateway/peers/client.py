@@ -1,4 +1,4 @@
-"""Asking another gateway: over HTTP(S), with what the client has shown of who it is."""
+"""Requests to another gateway, over HTTP(S), with the client's own credentials."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from gateway_slurm.errors import ConfigError, GatewaySlurmError
 from gateway_slurm.gateway.peers.peers import Peer
 
 FORWARDED_BY: Final = "Gateway-Slurm-Forwarded-By"
-"""Marks a request that came through another gateway, whose id it holds: it is passed on no further."""
+"""The header of a forwarded request, with the id of the gateway that forwarded it. It is not forwarded again."""
 
 CONNECT_SECONDS: Final = 3.0
 MAX_ANSWER_SECONDS: Final = 300.0
-"""Seconds that a restart, or a kernel's end, may take at the other gateway."""
+"""How long a restart or the end of a kernel may take at the other gateway."""
 UPGRADE_SECONDS: Final = 15.0
-"""Seconds for a websocket to open, which waits for no kernel."""
+"""How long a websocket may take to open. It does not wait for the kernel."""
 _MAX_REQUESTS: Final = 1000
 _MAX_MESSAGE_BYTES: Final = 1 << 30
-"""Bytes of one message or answer; a kernel's own gateway has bounded it already."""
+"""Of one message or answer. The kernel's own gateway applies the real limit."""
 
-# What says who the client is, and what it sends and wants. Not Origin, which this gateway has judged, and
-# Host, which is the peer's own.
+# Headers that carry the client's credentials and its content. Not Origin, which this gateway has checked, nor Host,
+# which is the peer's own.
 _HEADERS: Final = ("Authorization", "Cookie", "Content-Type", "Accept", "User-Agent")
 
 
 class PeerUnreachable(GatewaySlurmError):
-    """The other gateway did not answer; ``sent``: it may have had the request, and done it."""
+    """The other gateway did not answer. With ``sent`` it may have received the request, and acted on it."""
 
     def __init__(self, message: str, *, sent: bool) -> None:
         super().__init__(message)
@@ -44,11 +44,11 @@ class PeerUnreachable(GatewaySlurmError):
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardedRequest:
-    """A client's request as it goes on to a peer."""
+    """A client's request in the form in which it is sent to a peer."""
 
     method: str
     path: str
-    """With its query, below the base URL; without a token, which is in a header."""
+    """Below the base URL, with the query. A token is in a header instead."""
     headers: Mapping[str, str]
     body: bytes | None = None
 
@@ -56,10 +56,10 @@ class ForwardedRequest:
     def of(
         cls, request: HTTPServerRequest, base_url: str, server_id: str, *, proof: Sequence[str] = ()
     ) -> ForwardedRequest:
-        """``proof``: further headers that say who the client is, such as a trusted proxy's."""
+        """``proof``: further headers that carry credentials, such as a trusted proxy's."""
         headers = {name: request.headers[name] for name in (*_HEADERS, *proof) if name in request.headers}
         headers |= {FORWARDED_BY: server_id or "gateway", "X-Forwarded-For": str(request.remote_ip)}
-        # Authentication has taken a token out of these.
+        # Authentication has removed the token from these.
         query = urlencode([(name, value) for name, values in request.query_arguments.items() for value in values])
         path = request.path[len(base_url) :].lstrip("/")
         has_body = request.method in ("POST", "PUT", "PATCH")
@@ -70,15 +70,15 @@ class ForwardedRequest:
             body=request.body if has_body else None,
         )
 
-    def at(self, path: str) -> ForwardedRequest:
-        """The same client's question for something else."""
+    def get(self, path: str) -> ForwardedRequest:
+        """A GET request for another path, with the same client's credentials."""
         return ForwardedRequest(method="GET", path=path, headers=self.headers)
 
 
 class PeerClient:
-    """Sends requests to peers. ``ca_file``: who signs their certificates; "" for the system's authorities.
+    """Sends requests to peers. ``ca_file`` has the authorities for their certificates; "" for the system's authorities.
 
-    Raises ConfigError for a file that cannot be used. ``close`` it on the loop that it was used on.
+    Raises ConfigError for a file that cannot be used. Its owner calls ``close``, on the loop that it was used on.
     """
 
     def __init__(self, ca_file: str = "") -> None:
@@ -88,7 +88,9 @@ class PeerClient:
             raise ConfigError(f"SlurmGatewayApp.peer_cafile={ca_file!r} cannot be used: {error}") from error
         self._client: SimpleAsyncHTTPClient | None = None
 
-    async def send(self, peer: Peer, passed: ForwardedRequest, *, timeout: float = MAX_ANSWER_SECONDS) -> HTTPResponse:
+    async def send(
+        self, peer: Peer, forwarded: ForwardedRequest, *, timeout: float = MAX_ANSWER_SECONDS
+    ) -> HTTPResponse:
         """The peer's answer, whatever its status. Raises PeerUnreachable after ``timeout`` seconds or earlier."""
         if self._client is None:
             self._client = SimpleAsyncHTTPClient(
@@ -98,14 +100,14 @@ class PeerClient:
                 max_body_size=_MAX_MESSAGE_BYTES,
             )
         request = HTTPRequest(
-            _url(peer, passed.path),
-            method=passed.method,
-            headers=dict(passed.headers),
-            body=passed.body,
+            _url(peer, forwarded.path),
+            method=forwarded.method,
+            headers=dict(forwarded.headers),
+            body=forwarded.body,
             connect_timeout=min(CONNECT_SECONDS, timeout),
             request_timeout=timeout,
             ssl_options=self._tls,
-            follow_redirects=False,  # would carry the credentials to somebody else
+            follow_redirects=False,  # a redirect would carry the credentials to another host
             decompress_response=False,
             allow_nonstandard_methods=True,
         )
@@ -119,15 +121,15 @@ class PeerClient:
             raise PeerUnreachable(f"{peer.url}: {error}", sent=False) from error
 
     async def websocket(
-        self, peer: Peer, passed: ForwardedRequest, subprotocols: list[str]
+        self, peer: Peer, forwarded: ForwardedRequest, subprotocols: list[str]
     ) -> WebSocketClientConnection:
         """A websocket that the peer has accepted.
 
         Raises HTTPClientError with the status of a refusal, and PeerUnreachable.
         """
         request = HTTPRequest(
-            "ws" + _url(peer, passed.path).removeprefix("http"),
-            headers=dict(passed.headers),
+            "ws" + _url(peer, forwarded.path).removeprefix("http"),
+            headers=dict(forwarded.headers),
             connect_timeout=CONNECT_SECONDS,
             request_timeout=UPGRADE_SECONDS,
             ssl_options=self._tls,
@@ -150,7 +152,7 @@ class PeerClient:
         return connection
 
     def close(self) -> None:
-        """Give the connections up."""
+        """Close the connections."""
         if self._client is not None:
             self._client.close()
             self._client = None

@@ -1,7 +1,7 @@
-"""The directory of a deployment: what its gateways have put on record in their store.
+"""The directory of a deployment: the records of its gateways in their common store.
 
-The store is asked in threads of our own, each answer within seconds: a database that hangs is no other
-request's trouble.
+The store is queried in threads of the directory's own, with a time limit: a database that hangs delays no other
+request.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ T = TypeVar("T")
 
 ANSWER_SECONDS: Final = 3.0
 _THREADS: Final = 2
-_SILENT: Final = "the gateway that has it does not answer; if it is gone another one takes the kernel over"
+_SILENT: Final = (
+    "the gateway that has this kernel does not answer; if it is gone, another gateway takes the kernel over"
+)
 
 
 class StoreDirectory:
-    """Asks the store of a service's registry. ``close`` gives the threads up."""
+    """Queries the store of a service's registry. Its owner calls ``close``."""
 
     def __init__(self, service: SlurmService) -> None:
         self._service = service
@@ -43,40 +45,40 @@ class StoreDirectory:
         return self._service.registry if self._service.is_open else None
 
     async def others(self) -> list[Peer]:
-        """The deployment's other gateways; dead ones as long as they have something on record."""
-        return await self._ask(lambda look: look.others(), [])
+        """The deployment's other gateways, and the dead ones that still have records."""
+        return await self._ask(lambda queries: queries.others(), [])
 
     async def kernel(self, kernel_id: str) -> Location | None:
-        """Whose kernel that is."""
-        return await self._ask(lambda look: look.kernel(kernel_id), None)
+        """The gateway that has the kernel."""
+        return await self._ask(lambda queries: queries.kernel(kernel_id), None)
 
     async def session(self, session_id: str) -> Location | None:
-        """Whose session that is."""
-        return await self._ask(lambda look: look.session(session_id), None)
+        """The gateway that has the session."""
+        return await self._ask(lambda queries: queries.session(session_id), None)
 
     async def session_at(self, owner: str, path: str) -> Location | None:
-        """Who has this user's session of this document; None where it is this gateway, which would know."""
-        found = await self._ask(lambda look: look.session_at(owner, path), None)
+        """The other gateway that has this user's session of this document."""
+        found = await self._ask(lambda queries: queries.session_at(owner, path), None)
         return None if found is None or found.peer.server_id == self.server_id else found
 
     async def owners(self) -> Mapping[str, str]:
-        """The kernels of all other gateways, and who owns them."""
-        return await self._ask(lambda look: look.owners(), {})
+        """The owners of all other gateways' kernels, by kernel id."""
+        return await self._ask(lambda queries: queries.owners(), {})
 
     async def records_of(self, server_ids: Collection[str]) -> PeerRecords:
-        """What is on record of these gateways."""
-        return await self._ask(lambda look: look.records_of(server_ids), PeerRecords())
+        """The records of these gateways."""
+        return await self._ask(lambda queries: queries.records_of(server_ids), PeerRecords())
 
     def close(self) -> None:
-        """The gateway ends; a question that hangs is left to itself."""
+        """End the threads, without waiting for a query that hangs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _ask(self, question: Callable[[_StoreQueries], T], alone: T) -> T:
-        """Raise DirectoryUnavailable; ``alone`` is the answer of a gateway that has no others."""
+    async def _ask(self, query: Callable[[_StoreQueries], T], alone: T) -> T:
+        """Run a query in a thread. ``alone`` is the answer without other gateways. Raises DirectoryUnavailable."""
         registry, deployment = self._registry, self._service.deployment
         if registry is None or not deployment:
             return alone
-        asked = asyncio.get_running_loop().run_in_executor(self._threads, question, _StoreQueries(registry, deployment))
+        asked = asyncio.get_running_loop().run_in_executor(self._threads, query, _StoreQueries(registry, deployment))
         try:
             return await asyncio.wait_for(asked, ANSWER_SECONDS)
         except asyncio.TimeoutError as error:
@@ -86,13 +88,13 @@ class StoreDirectory:
 
 
 class _StoreQueries:
-    """Questions to the store. Blocking; raises StoreError."""
+    """Queries of the store. All methods block and raise StoreError."""
 
     def __init__(self, registry: Registry, deployment: str) -> None:
         self._registry, self._deployment = registry, deployment
 
     def others(self) -> list[Peer]:
-        return [_peer(one) for one in self._servers() if one.server_id != self._registry.server_id]
+        return [_peer(server) for server in self._servers() if server.server_id != self._registry.server_id]
 
     def kernel(self, kernel_id: str) -> Location | None:
         return self._location(self._store.kernel_ownership(self._deployment, kernel_id))
@@ -111,11 +113,11 @@ class _StoreQueries:
         for rows in map(self._store.rows_of, server_ids):
             models = {record.kernel_id: _kernel_model(record) for record in rows.kernels}
             makers = {record.kernel_id: str(record.manager.get("maker", "")) for record in rows.kernels}
-            kernels += [(one.owner, makers[one.kernel_id], models[one.kernel_id]) for one in rows.kernels]
+            kernels += [(record.owner, makers[record.kernel_id], models[record.kernel_id]) for record in rows.kernels]
             sessions += [
-                (one.owner, makers[one.kernel_id], _session_model(one, models[one.kernel_id]))
-                for one in rows.sessions
-                if one.kernel_id in models
+                (session.owner, makers[session.kernel_id], _session_model(session, models[session.kernel_id]))
+                for session in rows.sessions
+                if session.kernel_id in models
             ]
         return PeerRecords(kernels=tuple(kernels), sessions=tuple(sessions))
 
@@ -132,7 +134,7 @@ class _StoreQueries:
         return Location(peer=peer, owner=owner)
 
     def _servers(self) -> list[ServerRecord]:
-        return [one for one in self._registry.servers() if one.deployment == self._deployment]
+        return [server for server in self._registry.servers() if server.deployment == self._deployment]
 
 
 def _peer(server: ServerRecord) -> Peer:
@@ -140,7 +142,7 @@ def _peer(server: ServerRecord) -> Peer:
 
 
 def _kernel_model(record: KernelRecord) -> dict[str, Any]:
-    """As Jupyter's, for clients that must not take the kernel for gone; nobody knows now what it does."""
+    """A model as Jupyter's, so that clients do not take the kernel for gone. Its execution state is not known."""
     began = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime(record.started_at or 0))
     return {
         "id": record.kernel_id,

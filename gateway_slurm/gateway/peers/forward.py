@@ -1,7 +1,7 @@
-"""A request for what another gateway has is passed on to it, and its answer is the client's.
+"""Requests for a kernel, session or allocation of another gateway: they are forwarded, and the client gets its answer.
 
-The other gateway asks anew who the client is: nobody is believed because a peer says so. A request that was
-passed on once is answered by whom it has reached, so that none goes round.
+The other gateway authenticates the client itself, by the client's own credentials. A forwarded request is never
+forwarded again, so that none goes round in a circle.
 """
 
 from __future__ import annotations
@@ -32,40 +32,42 @@ from gateway_slurm.gateway.peers.peers import (
 from gateway_slurm.service import SlurmService
 
 ASK_SECONDS: Final = 3.0
-"""For so long all peers are asked whether they have what no record names yet."""
+"""How long the peers may take to say whether they have what is not on record yet."""
 WAIT_SECONDS: Final = 5.0
-"""For so long a request waits while what it is for is being taken over."""
+"""How long a request waits while its kernel or session is being taken over."""
 POLL_SECONDS: Final = 0.25
 RETRY_AFTER: Final = "1"
 
 MOVED_STATUSES: Final = (404, 409)
-"""Statuses by which a peer may say that it no longer has a kernel."""
+"""A peer that no longer has a kernel may answer with one of these."""
 
-# The argument of a route, and where such things are.
+# For each argument of a route: the collection that it is a key of.
 _COLLECTIONS: Final = {"kernel_id": KERNELS, "session_id": SESSIONS, "jobid": ALLOCATIONS}
-# The headers of an answer that are the client's; the others this gateway sets itself.
+# The headers that the client gets from the peer's answer. This gateway sets all others itself.
 _ANSWER_HEADERS: Final = ("Location", "Retry-After", "WWW-Authenticate", "Cache-Control")
-TRY_AGAIN: Final = "the gateway that has this does not answer; another one takes over from one that is gone: try again"
+TRY_AGAIN: Final = (
+    "the gateway that has this does not answer; if it is gone, another gateway takes over from it: try again"
+)
 
 
 class Forwarder:
-    """What the gateway's handlers share for passing on; one per gateway, made by the application."""
+    """Finds the gateway that has something, and forwards requests to it. The application calls ``close``."""
 
     def __init__(self, peers: Peers, client: PeerClient, *, proof: tuple[str, ...] = ()) -> None:
         self.peers, self.client, self.proof = peers, client, proof
 
     def close(self) -> None:
-        """The gateway ends."""
+        """Close the websockets, the connections and the directory."""
         self.peers.close()
         self.client.close()
         self.peers.directory.close()
 
-    # -- who has it ---------------------------------------------------------------------------------
+    # -- Which gateway has it --
 
     async def find(self, handler: RequestHandler, collection: str, key: str, *, fresh: bool = False) -> Location | None:
-        """Who has it: as the records say, or, where they do not know, who says so when asked.
+        """The gateway that has it on record; if no record names it, the peer that has it when asked.
 
-        A kernel that was made a moment ago is on nobody's record yet. Raises HTTPError 503.
+        A kernel that was made a moment ago is not on record yet. Raises HTTPError 503 if the store does not answer.
         """
         if collection == ALLOCATIONS:
             return await self._ask_all(handler, collection, key)
@@ -74,16 +76,16 @@ class Forwarder:
         except DirectoryUnavailable as error:
             found = await self._ask_all(handler, collection, key)
             if found is None:
-                raise web.HTTPError(503, f"nobody knows now whose this is: {error}") from error
+                raise web.HTTPError(503, f"it is not known now which gateway has this: {error}") from error
         if found is None:
             return await self._ask_all(handler, collection, key)
         return found if may_see(handler.current_user, found) else None
 
     async def _ask_all(self, handler: RequestHandler, collection: str, key: str) -> Location | None:
-        # One that has just been started is among them.
+        # Look the gateways up again: one of them may have just started.
         peers = [peer for peer in await self.peers.others(fresh=True) if peer.can_be_asked]
-        passed = self.request_of(handler).at(f"api/{collection}/{key}")
-        asking = [asyncio.ensure_future(self._has(peer, passed)) for peer in peers]
+        request = self.request_of(handler).get(f"api/{collection}/{key}")
+        asking = [asyncio.ensure_future(self._has(peer, request)) for peer in peers]
         try:
             for answered in asyncio.as_completed(asking):
                 peer = await answered
@@ -94,27 +96,27 @@ class Forwarder:
                 task.cancel()
         return None
 
-    async def _has(self, peer: Peer, passed: ForwardedRequest) -> Peer | None:
+    async def _has(self, peer: Peer, request: ForwardedRequest) -> Peer | None:
         try:
-            answer = await self.client.send(peer, passed, timeout=ASK_SECONDS)
+            answer = await self.client.send(peer, request, timeout=ASK_SECONDS)
         except PeerUnreachable:
             return None
         return peer if answer.code == 200 else None
 
-    # -- passing on ---------------------------------------------------------------------------------
+    # -- Forwarding --
 
     def request_of(self, handler: RequestHandler) -> ForwardedRequest:
-        """The handler's request, as it goes to a peer."""
+        """The handler's request, in the form in which it is sent to a peer."""
         base_url: str = handler.settings.get("base_url", "/")
         return ForwardedRequest.of(handler.request, base_url, self.peers.server_id, proof=self.proof)
 
     async def wait_for_holder(
         self, is_here: Callable[[], bool], find: Callable[[bool], Awaitable[Location | None]]
     ) -> tuple[bool, Peer | None]:
-        """Whether it is here, or else which living peer has it; (False, None) is nobody.
+        """Whether this gateway has it, and else the living peer that has it; (False, None) if no gateway has it.
 
-        ``find`` is told whether it is to look anew. What is just being taken over, from a dead gateway or by
-        this one, is waited for, shortly. Raises HTTPError 503 where that takes longer.
+        ``find`` gets True to look without a cache. A takeover from a dead gateway is awaited. Raises HTTPError 503
+        after WAIT_SECONDS.
         """
         deadline, fresh = time.monotonic() + WAIT_SECONDS, False
         while not is_here():
@@ -139,42 +141,42 @@ class Forwarder:
             lambda again: self.find(handler, collection, key, fresh=fresh or again),
         )
 
-    async def send(self, peer: Peer, passed: ForwardedRequest) -> HTTPResponse | None:
-        """The peer's answer, or None from one that has not had the request.
+    async def send(self, peer: Peer, request: ForwardedRequest) -> HTTPResponse | None:
+        """The peer's answer; None if the peer has not received the request.
 
-        Raises HTTPError 503 when it is not known whether the peer has done what was asked.
+        Raises HTTPError 503 if it is not known whether the peer has acted on the request.
         """
         try:
-            answer = await self._answer_of(peer, passed)
+            answer = await self._answer_of(peer, request)
         except PeerUnreachable as error:
             self.peers.unreachable(peer, str(error))
-            if error.sent and passed.method != "GET":
+            if error.sent and request.method != "GET":
                 raise web.HTTPError(503, TRY_AGAIN) from error
             return None
         self.peers.reachable(peer)
         return answer
 
-    async def _answer_of(self, peer: Peer, passed: ForwardedRequest) -> HTTPResponse:
-        """What takes long is waited for as long as the peer lives: one that hangs has a lease that is soon over."""
-        sending = asyncio.ensure_future(self.client.send(peer, passed))
+    async def _answer_of(self, peer: Peer, request: ForwardedRequest) -> HTTPResponse:
+        """Wait for the answer as long as the peer lives: the lease of a peer that hangs soon expires."""
+        sending = asyncio.ensure_future(self.client.send(peer, request))
         try:
             while True:
                 done, _pending = await asyncio.wait({sending}, timeout=WATCH_SECONDS)
                 if done:
                     return sending.result()
                 if not await self.peers.lives(peer):
-                    raise PeerUnreachable(f"{peer.url}: it has not been heard of for too long", sent=True)
+                    raise PeerUnreachable(f"{peer.url}: its lease has expired", sent=True)
         finally:
             sending.cancel()
 
 
 def is_forwarded(handler: RequestHandler) -> bool:
-    """Whether another gateway has sent the request here."""
+    """Whether another gateway has forwarded the request to this one."""
     return FORWARDED_BY in handler.request.headers
 
 
 def is_here(handler: RequestHandler, collection: str, key: str) -> bool:
-    """Whether this gateway has it."""
+    """Whether this gateway has the kernel, session or allocation."""
     if collection == KERNELS:
         return key in handler.settings["kernel_manager"]
     if collection == SESSIONS:
@@ -183,12 +185,12 @@ def is_here(handler: RequestHandler, collection: str, key: str) -> bool:
 
 
 def may_see(user: Any, found: Location) -> bool:
-    """Whether it is worth asking for this user: the peer judges, but others' are not even waited for."""
+    """Whether the user may be allowed to see it. The peer decides; a request that it must refuse is not forwarded."""
     return not found.owner or user.admin or user.service or user.username == found.owner
 
 
 class ForwardsRequests(web.RequestHandler):
-    """A handler whose routes name a kernel, a session or an allocation, which may be at another gateway."""
+    """A handler whose routes name a kernel, session or allocation that another gateway may have."""
 
     @property
     def forwarder(self) -> Forwarder:
@@ -196,7 +198,7 @@ class ForwardsRequests(web.RequestHandler):
         return forwarder
 
     async def forward_to_holder(self) -> None:
-        """Answer with the peer's answer; nothing is done where this gateway, or nobody, has it."""
+        """Forward the request and relay the answer, if a peer has what the route names."""
         named = next((name for name in _COLLECTIONS if name in self.path_kwargs), None)
         if named is None or is_forwarded(self) or not isinstance(self.current_user, GatewayUser):
             return
@@ -207,8 +209,8 @@ class ForwardsRequests(web.RequestHandler):
                 self.relay_answer(answer)
 
     async def _answer_of_holder(self, collection: str, key: str) -> HTTPResponse | None:
-        """The answer of whoever has it; None where that is this gateway, or nobody. Raises HTTPError 503."""
-        passed, deadline = self.forwarder.request_of(self), time.monotonic() + WAIT_SECONDS
+        """The answer of the peer that has it; None if no peer has it. Raises HTTPError 503."""
+        request, deadline = self.forwarder.request_of(self), time.monotonic() + WAIT_SECONDS
         asked: Peer | None = None
         answer: HTTPResponse | None = None
         while True:
@@ -217,8 +219,8 @@ class ForwardsRequests(web.RequestHandler):
                 return None
             if peer is None or (peer == asked and answer is not None):
                 return answer
-            answer = await self.forwarder.send(peer, passed)
-            # It may have moved a moment ago: once more it is asked whose it is.
+            answer = await self.forwarder.send(peer, request)
+            # It may have moved a moment ago: look it up once more.
             if answer is not None and (answer.code not in MOVED_STATUSES or asked is not None):
                 return answer
             asked = peer
@@ -228,7 +230,7 @@ class ForwardsRequests(web.RequestHandler):
                 await asyncio.sleep(POLL_SECONDS)
 
     def relay_answer(self, answer: HTTPResponse, status: int | None = None) -> None:
-        """The peer's answer is the client's, with another ``status`` if there is one."""
+        """Send the peer's answer to the client, with ``status`` in place of its own if there is one."""
         self.set_status(status or answer.code, answer.reason if status is None else None)
         for name in _ANSWER_HEADERS:
             if name in answer.headers:
@@ -239,13 +241,13 @@ class ForwardsRequests(web.RequestHandler):
         else:
             self.finish(answer.body, set_content_type=kind)  # type: ignore[call-arg] # APIHandler has it
 
-    # -- sessions -------------------------------------------------------------------------------------
+    # -- Sessions --
 
     async def forward_session(self, owner: str, path: str, kernel_id: str) -> bool:
-        """Whether POST /api/sessions was answered by a peer.
+        """Forward POST /api/sessions and relay the answer; False if this gateway must handle the request.
 
-        By the one that has the document's session, or the kernel that is named; else by the one that all
-        agree upon, so that two gateways asked at the same time do not make two sessions.
+        It goes to the gateway that has the document's session, or the named kernel; else to the preferred peer, so
+        that two gateways do not make two sessions at the same time.
         """
         sessions, forwarder = self.settings["session_manager"], self.forwarder
         if is_forwarded(self):
@@ -264,20 +266,20 @@ class ForwardsRequests(web.RequestHandler):
         return True
 
     async def create_session_at_peer(self, kernel_id: str, body: dict[str, Any]) -> HTTPResponse | None:
-        """A peer's answer to POST /api/sessions for a kernel of its own; None for a kernel that is no peer's.
+        """A peer's answer to POST /api/sessions for a kernel that the peer has; None if no peer has the kernel.
 
-        Also for a request that was passed on: this is another one, and goes no further. Raises HTTPError with
-        the peer's status where it refuses.
+        Forwarded requests are allowed: this is a new request, which the peer does not forward. Raises HTTPError with
+        the peer's status if the peer refuses.
         """
         if not kernel_id:
             return None
         _here, peer = await self.forwarder.find_holder(self, KERNELS, kernel_id)
         if peer is None:
             return None
-        question = replace(
+        request = replace(
             self.forwarder.request_of(self), method="POST", path="api/sessions", body=json.dumps(body).encode()
         )
-        answer = await self.forwarder.send(peer, question)
+        answer = await self.forwarder.send(peer, request)
         if answer is None:
             raise web.HTTPError(503, TRY_AGAIN)
         if answer.code != 201:
@@ -286,18 +288,20 @@ class ForwardsRequests(web.RequestHandler):
 
 
 async def check_deployment_limits(handler: ForwardsRequests, owner: str) -> None:
-    """Raise HTTPError 429 where the kernels at all gateways are as many as may be."""
+    """Raise HTTPError 429 if all gateways together have as many kernels as the limits allow."""
     manager = handler.settings["kernel_manager"]
     if manager.max_kernels or manager.max_kernels_per_user:
         manager.check_limits(owner, await handler.forwarder.peers.owners())
 
 
 async def refuse_taken_id(handler: ForwardsRequests, kernel_id: str) -> None:
-    """Raise HTTPError 409 for an id that a kernel of another gateway has, whoever's it is."""
+    """Raise HTTPError 409 for an id that a kernel of another gateway has, and 503 if the store does not answer."""
     peers = handler.forwarder.peers
     try:
         found = await peers.find(KERNELS, kernel_id, fresh=True)
     except DirectoryUnavailable as error:
-        raise web.HTTPError(503, f"nobody knows now whether there is a kernel {kernel_id} already: {error}") from error
+        raise web.HTTPError(
+            503, f"it is not known now whether there is a kernel {kernel_id} already: {error}"
+        ) from error
     if found is not None and found.peer.server_id != peers.server_id:
         raise web.HTTPError(409, f"there is a kernel {kernel_id} already")

@@ -1,4 +1,4 @@
-"""Lists of what a user has at all gateways: each is asked, and what one does not tell in time is on record."""
+"""Lists of a user's kernels, sessions and allocations at all gateways; the store stands in for a silent gateway."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from gateway_slurm.gateway.peers.forward import Forwarder, is_forwarded
 from gateway_slurm.gateway.peers.peers import KERNELS, SESSIONS, DirectoryUnavailable, Peer, PeerRecords
 
 LIST_SECONDS: Final = 2.0
-"""For so long the others are waited for: a frontend asks for its lists every few seconds."""
+"""How long a list waits for the other gateways: a frontend asks for its lists every few seconds."""
 
 Models = list[dict[str, Any]]
 
 
-async def with_peers(handler: RequestHandler, collection: str, own: Models) -> Models:
-    """``own`` and what the other gateways have for this user; what is here counts where two have it.
+async def with_peers(handler: RequestHandler, collection: str, local: Models) -> Models:
+    """``local``, and the other gateways' models for this user. Of two models with one id, the local one counts.
 
-    A request that comes from another gateway gets what is here. What a gateway does not tell within
-    LIST_SECONDS is as the store has it, so that no client takes it for gone.
+    A forwarded request gets ``local`` only. For a gateway that does not answer within LIST_SECONDS the store's records
+    are used, so that no client takes its kernels for gone.
     """
     forwarder: Forwarder = handler.settings["forwarder"]
     if is_forwarded(handler):
-        return own
+        return local
     others = await forwarder.peers.others()
     if not others:
-        return own
-    passed = forwarder.request_of(handler).at(f"api/{collection}")
-    answers = await asyncio.gather(*(_list_of(forwarder, peer, passed) for peer in others))
+        return local
+    request = forwarder.request_of(handler).get(f"api/{collection}")
+    answers = await asyncio.gather(*(_list_of(forwarder, peer, request) for peer in others))
     silent = [peer.server_id for peer, answer in zip(others, answers, strict=True) if answer is None]
-    models = [*own, *(model for answer in answers if answer is not None for model in answer)]
+    models = [*local, *(model for answer in answers if answer is not None for model in answer)]
     if silent:
-        models += _visible(await _kept(forwarder, silent), collection, handler.current_user)
+        models += _visible(await _records_of(forwarder, silent), collection, handler.current_user)
     return list(_merged(models, "jobid" if collection not in (KERNELS, SESSIONS) else "id"))
 
 
-async def _list_of(forwarder: Forwarder, peer: Peer, passed: ForwardedRequest) -> Models | None:
-    """What the peer has; None where it does not say."""
+async def _list_of(forwarder: Forwarder, peer: Peer, request: ForwardedRequest) -> Models | None:
+    """The peer's models; None if the peer does not answer."""
     if not peer.can_be_asked:
         return None
     try:
-        answer = await forwarder.client.send(peer, passed, timeout=LIST_SECONDS)
+        answer = await forwarder.client.send(peer, request, timeout=LIST_SECONDS)
         models = json.loads(answer.body) if answer.code == 200 else None
     except PeerUnreachable as error:
         forwarder.peers.unreachable(peer, str(error))
@@ -59,20 +59,20 @@ async def _list_of(forwarder: Forwarder, peer: Peer, passed: ForwardedRequest) -
     return [model for model in models if isinstance(model, dict)]
 
 
-async def _kept(forwarder: Forwarder, silent: list[str]) -> PeerRecords:
+async def _records_of(forwarder: Forwarder, silent: list[str]) -> PeerRecords:
     try:
         return await forwarder.peers.directory.records_of(silent)
     except DirectoryUnavailable:
-        return PeerRecords()  # has been told when it was asked for the gateways
+        return PeerRecords()  # logged when the gateways were looked up
 
 
-def _visible(kept: PeerRecords, collection: str, user: Any) -> Models:
-    entries = {KERNELS: kept.kernels, SESSIONS: kept.sessions}.get(collection, ())
+def _visible(records: PeerRecords, collection: str, user: Any) -> Models:
+    entries = {KERNELS: records.kernels, SESSIONS: records.sessions}.get(collection, ())
     return [model for owner, maker, model in entries if can_see(user, owner, maker)]
 
 
 def _merged(models: Models, key: str) -> Models:
-    """One model for each id; of a job that several gateways use the kernels of all."""
+    """One model for each id. A job that several gateways use gets the kernels of all."""
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         known = found.setdefault(str(model.get(key)), model)

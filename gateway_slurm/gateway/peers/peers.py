@@ -1,8 +1,8 @@
 """The other gateways of the deployment: which of them has a kernel, and whether it lives.
 
-Several gateways share one store. Each kernel, session and allocation is one gateway's; a request that comes
-to another one is passed on (``forwarder``), with the client's own credentials, and at most once. What is known
-of the others comes from a ``Directory``, which is the store's in a deployment.
+Several gateways share one store. One gateway has each kernel, session and allocation. Another gateway forwards a
+request for it (``forward``), with the client's own credentials and at most once. A ``Directory`` tells a gateway about
+the others; in a deployment it reads the store.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
+from gateway_slurm._util import LogOnce
 from gateway_slurm.errors import GatewaySlurmError
 
 T = TypeVar("T")
@@ -25,9 +26,13 @@ SESSIONS: Final = "sessions"
 ALLOCATIONS: Final = "allocations"
 
 CACHED_SECONDS: Final = 2.0
-"""For so long it is not asked again whose a kernel is: a frontend asks for it many times a second."""
+"""How long a kernel's location is cached: a frontend asks for a kernel many times a second."""
 MAX_CACHED: Final = 4096
 WATCH_SECONDS: Final = 2.0
+SERVICE_RESTART: Final = 1012
+"""WebSocket close code: the client should connect again (IANA's registry; RFC 6455 section 7.4.2)."""
+
+_STORE: Final = "store"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +45,13 @@ class Peer:
 
     @property
     def can_be_asked(self) -> bool:
-        """Whether a request can be passed on to it: one without an address cannot be reached by its peers."""
+        """Whether requests can be forwarded to it: it lives, and its peers know its URL."""
         return self.lives and bool(self.url)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Which gateway has something, and which user owns it ("" where that is not known)."""
+    """The gateway that has a kernel, session or allocation, and the user who owns it ("" if not known)."""
 
     peer: Peer
     owner: str = ""
@@ -54,59 +59,59 @@ class Location:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerRecords:
-    """What is on record of other gateways: the models of their kernels and sessions, each with its owner and maker."""
+    """The records of other gateways: models of kernels and sessions, each after its owner and the user who made it."""
 
     kernels: tuple[tuple[str, str, dict[str, Any]], ...] = ()
     sessions: tuple[tuple[str, str, dict[str, Any]], ...] = ()
 
 
 class Directory(Protocol):
-    """What is written down of who has what. Every method may raise DirectoryUnavailable, and blocks no loop."""
+    """The records of which gateway has what. Every method may raise DirectoryUnavailable; none blocks the loop."""
 
     @property
     def server_id(self) -> str:
-        """The gateway's own; "" before it has one."""
+        """The id of this gateway; "" before it has one."""
 
     async def others(self) -> list[Peer]:
-        """The deployment's other gateways; dead ones as long as nobody has taken over what they had."""
+        """The deployment's other gateways, and the dead ones whose kernels no gateway has taken over yet."""
 
     async def kernel(self, kernel_id: str) -> Location | None:
-        """Whose kernel that is: another gateway's or this one's; None for one that nobody has on record."""
+        """The gateway that has the kernel, which may be this one; None if the kernel is not on record."""
 
     async def session(self, session_id: str) -> Location | None:
-        """Whose session that is."""
+        """The gateway that has the session."""
 
     async def session_at(self, owner: str, path: str) -> Location | None:
-        """Who has this user's session of this document."""
+        """The other gateway that has this user's session of this document."""
 
     async def owners(self) -> Mapping[str, str]:
-        """The kernels of all other gateways, starting ones included: their ids, and the users who own them."""
+        """The owners of all other gateways' kernels, by kernel id; starting kernels are included."""
 
     async def records_of(self, server_ids: Collection[str]) -> PeerRecords:
-        """What is on record of these gateways."""
+        """The records of these gateways."""
 
     def close(self) -> None:
-        """Nobody asks any more."""
+        """Release what the directory holds."""
 
 
 class DirectoryUnavailable(GatewaySlurmError):
-    """The store does not answer: nobody knows now whose a kernel is."""
+    """The store does not answer: no gateway can tell now which one has a kernel."""
 
 
 class ForwardedWebsocket(Protocol):
-    """A websocket that is passed on to a peer."""
+    """A client's websocket that is forwarded to a peer."""
 
     kernel_id: str
     peer: Peer
 
     def end(self, code: int, reason: str) -> None:
-        """Close it; the client connects again and lands where its kernel is then."""
+        """Close it. The client connects again, and reaches the gateway that has the kernel then."""
 
 
 class Peers:
-    """Looks owners up, with a short memory, and ends the websockets whose kernel has moved.
+    """Finds the gateway that has a kernel, with a short cache, and ends websockets to gateways that are gone.
 
-    ``is_here`` says whether this gateway has a kernel. Whoever made it calls ``close``, on its loop.
+    Its owner calls ``close``, on its loop.
     """
 
     def __init__(self, directory: Directory, *, log: logging.Logger) -> None:
@@ -116,70 +121,68 @@ class Peers:
         self._others: tuple[float, list[Peer]] = (0.0, [])
         self._websockets: set[ForwardedWebsocket] = set()
         self._watching: asyncio.Task[None] | None = None
-        self._silent: set[str] = set()
-        self._trouble = ""
+        self._complaints = LogOnce(log)
 
     @property
     def server_id(self) -> str:
         return self.directory.server_id
 
-    # -- who has what -------------------------------------------------------------------------------
+    # -- Which gateway has what --
 
     async def others(self, *, fresh: bool = False) -> list[Peer]:
-        """The other gateways; those known last while the store does not answer."""
+        """The other gateways; while the store does not answer, those of its last answer."""
         until, known = self._others
         if not fresh and time.monotonic() < until:
             return known
-        known = await self._asked(self.directory.others(), known)
+        known = await self._answer(self.directory.others(), known)
         self._others = time.monotonic() + CACHED_SECONDS, known
         return known
 
     async def lives(self, peer: Peer) -> bool:
-        """Whether a gateway lives; one that is not named at all is dead, and what it had is taken over."""
-        return any(one.server_id == peer.server_id and one.lives for one in await self.others())
+        """Whether a gateway lives. A gateway that is not on record is dead, and others have taken over its kernels."""
+        return any(other.server_id == peer.server_id and other.lives for other in await self.others())
 
     async def find(self, collection: str, key: str, *, fresh: bool = False) -> Location | None:
-        """Who has a kernel or a session on record, as it was up to two seconds ago unless ``fresh``.
+        """The gateway that has a kernel or session on record. Without ``fresh`` the answer may be CACHED_SECONDS old.
 
-        What was known before is still good for a request while the store does not answer.
-        Raises DirectoryUnavailable where nothing was known.
+        While the store does not answer, the last answer is used. Raises DirectoryUnavailable if there is none.
         """
         until, found = self._known.get((collection, key), (0.0, None))
         if found is not None and not fresh and time.monotonic() < until:
             return found
-        look = self.directory.kernel if collection == KERNELS else self.directory.session
+        query = self.directory.kernel if collection == KERNELS else self.directory.session
         try:
-            found = await look(key)
+            found = await query(key)
         except DirectoryUnavailable as error:
-            self._complain(str(error))
+            self._store_is_silent(error)
             if found is None:
                 raise
             return found
-        self._complain("")
+        self._store_answers()
         self._remember(collection, key, found)
         return found
 
     async def session_at(self, owner: str, path: str) -> Location | None:
-        """Who has this user's session of this document, as it is now; None also while the store does not answer."""
-        return await self._asked(self.directory.session_at(owner, path), None)
+        """The gateway that has this user's session of this document now; None also while the store does not answer."""
+        return await self._answer(self.directory.session_at(owner, path), None)
 
     async def owners(self) -> Mapping[str, str]:
-        """The others' kernels and who owns them; none while the store does not answer."""
-        return await self._asked(self.directory.owners(), {})
+        """The owners of the other gateways' kernels, by kernel id; empty while the store does not answer."""
+        return await self._answer(self.directory.owners(), {})
 
     def _remember(self, collection: str, key: str, found: Location | None) -> None:
         self._known.pop((collection, key), None)
         if found is None:
-            return  # the next moment somebody may have it
+            return  # another gateway may have it the next moment
         self._known[collection, key] = time.monotonic() + CACHED_SECONDS, found
         while len(self._known) > MAX_CACHED:
             self._known.popitem(last=False)
 
     async def preferred_peer(self, *key: str) -> Peer | None:
-        """The gateway that all agree upon for what must be made only once; None is this one.
+        """The gateway that all gateways choose for a key, for what must be made only once; None for this gateway.
 
-        Each gateway that lives is weighed against the key, and the heaviest has it (rendezvous hashing), so
-        one that comes or goes moves few keys.
+        Each gateway computes a weight of each living one for the key, and the heaviest is chosen (rendezvous hashing).
+        A gateway that comes or goes changes the choice for few keys.
         """
         others = [peer for peer in await self.others() if peer.can_be_asked]
         first = max(others, key=lambda peer: _weight(peer.server_id, key), default=None)
@@ -187,44 +190,42 @@ class Peers:
             return None
         return first
 
-    async def _asked(self, question: Awaitable[T], otherwise: T) -> T:
-        """The store's answer, or ``otherwise`` while it does not answer, which is told once."""
+    async def _answer(self, query: Awaitable[T], otherwise: T) -> T:
+        """The store's answer, or ``otherwise`` while the store does not answer."""
         try:
-            answer = await question
+            answer = await query
         except DirectoryUnavailable as error:
-            self._complain(str(error))
+            self._store_is_silent(error)
             return otherwise
-        self._complain("")
+        self._store_answers()
         return answer
 
-    def _complain(self, trouble: str) -> None:
-        if trouble and not self._trouble:
-            self._log.warning("other gateways' kernels cannot be looked up: %s", trouble)
-        elif self._trouble and not trouble:
+    def _store_is_silent(self, error: DirectoryUnavailable) -> None:
+        self._complaints.warning(_STORE, "other gateways' kernels cannot be looked up: %s", error)
+
+    def _store_answers(self) -> None:
+        if self._complaints.clear(_STORE):
             self._log.info("other gateways' kernels can be looked up again")
-        self._trouble = trouble
 
     def unreachable(self, peer: Peer, why: str) -> None:
-        """A peer did not answer: told once, until it answers again."""
-        if peer.server_id not in self._silent:
-            self._log.warning("the gateway at %s does not answer: %s", peer.url, why)
-        self._silent.add(peer.server_id)
+        """A peer did not answer. The log has it once, until the peer answers again."""
+        self._complaints.warning(peer.server_id, "the gateway at %s does not answer: %s", peer.url, why)
 
     def reachable(self, peer: Peer) -> None:
         """A peer has answered."""
-        if peer.server_id in self._silent:
+        if self._complaints.clear(peer.server_id):
             self._log.info("the gateway at %s answers again", peer.url)
-        self._silent.discard(peer.server_id)
 
-    # -- websockets that are passed on ----------------------------------------------------------------
+    # -- Forwarded websockets --
 
     def watch(self, websocket: ForwardedWebsocket) -> None:
-        """End it when its kernel's gateway is gone, until ``unwatch``."""
+        """End the websocket when its peer is gone, until ``unwatch``."""
         self._websockets.add(websocket)
         if self._watching is None or self._watching.done():
             self._watching = asyncio.ensure_future(self._watch())
 
     def unwatch(self, websocket: ForwardedWebsocket) -> None:
+        """The websocket has ended."""
         self._websockets.discard(websocket)
 
     async def _watch(self) -> None:
@@ -232,18 +233,14 @@ class Peers:
             await asyncio.sleep(WATCH_SECONDS)
             for websocket in list(self._websockets):
                 if not await self.lives(websocket.peer):
-                    websocket.end(SERVICE_RESTART, "its gateway is gone; connect again")
+                    websocket.end(SERVICE_RESTART, "the kernel's gateway is gone; connect again")
 
     def close(self) -> None:
-        """The gateway ends: so do the websockets that it passes on."""
+        """End the forwarded websockets."""
         if self._watching is not None:
             self._watching.cancel()
         for websocket in list(self._websockets):
             websocket.end(SERVICE_RESTART, "this gateway ends; connect again")
-
-
-SERVICE_RESTART: Final = 1012
-"""WebSocket close code: the client should connect again (IANA's registry; RFC 6455 section 7.4.2)."""
 
 
 def _weight(server_id: str, key: tuple[str, ...]) -> bytes:

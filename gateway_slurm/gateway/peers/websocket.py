@@ -1,7 +1,7 @@
-"""A websocket whose kernel another gateway has: what the one side sends goes on to the other.
+"""A websocket whose kernel another gateway has: the messages of each side are forwarded to the other.
 
-Nothing is kept here: a message is read from one side when the one before it has left to the other, so a slow
-reader slows its sender down, as it would without us, and not this gateway's memory up.
+The gateway keeps no messages. It reads one from a side when it has sent the one before to the other side. A slow
+reader therefore slows its sender down, as it would without this gateway, and costs no memory here.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from gateway_slurm.gateway.peers.forward import (
 from gateway_slurm.gateway.peers.peers import KERNELS, SERVICE_RESTART, Peer, Peers
 
 MAX_REASON_BYTES: Final = 120
-"""Bytes; RFC 6455 has room for 123 in a close frame."""
-# A close frame may hold these; others stand for what no frame said (RFC 6455 section 7.4.1).
+"""Of a close frame's reason, which has room for 123 bytes (RFC 6455 section 5.5)."""
+# Codes that must not be sent in a close frame (RFC 6455 section 7.4.1).
 _NOT_SENT: Final = frozenset({1004, 1005, 1006, 1015})
 
 
 class PeerChannels:
-    """What KernelWebsocketHandler calls a connection, to a kernel of ``peer``'s.
+    """The connection of a KernelWebsocketHandler to a kernel of ``peer``.
 
     It owns ``connection``, the websocket to the peer; ``disconnect`` closes it.
     """
@@ -53,31 +53,31 @@ class PeerChannels:
     ) -> None:
         self.kernel_id, self.peer = kernel_id, peer
         self._handler, self._connection, self._peers, self._log = handler, connection, peers, log
-        self._pump: asyncio.Task[None] | None = None
+        self._forwarding: asyncio.Task[None] | None = None
         self._subprotocol = connection.selected_subprotocol or ""
         self._closed = False
 
     @property
     def kernel_ws_protocol(self) -> str:
-        """The one that the kernel's gateway chose is the one for both halves."""
+        """The subprotocol that the kernel's gateway chose, which both websockets use."""
         return self._subprotocol
 
     async def connect(self) -> None:
-        """The client's websocket is open."""
+        """The client's websocket is open: forward the peer's messages to it."""
         self._handler.set_nodelay(True)
         self._peers.watch(self)
-        self._pump = asyncio.ensure_future(self._to_client())
+        self._forwarding = asyncio.ensure_future(self._to_client())
 
     async def handle_incoming_message(self, message: str | bytes) -> None:
-        """From the client; the next one is read when this has left."""
+        """Forward a client's message. The next one is read when this one is sent."""
         try:
             await self._connection.write_message(message, binary=isinstance(message, bytes))
         except (WebSocketClosedError, StreamClosedError):
-            # Whatever reads from the peer sees that too, and says why.
-            self._log.debug("kernel %s: a message came for a websocket that has just closed", self.kernel_id)
+            # _to_client sees that too, and closes the client's websocket.
+            self._log.debug("kernel %s: a client's message came after the peer had closed", self.kernel_id)
 
     async def _to_client(self) -> None:
-        """Until the peer has closed; what it sends to a client that is gone is read and dropped."""
+        """Forward the peer's messages until the peer closes. Those for a client that is gone are dropped."""
         while (message := await self._connection.read_message()) is not None:
             if self._closed:
                 continue
@@ -89,13 +89,13 @@ class PeerChannels:
         self.end(SERVICE_RESTART if code is None or code in _NOT_SENT else code, reason or "")
 
     def end(self, code: int, reason: str) -> None:
-        """Close both halves."""
+        """Close both websockets."""
         short = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
         self._handler.close(code, short)
         self._close_peer(None)
 
     def disconnect(self) -> None:
-        """The client's websocket is closed: so is the other half, with the client's words."""
+        """The client's websocket is closed: close the peer's with the client's code."""
         self._peers.unwatch(self)
         code = self._handler.close_code
         self._close_peer(None if code in _NOT_SENT else code)
@@ -107,20 +107,20 @@ class PeerChannels:
 
 
 class ForwardsWebsocket(WebSocketHandler):
-    """A kernel's websocket handler that also takes clients whose kernel another gateway has."""
+    """A kernel's websocket handler that forwards to the gateway that has the kernel."""
 
     connection: Any
     log: logging.Logger
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
-        """From the client; what is returned is waited for before the next message is read."""
+        """A client's message. Tornado awaits the result before it reads the next message."""
         waiting: Awaitable[None] | None = self.connection.handle_incoming_message(message)
         return waiting
 
     async def forward_websocket(self, kernel_id: str) -> bool:
-        """Whether the kernel is a peer's; then the websocket was joined to it, until one of the two closed.
+        """Forward the websocket until one side closes; False, at once, for a kernel that no peer has.
 
-        Raises HTTPError with the peer's status where it refuses, and 503 where it does not answer.
+        Raises HTTPError with the peer's status if the peer refuses, and 503 if it does not answer.
         """
         if is_forwarded(self) or not isinstance(self.current_user, GatewayUser):
             return False
@@ -138,9 +138,9 @@ class ForwardsWebsocket(WebSocketHandler):
         return True
 
     async def _peer_websocket(self, kernel_id: str) -> tuple[Peer, WebSocketClientConnection] | None:
-        """The peer's half; None where this gateway has the kernel, or nobody."""
+        """The websocket to the peer that has the kernel; None if no peer has it."""
         forwarder: Forwarder = self.settings["forwarder"]
-        passed, deadline = forwarder.request_of(self), time.monotonic() + WAIT_SECONDS
+        request, deadline = forwarder.request_of(self), time.monotonic() + WAIT_SECONDS
         asked: Peer | None = None
         refused: HTTPClientError | None = None
         while True:
@@ -152,7 +152,7 @@ class ForwardsWebsocket(WebSocketHandler):
             if peer is None:
                 return None
             try:
-                return peer, await forwarder.client.websocket(peer, passed, subprotocols_of(self))
+                return peer, await forwarder.client.websocket(peer, request, subprotocols_of(self))
             except PeerUnreachable as error:
                 forwarder.peers.unreachable(peer, str(error))
                 if time.monotonic() > deadline:
@@ -166,6 +166,6 @@ class ForwardsWebsocket(WebSocketHandler):
 
 
 def subprotocols_of(handler: Any) -> list[str]:
-    """Those that the client offers."""
+    """The subprotocols that the client offers."""
     offered = handler.request.headers.get("Sec-WebSocket-Protocol", "")
     return [name for part in offered.split(",") if (name := part.strip())]

@@ -131,4 +131,4 @@ def test_a_header_that_everybody_on_the_machine_can_send_is_warned_of(proxies, w
     provider = GatewayIdentityProvider(trusted_header="X-Remote-User", trusted_proxies=proxies)
     provider.log = logging.getLogger("provider")
     provider.validate_security(SimpleNamespace(ip="localhost", sock=""), None)
-    assert ("log in on this machine" in caplog.text) == warned
+    assert ("every user of this host" in caplog.text) == warned
