@@ -49,14 +49,14 @@ c = get_config()  # noqa: F821
 ## Whether `/metrics` requires a user's token.
 # c.SlurmGatewayApp.authenticate_prometheus = True
 
-## URL, with the base URL, at which the other gateways of the deployment reach this very process: not that of a
-## load balancer, which may lead to another one, and with https a name that its certificate has. Default: made
-## from `ip` (this machine's name where that is all addresses), `port` and `certfile`; empty with `sock`, where
-## none can pass requests on to it.
+## URL, with the base URL, at which the other gateways of the deployment reach this process itself, not a load
+## balancer. With https the certificate must have the URL's host name. Default: made from `ip` (for all
+## addresses, this machine's name), `port` and `certfile`; empty with `sock`, where no other gateway can forward
+## requests to it.
 # c.SlurmGatewayApp.peer_url = ""
 
-## File with the certificates of the authorities that sign the other gateways'. Default: the system's
-## authorities.
+## File with the certificates of the authorities that sign the other gateways' certificates. Default: the
+## system's authorities.
 # c.SlurmGatewayApp.peer_cafile = ""
 
 ## -- GatewayIdentityProvider ---------------------------------------------------------------------------------
@@ -148,15 +148,15 @@ c = get_config()  # noqa: F821
 ## Also shut down busy kernels that have sent nothing for `cull_idle_timeout`.
 # c.SlurmMappingKernelManager.cull_busy = False
 
-## Kernels, starting ones included, that there may be. 0: any number.
+## Maximum number of kernels, starting ones included. 0: no limit.
 # c.SlurmMappingKernelManager.max_kernels = 0
 
-## Kernels, starting ones included, that one user may have. 0: any number.
+## Maximum number of one user's kernels, starting ones included. 0: no limit.
 # c.SlurmMappingKernelManager.max_kernels_per_user = 0
 
-## Seconds for which a kernel that died, or did not start, is still shown with its reason.
+## Seconds that a kernel that died, or did not start, is still listed, with the reason.
 # c.SlurmMappingKernelManager.dead_kernel_linger = 600.0
 
-## Whether kernels on Slurm end with the server. Default: they run on, and the server that is started next has
-## them again; without one they end after SlurmService.orphan_timeout.
+## Whether kernels on Slurm end with the server. Default: they run on, and the next server restores them; without
+## a next server they end after SlurmService.orphan_timeout.
 # c.SlurmMappingKernelManager.kill_kernels_on_exit = False

@@ -1,1 +1,1 @@
-"""Jupyter's HTTP API for many users: one shared deployment on jupyter_server. Knows no Slurm command."""
+"""Jupyter's HTTP API for many users: one shared deployment on jupyter_server. It runs no Slurm command itself."""

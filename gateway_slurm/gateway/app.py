@@ -1,9 +1,9 @@
 """``jupyter slurm gateway``: the shared deployment, an application on jupyter_server.
 
-It serves kernels, sessions, kernelspecs and allocations to Jupyter servers with ``--gateway-url``, to
-notebooks' clients and to editors; no contents, no terminals, no files. Its settings are in
-``jupyter_slurm_gateway_config.py`` on Jupyter's config path, or on the command line; those of Slurm and
-of allocations are in ``jupyter_slurm_config.py``, as everywhere.
+It serves kernels, sessions, kernelspecs and allocations to Jupyter servers with ``--gateway-url``, to notebook clients
+and to editors. It serves no contents, terminals or files. Its settings are in ``jupyter_slurm_gateway_config.py`` on
+Jupyter's config path, or on the command line. The settings of Slurm and of allocations are in
+``jupyter_slurm_config.py``, as for every server.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.service import SlurmService
 
 _ALL_ADDRESSES = ("", "*", "0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
+SERVICES = ["gateway_slurm.gateway.handlers"]
+DEPLOYMENT = "gateway"  # unless SlurmService.deployment is set
 
 
 def default_peer_url(app: Any) -> str:
-    """Where this process listens, as far as its own settings say."""
+    """The URL of this process, made from its own settings; empty for a Unix socket."""
     if app.sock:
         return ""
     host = socket.getfqdn() if app.ip in _ALL_ADDRESSES else app.ip
@@ -48,7 +50,7 @@ def default_peer_url(app: Any) -> str:
 
 
 def make_forwarder(app: Any) -> Forwarder:
-    """What the handlers find in their settings as ``forwarder``; the application closes it."""
+    """Make the forwarder and put it into the handlers' settings as ``forwarder``; the application closes it."""
     directory = StoreDirectory(SlurmService.instance())
     proof = tuple(filter(None, [getattr(app.identity_provider, "trusted_header", "")]))
     forwarder = Forwarder(Peers(directory, log=app.log), PeerClient(app.peer_cafile), proof=proof)
@@ -56,11 +58,6 @@ def make_forwarder(app: Any) -> Forwarder:
     return forwarder
 
 
-# -- ``jupyter slurm gateway``: the shared deployment, an application on jupyter_server. --
-
-
-SERVICES = ["gateway_slurm.gateway.handlers"]
-DEPLOYMENT = "gateway"  # unless SlurmService.deployment says otherwise
 ALIASES = {
     "ip": "SlurmGatewayApp.ip",
     "port": "SlurmGatewayApp.port",
@@ -81,10 +78,10 @@ CLASSES: list[type[Configurable]] = [
 FLAGS = {
     "debug": ({"Application": {"log_level": 10}}, "log everything but secrets"),
     "generate-config": ({"JupyterApp": {"generate_config": True}}, "write a config file with every setting"),
-    "allow-root": ({"SlurmGatewayApp": {"allow_root": True}}, "run as root, for trying things out"),
+    "allow-root": ({"SlurmGatewayApp": {"allow_root": True}}, "run as root, for tests"),
     "kill-kernels": (
         {"SlurmMappingKernelManager": {"kill_kernels_on_exit": True}},
-        "end kernels and their jobs with the gateway; else they run on, and the next gateway has them again",
+        "end kernels and their jobs with the gateway; otherwise they run on, and the next gateway restores them",
     ),
     "y": ({"JupyterApp": {"answer_yes": True}}, "answer yes to questions instead of asking"),
 }
@@ -107,22 +104,22 @@ class SlurmGatewayApp(ServerApp):
     default_services = ()  # type: ignore[assignment] # mypy sees one of that many
     load_other_extensions = False
     raise_config_file_errors = True
-    restores_kernels = True  # by itself, while it listens already
+    restores_kernels = True  # while it listens already; see kernel_manager.set_up_server
     _exit_status = 0
 
     peer_url = Unicode(
         "",
         config=True,
-        help="""URL, with the base URL, at which the other gateways of the deployment reach this very process:
-        not that of a load balancer, which may lead to another one, and with https a name that its certificate
-        has. Default: made from ``ip`` (this machine's name where that is all addresses), ``port`` and
-        ``certfile``; empty with ``sock``, where none can pass requests on to it.""",
+        help="""URL, with the base URL, at which the other gateways of the deployment reach this process itself, not
+        a load balancer. With https the certificate must have the URL's host name. Default: made from ``ip`` (for
+        all addresses, this machine's name), ``port`` and ``certfile``; empty with ``sock``, where no other gateway
+        can forward requests to it.""",
     )
     peer_cafile = Unicode(
         "",
         config=True,
-        help="""File with the certificates of the authorities that sign the other gateways'. Default: the
-        system's authorities.""",
+        help="""File with the certificates of the authorities that sign the other gateways' certificates. Default:
+        the system's authorities.""",
     )
 
     @validate("peer_url")
@@ -132,7 +129,7 @@ class SlurmGatewayApp(ServerApp):
             raise TraitError(f"SlurmGatewayApp.peer_url must begin with http:// or https://, not {url!r}")
         return url
 
-    # What a gateway is made of; nothing of it is the admin's to choose, but how they are set up is.
+    # The classes of a gateway. An admin sets their traits, and not the classes.
 
     @default("kernel_manager_class")
     def _default_kernel_manager_class(self) -> Any:
@@ -168,30 +165,30 @@ class SlurmGatewayApp(ServerApp):
 
     @default("allow_remote_access")
     def _default_allow_remote_access(self) -> bool:
-        return True  # every request carries its own proof; what a browser sends by itself is none
+        return True  # every request is authenticated by a header, which a browser does not send by itself
 
     @default("default_url")
     def _default_url(self) -> str:
         return f"{self.base_url}api/spec.json"
 
     def load_config_file(self, suppress_errors: bool = False) -> None:  # type: ignore[override] # as JupyterApp's
-        """A mistake in it is the end: limits, and who is trusted, may be in what was not read."""
+        """Exit on a mistake in the file: the part that was not read may have limits and trusted users."""
         named = self.config_file and Path(self.config_file).expanduser()
         if named and not any(named.with_suffix(suffix).is_file() for suffix in (".py", ".json")):
             self.exit(f"{self.config_file} is no configuration file: --config names one that ends in .py or .json")
         try:
             super().load_config_file(suppress_errors=suppress_errors)
-        except Exception as error:  # noqa: BLE001 - whatever the file does
+        except Exception as error:  # noqa: BLE001 - the file is code, and may raise anything
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = "" if isinstance(error, SyntaxError) else f"{where.filename}, line {where.lineno}: "
             self.exit(f"a configuration file has a mistake: {place}{type(error).__name__}: {error}")
 
     def init_configurables(self) -> None:
-        """Also the service, so that a mistake in its settings is found now and not at the first kernel."""
+        """Make the service as well, so that a mistake in its settings is found now and not at the first kernel."""
         super().init_configurables()
         self._collector = GatewayCollector(self.kernel_manager)
         SlurmService.instance(self.log).leave_at_exit = not self._kernels.kill_kernels_on_exit
-        # The first thing that the loop does.
+        # The loop runs this first.
         self.io_loop.add_callback(self._restore)
 
     @property
@@ -201,7 +198,7 @@ class SlurmGatewayApp(ServerApp):
         return manager
 
     async def _restore(self) -> None:
-        """Have the kernels of the gateway before; without a store there is no gateway."""
+        """Restore the earlier gateway's kernels; stop if the store cannot be used."""
         restorer = self._kernels.restorer
         await restorer.restore(DEPLOYMENT)
         if isinstance(restorer.failure, StoreError):
@@ -210,8 +207,8 @@ class SlurmGatewayApp(ServerApp):
             self.stop()
 
     def start(self) -> None:
-        """Serve until told to end."""
-        gc.freeze()  # what is imported by now stays: no full collection, 20 to 50 ms of everybody's, need look at it
+        """Serve until a signal, or ``stop``."""
+        gc.freeze()  # no full collection, which stops all users for 20 to 50 ms, examines the imported modules
         super().start()
         if self._exit_status:
             self.exit(self._exit_status)
@@ -223,24 +220,24 @@ class SlurmGatewayApp(ServerApp):
             signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
 
     async def cleanup_kernels(self) -> None:
-        """They are left running, or not, as is configured."""
+        """End the kernels or leave them running, by ``kill_kernels_on_exit``."""
         await self._kernels.shutdown_all()
 
     def init_webapp(self) -> None:
-        """Also what passes requests on to other gateways."""
+        """Make the forwarder of requests to other gateways as well."""
         super().init_webapp()
         self.forwarder = make_forwarder(self)
 
     def init_httpserver(self) -> None:
-        """Also what the other gateways are told of where this one is: its port is known from here."""
+        """Put this gateway's URL on record for the other gateways: from here on its port is known."""
         super().init_httpserver()
         SlurmService.instance().url = self.peer_url or default_peer_url(self)
 
     def find_server_extensions(self) -> None:
-        """None that is merely installed: each would be one more thing that many users can reach."""
+        """Load no installed extension: all users could reach its handlers."""
 
     async def cleanup_extensions(self) -> None:
-        """What is the gateway's own ends with it."""
+        """Close the collector, the forwarder and the identity provider."""
         await super().cleanup_extensions()
         self._collector.close()
         self.forwarder.close()
@@ -248,11 +245,11 @@ class SlurmGatewayApp(ServerApp):
             self.identity_provider.close()
 
     def running_server_info(self, kernel_count: bool = True) -> str:
-        """For the log."""
+        """One line for the log."""
         return f"gateway_slurm {__version__} is at {self.connection_url}"
 
     def write_browser_open_files(self) -> None:
-        """No browser opens a gateway."""
+        """Write none: no browser opens a gateway."""
 
     def write_server_info_file(self) -> None:
-        """``jupyter server list`` is about servers of this user's."""
+        """Write none: ``jupyter server list`` lists a user's own servers."""

@@ -1,4 +1,7 @@
-"""The gateway's API: kernels, sessions, kernelspecs; no contents, no terminals, no files."""
+"""The gateway's HTTP API: kernels, sessions, kernelspecs, allocations, status, and its own description.
+
+It has no contents, terminals or files. ``openapi`` describes the operations; the last table maps paths to handlers.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,19 @@ from gateway_slurm.gateway.peers.forward import RETRY_AFTER, ForwardsRequests, c
 from gateway_slurm.gateway.peers.lists import with_peers
 from gateway_slurm.gateway.peers.peers import ALLOCATIONS, KERNELS, SESSIONS
 from gateway_slurm.gateway.peers.websocket import ForwardsWebsocket
-from gateway_slurm.gateway.sessions import GatewaySessionManager, Session, session_env
+from gateway_slurm.gateway.sessions import DocumentSession, GatewaySessionManager, session_env
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.service import SlurmService
 
-# Seconds for which a request waits for the kernels of before; clients give up later than this.
+# Seconds that a request waits until the earlier gateway's kernels are restored; clients give up later than this.
 RESTORE_SECONDS = 10.0
-NOT_RESTORED = "the gateway has just been started, and does not have its kernels yet: try again"
-# The first class that fits counts.
+NOT_RESTORED = "the gateway has just been started, and its kernels are not restored yet: try again"
+_UUID = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+KERNEL_ID = rf"(?P<kernel_id>{_UUID})"
+SESSION_ID = rf"(?P<session_id>{_UUID})"
+KERNEL_NAME = r"(?P<kernel_name>[\w.\-%]+)"
+JOBID = r"(?P<jobid>[0-9]{1,10})"
+# The HTTP status of each error; the first class that the error is an instance of counts.
 STATUS: tuple[tuple[type[Exception], int], ...] = (
     (NotAllowed, 403),
     (RequestError, 400),
@@ -66,7 +74,7 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 
 def as_http(error: BaseException) -> BaseException:
-    """An error of ours as HTTP's; any other as it is."""
+    """The HTTPError for an error of the package; any other error is returned unchanged."""
     for kind, status in STATUS:
         if isinstance(error, kind):
             return web.HTTPError(status, str(error))
@@ -74,7 +82,7 @@ def as_http(error: BaseException) -> BaseException:
 
 
 def message_of(error: web.HTTPError) -> str:
-    """The text that an HTTPError was made with: tornado doubles its percent signs."""
+    """The text of an HTTPError, in which tornado has doubled the percent signs."""
     text = error.log_message or ""
     try:
         return text % error.args if error.args else text.replace("%%", "%")
@@ -82,8 +90,8 @@ def message_of(error: web.HTTPError) -> str:
         return text
 
 
-async def until_restored(handler: web.RequestHandler) -> None:
-    """Wait for the kernels of before, a while; raises HTTPError 503, to be tried again, when they are not there."""
+async def wait_restored(handler: web.RequestHandler) -> None:
+    """Wait until the earlier gateway's kernels are restored; raises HTTPError 503 after ``RESTORE_SECONDS``."""
     restorer = handler.settings["kernel_manager"].restorer
     try:
         await asyncio.wait_for(restorer.done.wait(), RESTORE_SECONDS)
@@ -92,23 +100,23 @@ async def until_restored(handler: web.RequestHandler) -> None:
 
 
 class GatewayHandler(ForwardsRequests, APIHandler):
-    """A handler of the gateway's API: JSON in and out, and each user sees what is theirs."""
+    """A handler of the gateway's API: JSON in and out, and each user sees what they own."""
 
     auth_resource = "kernels"
     waits_for_kernels = True
-    """Whether a request is answered only once the kernels of an earlier gateway are there."""
+    """Whether a request waits until the kernels of an earlier gateway are restored."""
 
     async def prepare(self) -> None:  # type: ignore[override] # tornado awaits what is awaitable
-        """Also wait for the kernels of before; what another gateway has is answered by it."""
+        """Wait until kernels are restored; forward a request for what another gateway holds."""
         await super().prepare()
         if self.waits_for_kernels:
-            await until_restored(self)
+            await wait_restored(self)
         if not self._finished:
             await self.forward_to_holder()
 
     @property
     def user(self) -> GatewayUser:
-        """Who asks; handlers are entered by known users only."""
+        """The user of the request; handlers are entered by authenticated users only."""
         user = self.current_user
         assert isinstance(user, GatewayUser)
         return user
@@ -132,12 +140,12 @@ class GatewayHandler(ForwardsRequests, APIHandler):
         return manager
 
     def check_kernel(self, kernel_id: str) -> None:
-        """Raise HTTPError 404 for a kernel that is not there, or not this user's to see."""
+        """Raise HTTPError 404 for a kernel that does not exist, or that this user may not see."""
         if not self.kernels.is_visible(kernel_id, self.user):
             raise web.HTTPError(404, f"there is no kernel {kernel_id}")
 
     def json_object(self) -> dict[str, Any]:
-        """The request's body; raises HTTPError 400 for one that is no JSON object. No body is an empty one."""
+        """The request's body, a JSON object, empty for no body. Raises HTTPError 400 for anything else."""
         try:
             body = self.get_json_body()
         except (UnicodeDecodeError, RecursionError) as error:
@@ -156,13 +164,13 @@ class GatewayHandler(ForwardsRequests, APIHandler):
         super()._handle_request_exception(as_http(e))
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
-        """What the user asked wrongly is no fault of the gateway's, and needs no traceback."""
+        """Log a mistake in a request without a traceback: it is no fault of the gateway's."""
         error = as_http(value)
         super().log_exception(type(error), error, None if error is not value else tb)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """JSON, with the message in ``message`` as Jupyter's frontends show it."""
-        # Tornado hands over what was raised, not what it was answered as.
+        """Answer with JSON; Jupyter's frontends show its ``message``."""
+        # Tornado passes the error that was raised, not the HTTPError for it.
         error = as_http(kwargs["exc_info"][1]) if "exc_info" in kwargs else None
         message = message_of(error) if isinstance(error, web.HTTPError) else ""
         if status_code == 503:
@@ -172,18 +180,18 @@ class GatewayHandler(ForwardsRequests, APIHandler):
         self.finish(json.dumps({"message": message, "reason": self._reason}))
 
 
-def text_field(body: dict[str, Any], name: str, default: str = "", *, longest: int = 4096) -> str:
-    """A text of the body; raises HTTPError 400 for anything else."""
+def text_field(body: dict[str, Any], name: str, default: str = "", *, max_length: int = 4096) -> str:
+    """A text field of the body; raises HTTPError 400 for anything else."""
     value = body.get(name)
     if value is None:
         return default
-    if not isinstance(value, str) or len(value) > longest or "\0" in value:
-        raise web.HTTPError(400, f"{name} must be a text of at most {longest} characters")
+    if not isinstance(value, str) or len(value) > max_length or "\0" in value:
+        raise web.HTTPError(400, f"{name} must be a text of at most {max_length} characters")
     return value
 
 
 def env_field(body: dict[str, Any]) -> dict[str, str]:
-    """``env`` of the body: names and texts."""
+    """``env`` of the body; raises HTTPError 400 for values that are not texts."""
     env = object_field(body, "env")
     if not all(isinstance(value, str) for value in env.values()):
         raise web.HTTPError(400, "env must be an object of texts")
@@ -191,7 +199,7 @@ def env_field(body: dict[str, Any]) -> dict[str, str]:
 
 
 def object_field(body: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object of the body, empty where there is none; raises HTTPError 400 for anything else."""
+    """An object field of the body, empty for none; raises HTTPError 400 for anything else."""
     value = body.get(name)
     if value is None:
         return {}
@@ -200,13 +208,7 @@ def object_field(body: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-# -- The gateway's API: kernels, sessions, kernelspecs; no contents, no terminals, no files. --
-
-
-_UUID = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
-KERNEL_ID = rf"(?P<kernel_id>{_UUID})"
-SESSION_ID = rf"(?P<session_id>{_UUID})"
-KERNEL_NAME = r"(?P<kernel_name>[\w.\-%]+)"
+# -- Kernels, sessions, kernelspecs --
 
 
 class StartsKernels(GatewayHandler):
@@ -215,15 +217,15 @@ class StartsKernels(GatewayHandler):
     async def start_kernel(
         self, name: str, env: dict[str, str], kernel_id: str | None = None, session: Mapping[str, str] | None = None
     ) -> str:
-        """Check what is asked for, begin the start, return the kernel's id.
+        """Check the request, begin the start, return the kernel's id.
 
-        ``env`` is the client's, ``session`` what goes to the kernel besides.
-        Raises NotAllowed, RequestError, NoSuchKernel, or HTTPError for limits.
+        ``env`` is the client's; ``session`` is added to the kernel's environment.
+        Raises NotAllowed, RequestError, NoSuchKernel, and HTTPError 429 over a limit.
         """
         owner = kernel_owner(self.user, env)
         await check_deployment_limits(self, owner)
         name = name or await self.default_name(owner)
-        # Kernelspecs and groups are looked up on disk.
+        # Kernelspecs and groups are read from disk.
         fields = await asyncio.to_thread(self.specs.request_fields, name, owner, env)
         kernel_env = await asyncio.to_thread(self.specs.kernel_env, name, env)
         return await self.kernels.start_kernel(
@@ -237,13 +239,13 @@ class StartsKernels(GatewayHandler):
         )
 
     async def default_name(self, owner: str) -> str:
-        """The kernelspec for who names none: the one that the list calls so."""
+        """The kernelspec for a request that names none: the list's default."""
         specs = await asyncio.to_thread(self.specs.specs_for, owner, self.base_url)
         return _default_name(self.kernels.default_kernel_name, specs)
 
 
 def _default_name(wanted: str, specs: Collection[str]) -> str:
-    """The admin's, where its user sees it; else the first one that they see."""
+    """The admin's default if the user may see it; else the first that they may see."""
     return wanted if wanted in specs or not specs else min(specs)
 
 
@@ -259,7 +261,7 @@ class KernelsHandler(StartsKernels):
     @web.authenticated
     @authorized
     async def post(self) -> None:
-        """Start a kernel: ``name``, ``env``; answers at once."""
+        """Start a kernel, from ``name`` and ``env``; answers at once."""
         body = self.json_object()
         kernel_id = text_field(body, "kernel_id") or None
         if kernel_id is not None and not re.fullmatch(_UUID, kernel_id):
@@ -277,14 +279,14 @@ class KernelHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_id: str) -> None:
-        """The kernel: its state, and where it waits or runs."""
+        """One kernel: its state, and where it waits or runs."""
         self.check_kernel(kernel_id)
         self.answer(self.kernels.kernel_model(kernel_id))
 
     @web.authenticated
     @authorized
     async def delete(self, kernel_id: str) -> None:
-        """End it, or give up its start."""
+        """End the kernel, or cancel its start."""
         self.check_kernel(kernel_id)
         await self.kernels.shutdown_kernel(kernel_id)
         self.set_status(204)
@@ -297,7 +299,7 @@ class KernelActionHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def post(self, kernel_id: str, action: str) -> None:
-        """Interrupt, or restart in the same allocation."""
+        """Interrupt the kernel, or restart it in its allocation."""
         self.check_kernel(kernel_id)
         if action == "interrupt":
             await self.kernels.interrupt_kernel(kernel_id)
@@ -312,13 +314,13 @@ class ChannelsHandler(ForwardsWebsocket, KernelWebsocketHandler):
     """``/api/kernels/{kernel_id}/channels``: the websocket."""
 
     async def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Also wait for the kernels of before."""
+        """Also wait until kernels are restored."""
         await super().prepare(*args, **kwargs)
-        await until_restored(self)
+        await wait_restored(self)
 
     @ws_authenticated
     async def get(self, kernel_id: str) -> None:
-        """Upgrade; 404 for a kernel that is not there, or not this user's to see."""
+        """Upgrade to a websocket; 404 for a kernel that does not exist, or that this user may not see."""
         if await self.forward_websocket(kernel_id):
             return
         if not self.settings["kernel_manager"].is_visible(kernel_id, self.current_user):
@@ -333,16 +335,17 @@ class SessionsHandler(StartsKernels):
     @authorized
     async def get(self) -> None:
         """The user's sessions."""
-        own = [self.sessions.model(one) for one in self.sessions.all() if self.is_mine(one)]
-        self.answer(await with_peers(self, SESSIONS, own))
+        models = [self.sessions.model(session) for session in self.sessions.all() if self.is_visible(session)]
+        self.answer(await with_peers(self, SESSIONS, models))
 
-    def is_mine(self, session: Session) -> bool:
+    def is_visible(self, session: DocumentSession) -> bool:
+        """Whether this user may see the session."""
         return self.kernels.is_visible(session.kernel_id, self.user)
 
     @web.authenticated
     @authorized
     async def post(self) -> None:
-        """The document's session: the one there is, or a new one with a new kernel."""
+        """The document's session: the existing one, or a new one with a new kernel."""
         body = self.json_object()
         path, kind = text_field(body, "path"), text_field(body, "type", "notebook")
         name, kernel, env = text_field(body, "name"), object_field(body, "kernel"), env_field(body)
@@ -351,7 +354,7 @@ class SessionsHandler(StartsKernels):
         owner = kernel_owner(self.user, env)
         if await self.forward_session(owner, path, text_field(kernel, "id")):
             return
-        # A frontend that is reloaded asks again before the first answer is there.
+        # A page that is reloaded sends the request again before the first answer.
         async with self.sessions.lock(path, owner):
             session = self.sessions.at(path, owner)
             if session is None:
@@ -361,7 +364,7 @@ class SessionsHandler(StartsKernels):
         self.answer(self.sessions.model(session), 201)
 
     async def kernel_for(self, kernel: dict[str, Any], env: dict[str, str], session: dict[str, str]) -> str:
-        """The kernel that a session names by its id, or a new one."""
+        """The kernel whose id the body has, or a new one."""
         kernel_id = text_field(kernel, "id")
         if kernel_id:
             self.check_kernel(kernel_id)
@@ -372,10 +375,10 @@ class SessionsHandler(StartsKernels):
 class SessionHandler(SessionsHandler):
     """``/api/sessions/{session_id}``."""
 
-    def session(self, session_id: str) -> Session:
-        """The user's session; raises HTTPError 404."""
+    def session(self, session_id: str) -> DocumentSession:
+        """The user's session; raises HTTPError 404 for another id."""
         found = self.sessions.find(session_id)
-        if found is None or not self.is_mine(found):
+        if found is None or not self.is_visible(found):
             raise web.HTTPError(404, f"there is no session {session_id}")
         return found
 
@@ -388,25 +391,25 @@ class SessionHandler(SessionsHandler):
     @web.authenticated
     @authorized
     async def patch(self, session_id: str) -> None:
-        """Rename its document, or give it another kernel; the one it had ends."""
+        """Rename the session's document, or give it another kernel; its earlier kernel ends."""
         session, body = self.session(session_id), self.json_object()
         kernel = object_field(body, "kernel")
         path, name, kind = (text_field(body, key, getattr(session, key)) for key in ("path", "name", "type"))
-        before = session.kernel_id
+        earlier = session.kernel_id
         env = dict(env_field(body))
         if session.owner != self.user.username:
             env.setdefault("KERNEL_USERNAME", session.owner)
         moved = {"path": path, "name": name, "type": kind, "kernel": kernel, "env": env}
         answer = await self.create_session_at_peer(text_field(kernel, "id"), moved)
-        if answer is not None:  # it has gone where its new kernel is
+        if answer is not None:  # the new kernel's gateway has the session now
             self.sessions.remove(session_id)
         elif kernel.get("id") or kernel.get("name"):
             session.kernel_id = await self.kernel_for(kernel, env, session_env(path, name))
         session.path, session.name, session.type = path, name, kind
         if answer is None:
             self.sessions.changed(session)
-        if (answer is not None or session.kernel_id != before) and before in self.kernels:
-            await self.kernels.shutdown_kernel(before)
+        if (answer is not None or session.kernel_id != earlier) and earlier in self.kernels:
+            await self.kernels.shutdown_kernel(earlier)
         if answer is not None:
             self.relay_answer(answer, status=200)
         else:
@@ -431,7 +434,7 @@ class KernelSpecsHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        """The kernelspecs that this user may start; a service names its user by ``?user=``, as it does for kernels."""
+        """The kernelspecs that this user may start; a service names its user by ``?user=``."""
         named = {"KERNEL_USERNAME": name} if (name := self.get_argument("user", "")) else {}
         owner = kernel_owner(self.user, named)
         specs = await asyncio.to_thread(self.specs.specs_for, owner, self.base_url)
@@ -451,51 +454,35 @@ class KernelSpecHandler(GatewayHandler):
 
 
 class KernelSpecResourceHandler(GatewayHandler):
-    """``/kernelspecs/{kernel_name}/{path}``: logos and the like."""
+    """``/kernelspecs/{kernel_name}/{path}``: logos, kernel.js and kernel.css."""
 
     auth_resource = "kernelspecs"
 
     @web.authenticated
     @authorized
     async def get(self, kernel_name: str, path: str) -> None:
-        """A file of a kernelspec that the user sees."""
+        """A file of a kernelspec that the user may see."""
         content = await asyncio.to_thread(self.specs.resource, kernel_name, path, self.user.username)
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         self.finish(content, set_content_type=kind)
 
 
-default_handlers = [
-    (r"/api/kernels", KernelsHandler),
-    (rf"/api/kernels/{KERNEL_ID}", KernelHandler),
-    (rf"/api/kernels/{KERNEL_ID}/(?P<action>interrupt|restart)", KernelActionHandler),
-    (rf"/api/kernels/{KERNEL_ID}/channels", ChannelsHandler),
-    (r"/api/sessions", SessionsHandler),
-    (rf"/api/sessions/{SESSION_ID}", SessionHandler),
-    (r"/api/kernelspecs", KernelSpecsHandler),
-    (rf"/api/kernelspecs/{KERNEL_NAME}", KernelSpecHandler),
-    (rf"/kernelspecs/{KERNEL_NAME}/(?P<path>.*)", KernelSpecResourceHandler),
-]
-
-
-# -- The gateway's API beside kernels: allocations, who one is, how it does, health, and its own description. --
-
-
-JOBID = r"(?P<jobid>[0-9]{1,10})"
+# -- Allocations, status, health, description --
 
 
 class AllocationsHandler(GatewayHandler):
     """``/api/allocations``."""
 
     @property
-    def whose(self) -> str | None:
-        """Whose allocations are meant; None is everybody's, for admins."""
+    def owner(self) -> str | None:
+        """The name of the user whose allocations are visible; None, for admins: those of all users."""
         return None if self.user.admin else self.user.username
 
     @web.authenticated
     @authorized
     async def get(self) -> None:
         """The user's allocations: jobs with their state, nodes, time and kernels."""
-        self.answer(await with_peers(self, ALLOCATIONS, SlurmService.instance().allocations_of(self.whose)))
+        self.answer(await with_peers(self, ALLOCATIONS, SlurmService.instance().allocations_of(self.owner)))
 
 
 class AllocationHandler(AllocationsHandler):
@@ -505,7 +492,7 @@ class AllocationHandler(AllocationsHandler):
     @authorized
     async def get(self, jobid: str) -> None:
         """One allocation."""
-        for allocation in SlurmService.instance().allocations_of(self.whose):
+        for allocation in SlurmService.instance().allocations_of(self.owner):
             if allocation["jobid"] == jobid:
                 self.answer(allocation)
                 return
@@ -514,9 +501,9 @@ class AllocationHandler(AllocationsHandler):
     @web.authenticated
     @authorized
     async def delete(self, jobid: str) -> None:
-        """End it now, with its kernels."""
+        """End the allocation now, with its kernels."""
         service = SlurmService.instance()
-        await service.run(service.cancel_allocation(self.whose, jobid))
+        await service.run(service.cancel_allocation(self.owner, jobid))
         self.set_status(204)
         self.finish()
 
@@ -527,10 +514,10 @@ class AllocationActionHandler(AllocationsHandler):
     @web.authenticated
     @authorized
     async def post(self, jobid: str, action: str) -> None:
-        """Let it stay after its last kernel, or take that back."""
+        """Keep the allocation after its last kernel, or no longer."""
         service = SlurmService.instance()
         change = service.keep_allocation if action == "keep" else service.release_allocation
-        await service.run(change(self.whose, jobid))
+        await service.run(change(self.owner, jobid))
         self.set_status(204)
         self.finish()
 
@@ -541,7 +528,7 @@ class StatusHandler(UntrackedHandler, GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        """When the gateway started and was last used, and how many kernels and connections the user has."""
+        """When the gateway was started and last used, and the number of the user's kernels and connections."""
         models = await with_peers(self, KERNELS, self.kernels.models_for(self.user))
         self.answer(
             {
@@ -559,7 +546,7 @@ def _as_utc(time: datetime) -> str:
 
 
 class MeHandler(GatewayHandler, IdentityHandler):
-    """``/api/me``: Jupyter server's, with errors as everywhere here."""
+    """``/api/me``: Jupyter server's handler, with this API's errors."""
 
 
 class LiveHandler(UntrackedHandler, GatewayHandler):
@@ -569,18 +556,18 @@ class LiveHandler(UntrackedHandler, GatewayHandler):
 
     @allow_unauthenticated
     async def get(self) -> None:
-        """Nothing but that it answers."""
+        """Answer, which says that the process runs."""
         self.answer({"status": "live"})
 
 
 class ReadyHandler(UntrackedHandler, GatewayHandler):
-    """``/health/ready``: the kernels of before are there, and others can be started."""
+    """``/health/ready``: earlier kernels are restored, and new ones can be started."""
 
     waits_for_kernels = False
 
     @allow_unauthenticated
     async def get(self) -> None:
-        """Say 503 while launchers could not reach this gateway, and while it does not have its kernels of before."""
+        """Answer 503 while launchers cannot reach this gateway, and until its earlier kernels are restored."""
         reason = NOT_RESTORED
         if self.kernels.restorer.done.is_set():
             reason = await SlurmService.instance().run(_why_not_ready(SlurmService.instance()))
@@ -596,26 +583,36 @@ async def _why_not_ready(service: SlurmService) -> str:
 
 
 class DescriptionHandler(UntrackedHandler, GatewayHandler):
-    """``/api/spec.json``: this API, as OpenAPI."""
+    """``/api/spec.json``: this API in OpenAPI."""
 
     waits_for_kernels = False
 
     @allow_unauthenticated
     async def get(self) -> None:
-        """The description; no secret is in it."""
+        """The description, which needs no authentication: no secret is in it."""
         self.answer(description(self.base_url))
 
 
 class UnknownHandler(UntrackedHandler, GatewayHandler):
-    """Whatever else there is not under ``/api`` and ``/kernelspecs``: those who ask expect JSON, also in a refusal."""
+    """All other paths under ``/api`` and ``/kernelspecs``: clients of these expect JSON, also in an error."""
 
     async def prepare(self) -> None:  # type: ignore[override] # tornado awaits what is awaitable
-        """Say 404, to a user; others hear no more of it than of anything else."""
+        """Answer 404 to a user; without authentication the answer is the same as for any path."""
         await super().prepare()
-        raise web.HTTPError(404, "there is nothing at this path; /api/spec.json describes what there is")
+        raise web.HTTPError(404, "there is nothing at this path; /api/spec.json lists the API's paths")
 
 
-default_handlers += [
+# jupyter_server finds the table by this name.
+default_handlers = [
+    (r"/api/kernels", KernelsHandler),
+    (rf"/api/kernels/{KERNEL_ID}", KernelHandler),
+    (rf"/api/kernels/{KERNEL_ID}/(?P<action>interrupt|restart)", KernelActionHandler),
+    (rf"/api/kernels/{KERNEL_ID}/channels", ChannelsHandler),
+    (r"/api/sessions", SessionsHandler),
+    (rf"/api/sessions/{SESSION_ID}", SessionHandler),
+    (r"/api/kernelspecs", KernelSpecsHandler),
+    (rf"/api/kernelspecs/{KERNEL_NAME}", KernelSpecHandler),
+    (rf"/kernelspecs/{KERNEL_NAME}/(?P<path>.*)", KernelSpecResourceHandler),
     (r"/api/allocations", AllocationsHandler),
     (rf"/api/allocations/{JOBID}", AllocationHandler),
     (rf"/api/allocations/{JOBID}/(?P<action>keep|release)", AllocationActionHandler),

@@ -134,20 +134,20 @@ def restore_before_listening(manager: SlurmMappingKernelManager, app: Any) -> No
 class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     """Kernels by id, each with an owner; "" owns those of a server with one user."""
 
-    max_kernels = CInt(0, config=True, help="Kernels, starting ones included, that there may be. 0: any number.")
+    max_kernels = CInt(0, config=True, help="Maximum number of kernels, starting ones included. 0: no limit.")
     max_kernels_per_user = CInt(
-        0, config=True, help="Kernels, starting ones included, that one user may have. 0: any number."
+        0, config=True, help="Maximum number of one user's kernels, starting ones included. 0: no limit."
     )
     dead_kernel_linger = CFloat(
         600.0,
         config=True,
-        help="Seconds for which a kernel that died, or did not start, is still shown with its reason.",
+        help="Seconds that a kernel that died, or did not start, is still listed, with the reason.",
     )
     kill_kernels_on_exit = Bool(
         False,
         config=True,
-        help="""Whether kernels on Slurm end with the server. Default: they run on, and the server that is started
-        next has them again; without one they end after SlurmService.orphan_timeout.""",
+        help="""Whether kernels on Slurm end with the server. Default: they run on, and the next server restores
+        them; without a next server they end after SlurmService.orphan_timeout.""",
     )
 
     def __init__(self, **kwargs: Any) -> None:
@@ -175,14 +175,14 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     def _context_was_set(self, change: Any) -> None:
         raise_socket_limit(change["new"])
 
-    # -- owners -----------------------------------------------------------------------------------
-
     def find_kernel(self, kernel_id: str) -> Any:
         """The kernel's own manager; None for an id that is not known."""
         return self.get_kernel(kernel_id) if kernel_id in self else None
 
+    # -- owners -----------------------------------------------------------------------------------
+
     def is_visible(self, kernel_id: str, user: Any) -> bool:
-        """Whether the kernel is there, and ``user``'s to see: an owner's, its maker's, an admin's."""
+        """Whether the kernel exists and ``user`` may see it: its owner, the service that started it, or an admin."""
         if user is None or kernel_id not in self:
             return False
         owner, maker = self._owners.get(kernel_id, ("", ""))
@@ -207,7 +207,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
 
         ``elsewhere`` are the kernels of the deployment's other gateways, each with its owner.
         """
-        others = {kernel_id: other for kernel_id, other in elsewhere.items() if kernel_id not in self}
+        others = {kernel_id: user for kernel_id, user in elsewhere.items() if kernel_id not in self}
         living = [kernel_id for kernel_id in self.list_kernel_ids() if not self._is_dead(kernel_id)]
         of_owner = [*map(self.owner_of, living), *others.values()].count(owner)
         for limit, count, name in (
@@ -243,8 +243,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self.check_limits(owner)
         kernel_id = kernel_id or self.new_kernel_id(**kwargs)
         if kernel_id in self:
-            raise web.HTTPError(409, f"there is a kernel {kernel_id} already")
-        if fields:  # a kernel on Slurm, which has some
+            raise web.HTTPError(409, f"kernel {kernel_id} exists already")
+        if fields:  # a kernel on Slurm: others have none
             kwargs |= {"slurm_owner": owner, "slurm_fields": fields}
         self._owners[kernel_id] = owner, maker
         try:
@@ -498,7 +498,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         return reason or (str(self.find_kernel(kernel_id).reason) if self._is_dead(kernel_id) else "")
 
     def detached(self, kernel_id: str, channels: KernelChannels) -> None:
-        """A websocket closed."""
+        """A session's websocket has closed."""
         self.frontends.detached(kernel_id, channels)
 
     # -- activity, idle kernels -----------------------------------------------------------------------------

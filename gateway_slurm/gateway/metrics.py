@@ -1,4 +1,4 @@
-"""What Prometheus is told, beside jupyter_server's own: kernels and allocations by state, Slurm's commands."""
+"""Metrics for Prometheus beside jupyter_server's: kernels and allocations by state, and Slurm commands."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gateway_slurm.service import SlurmService
 
 
 class GatewayCollector(Collector):
-    """Reads memory when it is asked. ``close`` takes it out of the registry."""
+    """Collects from memory only. ``close`` removes it from the registry."""
 
     def __init__(self, kernel_manager: Any) -> None:
         self._kernels = kernel_manager
         REGISTRY.register(self)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: what is collected needs no service to be there yet."""
+        """Nothing: without it the registry would collect at once, before the service exists."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
@@ -36,7 +36,7 @@ class GatewayCollector(Collector):
         yield commands
 
     def close(self) -> None:
-        """The gateway ends."""
+        """Remove the collector from the registry."""
         REGISTRY.unregister(self)
 
 

@@ -1,4 +1,4 @@
-"""The gateway's API as OpenAPI 3.1: what the handlers take and answer, in one table of paths."""
+"""The gateway's API in OpenAPI 3.1: one table of paths, with what the handlers accept and answer."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SCHEMAS: dict[str, Any] = {
             "last_activity": _TEXT,
             "execution_state": _TEXT,
             "connections": {"type": "integer"},
-            "reason": {**_TEXT, "description": "where it waits, or why it is dead"},
+            "reason": {**_TEXT, "description": "where the kernel waits, or why it is dead"},
             "slurm": {
                 "type": "object",
-                "description": "jobid, node; while it waits: state, reason, place and so on",
+                "description": "jobid and node; while the kernel waits also state, reason, place and expected_start",
                 "properties": {
                     "connect": {
                         "type": ["object", "null"],
-                        "description": "how clients get to it, once it has started",
+                        "description": "how clients connect to the kernel, once it has started",
                         "properties": {"mode": {"enum": ["direct", "tunnel"]}, "why": _TEXT},
                     }
                 },
@@ -98,54 +98,59 @@ _QUERIES = {
     "/api/kernelspecs": {
         "user": {
             "schema": _TEXT,
-            "description": "whose they are, if a service asks; anybody else may name themselves only",
+            "description": "the user for which a service requests the list; other clients may name themselves only",
         }
     }
 }
 
-# Path and method: what it does, the body's schema or "", the status of success and its answer: "" for none, a schema
-# of JSON, or the media type of what is something else.
+# By path and method: the summary, the body's schema or "", the status of success, and the answer: "" for none, a schema
+# of JSON, or a media type.
 OPERATIONS: dict[str, dict[str, tuple[str, str, int, str | dict[str, Any]]]] = {
     "/api": {"get": ("The version of the server", "", 200, "Version")},
-    "/api/status": {"get": ("When it started, and what the user has", "", 200, "Status")},
-    "/api/me": {"get": ("Who the user is", "", 200, "Me")},
+    "/api/status": {"get": ("When the gateway was started, and what the user has", "", 200, "Status")},
+    "/api/me": {"get": ("The user's identity", "", 200, "Me")},
     "/api/kernels": {
         "get": ("The user's kernels", "", 200, _list("Kernel")),
         "post": ("Start a kernel; answers at once", "NewKernel", 201, "Kernel"),
     },
     "/api/kernels/{kernel_id}": {
         "get": ("One kernel", "", 200, "Kernel"),
-        "delete": ("End it, or give up its start", "", 204, ""),
+        "delete": ("End the kernel, or cancel its start", "", 204, ""),
     },
-    "/api/kernels/{kernel_id}/interrupt": {"post": ("Interrupt it", "", 204, "")},
-    "/api/kernels/{kernel_id}/restart": {"post": ("Restart it in its allocation", "", 200, "Kernel")},
+    "/api/kernels/{kernel_id}/interrupt": {"post": ("Interrupt the kernel", "", 204, "")},
+    "/api/kernels/{kernel_id}/restart": {"post": ("Restart the kernel in its allocation", "", 200, "Kernel")},
     "/api/kernels/{kernel_id}/channels": {
-        "get": ("Its channels: a websocket, with v1.kernel.websocket.jupyter.org or without a subprotocol", "", 101, "")
+        "get": (
+            "The kernel's channels: a websocket, with v1.kernel.websocket.jupyter.org or without a subprotocol",
+            "",
+            101,
+            "",
+        )
     },
     "/api/sessions": {
         "get": ("The user's sessions", "", 200, _list("Session")),
-        "post": ("The document's session, new or as it is", "NewSession", 201, "Session"),
+        "post": ("The document's session, new or existing", "NewSession", 201, "Session"),
     },
     "/api/sessions/{session_id}": {
         "get": ("One session", "", 200, "Session"),
-        "patch": ("Rename it, or give it another kernel", "SessionChange", 200, "Session"),
-        "delete": ("End it, and its kernel", "", 204, ""),
+        "patch": ("Rename the session's document, or give it another kernel", "SessionChange", 200, "Session"),
+        "delete": ("End the session, and its kernel", "", 204, ""),
     },
     "/api/kernelspecs": {"get": ("The kernelspecs that the user may start", "", 200, "KernelSpecs")},
     "/api/kernelspecs/{kernel_name}": {"get": ("One kernelspec", "", 200, "KernelSpec")},
-    "/kernelspecs/{kernel_name}/{path}": {"get": ("A logo of it, kernel.js or kernel.css", "", 200, "*/*")},
+    "/kernelspecs/{kernel_name}/{path}": {"get": ("A kernelspec's logo, kernel.js or kernel.css", "", 200, "*/*")},
     "/api/allocations": {"get": ("The user's allocations", "", 200, _list("Allocation"))},
     "/api/allocations/{jobid}": {
         "get": ("One allocation", "", 200, "Allocation"),
-        "delete": ("End it now, with its kernels", "", 204, ""),
+        "delete": ("End the allocation now, with its kernels", "", 204, ""),
     },
-    "/api/allocations/{jobid}/keep": {"post": ("Let it stay after its last kernel", "", 204, "")},
-    "/api/allocations/{jobid}/release": {"post": ("Take that back", "", 204, "")},
-    "/metrics": {"get": ("What Prometheus is told", "", 200, "text/plain")},
+    "/api/allocations/{jobid}/keep": {"post": ("Keep the allocation after its last kernel", "", 204, "")},
+    "/api/allocations/{jobid}/release": {"post": ("Keep the allocation no longer than its last kernel", "", 204, "")},
+    "/metrics": {"get": ("Metrics for Prometheus", "", 200, "text/plain")},
     "/health/live": {"get": ("Whether the process answers", "", 200, "Health")},
     "/health/ready": {"get": ("Whether kernels can be started", "", 200, "Health")},
 }
-# Answered by handlers of Jupyter's, which say what is wrong on a page.
+# Answered by Jupyter's handlers, whose errors are pages of HTML.
 _PAGES = ("/metrics", "/api/kernels/{kernel_id}/channels")
 _OPEN = ("/health/live", "/health/ready", "/api")
 
@@ -185,10 +190,10 @@ def _operation(path: str, summary: str, body: str, status: int, answer: str | di
     elif answer:
         schema = _ref(answer) if isinstance(answer, str) else answer
         success["content"] = {"application/json": {"schema": schema}}
-    said = {"application/json": {"schema": _ref("Error")}}
+    content = {"application/json": {"schema": _ref("Error")}}
     if path in _PAGES:
-        said["text/html"] = {"schema": _TEXT}
-    failure = {"description": "it says why", "content": said}
+        content["text/html"] = {"schema": _TEXT}
+    failure = {"description": "the reason", "content": content}
     operation: dict[str, Any] = {
         "summary": summary,
         "responses": {str(status): success, "4XX": failure, "5XX": failure},

@@ -1,4 +1,8 @@
-"""Sessions: a document's name for its kernel, each its user's own; on record, and over with its kernel."""
+"""Sessions: each connects a user's document with a kernel. They are on record, and end with their kernel.
+
+The gateway has its own session manager, in memory. A Jupyter server keeps jupyter_server's, and puts sessions with
+kernels on Slurm on record, so that a notebook finds its kernel again after the server's restart.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from gateway_slurm.store.records import SessionRecord
 
 
 class SessionRecords:
-    """One session manager's records. ``restore`` is called with those of sessions whose kernels are there again."""
+    """The records of one session manager. ``restore`` is called with the records of restored kernels' sessions."""
 
     def __init__(self, kernel_manager: Any, restore: Callable[[list[SessionRecord]], None]) -> None:
         restorer = getattr(kernel_manager, "restorer", None)
@@ -28,35 +32,32 @@ class SessionRecords:
             self._restorer.on_sessions.append(restore)
 
     def put(self, record: SessionRecord) -> None:
-        """Have it on record, new or changed."""
+        """Put a new or changed session on record."""
         if self._is_kept:
             SlurmService.instance().registry.put_session(record)
 
     def remove(self, session_id: str) -> None:
-        """It is over."""
+        """Delete a session's record."""
         if self._is_kept:
             SlurmService.instance().registry.remove_session(session_id)
 
     @property
     def _is_kept(self) -> bool:
-        """Whether records are this server's to change."""
+        """Whether this server may change records."""
         restorer = self._restorer
         return restorer is not None and restorer.is_keeping and not SlurmService.instance().is_closed
 
 
-# -- Sessions: a document's name for its kernel, each its user's own; on record, and over with its kernel. --
-
-
 class NoContents(AsyncContentsManager):
-    """A gateway has no files: this stands where jupyter_server wants a contents manager."""
+    """The contents manager that jupyter_server requires; a gateway has no files."""
 
     def get_extra_handlers(self) -> list[Any]:
         return []
 
 
 @dataclass
-class Session:
-    """One document's session."""
+class DocumentSession:
+    """The session of one document."""
 
     session_id: str
     path: str
@@ -71,49 +72,51 @@ class GatewaySessionManager(SessionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, DocumentSession] = {}
         self._records = SessionRecords(self.kernel_manager, self._restore)
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     def lock(self, path: str, owner: str) -> asyncio.Lock:
-        """To be held while this user's session of this document is looked for, and made if there is none."""
+        """The lock to hold while looking for this user's session of this document, and creating it."""
         return self._locks.setdefault((path, owner), asyncio.Lock())
 
     def _restore(self, records: list[SessionRecord]) -> None:
-        for one in records:
-            session = Session(one.session_id, one.path, one.name, one.type, one.kernel_id, one.owner)
-            self._sessions.setdefault(one.session_id, session)
+        for record in records:
+            session = DocumentSession(
+                record.session_id, record.path, record.name, record.type, record.kernel_id, record.owner
+            )
+            self._sessions.setdefault(record.session_id, session)
 
-    def all(self) -> list[Session]:
-        """Those whose kernel is there; the others are forgotten."""
+    def all(self) -> list[DocumentSession]:
+        """The sessions with a kernel; others are removed."""
         for session in list(self._sessions.values()):
             if session.kernel_id not in self.kernel_manager:
                 self.remove(session.session_id)
         return list(self._sessions.values())
 
-    def find(self, session_id: str) -> Session | None:
+    def find(self, session_id: str) -> DocumentSession | None:
         return next((session for session in self.all() if session.session_id == session_id), None)
 
-    def at(self, path: str, owner: str) -> Session | None:
+    def at(self, path: str, owner: str) -> DocumentSession | None:
         """The user's session of this document."""
-        return next((one for one in self.all() if one.path == path and one.owner == owner), None)
+        return next((session for session in self.all() if (session.path, session.owner) == (path, owner)), None)
 
-    def add(self, *, path: str, name: str, type: str, kernel_id: str, owner: str) -> Session:  # noqa: A002 - the API's word
-        session = Session(str(uuid.uuid4()), path, name, type, kernel_id, owner)
+    def add(self, *, path: str, name: str, type: str, kernel_id: str, owner: str) -> DocumentSession:  # noqa: A002 - the API's name
+        session = DocumentSession(str(uuid.uuid4()), path, name, type, kernel_id, owner)
         self._sessions[session.session_id] = session
         self.changed(session)
         return session
 
-    def changed(self, session: Session) -> None:
-        """It has another document, or kernel."""
+    def changed(self, session: DocumentSession) -> None:
+        """Put a session with another document or kernel on record."""
         self._records.put(SessionRecord(**asdict(session)))
 
     def remove(self, session_id: str) -> None:
         if self._sessions.pop(session_id, None) is not None:
             self._records.remove(session_id)
 
-    def model(self, session: Session) -> dict[str, Any]:
-        """As the sessions API has it."""
+    def model(self, session: DocumentSession) -> dict[str, Any]:
+        """The session as the sessions API represents it."""
         model: dict[str, Any] = {
             "id": session.session_id,
             "path": session.path,
@@ -127,25 +130,23 @@ class GatewaySessionManager(SessionManager):
 
 
 def session_env(path: str, name: str) -> dict[str, str]:
-    """What a session adds to its kernel's environment: its document's path, as Jupyter servers have it."""
+    """What a session adds to its kernel's environment: its document's path, as Jupyter servers do."""
     return {"JPY_SESSION_NAME": os.path.join(os.path.dirname(path), name) if name else path}
 
 
-# -- A Jupyter server's sessions, on record: a notebook finds its kernel again after the server's restart. --
-
-
 class SlurmSessionManager(SessionManager):
-    """Jupyter server's, with each session of a kernel on Slurm on record."""
+    """Jupyter server's session manager, which puts each session of a kernel on Slurm on record."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.records = SessionRecords(self.kernel_manager, self._restore)
 
     def _restore(self, records: list[SessionRecord]) -> None:
-        for one in records:
-            known = self.cursor.execute("SELECT 1 FROM session WHERE session_id=?", (one.session_id,)).fetchone()
+        for record in records:
+            known = self.cursor.execute("SELECT 1 FROM session WHERE session_id=?", (record.session_id,)).fetchone()
             if known is None:
-                row = one.session_id, one.path or None, one.name or None, one.type or None, one.kernel_id
+                optional = (record.path or None, record.name or None, record.type or None)
+                row = record.session_id, *optional, record.kernel_id
                 self.cursor.execute("INSERT INTO session VALUES (?,?,?,?,?)", row)
 
     def _record(self, session_id: str) -> None:
@@ -157,23 +158,23 @@ class SlurmSessionManager(SessionManager):
         self.records.put(SessionRecord(session_id=session_id, path=path, name=name, type=kind, kernel_id=kernel_id))
 
     async def save_session(self, session_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Also on record."""
+        """Do so, and update the record."""
         model = await super().save_session(session_id, *args, **kwargs)
         self._record(session_id)
         return model
 
     async def update_session(self, session_id: str, **kwargs: Any) -> None:
-        """Also on record."""
+        """Do so, and update the record."""
         await super().update_session(session_id, **kwargs)
         self._record(session_id)
 
     async def delete_session(self, session_id: str) -> None:
-        """Also on record."""
+        """Do so, and update the record."""
         await super().delete_session(session_id)
         self._record(session_id)
 
     async def row_to_model(self, row: Any, tolerate_culled: bool = False) -> Any:
-        """One whose kernel is gone is gone from the record, too."""
+        """Delete the record as well, if the kernel does not exist any more."""
         if row["kernel_id"] not in self.kernel_manager:
             self.records.remove(row["session_id"])
         return await super().row_to_model(row, tolerate_culled)
