@@ -71,7 +71,7 @@ class SlurmProvisioner(KernelProvisionerBase):
         self._given: tuple[str, dict[str, Any]] | None = None
         self._owner = ""
         self._handle: KernelHandle | None = None
-        # The service that has the kernel; ``service`` is a new one after that one was closed.
+        # The service that started or adopted the kernel; once it is closed, ``service`` is a new one.
         self._kernel_service: SlurmService | None = None
         self._has_process = False
         self._curve: tuple[str, str] | None = None
@@ -111,7 +111,7 @@ class SlurmProvisioner(KernelProvisionerBase):
 
     @property
     def connect(self) -> dict[str, str] | None:
-        """How clients get to the kernel, ``direct`` or ``tunnel``, and why; None before that is known."""
+        """How clients reach the kernel, ``direct`` or ``tunnel``, and why; None before that is known."""
         return self._handle.process.connect if self._handle else None
 
     @property
@@ -253,7 +253,7 @@ class SlurmProvisioner(KernelProvisionerBase):
         if "supported_encryption" not in metadata and not self._request.kernel_argv:
             metadata = dict(self._wrapped_spec().metadata or {})
         required = getattr(self.parent, "transport_encryption", "disabled") == "required"
-        # The kernel manager's manager reads what is kept, if it is ours.
+        # Only our multi-kernel manager shows kept output to frontends.
         shows_kept = getattr(getattr(self.parent, "parent", None), "has_frontends", False)
         return choose_mode(
             self._request.connect,

@@ -1,1 +1,1 @@
-"""One kernel from START to EXIT, and its return after the server's restart. Knows no jupyter_client and no HTTP."""
+"""Kernels from START to EXIT, and after the server's restart. Knows neither jupyter_client nor Jupyter's HTTP API."""

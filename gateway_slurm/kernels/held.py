@@ -1,7 +1,7 @@
 """The kernels of one server: how a kernel is started, restarted in its place, and released.
 
-A kernel is over when its manager releases it, when its manager did not confirm the start, and when the kernel died and
-was not started again within ``release_grace``. Everything here runs on the service's loop.
+A kernel is released by its kernel manager. The server releases it when the manager does not confirm the start in time,
+and when the kernel died and was not restarted within ``release_grace``. Everything here runs on the service's loop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gateway_slurm.slurm.account import Account
 from gateway_slurm.store import Registry
 from gateway_slurm.store.records import KernelRecord
 
-# Seconds that a restart waits for a launcher without a link, as there is after this server's own start.
+# Seconds that a restart waits for its launcher's link; after the server's own start the launchers need time to dial.
 LINK_SECONDS = 10.0
 # Seconds that a restart waits for the old kernel's end, after STOP.
 STOP_SECONDS = 10.0
@@ -183,7 +183,7 @@ class KernelHandle:
     async def restart(self, launch: KernelLaunch) -> None:
         """Start the kernel again in the same allocation, on the same node, with the same ports.
 
-        Raises AllocationEnded when the allocation is over: a new one costs budget, and needs a request of its own.
+        Raises AllocationEnded when the allocation is over: a new one costs budget, and must be asked for separately.
         Raises LinkError when the launcher has no link. After an error the restart may be tried again within
         ``release_grace``; then the kernel is released.
         """
@@ -316,7 +316,7 @@ class KernelHandle:
             self._timer = None
 
     def hand_over(self, reason: str) -> None:
-        """Another server has the kernel now: drop it here, and nothing that the kernel needs to live."""
+        """Another server has the kernel now: drop it here without ending it."""
         self.cancel_timer()
         self._released = asyncio.get_running_loop().create_future()
         self._released.set_result(None)

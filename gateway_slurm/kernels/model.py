@@ -1,4 +1,4 @@
-"""What a kernel is started with: made by the provisioner, settled for a way, kept on record."""
+"""The data of a kernel's start, as the provisioner makes it and the store records it, and the phases of its life."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """What a kernel is started with; the same on every node and through every link."""
+    """All that a kernel is started with; the same on every node."""
 
     argv: tuple[str, ...]
     env: dict[str, str] = field(repr=False)
     cwd: str | None
-    # Goes into the connection file on the node: key, signature scheme, kernel name, Curve keys.
+    # For the connection file on the node: key, signature scheme, kernel name, Curve keys.
     connection: dict[str, str] = field(repr=False)
-    mode: str  # direct | ipc (tunnel); auto until it is settled (dialling.py)
+    mode: str  # direct | ipc (tunnel); auto until the transport is selected (transport.py)
     language: str
     start_timeout: float
     port_range: tuple[int, int] | None
@@ -24,28 +24,25 @@ class KernelLaunch:
     why: str = ""  # why it is this mode, and what that costs
 
     def direct(self, why: str) -> KernelLaunch:
-        """The same by TCP with CurveZMQ."""
+        """The same launch by TCP with CurveZMQ."""
         return replace(self, mode="direct", why=why)
 
     def tunnelled(self, why: str) -> KernelLaunch:
-        """The same through the tunnel, whose ends are no CurveZMQ sockets."""
+        """The same launch through the tunnel, whose ends are not CurveZMQ sockets."""
         connection = {name: value for name, value in self.connection.items() if not name.startswith("curve_")}
         return replace(self, mode="ipc", why=why, connection=connection)
 
     def as_json(self) -> dict[str, Any]:
-        """For the record; it holds secrets."""
+        """The fields for the record, secrets included."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> KernelLaunch:
-        """From a record that any version wrote: raises TypeError or KeyError where it lacks what is needed."""
+        """The launch on record. Raises TypeError or KeyError for a record that lacks a field."""
         known = {name: fields[name] for name in cls.__dataclass_fields__ if name != "why"}
         ports = known["port_range"]
         known |= {"argv": tuple(known["argv"]), "port_range": tuple(ports) if ports else None}
         return cls(**known, why=str(fields.get("why", "")))
-
-
-# -- Where a kernel is in its life, and what may follow what. --
 
 
 class Phase(enum.Enum):
@@ -54,13 +51,13 @@ class Phase(enum.Enum):
     NEW = "new"
     STARTING = "starting"
     RUNNING = "running"
-    LOST = "lost"  # no link to its launcher, or none yet: nothing is known, recovery is tried
+    LOST = "lost"  # its launcher has no link: the kernel may live, and the launcher may dial again
     DEAD = "dead"
 
 
-# The one table of what may follow what; anything else is a fault of ours and raises.
+# The phases that may follow each phase; any other transition is a bug and raises.
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
-    # LOST: started by an earlier server process, and its launcher has not been heard of yet.
+    # LOST after NEW: an earlier server started the kernel, and its launcher has not dialled this one yet.
     Phase.NEW: frozenset({Phase.STARTING, Phase.LOST, Phase.DEAD}),
     Phase.STARTING: frozenset({Phase.RUNNING, Phase.DEAD}),
     Phase.RUNNING: frozenset({Phase.LOST, Phase.DEAD}),

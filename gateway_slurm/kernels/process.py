@@ -1,7 +1,7 @@
-"""The process proxy: the server's handle on one kernel process, whatever link it hangs on.
+"""The process proxy: the server's handle on one kernel process.
 
-It lives on the service's loop. ``returncode`` and ``phase`` are plain attributes, so that any thread
-may read them: a poll reads memory and asks nobody.
+It lives on the service's loop. ``returncode`` and ``phase`` are plain attributes that any thread may read: a poll
+reads memory only.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from gateway_slurm._util import printable
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LauncherFailed, LinkError, StartTimeout
 from gateway_slurm.kernels.model import TRANSITIONS, KernelLaunch, Phase
-from gateway_slurm.kernels.transport import TransportSelector, ports_of
+from gateway_slurm.kernels.transport import TransportSelector, checked_ports
 from gateway_slurm.link import wire
 from gateway_slurm.link.output import Kept
 from gateway_slurm.link.tunnel import KernelTunnel
 from gateway_slurm.store.records import KernelRecord
 
-SAID_LIMIT = 4096
-"""Characters of a message and of a kernel's last output; launchers that do as they should say no more."""
+MAX_TEXT = 4096
+"""Characters of an error message, and of a kernel's last output, that are taken from a launcher."""
+REPLY_SLACK = 15.0
+"""Seconds by which the server's deadline for a start is later than the launcher's own."""
 
 
 class KernelProcess:
-    """One kernel: start, signal, wait, stop. Its launcher outlives it."""
+    """One kernel: start, signal, wait, stop. Its launcher outlives it.
+
+    ``tunnel_prefix`` begins the paths of the Unix sockets on which the tunnel listens on this machine.
+    """
 
     def __init__(
         self,
@@ -44,25 +49,26 @@ class KernelProcess:
         self.log = log
         self.phase = Phase.NEW
         self.returncode: int | None = None
-        # Why it ended, in words: the signal or exit code, and what Slurm says of the job.
+        # Why the kernel ended, in words: the signal or exit code, and what Slurm says of the job.
         self.reason = ""
         self.output_tail = ""
         self.pid = 0
         self.ip = ""
         self.ports: dict[str, int] = {}
         self.generation = 0
-        self.mode = ""  # as it came up: direct | ipc | tcp
+        self.mode = ""  # as the kernel listens: direct | ipc | tcp
         self.started_at: float | None = None  # seconds since the epoch
         self._tunnel_prefix, self._transport = tunnel_prefix, transport
         self._tunnel: KernelTunnel | None = None
-        self._fallback_reason = ""  # why a direct kernel, CurveZMQ and all, is reached through the tunnel nevertheless
+        self._fallback_reason = ""  # why a direct kernel is reached through the tunnel, where it is
         self._started: asyncio.Future[dict[str, Any]] | None = None
         self._dead = asyncio.Event()
         self.on_exit: Callable[[KernelProcess], None] = lambda _kernel: None
         self.walltime_end: float | None = None
-        # Shows a warning to the kernel's users, on the service's loop, without waiting. None: the launcher does.
+        # Shows a warning to the kernel's users, on the service's loop, without waiting. None: the launcher shows it.
         self.show_warning: Callable[[str], None] | None = None
         self.launched: KernelLaunch | None = None
+        # The last acknowledgement; it is sent again on a new link.
         self._acked: tuple[str, dict[str, str]] | None = None
         launcher.kernels[kernel_id] = self
 
@@ -71,13 +77,13 @@ class KernelProcess:
             raise AssertionError(f"kernel {self.kernel_id}: {self.phase.value} cannot become {phase.value}")
         self.phase = phase
 
-    # -- start ------------------------------------------------------------------------------
+    # -- Start ------------------------------------------------------------------------------
 
-    async def start(self, launch: KernelLaunch) -> dict[str, Any]:
-        """Start (again) and return the connection info, ``key`` aside.
+    async def start(self, launch: KernelLaunch) -> None:
+        """Start the kernel, for the first time or again, and return once it listens.
 
-        Raises KernelStartError when the kernel does not come up, LinkError when the launcher is out
-        of reach. A start that fails or is cancelled leaves no process.
+        Raises KernelStartError when the kernel does not come up, LinkError when the launcher has no link. A start that
+        fails or is cancelled leaves no process.
         """
         self._enter(Phase.STARTING)
         self.generation += 1
@@ -86,7 +92,7 @@ class KernelProcess:
         self._acked = None
         self._started = asyncio.get_running_loop().create_future()
         try:
-            self._came_up(await self._launch(await self._select(launch)))
+            self._set_endpoint(await self._launch(await self._select(launch)))
         except BaseException as error:
             self.launcher.send("STOP", kernel_id=self.kernel_id)
             if self.phase is not Phase.DEAD:
@@ -99,43 +105,48 @@ class KernelProcess:
                 "where other users of the node can read what it publishes",
                 self.kernel_id,
             )
-        return self._where()
 
     async def _select(self, launch: KernelLaunch) -> KernelLaunch:
-        """Decide how clients get to it; ``ip`` and ``ports`` are then a direct kernel's."""
-        was = self.ip, self.ports
-        selected = await self._transport.select(launch, self.launcher, self.kernel_id, self.launched, was)
+        """Select how clients reach the kernel; a direct kernel has its ``ip`` and ``ports`` then."""
+        previous = self.ip, self.ports
+        selected = await self._transport.select(launch, self.launcher, self.kernel_id, self.launched, previous)
         self.launched = selected.launch
         if selected.launch.mode == "direct":
             self.ip, self.ports = selected.ip, selected.ports or {}
             self._close_tunnel()
         return selected.launch
 
-    def _came_up(self, report: dict[str, Any]) -> None:
-        """Take where it listens. Raises LinkError for what its launcher cannot mean: clients will connect there."""
+    def _set_endpoint(self, report: dict[str, Any]) -> None:
+        """Take from STARTED where the kernel listens. Clients will connect there.
+
+        Raises LinkError where the launcher reports another mode or address than it was given.
+        """
         assert self.launched is not None
-        mode, wanted = str(report.get("mode")), self.launched.mode
-        if mode not in (("direct",) if wanted == "direct" else ("ipc", "tcp")):
-            raise LinkError(f"{self.launcher.where} was to start it for {wanted}, and says {mode[:20]!r}")
-        if wanted == "direct":
+        mode, expected = str(report.get("mode")), self.launched.mode
+        if mode not in (("direct",) if expected == "direct" else ("ipc", "tcp")):
+            raise LinkError(f"{self.launcher.where} reports mode {mode[:20]!r} for a kernel to start as {expected}")
+        if expected == "direct":
             if report.get("ip") != self.ip:
-                raise LinkError(f"the kernel listens at {str(report.get('ip'))[:60]!r}, and not on its node, {self.ip}")
-            self.ports = ports_of(report.get("ports"), self.launched.port_range)
+                raise LinkError(
+                    f"{self.launcher.where} reports that the kernel listens at {str(report.get('ip'))[:60]!r}, "
+                    f"which is not the node's address {self.ip}"
+                )
+            self.ports = checked_ports(report.get("ports"), self.launched.port_range)
         else:
             self.ip, self.ports = str(report.get("ip")), dict(report["ports"])
         self.mode, self.pid = mode, int(report["pid"])
 
     @property
     def connect(self) -> dict[str, str] | None:
-        """How clients get to it, in the words of the setting, and why; plain attributes, for any thread."""
+        """How clients reach the kernel, as the setting ``connect`` names it, and why; any thread may read it."""
         launched = self.launched
         if launched is None:
             return None
         direct = launched.mode == "direct" and not self._fallback_reason
         return {"mode": "direct" if direct else "tunnel", "why": self._fallback_reason or launched.why}
 
-    def _where(self) -> dict[str, Any]:
-        """Where clients reach it."""
+    def _endpoint(self) -> dict[str, Any]:
+        """Where clients reach the kernel, as fields of a connection file."""
         if self.mode == "direct" and not self._fallback_reason:
             return {"transport": "tcp", "ip": self.ip, **_port_fields(self.ports)}
         assert self._tunnel is not None
@@ -143,7 +154,7 @@ class KernelProcess:
 
     async def _launch(self, launch: KernelLaunch) -> dict[str, Any]:
         assert self._started is not None
-        if self._started.done():  # its job ended meanwhile
+        if self._started.done():  # the job ended meanwhile
             return self._started.result()
         if launch.mode == "ipc":
             await self._listen()
@@ -166,12 +177,13 @@ class KernelProcess:
         )
         if not sent:
             raise LinkError(f"the link to {self.launcher.where} is down: the kernel cannot be started now")
-        # The launcher keeps the deadline; ours only covers a launcher that says nothing at all.
+        # The launcher enforces the deadline; the server's covers a launcher that does not answer at all.
+        seconds = launch.start_timeout + REPLY_SLACK
         try:
-            return await asyncio.wait_for(self._started, launch.start_timeout + 15)
+            return await asyncio.wait_for(self._started, seconds)
         except asyncio.TimeoutError as error:
             raise StartTimeout(
-                f"{self.launcher.where} did not say within {launch.start_timeout + 15:g} s whether the kernel started"
+                f"{self.launcher.where} did not report within {seconds:g} s whether the kernel started"
             ) from error
 
     async def _listen(self) -> None:
@@ -179,10 +191,10 @@ class KernelProcess:
             self._tunnel = KernelTunnel(self.launcher.streams, self.kernel_id, self._tunnel_prefix)
         await self._tunnel.listen()
 
-    # -- of an earlier server process -------------------------------------------------------
+    # -- Kernels of an earlier server process -----------------------------------------------
 
     def restore(self, record: KernelRecord, fallback_reason: str = "") -> None:
-        """Be the kernel on record: LOST until its launcher says how it is.
+        """Become the kernel on record: LOST until its launcher reports it.
 
         ``fallback_reason`` says why this server cannot dial the node of a direct kernel. Raises TypeError or KeyError
         where the record is incomplete, and changes nothing then.
@@ -197,30 +209,30 @@ class KernelProcess:
             self._tunnel = KernelTunnel(self.launcher.streams, self.kernel_id, self._tunnel_prefix)
 
     async def reopen(self) -> None:
-        """Let clients reach it again; until then they try, as ZeroMQ does where nobody listens."""
+        """Open the tunnel's sockets again; ZeroMQ clients retry until then."""
         if self._tunnel is not None:
             await self._tunnel.listen()
 
     def connection_info(self) -> dict[str, Any]:
-        """All that a client needs, secrets included; ``key`` is bytes, as Jupyter has it."""
+        """All that a client needs, secrets included; ``key`` is bytes, as jupyter_client expects."""
         assert self.launched is not None
         given = self.launched.connection
-        info = {**self._where(), "key": given["key"].encode(), "signature_scheme": given["signature_scheme"]}
+        info = {**self._endpoint(), "key": given["key"].encode(), "signature_scheme": given["signature_scheme"]}
         if self.mode == "direct":
             info.update({name: given[name] for name in ("curve_publickey", "curve_secretkey") if name in given})
         return info
 
-    # -- what the launcher says -------------------------------------------------------------
+    # -- Messages from the launcher ---------------------------------------------------------
 
     def message(self, name: str, fields: dict[str, Any]) -> None:
-        """STARTED, FAILED or EXIT, for this start or an older one."""
+        """Take STARTED, FAILED or EXIT; a message about an earlier start is ignored."""
         if fields.get("generation") != self.generation or self.phase is Phase.DEAD:
             return
         if name == "STARTED" and self.phase is Phase.LOST:
-            # A restart that an earlier server process had begun has come to its end.
+            # The restart that an earlier server began is complete.
             try:
-                self._came_up(fields)
-            except LinkError as error:  # by another way than is on record: it is to be started again
+                self._set_endpoint(fields)
+            except LinkError as error:  # its clients would look for it elsewhere: the user must restart it
                 self.stop()
                 self._end(1, str(error))
                 return
@@ -232,13 +244,13 @@ class KernelProcess:
         elif name == "FAILED":
             self._fail(fields)
         elif name == "EXIT":
-            self.output_tail = str(fields.get("output_tail", ""))[-SAID_LIMIT:]
+            self.output_tail = str(fields.get("output_tail", ""))[-MAX_TEXT:]
             self._end(int(fields["returncode"]), wire.describe_exit(int(fields["returncode"])))
 
     def _fail(self, fields: dict[str, Any]) -> None:
-        self.output_tail = str(fields.get("output_tail", ""))[-SAID_LIMIT:]
-        said, argv = (str(fields.get(name))[:SAID_LIMIT] for name in ("message", "argv"))
-        message = f"{said} (node {self.launcher.node}, job {self.launcher.jobid}, argv {argv})"
+        self.output_tail = str(fields.get("output_tail", ""))[-MAX_TEXT:]
+        cause, argv = (str(fields.get(name))[:MAX_TEXT] for name in ("message", "argv"))
+        message = f"{cause} (node {self.launcher.node}, job {self.launcher.jobid}, argv {argv})"
         if self.output_tail:
             message += f"; the last lines of its output:\n{self.output_tail}"
         if self.phase is Phase.LOST:
@@ -251,17 +263,17 @@ class KernelProcess:
         """The start that is under way has failed."""
         if self._started is not None and not self._started.done():
             self._started.set_exception(error)
-            self._started.exception()  # seen, also where nobody awaits it yet
+            self._started.exception()  # retrieved: asyncio logs an exception that is not
 
     def reported(self, fields: dict[str, Any]) -> None:
-        """REPORT on a new link: reconcile with what happened while there was none."""
+        """Take the kernel's part of REPORT on a new link: what happened while there was no link."""
         if self.phase is Phase.LOST and int(fields.get("generation", 0)) > self.generation:
-            # An earlier server process had restarted it, and did not live to put that on record.
+            # An earlier server restarted the kernel, and died before it recorded that.
             self.generation = fields["generation"]
         if fields.get("generation") != self.generation:
             return
         if self._acked is not None:
-            self.acknowledge(*self._acked)  # the last may have been lost with the link
+            self.acknowledge(*self._acked)  # the last one may have been lost with the link
         if fields["state"] == "exited":
             self.message("EXIT", fields)
         elif fields["state"] == "failed":
@@ -270,17 +282,17 @@ class KernelProcess:
             self.message("STARTED", fields)
 
     def unreported(self) -> None:
-        """A new link's REPORT does not name this kernel."""
+        """REPORT on a new link does not name this kernel."""
         if self.phase is Phase.LOST:
             self.ended_with_job("its launcher no longer knows it")
 
     def lost(self) -> None:
-        """The launcher's link broke: the kernel may well live on."""
+        """The launcher's link broke; the kernel may live on."""
         if self.phase is Phase.RUNNING:
             self._enter(Phase.LOST)
 
     def ended_with_job(self, reason: str) -> None:
-        """The allocation is over, and everything in it."""
+        """The allocation or the launcher is over, and the kernel with it."""
         if self.phase in (Phase.STARTING, Phase.NEW):
             self.fail_start(LauncherFailed(reason))
         elif self.phase is not Phase.DEAD:
@@ -298,7 +310,7 @@ class KernelProcess:
         self.log.info("kernel %s (job %s) ended: %s", self.kernel_id, self.launcher.jobid, printable(reason))
         self.on_exit(self)
 
-    # -- warnings ---------------------------------------------------------------------------
+    # -- Warnings ---------------------------------------------------------------------------
 
     def warn(self, text: str) -> None:
         """Log a warning and show it to the kernel's users under the running cell.
@@ -315,60 +327,61 @@ class KernelProcess:
         elif self.phase is Phase.RUNNING:
             self.launcher.send("TELL", kernel_id=self.kernel_id, line=line)
 
-    # -- output that was kept ---------------------------------------------------------------
+    # -- Kept output ------------------------------------------------------------------------
 
     def acknowledge(self, msg_id: str, positions: dict[str, str]) -> None:
-        """Every client has what the kernel published up to the message ``msg_id``: the node need not keep it.
+        """All clients have the kernel's output up to the message ``msg_id``: the node discards it.
 
-        ``positions`` are kept for the next server: for each session the message up to which it has all. With
-        "" nothing is given up; the first call, whatever it says, is why the node keeps output also while
-        there is a link. Without a link it is said on the next.
+        An empty ``msg_id`` discards nothing. The node keeps ``positions`` for the next server: for each session the
+        message up to which it has everything. From the first call on the node also keeps output while there is a link.
+        Without a link the acknowledgement is sent on the next one.
         """
         self._acked = msg_id, positions
         self.launcher.send("ACK", kernel_id=self.kernel_id, upto=msg_id, positions=positions)
 
     async def read_kept(self) -> Kept:
-        """What was published and not acknowledged, also of a kernel that has exited, until it is closed.
+        """The output that the kernel published and no call has acknowledged; an exited kernel has it until ``close``.
 
-        Clients subscribe first: what comes meanwhile they get twice, and know by its id. Raises LinkError.
+        Clients subscribe first. They get output twice that the kernel publishes meanwhile, and recognise it by the
+        messages' ids. Raises LinkError.
         """
         return await self.launcher.read_kept(self.kernel_id)
 
-    # -- control ----------------------------------------------------------------------------
+    # -- Control ----------------------------------------------------------------------------
 
     async def wait(self) -> int:
-        """Wait for the end; return exit code or minus signal."""
+        """Wait for the kernel's end; return the exit code or minus the signal."""
         await self._dead.wait()
         assert self.returncode is not None
         return self.returncode
 
     def signal(self, signum: int) -> None:
-        """Signal the kernel's process group. Raises LinkError when the launcher is out of reach."""
+        """Signal the kernel's process group. Raises LinkError when the launcher has no link."""
         if self.phase is Phase.DEAD:
             return
         if not self.launcher.send("SIGNAL", kernel_id=self.kernel_id, signum=int(signum)):
             raise LinkError(f"the link to {self.launcher.where} is down: signal {signum} could not be sent")
 
     def stop(self) -> None:
-        """Kill what is left of it and forget its files; the launcher stays."""
+        """Have the launcher kill the kernel's processes and remove its files; the launcher stays."""
         self.launcher.send("STOP", kernel_id=self.kernel_id)
 
     def close(self) -> None:
-        """The kernel is over for good: give up its tunnel and its place at the launcher."""
+        """End the kernel for good, and close its tunnel."""
         self.stop()
         if self.phase is not Phase.DEAD:
             self._end(-signal.SIGKILL, "stopped")
         self.detach()
 
     def hand_over(self, reason: str) -> None:
-        """It lives on as another server's; to this one it is over."""
+        """Another server has the kernel now, and it is over for this one; ``on_exit`` is not called."""
         self.on_exit = lambda _kernel: None
         if self.phase is not Phase.DEAD:
             self._end(-signal.SIGKILL, reason)
         self.detach()
 
     def detach(self) -> None:
-        """Let go of its clients and of its place at the launcher; nothing is said to the launcher."""
+        """Close the tunnel and forget the kernel; the launcher gets no message, and the kernel runs on."""
         self._close_tunnel()
         self.launcher.kernels.pop(self.kernel_id, None)
 

@@ -317,7 +317,7 @@ class Failover:
         try:
             self._on_claimed(restored)
         except Exception:
-            # The kernels are there; a failing callback must not end the watch.
+            # The kernels are restored; a failing callback must not end the watch.
             self.log.exception("kernels were taken over, and the server could not be notified of them")
 
     async def _find_dead_servers(self) -> bool:
@@ -359,7 +359,7 @@ class Failover:
     def hand_over(self, lost: LostRows) -> None:
         """Another server took these records: drop their kernels, and the kernels that share their jobs."""
         owners = self._kernels.owners
-        allocations = [one for one in owners.listed() if one.record_key in lost.allocations]
+        allocations = [listed for listed in owners.listed() if listed.record_key in lost.allocations]
         handles = [handle for handle in self._kernels.handles() if handle.allocation in allocations]
         for handle in handles:
             handle.hand_over("another server has taken it over")

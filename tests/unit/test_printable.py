@@ -18,7 +18,7 @@ from gateway_slurm.cli import app
 from gateway_slurm.cli.doctor.findings import Doctor, Finding, _print
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError
 from gateway_slurm.kernels.model import Phase
-from gateway_slurm.kernels.process import SAID_LIMIT, KernelProcess
+from gateway_slurm.kernels.process import MAX_TEXT, KernelProcess
 from gateway_slurm.kernels.transport import TransportSelector
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo, StepInfo
@@ -111,10 +111,10 @@ async def test_a_launcher_that_says_too_much_is_cut_short(kernel):
     kernel.message("FAILED", {"generation": 1, **fields})
     with pytest.raises(KernelStartError, match="the end") as caught:
         await kernel._started
-    assert len(str(caught.value)) < 4 * SAID_LIMIT
-    assert len(caught.value.output_tail) == SAID_LIMIT
+    assert len(str(caught.value)) < 4 * MAX_TEXT
+    assert len(caught.value.output_tail) == MAX_TEXT
     kernel.message("EXIT", {"generation": 1, "returncode": 1, "output_tail": fields["output_tail"]})
-    assert len(kernel.output_tail) == SAID_LIMIT
+    assert len(kernel.output_tail) == MAX_TEXT
 
 
 # -- the command line -----------------------------------------------------------------------------------

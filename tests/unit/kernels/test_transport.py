@@ -13,7 +13,7 @@ import pytest
 from gateway_slurm.allocations import launcher
 from gateway_slurm.allocations.launcher import Prober
 from gateway_slurm.errors import LauncherFailed, LinkError, NodeUnreachable, RequestError
-from gateway_slurm.kernels import transport as dialling
+from gateway_slurm.kernels import transport
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.process import KernelProcess
 from gateway_slurm.kernels.transport import NOT_KEPT, TransportSelector, choose_mode
@@ -225,7 +225,7 @@ async def test_a_node_that_is_not_where_its_link_comes_from_is_not_asked(select,
 @pytest.mark.parametrize("speech", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"0" * 32, b"x" * 1_000_000, "echo"])
 async def test_who_does_not_know_the_answer_is_not_the_node(select, speech, monkeypatch):
     """Silence, a greeting, a guess, a flood and an echo: each is something else, and soon known."""
-    monkeypatch.setattr(dialling, "WORD_SECONDS", 0.1)
+    monkeypatch.setattr(transport, "ANSWER_SECONDS", 0.1)
 
     async def speak(reader, writer):
         writer.write(await reader.read(100) if speech == "echo" else speech)
@@ -233,12 +233,12 @@ async def test_who_does_not_know_the_answer_is_not_the_node(select, speech, monk
     async with five_listeners(speak) as ports:
         selected = await select(Node(lambda _fields: {"ports": ports}))
     assert selected.launch.mode == "ipc"
-    assert "something else than its launcher listens there" in selected.launch.why
+    assert "the process that listens there is not its launcher" in selected.launch.why
 
 
 async def test_nothing_but_the_question_is_sent(select, monkeypatch):
     """Whatever listens there gets a random word, which nobody else knows, and nothing more."""
-    monkeypatch.setattr(dialling, "WORD_SECONDS", 0.1)
+    monkeypatch.setattr(transport, "ANSWER_SECONDS", 0.1)
     heard = []
 
     async def served(reader, _writer):
@@ -304,9 +304,9 @@ def swallowing():
 async def test_one_that_does_not_answer_is_remembered(select, dialled, swallowing, monkeypatch):
     """For a while it is neither asked nor dialled; then it is tried again, and twice as long the next time."""
     now, loop = [1000.0], asyncio.get_running_loop()
-    monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(transport, "CONNECT_SECONDS", 0.2)
     node = Node(lambda _fields: {"ports": dict.fromkeys(wire.CHANNELS, swallowing)})
-    monkeypatch.setattr(dialling, "_now", lambda: now[0])
+    monkeypatch.setattr(transport, "_now", lambda: now[0])
     begun = loop.time()
     first = await select(node)
     assert loop.time() - begun < 5
@@ -322,7 +322,7 @@ async def test_one_that_does_not_answer_is_remembered(select, dialled, swallowin
 
 async def test_who_must_be_direct_is_tried_although_it_is_remembered(select, swallowing, monkeypatch):
     """``connect = direct`` is not refused for what was; and a success is the end of the memory."""
-    monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(transport, "CONNECT_SECONDS", 0.2)
     silent = Node(lambda _fields: {"ports": dict.fromkeys(wire.CHANNELS, swallowing)})
     await select(silent)
     with pytest.raises(NodeUnreachable, match="timed out"):
@@ -335,17 +335,17 @@ async def test_who_must_be_direct_is_tried_although_it_is_remembered(select, swa
 
 async def test_what_is_remembered_is_bounded(select, swallowing, monkeypatch):
     """The oldest is forgotten."""
-    monkeypatch.setattr(dialling, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(dialling, "REMEMBER_NODES", 1)
+    monkeypatch.setattr(transport, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(transport, "MAX_SILENT_NODES", 1)
     for host in ("127.0.0.1", "127.0.0.2", "127.0.0.1"):
-        monkeypatch.setattr(dialling, "_dial_all", lambda *_arguments, **_words: _timed_out())
+        monkeypatch.setattr(transport, "_ask_all", lambda *_arguments, **_keywords: _timed_out())
         node = Node(lambda _fields: {"ports": others()}, peer=host, own_ip=host)
         assert (await select(node)).launch.mode == "ipc"
         assert len(node.asked) == 1
 
 
 async def _timed_out():
-    return [f"there: {dialling.TIMED_OUT}"]
+    return [f"there: {transport.TIMED_OUT}"]
 
 
 # -- restarts and older versions ------------------------------------------------------------------------------
@@ -401,9 +401,9 @@ def test_an_older_versions_record_has_no_reason():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"ip": "169.254.169.254"}, "not on its node"),
-        ({"ip": "localhost"}, "not on its node"),
-        ({"mode": "ipc"}, "to start it for direct"),
+        ({"ip": "169.254.169.254"}, "not the node's address"),
+        ({"ip": "localhost"}, "not the node's address"),
+        ({"mode": "ipc"}, "for a kernel to start as direct"),
         ({"ports": {"shell": 2000}}, "a port for each channel"),
         ({"ports": others("shell", 22)}, "which is not from"),
     ],
@@ -422,7 +422,7 @@ async def test_a_tunnelled_kernel_sends_nobody_to_an_address(tmp_path):
     """A launcher that was told to use the tunnel cannot make its kernel direct."""
     node = Node(lambda _fields: None, probes=False)
     process = process_on(node, {"mode": "direct", "pid": 5, "ip": "192.0.2.9", "ports": others()}, tmp_path)
-    with pytest.raises(LinkError, match="to start it for ipc"):
+    with pytest.raises(LinkError, match="for a kernel to start as ipc"):
         await process.start(LAUNCH)
     process.detach()
 
