@@ -1,4 +1,4 @@
-"""Which jobs have no server: what the store and Slurm say is compared, and a living server's job is never meant."""
+"""Orphans: the store is compared with Slurm's jobs, and a job of a live server is never among them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ELSEWHERE = ServerRecord(server_id="far", process=replace(HERE, host="far.away",
 
 
 def job(jobid: str, launcher_id: str, *, state: str = "RUNNING", age: float = 500.0) -> JobInfo:
-    """A job as Slurm tells of it."""
+    """A job as Slurm describes it."""
     comment = f"{JOB_NAME}:{launcher_id}"
     return JobInfo(jobid=jobid, state=state, name=JOB_NAME, comment=comment, user="ada", submit_time=NOW - age)
 
 
 def row(jobid: str, launcher_id: str, **more) -> AllocationRecord:
-    """What the store has of it."""
+    """The job's record in the store."""
     return AllocationRecord(launcher_id=launcher_id, jobid=jobid, identity=launcher_id, **more)
 
 
@@ -40,8 +40,8 @@ def orphans(jobs, found=(), marks=frozenset(), *, orphan_timeout=60.0, now=NOW, 
     return find_orphans(known, found, marks, store_id=store_id, orphan_timeout=orphan_timeout, now=now)
 
 
-def test_a_launchers_id_says_which_store_knows_it():
-    """And whose store it is not."""
+def test_a_launchers_id_names_its_store():
+    """And no other store."""
     launcher_id = new_launcher_id(STORE)
     assert is_of_store(launcher_id, STORE)
     assert not is_of_store(launcher_id, "f" * 32)
@@ -50,14 +50,14 @@ def test_a_launchers_id_says_which_store_knows_it():
     assert new_launcher_id(STORE) != launcher_id
 
 
-def test_a_living_servers_job_is_no_orphan():
-    """Whoever else has a row of it, and however old it is."""
+def test_a_live_servers_job_is_no_orphan():
+    """Other servers' records of it and its age do not matter."""
     found = [(LIVING, row("1", "gs-1")), (DEAD, row("1", "gs-1"))]
     assert orphans([job("1", "gs-1", age=1e6)], found) == []
 
 
 def test_a_dead_servers_job_may_be_cancelled_once_its_launcher_would_have_ended_it():
-    """Until then the server's successor, or attach, may have it."""
+    """Until then the server's successor, or ``attach``, may take it over."""
     (orphan,) = orphans([job("1", "gs-1")], [(DEAD, row("1", "gs-1", kernel_ids=["k", "l"]))])
     assert (orphan.since, orphan.due, orphan.why_left(NOW)) == (NOW - 100, NOW - 40, "")
     assert "its kernels (2) are out of reach" in orphan.what
@@ -67,8 +67,8 @@ def test_a_dead_servers_job_may_be_cancelled_once_its_launcher_would_have_ended_
     assert patient.due == NOW - 100 + NO_TIMEOUT_GRACE
 
 
-def test_when_a_server_without_a_lease_died_is_not_known_so_its_time_begins_when_that_is_seen():
-    """A plain program's server has no lease: its process says all there is."""
+def test_the_grace_of_a_server_without_a_lease_begins_when_it_is_found_dead():
+    """A plain program's server has no lease: only its process shows that it died."""
     found, seen = [(replace(DEAD, lease_until=math.inf), row("1", "gs-1"))], {}
     for passed, left in ((0.0, True), (50.0, True), (60.0, False)):
         known = {"1": job("1", "gs-1")}
@@ -79,7 +79,7 @@ def test_when_a_server_without_a_lease_died_is_not_known_so_its_time_begins_when
 
 
 @pytest.mark.parametrize("late", [-10.0, 0.0, 59.0])
-def test_a_server_on_another_host_is_given_more_than_its_lease(late):
+def test_a_server_on_another_host_has_a_grace_beyond_its_lease(late):
     """It may have been suspended, and its launchers still wait for it."""
     server = replace(ELSEWHERE, lease_until=NOW - late)
     assert orphans([job("1", "gs-1")], [(server, row("1", "gs-1"))]) == []
@@ -91,8 +91,8 @@ def test_a_server_that_is_late_with_its_lease_lives_while_its_process_does():
     assert orphans([job("1", "gs-1")], [(server, row("1", "gs-1"))]) == []
 
 
-def test_a_job_that_this_store_has_forgotten_is_an_orphan_and_another_stores_is_not_judged():
-    """The same user may have servers on other hosts, whose stores are not seen from here."""
+def test_a_job_without_a_record_is_an_orphan_of_its_own_store_only():
+    """The same user may have servers on other hosts, with stores that cannot be read from here."""
     ours, theirs, old = new_launcher_id(STORE), new_launcher_id("f" * 32), "gs-0011223344556677"
     found = orphans([job("1", ours), job("2", theirs), job("3", old)])
     assert [(orphan.jobid, orphan.foreign) for orphan in found] == [("1", False), ("2", True), ("3", True)]
@@ -101,8 +101,8 @@ def test_a_job_that_this_store_has_forgotten_is_an_orphan_and_another_stores_is_
     assert orphans([job("1", ours)], store_id="")[0].foreign
 
 
-def test_what_is_to_be_kept_is_left_and_what_is_over_or_somebody_elses_is_not_looked_at():
-    """The user's wish counts more than the policy."""
+def test_a_kept_job_is_left_and_a_job_that_is_over_or_foreign_is_ignored():
+    """The user's keep flag counts more than the policy."""
     launcher_id = new_launcher_id(STORE)
     over = job("2", launcher_id, state="COMPLETED")
     foreign = replace(job("3", launcher_id), name="theirs")
@@ -110,11 +110,11 @@ def test_what_is_to_be_kept_is_left_and_what_is_over_or_somebody_elses_is_not_lo
     assert "must be kept" in kept.why_left(NOW)
 
 
-# -- the policy ----------------------------------------------------------------------------------------
+# -- The policy --
 
 
 class Slurm:
-    """Answers from memory; counts what is asked."""
+    """Answers from memory, and notes which jobs were cancelled."""
 
     def __init__(self, *jobs: JobInfo, steps=()) -> None:
         self.known, self._steps = {info.jobid: info for info in jobs}, list(steps)
@@ -132,7 +132,7 @@ class Slurm:
 
 
 class Rows:
-    """A store's rows and marks, as a registry tells them."""
+    """A store's records and keep flags, as a registry returns them."""
 
     store_id = STORE
 
@@ -151,19 +151,19 @@ class Rows:
 
 
 async def settled(slurm: Slurm, rows: Rows, policy: str, *, orphan_timeout: float = 60.0) -> None:
-    """Let the policy be done."""
+    """Run the policy to its end."""
     no_wait = {"pause": lambda _seconds: 0.0}
     await watch_orphans(rows, slurm, LOG, policy=policy, orphan_timeout=orphan_timeout, **no_wait)
 
 
 @pytest.fixture
 def found():
-    """A dead server's row of job 1."""
+    """A dead server's record of job 1."""
     return DEAD, row("1", "gs-1")
 
 
-async def test_the_policy_leave_tells_and_cancels_nothing(found, caplog):
-    """One line a job."""
+async def test_the_policy_leave_logs_one_line_a_job_and_cancels_nothing(found, caplog):
+    """The line says where to learn more."""
     slurm, rows = Slurm(job("1", "gs-1")), Rows((replace(DEAD, lease_until=1.0), found[1]))
     await settled(slurm, rows, "leave")
     assert (slurm.cancelled, rows.dropped) == ([], [])
@@ -172,8 +172,8 @@ async def test_the_policy_leave_tells_and_cancels_nothing(found, caplog):
     ]
 
 
-async def test_the_policy_cancel_ends_the_job_and_removes_its_row(found):
-    """Our own launchers' steps are no reason to leave it."""
+async def test_the_policy_cancel_ends_the_job_and_drops_its_record(found):
+    """Steps of our own launchers do not count as use."""
     steps = [StepInfo(stepid="1.batch"), StepInfo(stepid="1.0", name=STEP_NAME)]
     slurm, rows = Slurm(job("1", "gs-1"), steps=steps), Rows((replace(DEAD, lease_until=1.0), found[1]))
     await settled(slurm, rows, "cancel")
@@ -181,8 +181,8 @@ async def test_the_policy_cancel_ends_the_job_and_removes_its_row(found):
     assert [record for _server, record in rows.dropped] == [found[1]]
 
 
-async def test_a_job_in_which_somebody_works_is_not_cancelled(caplog):
-    """A step that is not ours."""
+async def test_a_job_with_another_step_is_not_cancelled(caplog):
+    """The step is not a launcher's."""
     rows = Rows((replace(DEAD, lease_until=1.0), row("1", "gs-1")))
     slurm = Slurm(job("1", "gs-1"), steps=[StepInfo(stepid="1.7", name="a.out")])
     await settled(slurm, rows, "cancel")
@@ -190,8 +190,8 @@ async def test_a_job_in_which_somebody_works_is_not_cancelled(caplog):
     assert "step 1.7 (a.out) runs in it" in caplog.text
 
 
-async def test_a_job_of_which_nobody_tells_who_works_in_it_is_not_cancelled(caplog):
-    """And another one is judged all the same, in the same look."""
+async def test_a_job_with_unknown_steps_is_not_cancelled(caplog):
+    """Another orphan is cancelled in the same look all the same."""
 
     class Tacit(Slurm):
         async def steps(self, jobid: str) -> list[StepInfo]:

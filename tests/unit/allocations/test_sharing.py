@@ -1,4 +1,4 @@
-"""Which allocation a kernel may join: the rules, their explanation, and that the answer is always the same."""
+"""Which allocation a kernel may join: the rules and their explanation. The choice is always the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ASKED = KernelRequest(
 
 
 def offer(jobid: str = "12", *, minutes_left: float | None = 30, account: str = "acc", kernels: int = 1, **fields):
-    """An allocation made for ASKED, but for what is named."""
+    """An allocation for ASKED, with these fields changed."""
     left = None if minutes_left is None else 60 * minutes_left
     request = replace(ASKED, **fields)
     return Offer(jobid=jobid, request=request, account=account, seconds_left=left, kernels=kernels)
@@ -43,19 +43,19 @@ def offer(jobid: str = "12", *, minutes_left: float | None = 30, account: str = 
         ({"minutes_left": 10}, "10 min left, 30 min asked for"),
     ],
 )
-def test_an_allocation_fits_or_the_reason_is_told(fields, reason):
+def test_an_allocation_fits_or_there_is_a_reason(fields, reason):
     """Same partition, account, reservation, QOS and constraint, resources at least those asked for, time enough."""
     assert misfit(ASKED, "acc", offer(**fields)) == reason
 
 
 def test_other_generic_resources_must_be_there_too():
-    """A kernel that wants a licence or shard does not join a job without it."""
+    """A kernel that requests a licence or shard does not join a job without it."""
     assert misfit(replace(ASKED, gres="shard:1"), "acc", offer()) == "no shard:1"
     assert misfit(replace(ASKED, gres="shard:1"), "acc", offer(gres="shard:1")) == ""
 
 
 def test_the_allocation_with_the_least_to_spare_is_taken():
-    """GPUs are kept for who asks for them, then nodes, CPUs and memory."""
+    """GPUs are kept for requests that need them, then nodes, CPUs and memory."""
     offers = [offer("1", gpus=2), offer("2", nodes=2), offer("3", cpus=8), offer("4", memory="8G")]
     best, lines = choose(ASKED, "acc", offers)
     assert best is not None
@@ -63,7 +63,7 @@ def test_the_allocation_with_the_least_to_spare_is_taken():
     assert lines == ["job 4 fits best of 4"]
 
 
-def test_who_does_not_fit_is_told_why():
+def test_an_offer_that_does_not_fit_is_explained():
     """The log explains each allocation that was passed over."""
     best, lines = choose(ASKED, "acc", [offer("7", gpus=0), offer("8", account="x")])
     assert best is None
@@ -85,7 +85,7 @@ offers = st.lists(
 
 @given(offers, st.randoms(use_true_random=False))
 def test_the_choice_depends_on_nothing_but_the_offers(many, rng: random.Random):
-    """In whatever order they are listed, the same allocation is chosen."""
+    """Their order does not matter."""
     shuffled = list(many)
     rng.shuffle(shuffled)
     assert choose(ASKED, "acc", many)[0] == choose(ASKED, "acc", shuffled)[0]
