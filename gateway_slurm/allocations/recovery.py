@@ -115,12 +115,12 @@ class _Recovery:
         never_ran = record.state in ("", "PENDING")
         if not never_ran or info.meaning not in (Meaning.WAITING, Meaning.HELD, Meaning.USABLE):
             kernels = ", ".join(record.kernel_ids) or "none"
-            text = "job %s is of a server that died; its launcher will end it (kernels: %s)"
+            text = "job %s belongs to a dead server; its launcher will end it (kernels: %s)"
             self._complaints.warning(info.jobid, text, info.jobid, kernels)
             return False
         await self._driver.cancel(info.jobid)
         self._cancelled.append(info.jobid)
-        self.log.warning("job %s, which a server that died had left in the queue, was cancelled", info.jobid)
+        self.log.warning("job %s, which a dead server had left in the queue, was cancelled", info.jobid)
         return True
 
 
@@ -149,7 +149,7 @@ class Orphan:
     foreign: bool = False
     """Whether it belongs to another store, so that nothing is known of it here."""
     due: float
-    """When it may be cancelled, in seconds since the epoch; a server may come back for it until then."""
+    """When it may be cancelled, in seconds since the epoch; a server may take it over until then."""
 
     @property
     def jobid(self) -> str:
@@ -159,12 +159,12 @@ class Orphan:
     def what(self) -> str:
         """The orphan in words, for messages."""
         if self.foreign:
-            return f"job {self.jobid} is of another store's server, on another host perhaps"
+            return f"job {self.jobid} belongs to a server of another store, perhaps on another host"
         if self.record is None:
             return f"job {self.jobid} was submitted by a server of this store, which has no record of the job"
         kernels = len(self.record.kernel_ids)
         unreachable = f"; its kernels ({kernels}) are out of reach" if kernels else ""
-        return f"job {self.jobid} is of a server that is dead{unreachable}"
+        return f"job {self.jobid} belongs to a dead server{unreachable}"
 
     def why_left(self, now: float) -> str:
         """Why it must not be cancelled now; empty where it may be, if no other step runs in it."""
@@ -173,7 +173,7 @@ class Orphan:
         if self.kept:
             return f"it must be kept; to end it: jupyter slurm allocations cancel {self.jobid}"
         if now < self.due:
-            return f"until {_clock(self.due)} a server may come back for it, and then its launcher ends it"
+            return f"a server may take it over until {_clock(self.due)}; after that its launcher ends it"
         return ""
 
     def forget(self, registry: Registry) -> None:

@@ -112,7 +112,7 @@ class AllocationReleaser:
                 found = await self._driver.find(JOB_NAME)
                 jobid = next((key for key, info in found.items() if identity_of(info) == allocation.identity), None)
                 if jobid is not None:
-                    self.log.warning("job %s came of an sbatch that gave no answer; it is cancelled", jobid)
+                    self.log.warning("job %s was submitted by an sbatch that gave no answer; it is cancelled", jobid)
                     await self._cancel(jobid)
                 if jobid is not None or last:
                     self._table.forget(allocation)

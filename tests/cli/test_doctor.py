@@ -135,7 +135,7 @@ def test_a_dead_servers_job_is_reported_with_its_kernels_and_left(cluster):
     job = submit(cluster, launcher_id)
     dead_server(f"{job}:{launcher_id}:k")
     (found,) = findings("--fix", status=1)
-    assert f"job {job} is of a server that is dead; its kernels (1) are out of reach" in str(found["what"])
+    assert f"job {job} belongs to a dead server; its kernels (1) are out of reach" in str(found["what"])
     assert job_state(job) == "RUNNING"
     slurm("scancel", job, cluster=cluster)
 
@@ -147,7 +147,7 @@ def test_jobs_of_living_servers_and_of_other_stores_are_left_alone(admin_setting
     with server() as living:
         ran = doctor("--fix")
         assert (ran.returncode, ran.stderr) == (0, ""), ran.stdout
-        assert f"job {theirs} is of another store's server" in ran.stdout
+        assert f"job {theirs} belongs to a server of another store" in ran.stdout
         assert job_state(living.jobid) == job_state(theirs) == "RUNNING"
         living.end("in good order")
     slurm("scancel", theirs, cluster=cluster)

@@ -62,7 +62,7 @@ def test_a_dead_servers_job_may_be_cancelled_once_its_launcher_would_have_ended_
     assert (orphan.since, orphan.due, orphan.why_left(NOW)) == (NOW - 100, NOW - 40, "")
     assert "its kernels (2) are out of reach" in orphan.what
     (young,) = orphans([job("1", "gs-1")], [(DEAD, row("1", "gs-1"))], orphan_timeout=900.0)
-    assert "may come back for it" in young.why_left(NOW)
+    assert "may take it over" in young.why_left(NOW)
     (patient,) = orphans([job("1", "gs-1")], [(DEAD, row("1", "gs-1"))], orphan_timeout=0.0)
     assert patient.due == NOW - 100 + NO_TIMEOUT_GRACE
 
@@ -168,7 +168,7 @@ async def test_the_policy_leave_logs_one_line_a_job_and_cancels_nothing(found, c
     await settled(slurm, rows, "leave")
     assert (slurm.cancelled, rows.dropped) == ([], [])
     assert [record.getMessage() for record in caplog.records if "job 1" in record.getMessage()] == [
-        "job 1 is of a server that is dead; it is left: SlurmService.orphan_jobs is leave; see: jupyter slurm doctor"
+        "job 1 belongs to a dead server; it is left: SlurmService.orphan_jobs is leave; see: jupyter slurm doctor"
     ]
 
 
