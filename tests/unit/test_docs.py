@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -107,6 +108,59 @@ def test_a_table_that_no_page_shows_is_an_error(draw, copy):
     status, said = draw("--check", "--root", str(copy))
     assert status != 0
     assert "states" in said
+
+
+# -- the code that the pages name ------------------------------------------------------------------------
+
+
+HOW_IT_WORKS = ROOT / "docs" / "developers" / "how-it-works.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+
+
+def functions_of(path: Path) -> set[str]:
+    """Return the functions of a file and the methods of its classes, as ``Class.method``."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            methods = (child for child in node.body if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+            found |= {f"{node.name}.{method.name}" for method in methods}
+    return found
+
+
+def test_the_walk_through_a_kernels_start_names_existing_functions():
+    """Each stop is a file of the repository, linked, and a function in it."""
+    stops = re.findall(r"^\| \d \| \[`(.+?)`]\((.+?)\) \| `(.+?)` \|", HOW_IT_WORKS.read_text(), re.MULTILINE)
+    assert len(stops) >= 8
+    for name, link, function in stops:
+        assert (HOW_IT_WORKS.parent / link).resolve() == ROOT / name
+        assert function in functions_of(ROOT / name), f"{name} has no {function}"
+
+
+def test_the_tree_of_rooms_is_the_package():
+    """The tree shows every file and directory at the root of the package, and nothing else."""
+    (tree,) = re.findall(r"^gateway_slurm/\n((?:  .+\n)+)launchers/", HOW_IT_WORKS.read_text(), re.MULTILINE)
+    shown = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    package = ROOT / "gateway_slurm"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")} | {path.name for path in package.glob("*.py")}
+    assert shown | {"__init__.py"} == rooms
+
+
+@pytest.mark.parametrize("page", [HOW_IT_WORKS, CONTRIBUTING], ids=lambda page: page.name)
+def test_the_order_of_imports_is_the_one_that_the_layers_test_checks(page):
+    """The rooms of the order, from left to right, are those of tests/unit/test_layers.py."""
+    (order,) = re.findall(r"^errors, .+\n.+ cli$", page.read_text(), re.MULTILINE)
+    groups = [{name.strip() for name in group.split(",")} for group in order.split("<")]
+    (checked,) = (
+        list(ast.literal_eval(node.value))
+        for node in ast.parse((ROOT / "tests" / "unit" / "test_layers.py").read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ORDER"
+    )
+    for group in groups:
+        assert set(checked[: len(group)]) == group
+        del checked[: len(group)]
+    assert checked == []
 
 
 # -- the sample ---------------------------------------------------------------------------------------
