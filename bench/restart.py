@@ -18,7 +18,7 @@ import psutil
 
 from bench.gateway import Client, ask, execute
 from bench.harness import Table, write_kernelspec
-from gateway_slurm.testing.processes import free_ports
+from gateway_slurm.testing.processes import free_port
 from scripts.demo_gateway import GATEWAY, make_token
 
 KERNELS = 20
@@ -33,7 +33,7 @@ class Gateway:
 
     def __init__(self, directory: Path) -> None:
         self._log = directory / "restarted.log"
-        self._port = free_ports(1)[0]
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.argv = [*GATEWAY, "gateway", f"--tokens={directory / 'tokens.json'}", "--ip=127.0.0.1"]
         self.argv += [f"--port={self._port}", "--SlurmGatewayApp.port_retries=0", "--allow-root"]

@@ -12,8 +12,8 @@ from typing import Any
 from bench.harness import Table, admin_settings, start, stop, write_kernelspec
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
-from gateway_slurm.testing.line import Line, line_to
 from gateway_slurm.testing.loginnode import USER, login_node
+from gateway_slurm.testing.tcp_proxy import TcpProxy, tcp_proxy_to
 
 WAYS = ("commands", "SSH", "REST")
 WARM = 2
@@ -25,7 +25,7 @@ async def bench_ways(table: Table, directory: Path, cluster: PrivateCluster, run
     token = directory / "token"
     token.touch(mode=0o600)
     token.write_text(cluster.token(USER))
-    with login_node() as node, line_to(node.port) as line:
+    with login_node() as node, tcp_proxy_to(node.port) as line:
         settings: dict[str, dict[str, object]] = {
             "commands": {},
             "SSH": {**node.settings(line.port), "relay": "auto"},
@@ -44,7 +44,7 @@ async def bench_ways(table: Table, directory: Path, cluster: PrivateCluster, run
             table.row(f"{count}, start by {way}, {what}", "")
 
 
-async def _measure(table: Table, directory: Path, way: str, service: SlurmService, line: Line) -> None:
+async def _measure(table: Table, directory: Path, way: str, service: SlurmService, line: TcpProxy) -> None:
     """One cold start and some warm ones, of a service of its own."""
     name = write_kernelspec(directory, "by-way", connect="tunnel")
     counted = {"commands": "Slurm commands", "SSH": "SSH round trips", "REST": "HTTP requests"}[way]
@@ -57,7 +57,7 @@ async def _measure(table: Table, directory: Path, way: str, service: SlurmServic
         await stop(kernel)
 
 
-def _count(service: SlurmService, way: str, line: Line) -> Callable[[], int]:
+def _count(service: SlurmService, way: str, line: TcpProxy) -> Callable[[], int]:
     """Of SSH on the wire: how often our side waited for the other."""
     counts: Any = service.runner.counts
-    return lambda: line.turns if way == "SSH" else counts.total()
+    return lambda: line.round_trips if way == "SSH" else counts.total()

@@ -19,6 +19,8 @@ from typing import Any
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
 
+from gateway_slurm.testing.processes import free_port
+
 GATEWAY = [sys.executable, "-m", "gateway_slurm.cli.app"]
 LISTENS_WITHIN = 30.0  # seconds
 ANSWERS_WITHIN = 60.0  # seconds
@@ -33,9 +35,7 @@ def make_token(directory: Path) -> str:
 @contextmanager
 def running(argv: Sequence[str], log: Path, **environment: str) -> Iterator[str]:
     """A server on a free port of this machine, and its URL; it is ended with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*argv, "--ip=127.0.0.1", f"--port={port}", "--allow-root"],

@@ -1,6 +1,6 @@
-"""Where a private cluster keeps its files, and what its daemons are told: pure, no I/O.
+"""The paths, configuration files and commands of a private cluster, as pure functions.
 
-Sources: slurm.conf(5), gres.conf(5), slurmdbd.conf(5), munged(8).
+Sources: slurm.conf(5), gres.conf(5), slurmdbd.conf(5), munged(8), sacctmgr(1).
 """
 
 from __future__ import annotations
@@ -9,32 +9,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# slurm.conf keys that may stand on many lines: such a line is told from others by its value, too.
+# Keys that can occur on several lines of slurm.conf; the value is part of the identity of such a line.
 _NAMED_KEYS = frozenset({"nodename", "partitionname", "nodeset", "downnodes"})
 
-# batch_sched_delay is 3 s by default. What is left is slurmctld's own loop, which looks for new batch
-# jobs once a second (controller.c), and the backfill scheduler, once a second at best.
+# Jobs start as soon as possible. batch_sched_delay is 3 s by default. slurmctld's own loop still looks for new batch
+# jobs only once a second (controller.c), and so does the backfill scheduler.
 _SCHEDULER_PARAMETERS = "batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1"
 
 _DATABASE = "slurm_acct_db"
+_DEMO_ACCOUNT = "demo"
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where daemons run that are not in this process's network."""
+    """Another network in which daemons run."""
 
     address: str
-    """Where the others reach them."""
+    """The address at which other daemons reach them."""
     prefix: tuple[str, ...] = ()
-    """What enters it, put before a command, such as ``ip netns exec NAME`` (ip-netns(8)); only root may."""
+    """A command prefix that enters the network, such as ``ip netns exec NAME`` (ip-netns(8)). It needs root."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Everything that the texts below depend on.
+    """The parameters of a cluster.
 
-    ``directory`` holds configuration, logs and state. ``runtime``, in /tmp, holds what needs a short path
-    that every user can walk (Unix sockets: 108 bytes, and munged insists on the permissions).
+    ``directory`` holds configuration, logs and state. ``runtime`` is in /tmp and holds what needs a short path that
+    every user can enter: a Unix socket's path has at most 108 bytes, and munged checks the permissions.
     """
 
     directory: Path
@@ -53,47 +54,47 @@ class Layout:
     accounting: bool
     extra_conf: str
     rest_port: int = 0
-    """Where slurmrestd listens; 0 for none."""
+    """The port of slurmrestd; 0 for no slurmrestd."""
     login_address: str = "127.0.0.1"
-    """Where slurmctld and slurmrestd are reached."""
+    """The address of slurmctld and slurmrestd."""
     login_prefix: tuple[str, ...] = ()
-    """What enters the network of all daemons but the slurmds: put before their commands."""
+    """The command prefix that enters the network of all daemons except the slurmds."""
     node_address: str = ""
-    """Where all slurmds are reached; empty for one of the loopback's for each."""
+    """The address of all slurmds; if empty, each has a loopback address of its own."""
     node_prefix: tuple[str, ...] = ()
-    """What enters the slurmds' network."""
+    """The command prefix that enters the slurmds' network."""
 
     @property
     def slurm_conf(self) -> Path:
-        """The file that SLURM_CONF names; Slurm looks for its other files beside it."""
+        """The file for SLURM_CONF. Slurm looks for its other files in the same directory."""
         return self.directory / "etc" / "slurm.conf"
 
     @property
     def munge_socket(self) -> Path:
-        """Where clients and daemons get their credentials."""
+        """The socket where clients and daemons get their credentials."""
         return self.runtime / "munge" / "socket"
 
     @property
     def munge_key(self) -> Path:
         """The secret that all daemons of this cluster share.
 
-        Not in ``directory``: munged refuses it where any parent is writable by a group, as a home may be.
+        It is not in ``directory``: munged refuses a key if a group can write to a parent, as in some home directories.
         """
         return self.runtime / "secret" / "munge.key"
 
     @property
     def jwt_key(self) -> Path:
-        """The secret by which slurmctld signs and checks tokens."""
+        """The secret with which slurmctld signs and checks tokens."""
         return self.runtime / "secret" / "jwt.key"
 
     @property
     def database_socket(self) -> Path:
-        """MariaDB's socket; its root has no password, so the directory is 0700."""
+        """MariaDB's socket. Its root user has no password, so the directory has mode 0700."""
         return self.runtime / "mariadb" / "socket"
 
     @property
     def database_init(self) -> Path:
-        """The statements that MariaDB begins with."""
+        """The file with the first statements for MariaDB."""
         return self.directory / "etc" / "mariadb.sql"
 
     @property
@@ -102,17 +103,17 @@ class Layout:
         return tuple(f"c{number}" for number in range(1, self.nodes + 1))
 
     def prefix(self, daemon: str) -> tuple[str, ...]:
-        """What is put before the daemon's command."""
+        """The prefix of the daemon's command."""
         return self.node_prefix if daemon in self.node_names else self.login_prefix
 
     def log(self, daemon: str) -> Path:
-        """The file that takes what the daemon prints."""
+        """The file with the daemon's output."""
         return self.directory / "log" / f"{daemon}.log"
 
     def gpu_file(self, number: int) -> Path:
-        """The stand-in for a GPU's device file, a link to a real one (Slurm wants a character device).
+        """The file that stands for a GPU's device file.
 
-        Slurm reads the GPU's number from the end of the name.
+        It links to a character device, which Slurm demands. Slurm reads the GPU's number from the end of the name.
         """
         return self.runtime / "gpu" / f"gpu{number}"
 
@@ -132,7 +133,7 @@ class Layout:
 
 
 def slurm_conf_text(layout: Layout) -> str:
-    """slurm.conf; a line of ``extra_conf`` replaces the default of the same key."""
+    """slurm.conf. A line of ``extra_conf`` replaces the default line with the same key."""
     defaults = [*_daemon_lines(layout), *_job_lines(layout), *_node_lines(layout)]
     if layout.accounting:
         defaults += _accounting_lines(layout)
@@ -157,14 +158,14 @@ def _daemon_lines(layout: Layout) -> list[str]:
         "SlurmdTimeout=300",
         "SlurmctldTimeout=120",
         "ReturnToService=2",
-        # Nodes are what the file says: the machine has not that many CPUs.
+        # Slurm takes the nodes' CPUs from this file, since the machine has fewer.
         "SlurmdParameters=config_overrides",
     ]
 
 
 def _job_lines(layout: Layout) -> list[str]:
     return [
-        # Neither cgroups nor root are needed for these.
+        # These need neither cgroups nor root.
         "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",
         "JobAcctGatherType=jobacct_gather/none",
@@ -177,7 +178,7 @@ def _job_lines(layout: Layout) -> list[str]:
         "KillWait=5",
         "MinJobAge=300",
         "InactiveLimit=0",
-        # Without a default a job takes a node's whole memory, and no second job fits beside it.
+        # Without a default, a job takes all memory of a node, and no second job fits on it.
         f"DefMemPerCPU={max(1, layout.memory // layout.cpus)}",
     ]
 
@@ -203,7 +204,7 @@ def _accounting_lines(layout: Layout) -> list[str]:
         "AccountingStorageType=accounting_storage/slurmdbd",
         "AccountingStorageHost=127.0.0.1",
         f"AccountingStoragePort={layout.database_port}",
-        # No password: for this one connection the munge socket is taken from here, not from AuthInfo.
+        # Not a password: for this connection Slurm takes the munge socket from here, and not from AuthInfo.
         f"AccountingStoragePass={layout.munge_socket}",
         "AccountingStorageEnforce=associations,limits",
     ]
@@ -222,22 +223,21 @@ def _line_key(line: str) -> str:
 
 
 def gres_conf_text(layout: Layout) -> str:
-    """gres.conf: the pretended GPUs, the same on each node."""
+    """gres.conf: the simulated GPUs, which are the same on each node."""
     return "".join(f"Name=gpu File={layout.gpu_file(number)}\n" for number in range(layout.gpus_per_node))
 
 
 def cgroup_conf_text(layout: Layout) -> str:
-    """cgroup.conf: slurmd loads a cgroup plugin whether one is used or not, and ends if that fails.
+    """cgroup.conf. slurmd always loads a cgroup plugin, and ends if that fails, as by default in some containers.
 
-    Left to find out itself it fails in containers without cgroups. None can be asked for since 23.11;
-    before, cgroup/v1 is the plugin that asks for nothing until it is used.
+    From 23.11 the plugin can be disabled. Before that, cgroup/v1 needs no cgroups until it is used.
     """
     plugin = "disabled" if layout.slurm_version >= (23, 11) else "cgroup/v1"
     return f"CgroupPlugin={plugin}\n"
 
 
 def slurmdbd_conf_text(layout: Layout) -> str:
-    """slurmdbd.conf; that MariaDB listens on a socket of its own is in the environment, there is no key."""
+    """slurmdbd.conf. There is no key for MariaDB's socket: its client library reads an environment variable."""
     return "\n".join(
         [
             "AuthType=auth/munge",
@@ -257,16 +257,16 @@ def slurmdbd_conf_text(layout: Layout) -> str:
 
 
 def mariadb_init_text() -> str:
-    """What MariaDB does first. slurmdbd would make its database itself, and ends with MariaDB 11.8.
+    """MariaDB's first statement, which creates the database.
 
-    It connects again by the handle whose connection to a missing database failed, and the client library has forgotten
-    by then how many columns an answer may have ("exceeds maximum allowed number of columns (=0)").
+    slurmdbd would create it, but fails with MariaDB 11.8 ("exceeds maximum allowed number of columns (=0)"): it
+    connects again with the handle of the failed connection, for which the client library has lost that number.
     """
     return f"CREATE DATABASE IF NOT EXISTS {_DATABASE};\n"
 
 
 def daemon_commands(layout: Layout) -> dict[str, list[str]]:
-    """Each daemon's command, in the order of their start."""
+    """The command of each daemon, in the order in which they start."""
     commands = {"munged": munged_command(layout)}
     if layout.accounting:
         commands["mariadbd"] = mariadbd_command(layout)
@@ -278,7 +278,7 @@ def daemon_commands(layout: Layout) -> dict[str, list[str]]:
 
 
 def munged_command(layout: Layout) -> list[str]:
-    """munged(8), in the foreground, with every path its own."""
+    """munged(8) in the foreground, with paths of this cluster only."""
     return [
         "munged",
         "--foreground",
@@ -290,29 +290,29 @@ def munged_command(layout: Layout) -> list[str]:
 
 
 def slurmctld_command(layout: Layout) -> list[str]:
-    """slurmctld(8), in the foreground; it recovers its jobs when it is started again."""
+    """slurmctld(8) in the foreground. After a restart it recovers its jobs."""
     return ["slurmctld", "-D", "-f", str(layout.slurm_conf)]
 
 
 def slurmd_command(layout: Layout, node: str) -> list[str]:
-    """slurmd(8), in the foreground, as the node ``node``."""
+    """slurmd(8) in the foreground, for the node ``node``."""
     return ["slurmd", "-D", "-N", node, "-f", str(layout.slurm_conf)]
 
 
 def slurmrestd_command(layout: Layout) -> list[str]:
-    """slurmrestd(8), for tokens only; the newest plugin that the release has."""
+    """slurmrestd(8), with tokens as the only authentication and the newest plugin of the Slurm release."""
     plugin = "slurmctld" if layout.slurm_version >= (23, 11) else "v0.0.39" if layout.slurm_version >= (23, 2) else ""
     listen = f"{layout.login_address}:{layout.rest_port}"
     return ["slurmrestd", "-a", "rest_auth/jwt", "-s", f"openapi/{plugin or 'v0.0.38'}", listen]
 
 
 def slurmdbd_command() -> list[str]:
-    """slurmdbd(8), in the foreground; it finds its file beside SLURM_CONF."""
+    """slurmdbd(8) in the foreground. It finds its configuration in the directory of SLURM_CONF."""
     return ["slurmdbd", "-D"]
 
 
 def mariadb_install_command(layout: Layout) -> list[str]:
-    """mariadb-install-db(1) for a data directory of ours."""
+    """mariadb-install-db(1) for the cluster's data directory."""
     return [
         "mariadb-install-db",
         "--no-defaults",
@@ -324,7 +324,7 @@ def mariadb_install_command(layout: Layout) -> list[str]:
 
 
 def mariadbd_command(layout: Layout) -> list[str]:
-    """mariadbd(8) on a Unix socket only, with as little memory as slurmdbd is content with."""
+    """mariadbd(8) on a Unix socket only, with the least memory that slurmdbd accepts."""
     return [
         "mariadbd",
         "--no-defaults",
@@ -338,4 +338,17 @@ def mariadbd_command(layout: Layout) -> list[str]:
         "--innodb-log-file-size=16M",
         "--innodb-flush-log-at-trx-commit=0",
         "--innodb-lock-wait-timeout=900",
+    ]
+
+
+def account_commands(user: str) -> list[list[str]]:
+    """sacctmgr(1) commands that add the cluster, the account ``demo``, and ``user`` in it.
+
+    They run before slurmctld starts, which asks slurmdbd for them.
+    """
+    add = ["sacctmgr", "--immediate", "--quiet", "add"]
+    return [
+        [*add, "cluster", "private"],
+        [*add, "account", _DEMO_ACCOUNT, "Description=demonstration", "Organization=private"],
+        [*add, "user", user, f"Account={_DEMO_ACCOUNT}", f"DefaultAccount={_DEMO_ACCOUNT}"],
     ]

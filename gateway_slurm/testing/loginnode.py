@@ -1,4 +1,4 @@
-"""A login node for development and tests: a real sshd of our own, with keys of our own, on a port of our own."""
+"""A login node for development and tests: a real sshd with its own keys, on its own port."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from pathlib import Path
 
 from gateway_slurm.errors import ClusterError
 from gateway_slurm.testing.layout import Host
+from gateway_slurm.testing.processes import find_program, free_port
 
 USER = pwd.getpwuid(os.geteuid()).pw_name
-_SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin") or "sshd"
-
-
-_HERE = Host("127.0.0.1")
+_SSHD = find_program("sshd") or "sshd"
+_LOOPBACK = Host("127.0.0.1")
 
 
 def make_key(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> Path:
-    """A new key pair; return the private one's path."""
+    """Make a key pair; return the path of the private key."""
     command = ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-f", str(path)]
     subprocess.run(command, check=True, timeout=30, stdin=subprocess.DEVNULL)
     return path
 
 
 class LoginNode:
-    """Runs as whoever runs the tests, and lets that user in by ``key``; ``up`` starts it, ``down`` ends it."""
+    """An sshd that runs as this process's user and accepts that user's logins with ``key``.
+
+    ``up`` starts it and ``down`` ends it.
+    """
 
     def __init__(
         self,
@@ -41,9 +43,9 @@ class LoginNode:
         *,
         forwarding: bool = False,
         options: tuple[str, ...] = (),
-        host: Host = _HERE,
+        host: Host = _LOOPBACK,
     ) -> None:
-        """``options`` are lines of sshd_config(5) that come first, and so count; ``host`` is where sshd runs."""
+        """``options`` are lines of sshd_config(5) that take precedence; ``host`` is the network of sshd."""
         self.host = host
         self.directory = directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,28 +85,28 @@ class LoginNode:
 
     @property
     def url(self) -> str:
-        """For ``SlurmService.cluster``."""
+        """The value for ``SlurmService.cluster``."""
         return f"ssh://{USER}@{self.host.address}:{self.port}"
 
     @property
     def log(self) -> str:
-        """What sshd has said."""
+        """The output of sshd."""
         return (self.directory / "log").read_text(errors="replace")
 
     def connections(self) -> list[str]:
-        """Who is connected, by this machine's list of TCP connections: ``address:port`` in hexadecimal digits."""
-        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        return [each[2] for each in lines if each[1].endswith(f":{self.port:04X}") and each[3] == "01"]
+        """The connected clients as ``address:port`` in hexadecimal digits, from /proc/net/tcp (proc(5))."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return [row[2] for row in rows if row[1].endswith(f":{self.port:04X}") and row[3] == "01"]
 
     def known_hosts(self, *ports: int) -> Path:
-        """A known_hosts file with its key, also under other ports of this machine."""
+        """A known_hosts file with the node's key, also for other ports of this machine."""
         path = self.directory / f"known_hosts-{'-'.join(map(str, ports)) or 'own'}"
         key = Path(f"{self.host_key}.pub").read_text()
         path.write_text("".join(f"[{self.host.address}]:{port} {key}" for port in (self.port, *ports)))
         return path
 
     def settings(self, *ports: int) -> dict[str, object]:
-        """Traits of SlurmService with which a server logs in here; through ``ports``, if any, the first of them."""
+        """Traits of SlurmService by which a server logs in here; with ``ports`` it uses the first of them."""
         return {
             "cluster": f"ssh://{USER}@{self.host.address}:{(*ports, self.port)[0]}",
             "ssh_identity_files": [str(self.key)],
@@ -116,7 +118,7 @@ class LoginNode:
         }
 
     def up(self) -> None:
-        """Start it, and return when it listens."""
+        """Start sshd, and return when it listens. Raises ClusterError."""
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         with (self.directory / "log").open("ab") as log:
@@ -130,11 +132,11 @@ class LoginNode:
             with contextlib.suppress(OSError), socket.create_connection((self.host.address, self.port), 1):
                 return
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise ClusterError(f"sshd did not come up: {self.log[-2000:]}")
+                raise ClusterError(f"sshd did not start: {self.log[-2000:]}")
             time.sleep(0.02)
 
     def down(self) -> None:
-        """End it, with all its sessions."""
+        """End sshd and all sessions."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGTERM)
@@ -144,7 +146,7 @@ class LoginNode:
 
 @contextmanager
 def login_node(**options: object) -> Iterator[LoginNode]:
-    """A login node in a directory of its own, up."""
+    """A running login node in a temporary directory."""
     directory = Path(tempfile.mkdtemp(prefix="gsl-", dir="/tmp"))
     node = LoginNode(directory / "node", **options)  # type: ignore[arg-type]
     try:
@@ -153,10 +155,3 @@ def login_node(**options: object) -> Iterator[LoginNode]:
     finally:
         node.down()
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def free_port() -> int:
-    """A TCP port that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

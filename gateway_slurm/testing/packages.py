@@ -1,4 +1,4 @@
-"""Which programs a private cluster needs, and which Debian packages bring them."""
+"""The programs that a private cluster needs, and the Debian packages that contain them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ACCOUNTING = {
     "mariadb-install-db": "mariadb-server",
 }
 _REST = {"slurmrestd": "slurmrestd"}
-# Plugins only: no program shows whether these are there, and no daemon starts without them.
+# These packages contain plugins only, so no program shows whether they are installed. No daemon starts without them.
 _SLURM_PLUGINS = "slurm-wlm-basic-plugins"
 _ACCOUNTING_PLUGINS = "slurm-wlm-mysql-plugin"
 _REST_PLUGINS = "slurm-wlm-jwt-plugin"
 
 
 def check(*, accounting: bool, rest: bool = False) -> None:
-    """Raise ClusterError, with the command that installs what is missing."""
+    """Raise ClusterError if programs are missing; the message has the command that installs them."""
     programs = {**_SLURM, **(_ACCOUNTING if accounting else {}), **(_REST if rest else {})}
     missing = [name for name in programs if find_program(name) is None]
     if not missing:
@@ -49,13 +49,13 @@ def slurm_version() -> tuple[int, int]:
     try:
         output = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise ClusterError(f"slurmd does not tell its version: {error}") from error
+        raise ClusterError(f"slurmd -V failed: {error}") from error
     return parse_version(output)
 
 
 def parse_version(output: str) -> tuple[int, int]:
-    """The version in what ``slurmd -V`` prints: ``slurm 24.11.5``, ``slurm-wlm 22.05.8``."""
+    """The version in the output of ``slurmd -V``, such as ``slurm 24.11.5`` or ``slurm-wlm 22.05.8``."""
     match = re.match(r"slurm\S*\s+(\d+)\.(\d+)", output)
     if match is None:
-        raise ClusterError(f"slurmd told an unknown version: {output.strip()!r}")
+        raise ClusterError(f"slurmd -V printed no version: {output.strip()!r}")
     return int(match[1]), int(match[2])

@@ -1,4 +1,4 @@
-"""The private Slurm: bring it up, look at it, break a daemon for a test, take it down."""
+"""The private Slurm: start it, inspect it, stop one daemon for a test, remove it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from pathlib import Path
 from types import TracebackType
 
 from gateway_slurm.errors import ClusterError
-from gateway_slurm.testing import accounting as accounts
 from gateway_slurm.testing import files, packages, processes, state
-from gateway_slurm.testing import layout as texts
-from gateway_slurm.testing.layout import Host, Layout
+from gateway_slurm.testing.layout import Host, Layout, account_commands, daemon_commands, mariadb_install_command
 from gateway_slurm.testing.processes import Process
 
 _MAX_NODES = 64
 _UP_TIMEOUT = 60.0
 _STOP_TIMEOUT = 10.0
 _COMMAND_TIMEOUT = 30.0
-# slurmrestd asks slurmctld with its callers' tokens, and not by munge. As the user whose cluster it is, who cannot
-# become another one, it runs by the second variable only, which releases from 24.11 on refuse.
+# slurmrestd asks slurmctld with its clients' tokens, and not by munge. Without root it runs as the cluster's own user,
+# which needs the second variable; releases from 24.11 refuse that.
 _REST_ENVIRONMENT = {
     "SLURM_JWT": "daemon",
     **({"SLURMRESTD_SECURITY": "disable_user_check"} if os.geteuid() != 0 else {}),
@@ -35,12 +33,12 @@ _REST_ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterStatus:
-    """What is there now."""
+    """The state of a cluster's daemons and nodes."""
 
     daemons: Mapping[str, bool]
-    """Each daemon's name, and whether it runs."""
+    """Whether each daemon runs, by its name."""
     nodes: Mapping[str, str]
-    """Each node's state in sinfo's words; empty when the controller does not answer."""
+    """The state of each node as sinfo shows it; empty if the controller does not answer."""
 
     @property
     def running(self) -> bool:
@@ -49,18 +47,16 @@ class ClusterStatus:
 
 
 class PrivateCluster:
-    """A real Slurm of this user's own in ``directory``, with no root needed once its packages are there.
+    """A real Slurm of this user in ``directory``. Once its packages are installed, it needs no root.
 
-    ``up`` starts it and ``down`` takes it away, with its jobs; they may be called from different
-    processes, since what must be known stands in the directory. It is not for two callers at once.
-    Used as a context manager it is up inside.
+    ``up`` starts it; ``down`` ends it with its jobs and removes its files. Different processes may call them, since the
+    state is in the directory, but not at the same time. As a context manager the cluster is up inside the block.
 
-    All daemons run on this machine: munged, slurmctld, one slurmd per node (named c1, c2, …) and, with
-    ``accounting``, mariadbd and slurmdbd, an account ``demo`` and this user in it; any other account is then
-    refused. The nodes are pretended to have ``cpus`` cores, ``memory`` megabytes and ``gpus_per_node``
-    GPUs. ``extra_conf`` holds lines for slurm.conf; each replaces the default of the same key. With ``rest`` there
-    is slurmrestd, too, for tokens that ``token`` makes. ``node`` is a network of the slurmds' own, ``login`` one for
-    all other daemons.
+    All daemons run on this machine: munged, slurmctld, and one slurmd per node (named c1, c2, …). With ``accounting``
+    there are mariadbd and slurmdbd, and an account ``demo`` with this user; Slurm refuses other accounts. With ``rest``
+    there is slurmrestd, which accepts the tokens of ``token``. The nodes are configured with ``cpus`` cores, ``memory``
+    megabytes and ``gpus_per_node`` GPUs, whatever the machine has. Each line of ``extra_conf`` replaces the line of
+    slurm.conf with the same key. ``node`` is the network of the slurmds, ``login`` the network of all other daemons.
 
     Every method raises ClusterError, which names the daemon and quotes the end of its log.
     """
@@ -83,7 +79,7 @@ class PrivateCluster:
             raise ClusterError(f"a private cluster has 1 to {_MAX_NODES} nodes, not {nodes}")
         if cpus < 1 or gpus_per_node < 0 or memory < 1:
             given = f"cpus={cpus}, memory={memory}, gpus_per_node={gpus_per_node}"
-            raise ClusterError(f"a node has at least one CPU, one megabyte and no fewer than no GPUs, not {given}")
+            raise ClusterError(f"a node needs at least one CPU, one megabyte and zero GPUs, not {given}")
         self.directory = Path(directory).absolute()
         self._nodes = nodes
         self._gpus_per_node = gpus_per_node
@@ -94,7 +90,7 @@ class PrivateCluster:
         self._login = login or Host("127.0.0.1")
         self._node = node or Host("")
         self._extra_conf = extra_conf
-        # Daemons that this very process started: it has to reap them.
+        # The daemons that this process started and must reap.
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> PrivateCluster:
@@ -116,23 +112,23 @@ class PrivateCluster:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """What is put before a command of Slurm's, so that it runs in the controller's network."""
+        """The prefix by which a Slurm command runs in the controller's network."""
         return self._require().layout.login_prefix
 
     def environment(self) -> dict[str, str]:
-        """What Slurm's commands need in their environment to talk to this cluster."""
+        """The environment variables by which Slurm's commands use this cluster."""
         return {"SLURM_CONF": str(self.slurm_conf)}
 
     def up(self) -> None:
-        """Start everything; returns when every node is idle (2 to 3 s; 5 s more with accounting).
+        """Start all daemons; return when every node is idle (2 to 3 s; 5 s more with accounting).
 
-        When it fails, nothing is left running and what it made is removed.
+        After a failure no daemon runs and all files are removed.
         """
         packages.check(accounting=self._accounting, rest=self._rest)
         if self.status().running:
             raise ClusterError(f"the private cluster in {self.directory} is up already")
         if state.load(self.directory) is not None:
-            self.down()  # the remains of one that was killed, or of a machine that was switched off
+            self.down()  # the remains of a cluster that was killed
         cluster = self._prepare()
         try:
             self._start_all(cluster)
@@ -141,15 +137,12 @@ class PrivateCluster:
             raise
 
     def down(self) -> bool:
-        """Stop everything and remove what ``up`` made; False when there was nothing.
-
-        Jobs are killed, not asked: what they ran on is about to go.
-        """
+        """Stop all daemons, kill all jobs and remove the files; return False if there was no cluster."""
         cluster = state.load(self.directory)
         if cluster is None:
             return False
-        # The controller and accounting go after the slurmds, so that nothing new starts meanwhile.
-        slurmds = [p for name, p in cluster.processes.items() if name in cluster.layout.node_names]
+        # The slurmds end first, so that no new job starts.
+        slurmds = [process for name, process in cluster.processes.items() if name in cluster.layout.node_names]
         processes.kill(slurmds)
         processes.kill(processes.job_processes(cluster.layout.slurm_conf))
         processes.stop(cluster.processes.values(), timeout=_STOP_TIMEOUT)
@@ -158,7 +151,7 @@ class PrivateCluster:
         return True
 
     def status(self) -> ClusterStatus:
-        """Which daemons run, and what the controller says of its nodes."""
+        """The states of the daemons, and of the nodes as the controller sees them."""
         cluster = state.load(self.directory)
         if cluster is None:
             return ClusterStatus(daemons={}, nodes={})
@@ -168,21 +161,21 @@ class PrivateCluster:
         return ClusterStatus(daemons=daemons, nodes=nodes)
 
     def pids(self) -> dict[str, int]:
-        """The process id of each daemon that runs: munged, slurmctld, c1, c2, …"""
+        """The process ids of the running daemons: munged, slurmctld, c1, c2, …"""
         self._reap()
-        return {name: p.pid for name, p in self._require().processes.items() if p.alive()}
+        return {name: process.pid for name, process in self._require().processes.items() if process.alive()}
 
     def log(self, daemon: str) -> Path:
-        """The file with what the daemon printed."""
+        """The file with the daemon's output."""
         return self.directory / "log" / f"{daemon}.log"
 
     def stop_daemon(self, name: str) -> None:
-        """End one daemon in an orderly way; jobs go on, as with any Slurm."""
+        """Stop one daemon with SIGTERM. Jobs keep running, as with any Slurm."""
         processes.stop([self._daemon(name)], timeout=_STOP_TIMEOUT)
         self._reap()
 
     def kill_daemon(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Send one daemon a signal; SIGSTOP freezes it, SIGCONT thaws it. Returns after SIGKILL's effect."""
+        """Send a signal to one daemon. After SIGKILL, return when the daemon is gone."""
         process = self._daemon(name)
         process.signal(number)
         if number == signal.SIGKILL:
@@ -190,11 +183,11 @@ class PrivateCluster:
             self._reap()
 
     def start_daemon(self, name: str) -> None:
-        """Start one daemon that was stopped or killed, on its old port and state; returns when it serves."""
+        """Start a daemon that was stopped or killed, with the same port and state; return when it is ready."""
         cluster = self._require()
         if self._daemon(name).alive():
-            raise ClusterError(f"{name} of the private cluster in {self.directory} runs already")
-        self._start(cluster, name, texts.daemon_commands(cluster.layout)[name])
+            raise ClusterError(f"{name} of the private cluster in {self.directory} is running already")
+        self._start(cluster, name, daemon_commands(cluster.layout)[name])
         if name in cluster.layout.node_names:
             number = cluster.layout.node_names.index(name)
             self._await_port(cluster, name, cluster.layout.node_ports[number])
@@ -210,28 +203,31 @@ class PrivateCluster:
         return f"rest+http://{self._require().layout.login_address}:{port}"
 
     def token_command(self, *, lifespan: int = 3600) -> list[str]:
-        """What prints a token for ``{user}``, for ``lifespan`` seconds, as SLURM_JWT=…; it needs ``environment``."""
+        """A command that prints a token for ``{user}`` as SLURM_JWT=…, valid for ``lifespan`` seconds.
+
+        The command needs the variables of ``environment``.
+        """
         return ["scontrol", "token", "username={user}", f"lifespan={lifespan}"]
 
     def token(self, user: str, *, lifespan: int = 3600) -> str:
-        """A token for slurmrestd, for ``lifespan`` seconds."""
+        """A token for slurmrestd, valid for ``lifespan`` seconds."""
         argv = [item.replace("{user}", user) for item in self.token_command(lifespan=lifespan)]
         return self._run(self._require(), argv, blame="slurmctld").partition("=")[2].strip()
 
     def _prepare(self) -> state.State:
-        """Make the directories and files; nothing runs yet."""
+        """Make the directories and files."""
         created = not self.directory.exists()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # In /tmp whatever TMPDIR says: Unix sockets' paths have 108 bytes at most.
+            # In /tmp and not in TMPDIR, since a Unix socket's path has at most 108 bytes.
             runtime = Path(tempfile.mkdtemp(prefix="gws-", dir="/tmp"))
             runtime.chmod(0o755)
             cluster = state.State(layout=self._layout(runtime), created_directory=created)
             cluster.save()
             files.write(cluster.layout)
         except OSError as error:
-            if (left := state.load(self.directory)) is not None:
-                self._remove(left)
+            if (partial := state.load(self.directory)) is not None:
+                self._remove(partial)
             raise ClusterError(f"cannot prepare a private cluster in {self.directory}: {error}") from error
         return cluster
 
@@ -241,7 +237,7 @@ class PrivateCluster:
             directory=self.directory,
             runtime=runtime,
             slurm_version=packages.slurm_version(),
-            # Slurm compares with the short name.
+            # Slurm compares it with the short host name.
             hostname=socket.gethostname().partition(".")[0],
             user=_user_name(),
             nodes=self._nodes,
@@ -261,25 +257,25 @@ class PrivateCluster:
         )
 
     def _start_all(self, cluster: state.State) -> None:
-        for name, command in texts.daemon_commands(cluster.layout).items():
+        for name, command in daemon_commands(cluster.layout).items():
             if name == "mariadbd":
-                self._run(cluster, texts.mariadb_install_command(cluster.layout), blame=name)
+                self._run(cluster, mariadb_install_command(cluster.layout), blame=name)
             self._start(cluster, name, command)
             if name not in cluster.layout.node_names:
                 self._await_service(cluster, name)
             if name == "slurmdbd":
-                for argv in accounts.setup_commands(cluster.layout.user):
+                for argv in account_commands(cluster.layout.user):
                     self._run(cluster, argv, blame=name)
         self._await(cluster, self._all_idle, "slurmctld", "not every node became idle")
 
     def _start(self, cluster: state.State, name: str, command: Sequence[str]) -> None:
         environment = processes.daemon_environment(
             cluster.layout.slurm_conf,
-            # MariaDB's client library has this instead of a key in slurmdbd.conf.
+            # For MariaDB's client library in slurmdbd; slurmdbd.conf has no key for it.
             MYSQL_UNIX_PORT=str(cluster.layout.database_socket),
             **(_REST_ENVIRONMENT if name == "slurmrestd" else {}),
         )
-        # It refuses to run as root, or as the user that slurmctld runs as.
+        # slurmrestd refuses to run as root or as slurmctld's user.
         user = "nobody" if name == "slurmrestd" and os.geteuid() == 0 else None
         log, prefix = cluster.layout.log(name), cluster.layout.prefix(name)
         try:
@@ -291,7 +287,7 @@ class PrivateCluster:
         cluster.save()
 
     def _run(self, cluster: state.State, argv: Sequence[str], *, blame: str) -> str:
-        """Run a command that prepares a daemon, or asks one; return what it prints."""
+        """Run a command that prepares or asks a daemon; return its standard output."""
         environment = processes.daemon_environment(cluster.layout.slurm_conf)
         argv = [*self.prefix, *argv]
         program = processes.find_program(argv[0]) or argv[0]
@@ -306,8 +302,8 @@ class PrivateCluster:
             )
             return result.stdout.decode(errors="replace")
         except subprocess.CalledProcessError as error:
-            words = (error.stderr + error.stdout).decode(errors="replace").strip()
-            raise self._failure(cluster, blame, f"{' '.join(argv)} said: {words}") from error
+            output = (error.stderr + error.stdout).decode(errors="replace").strip()
+            raise self._failure(cluster, blame, f"{' '.join(argv)} said: {output}") from error
         except (OSError, subprocess.TimeoutExpired) as error:
             raise self._failure(cluster, blame, str(error)) from error
 
@@ -326,7 +322,7 @@ class PrivateCluster:
         self._await(cluster, lambda: processes.listening(pid, port), name, f"nothing listens on port {port}")
 
     def _await(self, cluster: state.State, ready: Callable[[], bool], blame: str, complaint: str) -> None:
-        """Wait for ``ready``; a daemon that ends meanwhile is the failure."""
+        """Wait for ``ready``. Raises ClusterError if a daemon ends."""
         dead: list[str] = []
 
         def settled() -> bool:
@@ -340,7 +336,7 @@ class PrivateCluster:
             raise self._failure(cluster, dead[0], "it ended")
 
     def _failure(self, cluster: state.State, daemon: str, complaint: str) -> ClusterError:
-        log = processes.tail(cluster.layout.log(daemon)) or "(it printed nothing)"
+        log = processes.tail(cluster.layout.log(daemon)) or "(empty)"
         return ClusterError(f"{daemon} of the private cluster failed: {complaint}. The end of its log:\n{log}")
 
     def _all_idle(self) -> bool:
@@ -357,7 +353,7 @@ class PrivateCluster:
             )
         except (OSError, subprocess.TimeoutExpired):
             return {}
-        # A node stands there once for each of its partitions.
+        # sinfo prints a node once for each of its partitions.
         return dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if " " in line)
 
     def _require(self) -> state.State:
@@ -381,7 +377,7 @@ class PrivateCluster:
         files.remove(cluster.layout)
         state.remove(self.directory)
         if cluster.created_directory:
-            # Somebody may have put a file of theirs into it: then it stays.
+            # The directory stays if a user has put other files into it.
             with contextlib.suppress(OSError):
                 self.directory.rmdir()
 
@@ -391,7 +387,7 @@ def _user_name() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError as error:
         uid = os.geteuid()
-        raise ClusterError(f"user id {uid} has no name on this machine, and Slurm serves named users only") from error
+        raise ClusterError(f"user id {uid} has no name on this machine, and Slurm needs one") from error
 
 
 def _accepts(path: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Daemons as processes: start them, know them again from another process, stop them.
+"""Daemons as processes: start them, find them again from another process, stop them.
 
-A daemon is known by its process id *and* its start time, so that a reused id is never taken for it.
+A daemon is identified by its process id *and* its start time, so that a reused id is not mistaken for it.
 Source: proc(5).
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Daemons live here; an ordinary user's PATH does not have them.
+# The directories of daemons, which are not in an ordinary user's PATH.
 _SYSTEM_PATHS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _POLL_INTERVAL = 0.02
 _LOWEST_PORT = 10_000
@@ -28,21 +28,21 @@ _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 @dataclass(frozen=True)
 class Process:
-    """A process that can be told from a later one with the same id."""
+    """A process, distinct from a later one with the same id."""
 
     pid: int
     start_time: int
     """Clock ticks after boot."""
 
     def alive(self) -> bool:
-        """Whether it still runs. A zombie does not, once its last thread has ended: until then it holds its locks."""
+        """Whether it still runs. A zombie runs until its last thread has ended, and holds its locks until then."""
         stat = _read_stat(self.pid)
         if stat is None or stat.start_time != self.start_time:
             return False
         return stat.state != "Z" or _threads(self.pid) > 1
 
     def signal(self, number: int) -> None:
-        """Send a signal; nothing happens when the process is gone."""
+        """Send a signal, unless the process is gone."""
         if self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -61,7 +61,7 @@ def _read_stat(pid: int) -> _Stat | None:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The name is in parentheses and may hold anything, also spaces and parentheses.
+    # The name is in parentheses, and can itself contain spaces and parentheses.
     head, _, tail = text.rpartition(")")
     fields = tail.split()
     return _Stat(name=head.partition("(")[2], state=fields[0], parent=int(fields[1]), start_time=int(fields[19]))
@@ -75,17 +75,17 @@ def _threads(pid: int) -> int:
 
 
 def search_path() -> str:
-    """PATH with the directories of system daemons behind it."""
+    """PATH, followed by the directories of system daemons."""
     return os.pathsep.join([os.environ.get("PATH", ""), *_SYSTEM_PATHS])
 
 
 def find_program(name: str) -> str | None:
-    """The program's path, or None."""
+    """The path of a program, or None."""
     return shutil.which(name, path=search_path())
 
 
 def daemon_environment(slurm_conf: Path, **more: str) -> dict[str, str]:
-    """What daemons see: nothing of the caller's SLURM_* or locale."""
+    """The environment of daemons, without the caller's SLURM_* variables and locale."""
     kept = {name: os.environ[name] for name in ("HOME", "USER", "LOGNAME", "TZ") if name in os.environ}
     return {**kept, "PATH": search_path(), "LC_ALL": "C.UTF-8", "SLURM_CONF": str(slurm_conf), **more}
 
@@ -98,15 +98,14 @@ def spawn(
     user: str | None = None,
     prefix: Sequence[str] = (),
 ) -> tuple[subprocess.Popen[bytes], Process]:
-    """Start a daemon in a session of its own: it outlives the caller and the caller's terminal.
+    """Start a daemon in its own session, so that it outlives the caller and the caller's terminal.
 
-    ``user`` is whom root starts it as, with this user's own group alone, and ``prefix`` what enters its network.
-
-    The caller keeps the Popen for as long as it lives, to reap the daemon. Raises FileNotFoundError.
+    ``user`` is the user that root starts it as, with that user's own group only. ``prefix`` enters its network. The
+    caller must keep the Popen, to reap the daemon. Raises FileNotFoundError.
     """
     group = None if user is None else pwd.getpwnam(user).pw_gid
     if prefix and user:
-        # Only root enters a network: the user is changed inside (setpriv(1)).
+        # Only root can enter a network, so setpriv(1) changes the user inside.
         argv = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--", *argv]
         user = group = None
     argv = [*prefix, *argv]
@@ -127,13 +126,13 @@ def spawn(
             extra_groups=None if user is None else (),
         )
     stat = _read_stat(child.pid)
-    # A child of ours has a stat until we reap it, even when it has died already.
+    # A child has a stat until it is reaped, even if it has died.
     start_time = stat.start_time if stat is not None else 0
     return child, Process(pid=child.pid, start_time=start_time)
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
-    """Poll until the condition holds; False when it did not within ``timeout`` seconds."""
+    """Poll until the condition holds; return False after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -143,17 +142,17 @@ def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
 
 
 def stop(processes: Iterable[Process], *, timeout: float) -> None:
-    """SIGTERM to all, SIGKILL to those still there after ``timeout`` seconds; returns when all are gone."""
+    """Send SIGTERM to all, and SIGKILL to those that still run after ``timeout`` seconds; return when all are gone."""
     remaining = list(processes)
     for process in remaining:
         process.signal(signal.SIGTERM)
-        process.signal(signal.SIGCONT)  # one that a test has stopped would never see SIGTERM
+        process.signal(signal.SIGCONT)  # a stopped process would not handle SIGTERM
     if not wait_until(lambda: not any(process.alive() for process in remaining), timeout):
         kill(remaining)
 
 
 def kill(processes: Iterable[Process]) -> None:
-    """SIGKILL to all; returns when all are gone."""
+    """Send SIGKILL to all; return when all are gone."""
     remaining = list(processes)
     for process in remaining:
         process.signal(signal.SIGKILL)
@@ -161,10 +160,10 @@ def kill(processes: Iterable[Process]) -> None:
 
 
 def job_processes(slurm_conf: Path) -> list[Process]:
-    """Every process that this cluster's slurmds started: slurmstepd, what it runs, and their descendants.
+    """The processes that this cluster's slurmds started: slurmstepd, the jobs' processes, and their descendants.
 
-    They are known by their environment: Slurm's variables, and the path of this cluster's slurm.conf.
-    A caller's own process that merely talks to the cluster has no node name and is not meant.
+    Their environment has Slurm's variables, and the path of this cluster's slurm.conf. A client of the cluster has no
+    node name in its environment and does not count.
     """
     stats = {
         int(entry.name): stat
@@ -181,7 +180,7 @@ def job_processes(slurm_conf: Path) -> list[Process]:
 def _belongs_to_job(pid: int, name: str, slurm_conf: Path) -> bool:
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # gone meanwhile, or another user's
+    except OSError:  # the process has ended, or is another user's
         return False
     if f"SLURM_CONF={slurm_conf}".encode() not in variables:
         return False
@@ -189,7 +188,7 @@ def _belongs_to_job(pid: int, name: str, slurm_conf: Path) -> bool:
 
 
 def listening(pid: int, port: int) -> bool:
-    """Whether something listens on the TCP port, in the network that the process is in."""
+    """Whether a process listens on the TCP port, in the network of the process ``pid``."""
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{pid}/net/{table}").read_text(encoding="ascii").splitlines()[1:]
@@ -198,14 +197,18 @@ def listening(pid: int, port: int) -> bool:
     return False
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below the kernel's ephemeral range.
+def free_port() -> int:
+    """A free TCP port below the ephemeral range. Raises OSError."""
+    return free_ports(1)[0]
 
-    srun, sbatch and kernels listen on ephemeral ports. A daemon that is stopped and started again finds
-    its port free only if none of them can have taken it.
+
+def free_ports(count: int) -> list[int]:
+    """Free TCP ports below the ephemeral range. Raises OSError.
+
+    srun, sbatch and kernels listen on ephemeral ports. They cannot take the port of a daemon that is restarted.
     """
     candidates = list(range(_LOWEST_PORT, _first_ephemeral_port()))
-    # Several clusters may be choosing at the same time: at random they hardly meet.
+    # Several clusters may choose at the same time; random ports rarely collide.
     random.shuffle(candidates)
     found: list[int] = []
     for port in candidates:
@@ -235,7 +238,7 @@ def _can_bind(port: int) -> bool:
 
 
 def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log, or the empty string."""
+    """The last lines of a log; empty if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

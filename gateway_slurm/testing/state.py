@@ -1,4 +1,4 @@
-"""What one process tells a later one about a private cluster: a JSON file in its directory."""
+"""The state of a private cluster, which one process saves for the next: a JSON file in the cluster's directory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _VERSION = 1
 
 @dataclass
 class State:
-    """A cluster that is up, or that was left in parts by a process that died."""
+    """A cluster that is up, or the remains of one whose process died."""
 
     layout: Layout
     created_directory: bool
     processes: dict[str, Process] = field(default_factory=dict)
 
     def save(self) -> None:
-        """Write the file whole, or not at all."""
+        """Write the file atomically."""
         layout = asdict(self.layout)
         layout["directory"] = str(self.layout.directory)
         layout["runtime"] = str(self.layout.runtime)
@@ -42,7 +42,7 @@ class State:
 
 
 def load(directory: Path) -> State | None:
-    """The cluster of this directory; None when there is none. Raises ClusterError for a file not ours."""
+    """The cluster in this directory, or None. Raises ClusterError for a file that is not a cluster's."""
     path = directory / _NAME
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ def load(directory: Path) -> State | None:
 
 
 def remove(directory: Path) -> None:
-    """Forget the cluster of this directory."""
+    """Remove the state file of this directory."""
     (directory / _NAME).unlink(missing_ok=True)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.store import AllocationRecord, Registry
+from gateway_slurm.testing.processes import free_port
 from helpers.doctor_cli import REQUEST, STEPS, check_path, command, failed_at
 from helpers.failing_starts import filled, jobs_of_ours, nothing_left, spec
 from helpers.kernel_clients import IPYKERNEL, READY, install_kernelspec, write_admin_settings
-from helpers.login_node import LoginNode, free_port, login_node, make_key
+from helpers.login_node import LoginNode, login_node, make_key
 from helpers.private_slurm import poll
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.testing import PrivateCluster
+from gateway_slurm.testing.processes import free_port
 from helpers import rest_cluster
 from helpers.doctor_cli import REQUEST, check_path, failed_at
 from helpers.kernel_clients import write_admin_settings
-from helpers.login_node import free_port
 from helpers.private_slurm import jobs_of
 
 Settings = Callable[..., object]

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.gateway.peers.client import FORWARDED_BY
+from gateway_slurm.testing.processes import free_port
 from helpers.gateway_group import Deployment, deployment
 from helpers.gateway_process import ask, start, stop, stop_all
 from helpers.kernel_clients import JOB, PID, READY, jupyter_files_in, poll_async
 from helpers.notebook_server import V1, Frontend, Server
 from helpers.postgres import private_postgres
-from helpers.proxies import ETC, Certificate, adapted, free_port, running_caddy, running_nginx
+from helpers.proxies import ETC, Certificate, adapted, running_caddy, running_nginx
 
 KERNEL = "physics.python"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gateway_slurm.testing.processes import free_ports, job_processes
+from gateway_slurm.testing.processes import free_port, job_processes
 from helpers import HELPERS
 from helpers.chaos import Report, RestartedGateway, User, clock, plan, until_live, watching
 from helpers.disturbances import KINDS, RESTARTS, STORES, World, small_disk
@@ -53,7 +53,7 @@ def world(request, cluster, jupyter_base, kernelspecs, tmp_path):
             settings = write_admin_settings(store_url=database.new_database())
             stack.callback(settings.unlink)
         environment = {**os.environ, **jupyter_environment(jupyter_base), "XDG_STATE_HOME": str(base / "state")}
-        gateway = RestartedGateway(base / "gateway", free_ports(1)[0], environment=environment)
+        gateway = RestartedGateway(base / "gateway", free_port(), environment=environment)
         gateway.start()
         stack.callback(gateway.end)
         yield World(gateway, cluster, base / "state", random.Random(SEED), postgres=database)  # noqa: S311 - an order

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from gateway_slurm.testing.processes import free_port
 from helpers.gateway_process import ask, start, stop, write_project
 from helpers.kernel_clients import JOB, READY, jupyter_environment, poll_async
 from helpers.notebook_server import HTTPClientError, Server
-from helpers.proxies import ETC, adapted, free_port, running
+from helpers.proxies import ETC, adapted, running
 
 BIN = Path(sys.executable).parent
 ADMIN = "the-tests-own-token-of-a-service"

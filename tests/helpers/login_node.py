@@ -2,10 +2,10 @@
 
 import psutil
 
-from gateway_slurm.testing.line import Line, line_to
-from gateway_slurm.testing.loginnode import USER, LoginNode, free_port, login_node, make_key
+from gateway_slurm.testing.loginnode import USER, LoginNode, login_node, make_key
+from gateway_slurm.testing.tcp_proxy import TcpProxy, tcp_proxy_to
 
-__all__ = ["USER", "Line", "LoginNode", "free_port", "line_to", "login_node", "make_key", "sessions"]
+__all__ = ["USER", "LoginNode", "TcpProxy", "login_node", "make_key", "sessions", "tcp_proxy_to"]
 
 
 def sessions(node: LoginNode) -> list[psutil.Process]:

@@ -23,6 +23,7 @@ from jupyter_client.session import Session
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
+from gateway_slurm.testing.processes import free_port
 from helpers.kernel_clients import READY
 
 V1 = "v1.kernel.websocket.jupyter.org"
@@ -89,9 +90,7 @@ def running_process(
     argv: list[str], port_option: str, log: Path, environment: Mapping[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server as a process that listens, and its URL; SIGTERM at the end, which it has to obey."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*argv, port_option.format(port)],

@@ -6,13 +6,14 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from gateway_slurm.testing.processes import free_port
 
 READY = 30.0  # seconds
 USER, PASSWORD = "gateway", "open-sesame"  # of databases that live for a test run
@@ -32,7 +33,7 @@ class PrivatePostgres:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.data = directory / "data"
-        self.port = _free_port()
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         # PostgreSQL refuses to run as root.
         self._account = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
@@ -111,12 +112,6 @@ class PrivatePostgres:
         if self._account is None:
             return {"cwd": self.directory}
         return {"user": self._account.pw_uid, "group": self._account.pw_gid, "extra_groups": [], "cwd": self.directory}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

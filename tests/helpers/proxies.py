@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gateway_slurm.testing.processes import free_port
 from helpers.gateway_process import JUPYTER_SLURM, USERS, Gateway, make_token, write_project
 from helpers.kernel_clients import READY
 from helpers.notebook_server import Server
@@ -145,13 +146,6 @@ class Proxy:
             return response.status, response.read().decode(errors="replace")
         finally:
             connection.close()
-
-
-def free_port() -> int:
-    """A TCP port that nobody has just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

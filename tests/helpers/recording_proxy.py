@@ -10,13 +10,6 @@ from contextlib import suppress
 from helpers.private_slurm import poll
 
 
-def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class RecordingProxy:
     """Listens on the loopback and forwards to ``target``. Whoever made it calls ``close``."""
 

@@ -18,11 +18,11 @@ from typing import Any
 from tornado.httpclient import HTTPClientError
 from tornado.websocket import WebSocketClosedError
 
+from gateway_slurm.testing.processes import free_port
 from helpers.gateway_process import gateway_argv, made_tokens
 from helpers.kernel_clients import READY
 from helpers.notebook_server import Frontend, Server
 from helpers.private_slurm import poll
-from helpers.recording_proxy import free_port
 
 # Seconds between two tries to connect; JupyterLab begins with one, and gives up after some 31.
 RETRY_SECONDS = 0.2

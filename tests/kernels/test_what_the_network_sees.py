@@ -10,8 +10,9 @@ import zmq
 import zmq.utils.monitor
 import zmq.utils.z85
 
+from gateway_slurm.testing.processes import free_port
 from helpers.kernel_clients import KERNEL_NAMES, READY, execute, running_kernel
-from helpers.recording_proxy import RecordingProxy, free_port
+from helpers.recording_proxy import RecordingProxy
 
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 # The output is not in the code, and large, so that the record shows that it went this way.

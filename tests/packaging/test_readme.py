@@ -25,10 +25,11 @@ from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.request import parse_request
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing.processes import free_port
 from helpers.gateway_process import ask, start, stop
 from helpers.kernel_clients import JOB, execute, jobid_of, running_kernel
 from helpers.notebook_server import Server
-from helpers.proxies import connects, free_port, running
+from helpers.proxies import connects, running
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing.processes import free_port
 from helpers.doctor_cli import REQUEST, PathCheckOutput, check_path, failed_at
 from helpers.failing_starts import nothing_left, start_error
 from helpers.kernel_clients import execute, running_kernel, write_admin_settings
-from helpers.login_node import LoginNode, free_port, login_node
+from helpers.login_node import LoginNode, login_node
 from helpers.namespaces import Apart, apart, into, out_of, silent_port
 from launchers.dial import HEAD_START
 

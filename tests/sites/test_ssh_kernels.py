@@ -32,7 +32,7 @@ from helpers.kernel_clients import (
     until_printed,
     until_reply,
 )
-from helpers.login_node import Line, LoginNode, line_to, login_node, sessions
+from helpers.login_node import LoginNode, TcpProxy, login_node, sessions, tcp_proxy_to
 from helpers.private_slurm import jobs_of, poll
 
 KILLED_FOR = 20.0  # seconds
@@ -46,15 +46,15 @@ def node() -> Iterator[LoginNode]:
 
 
 @pytest.fixture
-def line(node: LoginNode) -> Iterator[Line]:
+def line(node: LoginNode) -> Iterator[TcpProxy]:
     """What lies between the server and the login node."""
-    with line_to(node.port) as line:
+    with tcp_proxy_to(node.port) as line:
         yield line
 
 
 @pytest.fixture
 def by_ssh(
-    node: LoginNode, line: Line, admin_settings: Callable[..., SlurmService]
+    node: LoginNode, line: TcpProxy, admin_settings: Callable[..., SlurmService]
 ) -> Iterator[Callable[..., SlurmService]]:
     """``by_ssh(relay="never")`` returns a service that logs in to the node; after the test nothing of it is left."""
 

@@ -20,7 +20,7 @@ from gateway_slurm.slurm.ssh.login import Credentials
 from gateway_slurm.slurm.ssh.runner import SshRunner
 from gateway_slurm.slurm.url import parse_cluster_url
 from helpers.kernel_clients import poll_async
-from helpers.login_node import LoginNode, line_to, login_node
+from helpers.login_node import LoginNode, login_node, tcp_proxy_to
 from helpers.private_slurm import poll
 
 
@@ -145,14 +145,14 @@ async def test_many_commands_share_one_connection_and_one_channel(node: LoginNod
 
 async def test_a_command_costs_one_round_trip(node: LoginNode) -> None:
     """Counted on the wire: of the connection that is there, what is asked and what is answered."""
-    with line_to(node.port) as line:
+    with tcp_proxy_to(node.port) as line:
         async with runner_for(node, port=line.port, heartbeat=60) as runner:
             await runner.run(["true"])
-            before = line.turns
+            before = line.round_trips
             for _ in range(5):
                 await runner.run(["true"])
             # Windows of the channel may be adjusted now and then.
-            assert 5 <= line.turns - before <= 6
+            assert 5 <= line.round_trips - before <= 6
 
 
 async def test_what_a_login_shell_prints_is_no_harm(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ async def test_a_login_shell_that_is_gone_before_it_is_written_to_is_told_by_its
 
 async def test_a_connection_that_breaks_is_made_again(node: LoginNode) -> None:
     """What was under way is unknown, and killed there; what is asked next is answered."""
-    with line_to(node.port) as line:
+    with tcp_proxy_to(node.port) as line:
         async with runner_for(node, port=line.port) as runner:
             hanging = asyncio.ensure_future(runner.run(["sleep", "16.1803"]))
             assert await poll_async(lambda: running("16.1803"), timeout=10)
@@ -208,7 +208,7 @@ async def test_a_connection_that_breaks_is_made_again(node: LoginNode) -> None:
 
 async def test_attempts_while_the_login_node_is_away_are_few(node: LoginNode) -> None:
     """However many ask: they share an attempt, and the pauses grow."""
-    with line_to(node.port) as line:
+    with tcp_proxy_to(node.port) as line:
         line.cut()
         async with runner_for(node, port=line.port) as runner:
             for _ in range(3):
@@ -220,7 +220,7 @@ async def test_attempts_while_the_login_node_is_away_are_few(node: LoginNode) ->
 
 async def test_a_process_that_was_started_outlives_the_connection(node: LoginNode) -> None:
     """Its end is heard of over the next one, and so is the word to end it."""
-    with line_to(node.port) as line:
+    with tcp_proxy_to(node.port) as line:
         async with runner_for(node, port=line.port) as runner:
             started = await runner.start(["sh", "-c", "sleep 14.1421; true"])
             process = psutil.Process(started.pid)

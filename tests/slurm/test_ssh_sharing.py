@@ -17,7 +17,7 @@ from gateway_slurm.errors import SshError, SshLost
 from gateway_slurm.service import SlurmService
 from helpers.failing_starts import nothing_left, script, start_error
 from helpers.kernel_clients import PID, READY, async_execute, async_kernel, execute, running_kernel, until_printed
-from helpers.login_node import LoginNode, line_to, login_node
+from helpers.login_node import LoginNode, login_node, tcp_proxy_to
 from helpers.private_slurm import jobs_of, poll
 from helpers.ssh_login import logged_in
 
@@ -59,15 +59,15 @@ def test_all_owners_and_kernels_share_one_connection_of_two_sessions(by_ssh, clu
 
 def test_a_start_takes_the_round_trips_that_it_needs(by_ssh):
     """Counted on the wire: a cold one logs in and starts two programs there; a warm one asks for its job."""
-    with login_node() as node, line_to(node.port) as line:
+    with login_node() as node, tcp_proxy_to(node.port) as line:
         by_ssh(node, line.port, relay="auto", watch_interval=60.0, heartbeat=60)
         with running_kernel("slurm"):
-            cold = line.turns
+            cold = line.round_trips
             # The greeting, three for the keys, the user with one key, a service; each program's channel, start, word.
             assert 10 <= cold <= 16
             with running_kernel("slurm-direct"):
                 # A channel's window may be widened meanwhile.
-                assert 1 <= line.turns - cold <= 2
+                assert 1 <= line.round_trips - cold <= 2
 
 
 def test_an_sshd_that_allows_one_session_only_is_an_error_with_its_setting(by_ssh, cluster):
@@ -127,7 +127,7 @@ def test_a_submission_that_was_cut_off_before_it_was_made_leaves_no_job(by_ssh, 
     """The connection breaks while sbatch has not reached Slurm: it is killed there; the error says what was lost."""
     begun = tmp_path / "begun"
     script(tmp_path / "sbatch", f'#!/bin/sh\ntouch {begun}; sleep 600; exec {shutil.which("sbatch")} "$@"\n')
-    with login_node() as node, line_to(node.port) as line:
+    with login_node() as node, tcp_proxy_to(node.port) as line:
         by_ssh(node, line.port, slurm_path=f"{tmp_path}:{os.environ['PATH']}")
 
         def cut_then() -> None:

@@ -13,9 +13,10 @@ import pytest
 
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
+from gateway_slurm.testing.processes import free_port
 from helpers.dying_servers import adopt, call, server
 from helpers.kernel_clients import PID, READY, async_execute, job_state, poll_async, write_admin_settings
-from helpers.login_node import LoginNode, free_port, line_to, login_node, sessions
+from helpers.login_node import LoginNode, login_node, sessions, tcp_proxy_to
 from helpers.private_slurm import jobs_of, poll
 from helpers.restarting_servers import LastingFrontend, lasting_server
 
@@ -166,7 +167,7 @@ async def test_another_server_that_is_there_answers_at_the_dead_ones_port(by_ssh
 @pytest.mark.parametrize("how", ["killed", "silent"])
 async def test_nothing_of_a_server_that_is_gone_stays_on_the_login_node(by_ssh, node, cluster, how):
     """Killed, or unplugged so that nobody is told: its programs end, and so does srun after ``orphan_timeout``."""
-    with line_to(node.port) as line:
+    with tcp_proxy_to(node.port) as line:
         by_ssh(heartbeat=1.0, orphan_timeout=4, **node.settings(line.port))
         with server() as first:
             known = await call(first, "start", name="slurm")

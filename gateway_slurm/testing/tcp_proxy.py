@@ -1,4 +1,4 @@
-"""A line to a port of this machine, for development and tests: it can be cut, and counts round trips."""
+"""A TCP proxy for development and tests: it can be cut or frozen, and counts round trips."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Line:
-    """Forwards to a port of this machine; can be cut, and counts how often the talk changes sides.
+class TcpProxy:
+    """Forwards connections to a port of this machine. The creator calls ``close``.
 
-    ``turns`` is how often the client waited for the other side: the round trips of what is said one after another.
+    ``round_trips`` counts how often the client sent data after it had received some.
     """
 
     def __init__(self, port: int) -> None:
-        self._target = port
+        self._target_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._is_cut = False
-        self._side = ""
-        self._flows = threading.Event()
-        self._flows.set()
-        self.turns = 0
+        self._last_direction = ""
+        self._not_frozen = threading.Event()
+        self._not_frozen.set()
+        self.round_trips = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """Break what there is, and let nothing new through."""
+        """Break all connections, and refuse new ones."""
         with self._lock:
             self._is_cut = True
-            self._flows.set()
+            self._not_frozen.set()
             sockets = list(self._sockets)
         for sock in sockets:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
-        """Let connections through again."""
+        """Accept connections again."""
         self._is_cut = False
 
     def freeze(self) -> None:
-        """Carry nothing any more, and tell nobody: as when a machine is unplugged."""
-        self._flows.clear()
+        """Carry no more data, without closing connections: as when a machine is unplugged."""
+        self._not_frozen.clear()
 
     def close(self) -> None:
-        """End it."""
+        """Break all connections and stop listening."""
         self.cut()
         self._listener.close()
 
@@ -60,22 +60,22 @@ class Line:
             if self._is_cut:
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self._target))
-            for one in (near, far):
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            far = socket.create_connection(("127.0.0.1", self._target_port))
+            for end in (near, far):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._sockets |= {near, far}
-            for side, source, sink in (("down", near, far), ("up", far, near)):
-                threading.Thread(target=self._carry, args=(side, source, sink), daemon=True).start()
+            for direction, source, sink in (("down", near, far), ("up", far, near)):
+                threading.Thread(target=self._carry, args=(direction, source, sink), daemon=True).start()
 
-    def _carry(self, side: str, source: socket.socket, sink: socket.socket) -> None:
+    def _carry(self, direction: str, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 18):
-                self._flows.wait()
+                self._not_frozen.wait()
                 with self._lock:
-                    if side == "up" and self._side == "down":
-                        self.turns += 1
-                    self._side = side
+                    if direction == "up" and self._last_direction == "down":
+                        self.round_trips += 1
+                    self._last_direction = direction
                 sink.sendall(data)
         for sock in (source, sink):
             with contextlib.suppress(OSError):
@@ -86,10 +86,10 @@ class Line:
 
 
 @contextmanager
-def line_to(port: int) -> Iterator[Line]:
-    """A line to a port of this machine."""
-    line = Line(port)
+def tcp_proxy_to(port: int) -> Iterator[TcpProxy]:
+    """A proxy to a port of this machine, closed at the end."""
+    proxy = TcpProxy(port)
     try:
-        yield line
+        yield proxy
     finally:
-        line.close()
+        proxy.close()
