@@ -1,6 +1,6 @@
-"""For a user's Jupyter server (JupyterLab, Notebook) whose kernels are to come from a shared gateway.
+"""Settings of a user's Jupyter server (JupyterLab, Notebook) that takes its kernels from a shared gateway.
 
-Goes into ``~/.jupyter``, or for all users of a machine into ``/etc/jupyter``. The same on the command line:
+Copy this file to ``~/.jupyter``, or for all users of a machine to ``/etc/jupyter``. On the command line the same is
 ``jupyter lab --gateway-url=https://gateway.example.org``, with the token in JUPYTER_GATEWAY_AUTH_TOKEN.
 """
 
@@ -11,27 +11,27 @@ c = get_config()  # noqa: F821
 
 c.GatewayClient.url = os.environ.get("JUPYTER_GATEWAY_URL") or "https://gateway.example.org"
 
-# The token, which the gateway's admin gave you, from the environment; or from a file that only you can read:
+# The token that the gateway's admin gave you, from the environment or from a file that only you can read:
 #   install -m 0600 /dev/stdin ~/.config/gateway_slurm/token
-# On a command line other users of the machine would see it.
+# Other users of the machine would see it on a command line.
 token_file = Path("~/.config/gateway_slurm/token").expanduser()
 if os.environ.get("JUPYTER_GATEWAY_AUTH_TOKEN"):
     c.GatewayClient.auth_token = os.environ["JUPYTER_GATEWAY_AUTH_TOKEN"]
 elif token_file.is_file():
     if token_file.stat().st_mode & 0o077:
-        raise PermissionError(f"others can read {token_file}: chmod 600 it, and ask for a new token")
+        raise PermissionError(f"other users can read {token_file}: run chmod 600 on it, and ask for a new token")
     c.GatewayClient.auth_token = token_file.read_text().strip()
 
-# A certificate that is not signed by an authority that this machine knows: start the server with SSL_CERT_FILE set
-# to a file that has it. (jupyter_server heeds GatewayClient.ca_certs only together with a client_cert.)
+# If no authority that this machine knows has signed the gateway's certificate, start the server with SSL_CERT_FILE set
+# to a file that contains it. (jupyter_server uses GatewayClient.ca_certs only together with a client_cert.)
 
-# Seconds. A start answers at once, however long its job then waits; a restart when the kernel is there again, for
-# which the gateway's start_timeout leaves it two minutes.
+# Seconds. A start is answered at once, even if its job waits. A restart is answered when the kernel runs again, which
+# the gateway's start_timeout limits to two minutes.
 c.GatewayClient.connect_timeout = 20.0
 c.GatewayClient.request_timeout = 150.0
 
-# What kernels are to have, where their project lets clients say so.
+# Request fields for kernels, if their project allows clients to set them.
 # os.environ.setdefault("KERNEL_SLURM_GPUS", "1")
 # os.environ.setdefault("KERNEL_SLURM_RUNTIME", "120")
-# Further variables of this server's that kernels get, if the gateway takes them.
+# Further variables of this server for kernels, if the gateway accepts them.
 # c.GatewayClient.allowed_envs = "LC_ALL,TZ"

@@ -1,14 +1,14 @@
-"""For Jupyter servers on a login node, by a JupyterHub or not: kernels on nodes, and room to wait for them.
+"""Settings of Jupyter servers on a login node, with or without a JupyterHub: kernels run on nodes.
 
-Goes into ``/etc/jupyter``, or into ``etc/jupyter`` of the environment that the servers run in. Kernelspecs name
-the provisioner, ``slurm-provisioner``; all others work as ever.
+Copy this file to ``/etc/jupyter``, or to ``etc/jupyter`` in the servers' environment. Kernelspecs that name the
+provisioner ``slurm-provisioner`` run on nodes; all others run on this machine as before.
 """
 
 c = get_config()  # noqa: F821
 
-# Starts answer at once. While a kernel's job waits, its model says where and why, and it can be given up.
+# A start is answered at once. While a kernel's job waits, the kernel's model says why, and the user can cancel it.
 c.ServerApp.kernel_manager_class = "gateway_slurm.SlurmMappingKernelManager"
 
-# A kernel that nobody uses costs nodes: end it after an hour, unless a frontend is open on it.
+# An unused kernel occupies nodes: end it after an hour, unless a frontend is connected to it.
 c.MappingKernelManager.cull_idle_timeout = 3600
 c.MappingKernelManager.cull_interval = 300

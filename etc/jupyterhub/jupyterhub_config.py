@@ -1,19 +1,19 @@
-"""For a JupyterHub beside a Slurm cluster: what to add to its jupyterhub_config.py. README.md says more.
+"""What to add to jupyterhub_config.py of a JupyterHub beside a Slurm cluster. See README.md.
 
-The two halves do not need each other: take the gateway, or single-user servers on a login node, or both.
+The two parts are independent: use the gateway, single-user servers on a login node, or both.
 """
 
 c = get_config()  # noqa: F821
 
-# -- The shared gateway, as a service of the hub's -----------------------------------------------------------------
+# -- The shared gateway as a service of the hub --------------------------------------------------------------------
 
 c.JupyterHub.services = [
     {
         "name": "gateway",
         # The hub's proxy serves it as https://hub.example.org/services/gateway/.
         "url": "http://127.0.0.1:8889",
-        # The hub starts it, and again when it ends. As the hub's own account, unless "user" names another; it
-        # must be one that Slurm knows.
+        # The hub starts the gateway, and restarts it when it ends. It runs as the hub's user, unless "user" names
+        # another one. Slurm must know that user.
         "command": [
             "/opt/gateway_slurm/bin/jupyter",
             "slurm",
@@ -23,17 +23,17 @@ c.JupyterHub.services = [
             "--SlurmGatewayApp.port_retries=0",
         ],
         "cwd": "/var/lib/gateway_slurm",
-        # A hub hands little of its environment on. A home with .jupyter/jupyter_slurm_gateway_config.py in it, say:
+        # A hub passes on little of its environment. HOME may contain .jupyter/jupyter_slurm_gateway_config.py.
         "environment": {"HOME": "/var/lib/gateway_slurm"},
     },
-    # A gateway that systemd starts, or that runs on another machine, has in place of "command" and what follows:
+    # For a gateway that systemd starts, or that runs on another machine, replace "command" and the keys after it by
     #   "api_token": "…"
-    # and its settings say where the hub is and which of its tokens count:
+    # In the gateway's settings name the hub's API and the scopes that its tokens must have:
     #   c.GatewayIdentityProvider.hub_api_url = "https://hub.example.org/hub/api"
     #   c.GatewayIdentityProvider.hub_scopes = ["access:services!service=gateway"]
 ]
 
-# Who may use it: every user, by tokens that they make (Hub Control Panel, Token), and by those of their servers.
+# Every user may use the gateway, with a token of their own (Hub Control Panel, Token) or a token of their server.
 c.JupyterHub.load_roles = [
     {"name": "user", "scopes": ["self", "access:services!service=gateway"]},
     {"name": "server", "scopes": ["users:activity!user", "access:servers!server", "access:services!service=gateway"]},
@@ -41,8 +41,8 @@ c.JupyterHub.load_roles = [
 
 # -- Single-user servers on a login node -----------------------------------------------------------------------------
 
-# The servers' kernels run on nodes by gateway_slurm's provisioner: jupyter_server_config.py beside this file.
-# Kernel starts are counted where jupyter-slurm-provisioner's are, with each server's own JUPYTERHUB_API_TOKEN.
+# gateway_slurm's provisioner runs the servers' kernels on nodes: see jupyter_server_config.py in this directory. Kernel
+# starts are reported to the URL that jupyter-slurm-provisioner uses, with the server's JUPYTERHUB_API_TOKEN.
 c.Spawner.environment = {
     "SLURM_PROVISIONER_JHUB_METRICS": "https://hub.example.org/services/metrics/kernels",
 }
