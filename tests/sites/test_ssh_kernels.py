@@ -328,7 +328,7 @@ def test_what_travels_by_the_relay_is_sealed(by_ssh, node):
     seen: list[bytes] = []
     with running_kernel("slurm") as (_manager, client):
         relay = relay_of(service)
-        original = relay._took
+        original = relay._received
         relay._program._on_frames = lambda frames: (seen.extend(each[2] for each in frames), original(frames))
         assert execute(client, "print('open ' + 'sesame')") == "open sesame"
     assert seen

@@ -1,7 +1,7 @@
-"""The relay's end on this side: connections that it carries become links of the response socket.
+"""The server's end of the relay: each relayed connection becomes a launcher's link.
 
-One channel carries them all, with credit for each connection and direction, so that one that is slow holds up no
-other, and what waits is bounded. What is carried is sealed between launcher and server.
+One SSH channel carries all connections, with credit per connection and direction. So a slow connection does not delay
+the others, and the amount of waiting data is limited. The data is encrypted between launcher and server.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from gateway_slurm._util import Backoff, TaskSet
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, SshError
 from gateway_slurm.slurm.access import AcceptLauncher, LauncherLink
 from gateway_slurm.slurm.ssh.connection import SshConnection
@@ -33,24 +33,25 @@ from gateway_slurm.slurm.ssh.login_node.common import (
     unpack,
 )
 from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
+from gateway_slurm.slurm.url import host_and_port
 
-LISTEN_SECONDS: Final = 15.0
-REFUSALS: Final = 20
-"""How often a port that somebody else has is tried, over about a minute and a half."""
+LISTEN_TIMEOUT: Final = 15.0  # seconds
+MAX_LISTEN_ATTEMPTS: Final = 20
+"""Attempts to listen on a former port that another process has, over about a minute and a half."""
 MAX_PORTS: Final = 8
-"""Ports at once: the relay's own, and the newest of those that launchers know from before."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds
-_PIECE: Final = 256 << 10  # bytes of a frame's payload
-_HIGH_WATER: Final = 512 << 10  # bytes that wait for credit before a link is told to wait; as for its TCP sockets
-GOODBYE_SECONDS: Final = 2.0
+"""Ports at a time: the relay's current one, and the newest of its former ones."""
+CLOSE_TIMEOUT: Final = 2.0  # seconds
+_RETRY_DELAY, _MAX_RETRY_DELAY, _JITTER = 0.2, 5.0, 0.3  # seconds, seconds, fraction
+_MAX_PAYLOAD: Final = 256 << 10  # bytes of one frame
+_HIGH_WATER: Final = 512 << 10  # bytes that wait for credit before a link must pause; the same as for its TCP sockets
 
 
 class SshRelay:
-    """Keeps a relay on the login node, on the same port if that can be. Its owner calls ``close``.
+    """Keeps a relay running on the login node, on the same port if possible. Its owner calls ``close``.
 
-    ``ports`` is the range of which the first free one is taken (0: any). ``address`` is what nodes are told to dial
-    first, where the login node does not know it; ``changed`` is called when it listens, maybe elsewhere than before.
-    All methods are called on one loop.
+    The relay listens on the first free port of ``ports`` (0: any). Launchers dial ``address`` first, if given;
+    ``changed`` is called each time the relay listens, since its endpoints may have changed. All methods are called on
+    one loop.
     """
 
     def __init__(
@@ -67,86 +68,84 @@ class SshRelay:
         self._changed, self.log = changed, log
         self.port = 0
         self.was_used = False
-        """Whether a launcher has come by it."""
+        """Whether a launcher has proved its identity over the relay."""
         self._hosts: list[str] = []
         self._program: RemoteProgram | None = None
-        self._previous: dict[str, Any] | None = None
-        self._relayed: dict[int, RelayedConnection] = {}
-        # Ports that launchers know from before, with the process that may still have one; empty: none of ours.
-        self._earlier: dict[int, dict[str, Any]] = {}
+        self._process: dict[str, Any] | None = None  # the last program's own information
+        self._connections: dict[int, RelayedConnection] = {}
+        # Former ports, which older launchers dial, with the dead relay that may still have each; empty if none has.
+        self._former_ports: dict[int, dict[str, Any]] = {}
         self._answers: dict[int, asyncio.Future[Frame]] = {}
         self._numbers = itertools.count(1)
-        self._up = asyncio.Event()
-        self._tried = asyncio.Event()
+        self._listening = asyncio.Event()
+        self._failed = asyncio.Event()
         self._down: asyncio.Future[None] | None = None
-        self._trouble: GatewaySlurmError | None = None
-        self._tasks = {asyncio.ensure_future(self._keep())}
+        self._last_error: GatewaySlurmError | None = None
+        self._tasks = TaskSet()
+        self._tasks.create_task(self._keep_running())
 
     @property
     def endpoints(self) -> list[str]:
-        """``host:port`` texts for launchers; none before it listened for the first time."""
+        """``host:port`` texts for launchers; empty until the relay has listened for the first time."""
         hosts = [self._address, *self._hosts] if self._address else self._hosts
-        return [f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in dict.fromkeys(hosts)]
+        return [host_and_port(host, self.port) for host in dict.fromkeys(hosts)]
 
     async def wait_ready(self) -> None:
-        """Return once it listens; raise what was in the way of that at the last attempt."""
-        while not self._up.is_set():
-            self._tried.clear()
-            up, tried = (asyncio.ensure_future(event.wait()) for event in (self._up, self._tried))
-            await asyncio.wait([up, tried], return_when=asyncio.FIRST_COMPLETED)
-            up.cancel()
-            tried.cancel()
-            if not self._up.is_set() and self._trouble is not None:
-                raise self._trouble
+        """Return once the relay listens. Raises the error of the last attempt."""
+        while not self._listening.is_set():
+            self._failed.clear()
+            waits = [asyncio.ensure_future(event.wait()) for event in (self._listening, self._failed)]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            if not self._listening.is_set() and self._last_error is not None:
+                raise self._last_error
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What a later server needs for ``inherit``: the ports, and who has each of them."""
-        own = {} if self._previous is None else {name: self._previous[name] for name in ("boot", "pid", "ticks")}
-        found = [{"port": self.port, **own}] if own else []
-        return found + [{"port": port, **(facts or own)} for port, facts in self._earlier.items()]
+        """The relay's ports and the process that has each, which a later server passes to ``adopt``."""
+        current = {} if self._process is None else {name: self._process[name] for name in ("boot", "pid", "ticks")}
+        found = [{"port": self.port, **current}] if current else []
+        return found + [{"port": port, **(process or current)} for port, process in self._former_ports.items()]
 
     def adopt(self, relays: Iterable[dict[str, Any]]) -> None:
-        """Listen on these ports of dead servers' relays, too: their launchers dial them."""
-        known = {int(facts["port"]): facts for facts in relays if int(facts["port"]) != self.port}
-        self._earlier = dict(list({**known, **self._earlier}.items())[: MAX_PORTS - 1])
-        if self._program is not None and self._up.is_set():
-            self._listen_on_earlier(self._program, known.keys() & self._earlier.keys())
+        """Listen also on the ports of dead servers' relays, which the launchers of those servers dial."""
+        ports = {int(record["port"]): record for record in relays if int(record["port"]) != self.port}
+        self._former_ports = dict(list({**ports, **self._former_ports}.items())[: MAX_PORTS - 1])
+        if self._program is not None and self._listening.is_set():
+            self._listen_on_former_ports(self._program, ports.keys() & self._former_ports.keys())
 
     async def close(self) -> None:
-        """End it; what was written to the links goes out first."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait(self._tasks)
+        """End the relay; data that was written to the links is sent first."""
+        await self._tasks.close()
         program, down = self._program, self._down
         if program is not None and down is not None and not program.ended:
             program.close()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(down), GOODBYE_SECONDS)
+                await asyncio.wait_for(asyncio.shield(down), CLOSE_TIMEOUT)
 
-    # -- keeping it -----------------------------------------------------------------------------------------
+    # -- Keeping the relay running --
 
-    async def _keep(self) -> None:
-        pause, said = _FIRST_PAUSE, ""
+    async def _keep_running(self) -> None:
+        backoff, logged = Backoff(_RETRY_DELAY, _MAX_RETRY_DELAY, jitter=_JITTER), ""
         while True:
             try:
                 down = await self._start()
-                pause, said = _FIRST_PAUSE, ""
+                backoff.reset()
+                logged = ""
                 await asyncio.shield(down)
             except GatewaySlurmError as error:
-                words = str(
-                    self._connection.last_error or error
-                )  # the same, though the time to the next try is another
-                if words != said:
-                    self.log.warning("relay: %s", words)
-                said, self._trouble = words, error
-                self._tried.set()
-            self._up.clear()
-            await asyncio.sleep(pause * random.uniform(0.7, 1.3))  # noqa: S311 - jitter
-            pause = min(2 * pause, _LONGEST_PAUSE)
+                # Without the time to the next attempt, which differs each time.
+                message = str(self._connection.last_error or error)
+                if message != logged:
+                    self.log.warning("relay: %s", message)
+                logged, self._last_error = message, error
+                self._failed.set()
+            self._listening.clear()
+            await backoff.sleep()
 
     async def _start(self) -> asyncio.Future[None]:
-        """Have it listen; return what is done when it is down again. Raises SshError."""
+        """Start the relay; return a future that is done when the relay is down again. Raises SshError."""
         loop = asyncio.get_running_loop()
         down = self._down = loop.create_future()
 
@@ -155,15 +154,15 @@ class SshRelay:
             if not down.done():
                 down.set_result(None)
 
-        program = await self._connection.start_program("relay", on_frames=self._took, on_end=ended)
+        program = await self._connection.start_program("relay", on_frames=self._received, on_end=ended)
         self._program = program
         ports = list(self._ports)
-        before = [*([self._previous] if self._previous is not None else []), *self._earlier.values()]
-        kind, _number, payload = await self._ask(program, [self.port] if self.port else ports, before)
+        predecessors = [*([self._process] if self._process is not None else []), *self._former_ports.values()]
+        kind, _number, payload = await self._listen(program, [self.port] if self.port else ports, predecessors)
         if kind == FAILED and self.port and ports != [self.port]:
-            # Somebody else has it now, and may give it back; what starts meanwhile is told another one.
-            self._earlier = dict(list({self.port: {}, **self._earlier}.items())[: MAX_PORTS - 1])
-            kind, _number, payload = await self._ask(program, ports, [])
+            # Another process has the port and may free it. New launchers get another port meanwhile.
+            self._former_ports = dict(list({self.port: {}, **self._former_ports}.items())[: MAX_PORTS - 1])
+            kind, _number, payload = await self._listen(program, ports, [])
         if kind == FAILED:
             program.close()
             raise SshError(
@@ -171,104 +170,105 @@ class SshRelay:
                 f"{payload.decode(errors='replace')}; see SlurmService.relay_port"
             )
         try:
-            self._listens(program, unpack(payload)[0])
+            self._now_listening(program, unpack(payload)[0])
         except (ValueError, KeyError, TypeError) as error:
             program.close()
-            raise SshError(f"the relay on the login node does not say where it listens: {error!r}") from error
+            raise SshError(f"the relay on the login node did not report its address: {error!r}") from error
         return down
 
-    async def _ask(self, program: RemoteProgram, ports: list[int], before: list[dict[str, Any]]) -> Frame:
-        """Have it listen on the first free one of ``ports``, once these processes have ended. Raises SshError."""
+    async def _listen(self, program: RemoteProgram, ports: list[int], predecessors: list[dict[str, Any]]) -> Frame:
+        """Make the relay listen on the first free one of ``ports``, after it has ended ``predecessors``.
+
+        Returns the relay's answer. Raises SshError.
+        """
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        here = [facts for facts in before if facts.get("boot") == program.info["boot"]]
-        program.send(LISTEN, number, pack({"ports": ports, "end": here}))
+        on_this_host = [process for process in predecessors if process.get("boot") == program.info["boot"]]
+        program.send(LISTEN, number, pack({"ports": ports, "end": on_this_host}))
         try:
-            return await asyncio.wait_for(answer, LISTEN_SECONDS)
+            return await asyncio.wait_for(answer, LISTEN_TIMEOUT)
         except asyncio.TimeoutError:
             program.close()
             raise SshError("the relay on the login node did not listen in time") from None
         finally:
             self._answers.pop(number, None)
 
-    def _listen_on_earlier(self, program: RemoteProgram, ports: Iterable[int]) -> None:
+    def _listen_on_former_ports(self, program: RemoteProgram, ports: Iterable[int]) -> None:
         for port in ports:
-            task = asyncio.ensure_future(self._listen_too(program, port))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.create_task(self._listen_on_former_port(program, port))
 
-    async def _listen_too(self, program: RemoteProgram, port: int) -> None:
-        """Try for a while to have a port of before, for the launchers that know it."""
-        pause, words = _FIRST_PAUSE, ""
-        for _attempt in range(REFUSALS):
-            facts = self._earlier.get(port)
-            if facts is None or program.ended:
+    async def _listen_on_former_port(self, program: RemoteProgram, port: int) -> None:
+        """Try for a while to listen on a former port, for the launchers that dial it."""
+        backoff, reason = Backoff(_RETRY_DELAY, _MAX_RETRY_DELAY, jitter=_JITTER), ""
+        for _attempt in range(MAX_LISTEN_ATTEMPTS):
+            process = self._former_ports.get(port)
+            if process is None or program.ended:
                 return
-            if facts and facts.get("boot") != program.info["boot"]:
-                words = "it was on another login node, or that one was started anew since"
+            if process and process.get("boot") != program.info["boot"]:
+                reason = "it was on another login node, or the login node was rebooted"
                 break
             try:
-                kind, _number, payload = await self._ask(program, [port], [facts])
-            except SshError:  # with the next program it is tried again
+                kind, _number, payload = await self._listen(program, [port], [process])
+            except SshError:  # the next program tries again
                 return
             if kind == LISTENING:
-                self._earlier[port] = {}  # it is ours
+                self._former_ports[port] = {}  # this relay has the port now
                 self._changed()
-                self.log.info("relay: listening on port %d of the login node, too, as launchers know it", port)
+                self.log.info("relay: listening on former port %d of the login node, too", port)
                 return
-            words = payload.decode(errors="replace")
-            await asyncio.sleep(pause * random.uniform(0.7, 1.3))  # noqa: S311 - jitter
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        self._earlier.pop(port, None)
-        self.log.warning("relay: launchers that know only port %d of the login node cannot come back: %s", port, words)
+            reason = payload.decode(errors="replace")
+            await backoff.sleep()
+        self._former_ports.pop(port, None)
+        self.log.warning("relay: launchers that know only port %d of the login node cannot reconnect: %s", port, reason)
 
-    def _listens(self, program: RemoteProgram, fields: dict[str, Any]) -> None:
-        if self._previous is not None and self._previous["boot"] != program.info["boot"]:
+    def _now_listening(self, program: RemoteProgram, fields: dict[str, Any]) -> None:
+        if self._process is not None and self._process["boot"] != program.info["boot"]:
             self.log.warning(
-                "relay: it was on another machine before: launchers that dialled it there cannot come back. Name one "
-                "login node in SlurmService.cluster, not several under one name"
+                "relay: it was on another machine before, and launchers that dialled it there cannot reconnect. Name "
+                "one login node in SlurmService.cluster, not several under one name"
             )
-        self._previous = program.info
+        self._process = program.info
         self.port = int(fields["port"])
         self._hosts = [*map(str, fields["addresses"]), str(program.info["host"])]
-        self._trouble = None
-        self._earlier.pop(self.port, None)
-        self._up.set()
-        self._listen_on_earlier(program, list(self._earlier))
+        self._last_error = None
+        self._former_ports.pop(self.port, None)
+        self._listening.set()
+        self._listen_on_former_ports(program, list(self._former_ports))
         self._changed()
         self.log.info("relay: listening on the login node, announced as %s", ", ".join(self.endpoints))
 
     def _ended(self, error: SshError) -> None:
-        self._up.clear()
+        self._listening.clear()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)
-        for relayed in list(self._relayed.values()):
-            relayed.lost(error)
-        self._relayed.clear()
+        for connection in list(self._connections.values()):
+            connection.lost(error)
+        self._connections.clear()
 
-    # -- frames ----------------------------------------------------------------------------------------------
+    # -- Frames --
 
-    def _took(self, frames: list[Frame]) -> None:
-        for each in frames:
-            kind, number, payload = each
+    def _received(self, frames: list[Frame]) -> None:
+        for received in frames:
+            kind, number, payload = received
             if kind in (LISTENING, FAILED):
                 answer = self._answers.get(number)
                 if answer is not None and not answer.done():
-                    answer.set_result(each)
+                    answer.set_result(received)
             elif kind == OPEN and self._program is not None:
-                self._relayed[number] = RelayedConnection(self, self._program, number, payload.decode(errors="replace"))
-                self._relayed[number].begin(self._accept)
-            elif number in self._relayed:
-                self._relayed[number].took(kind, payload)
+                peer = payload.decode(errors="replace")
+                connection = self._connections[number] = RelayedConnection(self, self._program, number, peer)
+                connection.begin(self._accept)
+            elif number in self._connections:
+                self._connections[number].received(kind, payload)
 
     def forget(self, number: int) -> None:
-        """The connection of this number is over."""
-        self._relayed.pop(number, None)
+        """Drop the connection of this number, which has ended."""
+        self._connections.pop(number, None)
 
 
 class RelayedConnection(asyncio.Transport):
-    """One connection of a launcher's that came by the relay; its link closes it."""
+    """One launcher's connection through the relay; its link closes it."""
 
     def __init__(self, relay: SshRelay, program: RemoteProgram, number: int, peer: str) -> None:
         super().__init__({"peername": (peer, 0)})
@@ -279,18 +279,18 @@ class RelayedConnection(asyncio.Transport):
         self._credit = WINDOW
         self._owed = 0
         self._high = _HIGH_WATER
-        self._paused = self._closing = self._over = False
-        self._reads = True
+        self._paused = self._closing = self._closed = False
+        self._reading = True
         self._link: LauncherLink | None = None
 
     def begin(self, accept: AcceptLauncher) -> None:
-        """Serve it as a launcher's link."""
+        """Hand the connection to the launcher's link that ``accept`` returns."""
         self._link = accept(self)
 
-    # -- from the relay ----------------------------------------------------------------------------------------
+    # -- Frames from the relay --
 
-    def took(self, kind: int, payload: bytes) -> None:
-        """Take one frame of this connection."""
+    def received(self, kind: int, payload: bytes) -> None:
+        """Handle one frame of this connection."""
         if kind == DATA:
             self._data(payload)
         elif kind == CREDIT:
@@ -301,7 +301,7 @@ class RelayedConnection(asyncio.Transport):
             self.lost(None)
 
     def _data(self, payload: bytes) -> None:
-        if self._over or self._link is None:
+        if self._closed or self._link is None:
             return
         if not self._closing:
             self._link.data_received(payload)
@@ -311,20 +311,20 @@ class RelayedConnection(asyncio.Transport):
         self._give_credit()
 
     def _give_credit(self) -> None:
-        if self._owed >= WINDOW // 4 and (self._reads or self._closing) and not self._over:
+        if self._owed >= WINDOW // 4 and (self._reading or self._closing) and not self._closed:
             self._program.send(CREDIT, self._number, LENGTH.pack(self._owed))
             self._owed = 0
 
     def lost(self, error: Exception | None) -> None:
-        """The connection is gone."""
-        if self._over:
+        """End the connection and tell the link."""
+        if self._closed:
             return
-        self._over = self._closing = True
+        self._closed = self._closing = True
         self._waiting.clear()
         if self._link is not None:
             self._loop.call_soon(self._link.connection_lost, error)
 
-    # -- asyncio.Transport ---------------------------------------------------------------------------------------
+    # -- asyncio.Transport --
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self._high = _HIGH_WATER if high is None else high
@@ -333,46 +333,46 @@ class RelayedConnection(asyncio.Transport):
         return self._size
 
     def pause_reading(self) -> None:
-        """Give no credit: what is under way may still come."""
-        self._reads = False
+        """Give no more credit; data that is under way may still arrive."""
+        self._reading = False
 
     def resume_reading(self) -> None:
-        """Give credit again, what is owed first."""
-        self._reads = True
+        """Give credit again, including the credit that is due."""
+        self._reading = True
         self._give_credit()
 
     def is_closing(self) -> bool:
         return self._closing
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
-        """Send as far as there is credit; what has none waits, and its link is told when that is much."""
+        """Send as much as the credit allows and queue the rest; the link pauses if the queue is long."""
         if self._closing:
             return
-        for at in range(0, len(data), _PIECE):
-            piece = bytes(data[at : at + _PIECE])
-            self._waiting.append(piece)
-            self._size += len(piece)
+        for start in range(0, len(data), _MAX_PAYLOAD):
+            payload = bytes(data[start : start + _MAX_PAYLOAD])
+            self._waiting.append(payload)
+            self._size += len(payload)
         self._pump()
 
     def close(self) -> None:
-        """Close, once what was written has gone out."""
+        """Close after the queued data was sent."""
         if not self._closing:
             self._closing = True
             self._pump()
 
     def abort(self) -> None:
-        """Close now."""
+        """Close at once."""
         self._closing = True
         self._waiting.clear()
         self._pump()
 
     def _pump(self) -> None:
-        while self._waiting and self._credit >= len(self._waiting[0]) and not self._over:
-            piece = self._waiting.popleft()
-            self._size -= len(piece)
-            self._credit -= len(piece)
-            self._program.send(DATA, self._number, piece)
-        if self._closing and not self._waiting and not self._over:
+        while self._waiting and self._credit >= len(self._waiting[0]) and not self._closed:
+            payload = self._waiting.popleft()
+            self._size -= len(payload)
+            self._credit -= len(payload)
+            self._program.send(DATA, self._number, payload)
+        if self._closing and not self._waiting and not self._closed:
             self._program.send(CLOSE, self._number)
             self._relay.forget(self._number)
             self.lost(None)
@@ -389,7 +389,7 @@ def _range(ports: list[int]) -> str:
 
 
 def check_relay_address(address: str) -> str:
-    """A host name or IP address, without a port. Raises ConfigError."""
-    if address and (address.startswith("[") or any(each in address for each in "/@ ")):
+    """Return ``address`` if it is a host name or an IP address without a port. Raises ConfigError."""
+    if address and (address.startswith("[") or any(character in address for character in "/@ ")):
         raise ConfigError(f"SlurmService.relay_address must be a host name or an IP address, not {address!r}")
     return address

@@ -1,4 +1,4 @@
-"""Running Slurm's commands on a login node: the runner's ways, by a program there that answers in one round trip."""
+"""Run Slurm's commands on a login node, through a program there that answers each request in one round trip."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gateway_slurm._util import Backoff
 from gateway_slurm.errors import GatewaySlurmError, SlurmNotInstalled, SlurmUnavailable, SshError, Unanswered
 from gateway_slurm.slurm.runner import (
     FIXED_VARIABLES,
@@ -33,18 +34,20 @@ from gateway_slurm.slurm.ssh.login_node.common import (
 )
 from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
 
-AT_ONCE: Final = 32
-"""Commands that run at once; others wait for their turn."""
+MAX_CONCURRENT: Final = 32
+"""Commands that run at a time; further ones wait."""
 MAX_INPUT: Final = 8 << 20
-"""Bytes that a command may be given to read."""
-_MARGIN: Final = 5.0  # by how much the login node's own limit is longer than ours
+"""Bytes of a command's standard input."""
+_TIMEOUT_MARGIN: Final = 5.0  # seconds by which the login node's own timeout is longer than this process's
+_RETRY_DELAY, _MAX_RETRY_DELAY = 1.0, 15.0  # seconds
+_TERMINATE_DELAYS: Final = (1.0, 5.0, 15.0, 30.0)  # seconds
 
 
 class SshRunner(Runner):
-    """Runs Slurm's commands on the login node of ``connection``, where they are looked for, too.
+    """Runs Slurm's commands on the login node of ``connection``.
 
-    ``search_path`` and ``slurm_conf`` are paths there; ``timeout`` is in seconds. The connection is its owner's to
-    close. All methods are called on one loop.
+    ``search_path`` and ``slurm_conf`` are paths on the login node; ``timeout`` is in seconds. The runner does not
+    close the connection. All methods are called on one loop.
     """
 
     def __init__(
@@ -53,19 +56,19 @@ class SshRunner(Runner):
         super().__init__(search_path, slurm_conf, timeout)
         self.connection = connection
         self._program: RemoteProgram | None = None
-        self._opening: asyncio.Task[RemoteProgram] | None = None
+        self._starting: asyncio.Task[RemoteProgram] | None = None
         self._answers: dict[int, asyncio.Future[Frame]] = {}
         self._ends: dict[int, asyncio.Future[Frame]] = {}
-        self._last = 0
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._last_number = 0
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT)
 
     @property
     def user(self) -> str:
-        """The user whom the login node knows us as."""
+        """The user of the login."""
         return self.connection.destination.user
 
     def find(self, argv: Sequence[str]) -> str:
-        """Return the program's name: the login node looks for it. Raises what the last attempt to reach it raised."""
+        """Return the program's name; the login node finds its path. Raises the error of the last failed login."""
         if self.connection.last_error is not None:
             raise self.connection.last_error
         return argv[0]
@@ -80,31 +83,31 @@ class SshRunner(Runner):
     ) -> CommandResult:
         """Run a command to its end on the login node; on timeout and on cancellation it is killed there.
 
-        A connection that breaks meanwhile is SshError: the command may have been run.
+        Raises SshError if the connection breaks meanwhile; the command may have run nevertheless.
         """
         limit = self._timeout if timeout is None else timeout
-        async with self._places:
-            program = await self._ready()
+        async with self._slots:
+            program = await self._running_program()
             self.counts[argv[0]] += 1
             began = time.monotonic()
-            request = self._request(argv, extra_env, input or b"", timeout=limit + _MARGIN)
-            number, answer = self._ask(program, RUN, request)
+            request = self._request(argv, extra_env, input or b"", timeout=limit + _TIMEOUT_MARGIN)
+            number, answer = self._send(program, RUN, request)
             try:
                 _kind, _number, payload = await asyncio.wait_for(answer, limit)
             except asyncio.TimeoutError as error:
-                raise _too_slow(argv, limit) from error
+                raise _timed_out(argv, limit) from error
             finally:
                 self._answers.pop(number, None)
                 if answer.cancelled():
                     program.send(KILL, number)
-        fields, said = _answer(payload)
+        fields, outputs = _unpack_answer(payload)
         if "error" in fields:
             raise _not_run(argv, str(fields["error"]))
         if fields["fault"] == "flood":
             raise Unanswered(f"{argv[0]} printed more than {MAX_OUTPUT} bytes", argv=argv)
         if fields["fault"]:
-            raise _too_slow(argv, limit)
-        stdout, stderr = (each.decode(errors="replace") for each in said)
+            raise _timed_out(argv, limit)
+        stdout, stderr = (output.decode(errors="replace") for output in outputs)
         return CommandResult(int(fields["status"]), stdout, stderr, time.monotonic() - began)
 
     async def start(
@@ -115,17 +118,17 @@ class SshRunner(Runner):
         extra_env: Mapping[str, str | None] | None = None,
     ) -> DetachedProcess:
         """Start a command on the login node that outlives this call, this process and the connection."""
-        program = await self._ready()
+        program = await self._running_program()
         self.counts[argv[0]] += 1
-        number, answer = self._ask(program, START, self._request(argv, extra_env, input, timeout=0))
+        number, answer = self._send(program, START, self._request(argv, extra_env, input, timeout=0))
         end = self._ends[number] = asyncio.get_running_loop().create_future()
         try:
             kind, _number, payload = await asyncio.wait_for(answer, self._timeout)
-            fields = _answer(payload)[0]
+            fields = _unpack_answer(payload)[0]
             if kind != STARTED:
                 raise _not_run(argv, str(fields["error"]))
         except BaseException as error:
-            # One that did start is told to end: nobody would know of it.
+            # The command may have started, and the caller gets no handle to end it.
             program.send(KILL, number)
             self._ends.pop(number, None)
             if isinstance(error, asyncio.TimeoutError):
@@ -133,172 +136,182 @@ class SshRunner(Runner):
             raise
         finally:
             self._answers.pop(number, None)
-        return RemoteProcess(self, {**fields, "boot": program.info["boot"]}, number, end)
+        return RemoteProcess(self, {**fields, "boot": program.info["boot"]}, end)
 
     async def connect(self) -> str:
-        """Log in and start the program there, if that is not done yet; return the host's own name. Raises SshError."""
-        return str((await self._ready()).info["host"])
+        """Log in and start the program on the login node, if necessary; return the host's name. Raises SshError."""
+        return str((await self._running_program()).info["host"])
 
-    # -- the program there -----------------------------------------------------------------------------------
+    # -- The program on the login node --
 
-    async def _ready(self) -> RemoteProgram:
-        """The program, started if it is not there. Raises SshError."""
+    async def _running_program(self) -> RemoteProgram:
+        """Return the program, and start it if necessary. Raises SshError."""
         if self._program is not None and not self._program.ended:
             return self._program
-        if self._opening is None or self._opening.done():
-            opening = self.connection.start_program("commands", on_frames=self._took, on_end=self._lost)
-            self._opening = asyncio.ensure_future(opening)
-            self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self._program = await asyncio.shield(self._opening)
+        if self._starting is None or self._starting.done():
+            starting = self.connection.start_program("commands", on_frames=self._received, on_end=self._lost)
+            self._starting = asyncio.ensure_future(starting)
+            self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._program = await asyncio.shield(self._starting)
         return self._program
 
-    def _ask(self, program: RemoteProgram, kind: int, payload: bytes) -> tuple[int, asyncio.Future[Frame]]:
-        self._last = self._last % 0xFFFFFFFF + 1
-        answer = self._answers[self._last] = asyncio.get_running_loop().create_future()
+    def _next_number(self) -> int:
+        self._last_number = self._last_number % 0xFFFFFFFF + 1
+        return self._last_number
+
+    def _send(self, program: RemoteProgram, kind: int, payload: bytes) -> tuple[int, asyncio.Future[Frame]]:
+        """Send a request; return its number and a future for the answer."""
+        number = self._next_number()
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self.connection.counts["request"] += 1
-        program.send(kind, self._last, payload)
-        return self._last, answer
+        program.send(kind, number, payload)
+        return number, answer
 
     def _request(
         self, argv: Sequence[str], extra_env: Mapping[str, str | None] | None, data: bytes, *, timeout: float
     ) -> bytes:
         if len(data) > MAX_INPUT:
-            raise SlurmUnavailable(f"{argv[0]} is to read {len(data)} bytes; at most {MAX_INPUT} are sent", argv=argv)
-        ours = {**FIXED_VARIABLES, **({"SLURM_CONF": self._slurm_conf} if self._slurm_conf else {})}
+            raise SlurmUnavailable(
+                f"the input of {argv[0]} has {len(data)} bytes; at most {MAX_INPUT} are sent", argv=argv
+            )
+        fixed = {**FIXED_VARIABLES, **({"SLURM_CONF": self._slurm_conf} if self._slurm_conf else {})}
         fields: dict[str, Any] = {
             "argv": list(argv),
             "keep": INHERITED_VARIABLES,
             "path": self._search_path or "",
-            "set": {**ours, **(extra_env or {})},
+            "set": {**fixed, **(extra_env or {})},
             "limit": self._max_output,
             "timeout": timeout,
         }
         return pack(fields, data)
 
-    def _took(self, frames: list[Frame]) -> None:
-        for each in frames:
-            kind, number, _payload = each
+    def _received(self, frames: list[Frame]) -> None:
+        for received in frames:
+            kind, number, _payload = received
             waiting = self._ends.pop(number, None) if kind == ENDED else self._answers.get(number)
             if kind in (RESULT, STARTED, ENDED, FAILED) and waiting is not None and not waiting.done():
-                waiting.set_result(each)
+                waiting.set_result(received)
 
     def _lost(self, error: SshError) -> None:
-        """The program is gone: nothing is known of what it was asked."""
+        """Fail all pending requests because the program has ended; their results are unknown."""
         waiting = [*self._answers.values(), *self._ends.values()]
         self._answers.clear()
         self._ends.clear()
         for future in waiting:
             if not future.done():
                 future.set_exception(error)
-                future.exception()  # nobody may be waiting for the end of a step
+                future.exception()  # a step's end may have no waiter
 
-    # -- for processes that were started -----------------------------------------------------------------------
+    # -- Started processes --
 
-    async def watch(self, facts: dict[str, Any]) -> tuple[int, asyncio.Future[Frame]] | None:
-        """Be told of the end of a process of an earlier connection; None where it is not to be found any more."""
-        program = await self._ready()
-        if program.info["boot"] != facts["boot"]:
+    async def watch(self, process: dict[str, Any]) -> asyncio.Future[Frame] | None:
+        """Return a future for the end of a process of an earlier connection; None after a reboot. Raises SshError."""
+        program = await self._running_program()
+        if program.info["boot"] != process["boot"]:
             return None
-        self._last = self._last % 0xFFFFFFFF + 1
-        end = self._ends[self._last] = asyncio.get_running_loop().create_future()
-        program.send(WATCH, self._last, pack(facts))
-        return self._last, end
+        number = self._next_number()
+        end = self._ends[number] = asyncio.get_running_loop().create_future()
+        program.send(WATCH, number, pack(process))
+        return end
 
-    async def send_term(self, facts: dict[str, Any]) -> None:
-        """Have a process group end. Raises SshError."""
-        program = await self._ready()
-        if program.info["boot"] == facts["boot"]:
-            program.send(TERM, 0, pack(facts))
+    async def send_term(self, process: dict[str, Any]) -> None:
+        """Send SIGTERM to a process group. Raises SshError."""
+        program = await self._running_program()
+        if program.info["boot"] == process["boot"]:
+            program.send(TERM, 0, pack(process))
 
 
-def _answer(payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """What the login node says, in its parts. Raises SshError for what is no answer."""
+def _unpack_answer(payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """Return the fields and the data of an answer. Raises SshError if it cannot be read."""
     try:
         return unpack(payload)
     except ValueError as error:
-        raise SshError(f"what the login node answered cannot be read: {error}") from error
+        raise SshError(f"the login node's answer cannot be read: {error}") from error
 
 
 class RemoteProcess(DetachedProcess):
-    """A command on the login node that was started and left running."""
+    """A command that was started on the login node and left running.
 
-    def __init__(self, runner: SshRunner, facts: dict[str, Any], number: int, end: asyncio.Future[Frame]) -> None:
-        self._runner, self._facts, self._number, self._end = runner, facts, number, end
+    ``process`` identifies it: ``pid``, ``ticks`` (its start time) and ``boot`` (the boot id of the login node).
+    """
+
+    def __init__(self, runner: SshRunner, process: dict[str, Any], end: asyncio.Future[Frame]) -> None:
+        self._runner, self._remote, self._end = runner, process, end
         self._tail = ""
         self._status: int | None = None
         self._terminating: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int:
-        """Its process id on the login node, which is its process group's, too."""
-        return int(self._facts["pid"])
+        """The process id on the login node, which is also the process group's id."""
+        return int(self._remote["pid"])
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs; -1 where it ended while the connection was away."""
+        """The command's exit status: None while it runs, -1 if it ended while the connection was down."""
         return self._status
 
     async def wait(self) -> int:
-        """Wait until it ends, over as many connections as that takes."""
+        """Wait until the command ends, across any number of connections, and return its exit status."""
         while self._status is None:
             try:
                 _kind, _number, payload = await asyncio.shield(self._end)
             except SshError:
-                await self._find_again()
+                await self._watch_again()
                 continue
-            fields, said = _answer(payload)
-            self._tail = b"".join(said).decode(errors="replace")
+            fields, outputs = _unpack_answer(payload)
+            self._tail = b"".join(outputs).decode(errors="replace")
             if fields["status"] is None:
-                self._gone()
+                self._end_unknown()
             else:
                 self._status = int(fields["status"])
         return self._status
 
-    async def _find_again(self) -> None:
-        pause = 1.0
+    async def _watch_again(self) -> None:
+        """Watch the process over a new connection."""
+        backoff = Backoff(_RETRY_DELAY, _MAX_RETRY_DELAY)
         while True:
             try:
-                found = await self._runner.watch(self._facts)
+                end = await self._runner.watch(self._remote)
             except GatewaySlurmError:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 15.0)
+                await backoff.sleep()
                 continue
-            if found is None:
-                self._gone()
+            if end is None:
+                self._end_unknown()
             else:
-                self._number, self._end = found
+                self._end = end
             return
 
-    def _gone(self) -> None:
+    def _end_unknown(self) -> None:
         self._status = -1
-        self._tail = "srun on the login node ended while the connection was away; how is not known"
+        self._tail = "srun on the login node ended while the connection was down; its exit status is not known"
 
     def stderr_tail(self) -> str:
-        """Return the last that it said; empty while it runs."""
+        """Return the end of the command's stderr; empty while it runs."""
         return self._tail
 
     def terminate(self) -> None:
-        """Send its process group SIGTERM, as soon as the login node can be reached."""
+        """Send SIGTERM to the command's process group as soon as there is a connection."""
         if self._status is None and self._terminating is None:
             self._terminating = asyncio.ensure_future(self._terminate())
 
     async def _terminate(self) -> None:
-        for pause in (1.0, 5.0, 15.0, 30.0):
+        for delay in _TERMINATE_DELAYS:
             with contextlib.suppress(GatewaySlurmError):
-                await self._runner.send_term(self._facts)
+                await self._runner.send_term(self._remote)
                 return
-            await asyncio.sleep(pause)
+            await asyncio.sleep(delay)
 
 
-def _too_slow(argv: Sequence[str], limit: float) -> Unanswered:
+def _timed_out(argv: Sequence[str], limit: float) -> Unanswered:
     return Unanswered(f"{argv[0]} did not end within {limit:g} s; nothing is known about the jobs", argv=argv)
 
 
-def _not_run(argv: Sequence[str], words: str) -> SlurmUnavailable | SlurmNotInstalled:
-    if words.startswith("not found"):
+def _not_run(argv: Sequence[str], reason: str) -> SlurmUnavailable | SlurmNotInstalled:
+    if reason.startswith("not found"):
         return SlurmNotInstalled(
-            f"the command {argv[0]!r} was not found on the login node{words.removeprefix('not found')}; name the "
+            f"the command {argv[0]!r} was not found on the login node{reason.removeprefix('not found')}; name the "
             "directory of Slurm's commands there in SlurmService.slurm_path",
             argv=argv,
         )
-    return SlurmUnavailable(f"{argv[0]} could not be run on the login node: {words}", argv=argv)
+    return SlurmUnavailable(f"{argv[0]} could not be run on the login node: {reason}", argv=argv)

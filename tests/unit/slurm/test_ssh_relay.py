@@ -307,7 +307,7 @@ async def test_our_end_sends_no_more_than_a_window_without_credit() -> None:
     assert WINDOW - (1 << 18) < notes.size() <= WINDOW
     assert connection.get_write_buffer_size() == (6 << 20) - notes.size()
     assert link.said == ["pause"]
-    connection.took(CREDIT, LENGTH.pack(WINDOW))
+    connection.received(CREDIT, LENGTH.pack(WINDOW))
     assert link.said == ["pause", "resume"]
     assert b"".join(payload for _kind, _number, payload in notes.sent) == data * 6
 
@@ -316,7 +316,7 @@ async def test_our_end_gives_credit_for_what_the_link_took() -> None:
     """In quarters of a window, so that little is said of much."""
     connection, notes, link = relayed()
     for _ in range(8):
-        connection.took(DATA, b"x" * (1 << 18))
+        connection.received(DATA, b"x" * (1 << 18))
     assert len(link.taken) == 2 << 20
     assert [LENGTH.unpack(payload)[0] for kind, _number, payload in notes.sent if kind == CREDIT] == [1 << 20] * 2
 
@@ -327,7 +327,7 @@ async def test_our_end_closes_when_all_has_gone_out() -> None:
     connection.write(b"x" * (WINDOW + 1))
     connection.close()
     assert CLOSE not in [kind for kind, _number, _payload in notes.sent]
-    connection.took(CREDIT, LENGTH.pack(WINDOW))
+    connection.received(CREDIT, LENGTH.pack(WINDOW))
     assert notes.sent[-1] == (CLOSE, 5, b"")
     assert notes.size() == WINDOW + 1
     connection.write(b"too late")
@@ -339,7 +339,7 @@ async def test_our_end_gives_no_credit_while_its_link_takes_nothing() -> None:
     connection, notes, link = relayed()
     connection.pause_reading()
     for _ in range(16):
-        connection.took(DATA, b"x" * (1 << 18))
+        connection.received(DATA, b"x" * (1 << 18))
     assert len(link.taken) == WINDOW
     assert notes.sent == []
     connection.resume_reading()
