@@ -158,9 +158,9 @@ OWN_STEPS = ("batch", "extern")
 
 def others_work(jobid: str) -> bool | None:
     """Whether a job step runs beside the job's own; None while Slurm does not say."""
-    argv = ["squeue", "--steps", "--noheader", f"--jobs={jobid}", "--format=%i"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
+        argv = steps.squeue_argv(jobid, "%i")
         done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, env=env, text=True, timeout=TIMEOUT)
     except FileNotFoundError:
         print("launcher: this node has no squeue: whether others work in the job is not known", file=sys.stderr)
@@ -172,5 +172,5 @@ def others_work(jobid: str) -> bool | None:
 
 def has_others(jobid: str, listed: str) -> bool:
     """Read squeue's answer, one step a line: ``12.batch`` is the job's own, ``12.0`` somebody's."""
-    steps = re.findall(r"^\s*([0-9]+)\.(\S+)\s*$", listed, re.MULTILINE)
-    return any(job == jobid and step not in OWN_STEPS for job, step in steps)
+    found = re.findall(r"^\s*([0-9]+)\.(\S+)\s*$", listed, re.MULTILINE)
+    return any(job == jobid and step not in OWN_STEPS for job, step in found)

@@ -88,9 +88,9 @@ def srun_argv(jobid: str, fields: dict[str, Any]) -> list[str]:
     ]
 
 
-def squeue_argv(jobid: str) -> list[str]:
-    """Return squeue's argv for the running steps of the job, one a line: id, user, nodes, name."""
-    return ["squeue", "--steps", "--noheader", f"--jobs={_job(jobid)}", "--format=%i %u %N %j"]
+def squeue_argv(jobid: str, fields: str = "%i %u %N %j") -> list[str]:
+    """Return squeue's argv for the running steps of the job, one step per line: id, user, nodes and name."""
+    return ["squeue", "--steps", "--noheader", f"--jobs={_job(jobid)}", f"--format={fields}"]
 
 
 def parse_steps(jobid: str, listed: str) -> list[tuple[str, str, str, str]]:

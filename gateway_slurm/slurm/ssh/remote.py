@@ -1,4 +1,4 @@
-"""A program on the login node, at the other end of a channel of its own: frames down, frames up."""
+"""A program on the login node, which exchanges frames with the server over an SSH channel of its own."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from gateway_slurm.slurm.ssh.login_node.common import Frames, frame, unpack
 Frame = tuple[int, int, bytes]
 
 MODULES: Final = ("common", "commands", "relay", "main")
-CHANNEL_WINDOW: Final = 8 << 20  # bytes that the login node may send before it hears that we took some
-MAX_PACKET: Final = 128 << 10  # bytes; each costs Python the same, however long
-MAX_NOISE: Final = 256 << 10  # bytes that a login shell may print before the program begins
-_WRITE_AT_ONCE: Final = 256 << 10
+CHANNEL_WINDOW: Final = 8 << 20  # bytes that the login node may send before this process acknowledges some
+MAX_PACKET: Final = 128 << 10  # bytes; the cost of a packet in Python does not depend on its length
+MAX_SHELL_OUTPUT: Final = 256 << 10  # bytes that a login shell may print before the program begins
+_MAX_WRITE: Final = 256 << 10  # bytes
 _PYTHON: Final = re.compile(r"[A-Za-z0-9_./+-]+", re.ASCII)
 
-# All that is in a command line there: nothing of it depends on what is asked, and every login shell reads it alike.
+# The whole command line on the login node. It does not depend on any request, and all login shells read it alike.
 _BOOTSTRAP: Final = "exec {python} -I -c 'import sys;s=sys.stdin.buffer;exec(s.read(int(s.readline())))'"
 _LOADER: Final = """\
 import sys, types
@@ -41,7 +41,7 @@ for name, source in SOURCES.items():
 
 @cache
 def program_text() -> str:
-    """The modules as one text, which registers them under their own names."""
+    """Return the modules as one text, which registers them under their own names."""
     package = "gateway_slurm.slurm.ssh.login_node"
     directory = Path(common.__file__).parent
     sources = {"gateway_slurm": "", "gateway_slurm.slurm.ssh": "", package: ""}
@@ -50,17 +50,17 @@ def program_text() -> str:
 
 
 def bootstrap(python: str) -> str:
-    """The command line that reads the program from its standard input. Raises ValueError for a strange ``python``."""
+    """Return the command line that reads the program from stdin. Raises ValueError for special characters."""
     if not _PYTHON.fullmatch(python):
-        raise ValueError(f"{python!r} is no path of a Python: letters, digits and _ . / + - only")
+        raise ValueError(f"{python!r} is not the path of a Python: it may hold letters, digits and _ . / + - only")
     return _BOOTSTRAP.format(python=python)
 
 
 class RemoteProgram:
-    """One program on the login node. Its owner calls ``close``; it ends by itself when its channel does.
+    """One program on the login node. Its owner calls ``close``; the program also ends when its channel does.
 
-    ``on_frames`` and ``on_end`` are called on the loop that ``start`` was called on; ``info`` is what the program
-    says of itself. A program from which nothing is heard for three beats is given up, and its connection with it.
+    ``on_frames`` and ``on_end`` are called on the loop of the constructor; ``info`` is the program's description of
+    itself. If nothing arrives from the program for three heartbeats, the program and its connection are closed.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class RemoteProgram:
         self._loop = asyncio.get_running_loop()
         self._frames = Frames()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._early: list[Frame] = []
+        self._early: list[Frame] = []  # frames that arrived before ``start``
         self._ended = False
-        self._heard = self._loop.time()
-        self._beat: asyncio.TimerHandle | None = None
+        self._last_received = self._loop.time()
+        self._heartbeat_timer: asyncio.TimerHandle | None = None
         self.channel: paramiko.Channel | None = None
         self.info: dict[str, Any] = {}
 
-    # -- in a worker thread --------------------------------------------------------------------------------
+    # -- In worker threads --
 
     def open(self, mode: str, *, python: str, heartbeat: float, timeout: float) -> None:
-        """Start it, and return once it is there. Raises SshError, which holds what the login node said instead."""
+        """Start the program and return once it runs. Raises SshError with the login node's own words."""
         marker = f"gateway_slurm-{secrets.token_hex(16)}"
         entry = "sys.modules['gateway_slurm.slurm.ssh.login_node.main'].main"
         text = f"{program_text()}\n{entry}{(marker, mode, 3 * heartbeat)!r}\n"
@@ -101,7 +101,7 @@ class RemoteProgram:
             self.channel.settimeout(None)
         except paramiko.ChannelException as error:
             raise SshError(
-                f"the login node opens no further session on this connection ({error}); its sshd must allow two "
+                f"the login node refuses a further session on this connection ({error}); its sshd must allow two "
                 "(MaxSessions)"
             ) from error
         except (paramiko.SSHException, OSError, EOFError, ValueError) as error:
@@ -109,27 +109,27 @@ class RemoteProgram:
             raise SshError(f"no program could be started on the login node: {error or 'it did not answer'}") from error
 
     def _send_program(self, data: bytes) -> None:
-        """A shell that found no Python may be gone by now: what it said is still to be read, and tells more."""
         assert self.channel is not None
         try:
             self.channel.sendall(data)
         except OSError:
+            # A shell that found no Python may have ended already; its message is still in the channel and tells more.
             if not (self.channel.closed and self._transport.is_active()):
                 raise
 
     def _await_marker(self, marker: bytes, python: str) -> None:
         assert self.channel is not None
-        seen = b""
-        while marker not in seen:
+        output = b""
+        while marker not in output:
             data = self.channel.recv(64 << 10)
-            seen += data
-            if not data or len(seen) > MAX_NOISE:
-                said = (self._said_on_stderr() + seen.decode(errors="replace")).strip()[-2000:]
+            output += data
+            if not data or len(output) > MAX_SHELL_OUTPUT:
+                message = (self._read_stderr() + output.decode(errors="replace")).strip()[-2000:]
                 raise paramiko.SSHException(
                     f"{python} could not be run there (Python >= 3.9 is needed; SlurmService.ssh_python): "
-                    + (said or "it said nothing")
+                    + (message or "it printed no message")
                 )
-        self._early = list(self._frames.feed(seen.partition(marker)[2]))
+        self._early = list(self._frames.feed(output.partition(marker)[2]))
         while not self._early:
             data = self.channel.recv(64 << 10)
             if not data:
@@ -137,38 +137,41 @@ class RemoteProgram:
             self._early = list(self._frames.feed(data))
         self.info = unpack(self._early.pop(0)[2])[0]
 
-    def _said_on_stderr(self) -> str:
+    def _read_stderr(self) -> str:
         assert self.channel is not None
         self.channel.settimeout(1)
-        said = b""
+        output = b""
         try:
-            while len(said) < 64 << 10 and (data := self.channel.recv_stderr(64 << 10)):
-                said += data
+            while len(output) < 64 << 10 and (data := self.channel.recv_stderr(64 << 10)):
+                output += data
         except OSError:
             pass
-        return said.decode(errors="replace") + "\n"
+        return output.decode(errors="replace") + "\n"
 
     def _read(self) -> None:
-        """Reads until the end; runs in a thread of its own."""
+        """Read frames until the channel ends. Runs in a thread of its own."""
         assert self.channel is not None
-        trouble = "it ended"
+        reason = "it ended"
         try:
             while data := self.channel.recv(1 << 20):
-                if found := list(self._frames.feed(data)):
-                    self._loop.call_soon_threadsafe(self._take, found)
+                if frames := list(self._frames.feed(data)):
+                    self._loop.call_soon_threadsafe(self._received, frames)
         except (OSError, EOFError, ValueError, paramiko.SSHException) as error:
-            trouble = str(error)
+            reason = str(error)
         self._outgoing.put(None)
-        self._tell(lambda: self._end(trouble))
+        try:
+            self._loop.call_soon_threadsafe(self._end, reason)
+        except RuntimeError:
+            self._log.debug("a channel to the login node ended after the service")
 
     def _write(self) -> None:
-        """Writes what is queued, until None comes; runs in a thread of its own."""
+        """Write the queue until None. Runs in a thread of its own."""
         assert self.channel is not None
         last = False
         try:
             while not last:
                 parts, size = [self._outgoing.get()], 0
-                while parts[-1] is not None and size < _WRITE_AT_ONCE and not self._outgoing.empty():
+                while parts[-1] is not None and size < _MAX_WRITE and not self._outgoing.empty():
                     size += len(parts[-1])
                     parts.append(self._outgoing.get())
                 last = parts[-1] is None
@@ -177,68 +180,62 @@ class RemoteProgram:
                     self.channel.sendall(data)
             self.channel.shutdown_write()
         except (OSError, EOFError, paramiko.SSHException) as error:
-            self._log.debug("a channel to the login node takes nothing more: %s", error)
+            self._log.debug("a channel to the login node accepts no more data: %s", error)
 
-    def _tell(self, act: Callable[[], None]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(act)
-        except RuntimeError:
-            self._log.debug("a channel to the login node ended after the service")
-
-    # -- on the loop ---------------------------------------------------------------------------------------
+    # -- On the loop --
 
     def start(self, heartbeat: float) -> None:
-        """Let frames come in, and signs of life go out; what came before is told at once."""
-        for act, name in ((self._read, "read"), (self._write, "write")):
-            threading.Thread(target=act, name=f"gateway_slurm-ssh-{name}", daemon=True).start()
-        self._heard = self._loop.time()
-        self._schedule(heartbeat)
+        """Begin to receive frames and to send signs of life; frames that arrived earlier are delivered at once."""
+        for work, name in ((self._read, "read"), (self._write, "write")):
+            threading.Thread(target=work, name=f"gateway_slurm-ssh-{name}", daemon=True).start()
+        self._last_received = self._loop.time()
+        self._schedule_heartbeat(heartbeat)
         if self._early:
-            self._take(self._early)
+            self._received(self._early)
 
     @property
     def ended(self) -> bool:
-        """Whether nothing comes of it any more."""
+        """Whether the program or its channel has ended."""
         return self._ended
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Queue one frame; how much is queued is the caller's to bound."""
+        """Queue one frame; the caller limits the queue."""
         self._outgoing.put(frame(kind, number, payload))
 
     def close(self) -> None:
-        """What was sent still goes out; then the program ends, and ``on_end`` is called."""
+        """Send the queued frames; then the program ends and ``on_end`` is called."""
         self._outgoing.put(None)
 
-    def _take(self, found: list[Frame]) -> None:
-        self._heard = self._loop.time()
-        rest = [each for each in found if each[0] != common.PONG]
+    def _received(self, frames: list[Frame]) -> None:
+        self._last_received = self._loop.time()
+        rest = [received for received in frames if received[0] != common.PONG]
         if rest and not self._ended:
             self._on_frames(rest)
 
-    def _schedule(self, heartbeat: float) -> None:
-        self._beat = self._loop.call_later(heartbeat, self._beat_once, heartbeat)
+    def _schedule_heartbeat(self, heartbeat: float) -> None:
+        self._heartbeat_timer = self._loop.call_later(heartbeat, self._on_heartbeat, heartbeat)
 
-    def _beat_once(self, heartbeat: float) -> None:
+    def _on_heartbeat(self, heartbeat: float) -> None:
         if self._ended:
             return
-        silent = self._loop.time() - self._heard
-        if silent > 3 * heartbeat:
-            self._end(f"nothing heard for {silent:.0f} s")
-            # The others on this connection hear nothing either. Closing waits for paramiko's thread.
+        silence = self._loop.time() - self._last_received
+        if silence > 3 * heartbeat:
+            self._end(f"nothing was received for {silence:.0f} s")
+            # The whole connection is dead, not only this channel. Closing it waits for paramiko's thread.
             threading.Thread(target=self._transport.close, daemon=True).start()
             return
         self.send(common.PING, 0)
-        self._schedule(heartbeat)
+        self._schedule_heartbeat(heartbeat)
 
-    def _end(self, trouble: str) -> None:
+    def _end(self, reason: str) -> None:
         if self._ended:
             return
         self._ended = True
-        if self._beat is not None:
-            self._beat.cancel()
+        if self._heartbeat_timer is not None:
+            self._heartbeat_timer.cancel()
         self._outgoing.put(None)
         threading.Thread(target=self._close_channel, daemon=True).start()
-        self._on_end(SshLost(f"the connection to the login node was lost: {trouble}"))
+        self._on_end(SshLost(f"the connection to the login node was lost: {reason}"))
 
     def _close_channel(self) -> None:
         if self.channel is not None:

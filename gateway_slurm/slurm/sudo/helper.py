@@ -1,20 +1,20 @@
 #!/usr/bin/python3 -IS
-"""Run one of Slurm's commands as the user that sudo has made this process; it takes no arguments.
+"""Run one of Slurm's commands as the user to which sudo has changed this process. The helper takes no arguments.
 
-What to run is told on standard input: four bytes with the length of a JSON header, the header, and what
-the command is to read. Nothing of that is trusted: a request names one of COMMANDS, and options and
-variables from its lists, and says no word on who runs it or where programs are. The first line on
-standard output is READY; then comes what the command prints, and its exit status is ours (128 + N for
-signal N). Without READY nothing was run, and standard error says why.
+The caller writes a request to standard input: four bytes with the length of a JSON header, the header, and the
+command's input with its length. The helper trusts nothing in a request. A request names one of COMMANDS with options
+and variables from its lists; it cannot choose the user or the directories of programs. The helper prints READY as the
+first line on standard output, then the command's output, and ends with the command's exit status (128 + N for signal
+N). Without READY it has run nothing, and standard error holds the reason.
 
-Standard input stays open while the command runs. When it ends the command is killed, unless it is a
-detached one; any byte on it ends the command in an orderly way. Whoever made this process cannot signal
-it, since sudo has changed its user: so this is the way to end it.
+Standard input stays open while the command runs. When it is closed, the helper kills the command, unless the command
+is detached; any byte on it sends SIGTERM to the command. The caller has no other way to end the command: sudo has
+changed the user of this process, so the caller cannot signal it.
 
-Settings are in a file beside this one, of the same name but for its ending, ``.json``:
-``path`` (directories of Slurm's commands, with ``:``), ``slurm_conf``, ``min_uid`` and ``sbatch_options``
-(names of further options of sbatch's). This file, that one, and all directories above belong to root and can
-be written by nobody else, or nothing is run. Needs Python 3.9, and the standard library only.
+The settings are in a file beside this one, with the ending ``.json``: ``path`` (the directories of Slurm's commands,
+separated by ``:``), ``slurm_conf``, ``min_uid`` and ``sbatch_options`` (names of further options of sbatch). Both files
+and all directories above them must belong to root and be writable by root only; otherwise the helper runs nothing. It
+needs Python 3.9 and the standard library only.
 
 Sources: sudoers(5); sbatch(1), srun(1), scancel(1), squeue(1).
 """
@@ -39,18 +39,17 @@ LENGTH = struct.Struct("!I")
 MAX_HEADER = 256 << 10  # bytes
 MAX_INPUT = 4 << 20  # bytes
 MAX_TIMEOUT = 3600.0  # seconds
-REQUEST_SECONDS = 30.0
+REQUEST_TIMEOUT = 30.0  # seconds
 LOWEST_UID = 1000
-NOBODY = 65534
-REFUSED = 100  # our exit status when nothing was run
+NOBODY_UID = 65534
+REFUSED_STATUS = 100  # the helper's exit status if it ran nothing
 
-# Everything else in the environment is ours to set, or stays away: LD_PRELOAD, SLURM_CONF and many more
-# choose what code runs.
+# The helper sets the other variables itself: LD_PRELOAD, SLURM_CONF and many more choose the code that runs.
 VARIABLES = frozenset({"GATEWAY_SLURM_TOKEN", "LC_ALL", "SLURM_TIME_FORMAT"})
 
 
-class Command(NamedTuple):
-    """What one command may be given: options by name, then words that match these patterns, in this order."""
+class AllowedCommand(NamedTuple):
+    """The arguments that a command may have: options by name, then words that match these patterns in this order."""
 
     options: frozenset[str]
     words: tuple[str, ...] = ()
@@ -60,17 +59,17 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# srun's --prolog, and sbatch's script as an argument, would run or read files on this machine.
+# Not allowed, because they would run or read files on this machine: srun's --prolog, sbatch's script as an argument.
 COMMANDS = {
-    "sbatch": Command(
+    "sbatch": AllowedCommand(
         _names(
             "parsable no-requeue job-name comment output error export chdir partition account nodes ntasks-per-node "
             "cpus-per-task mem time gres reservation qos constraint nodelist signal"
         )
     ),
-    "scancel": Command(_names(""), (r"[0-9]{1,10}",)),
-    "squeue": Command(_names("states noheader jobs Format me name partition sort steps")),
-    "srun": Command(
+    "scancel": AllowedCommand(_names(""), (r"[0-9]{1,10}",)),
+    "squeue": AllowedCommand(_names("states noheader jobs Format me name partition sort steps")),
+    "srun": AllowedCommand(
         _names("overlap exact immediate jobid nodes ntasks nodelist job-name export chdir mem cpus-per-task gres"),
         (r"/bin/sh", r"-s"),
     ),
@@ -78,11 +77,11 @@ COMMANDS = {
 
 
 class Refused(Exception):
-    """Nothing is run; the message says why."""
+    """The helper runs nothing; the message is the reason."""
 
 
 class Settings(NamedTuple):
-    """What root has written beside this file."""
+    """The settings that root has written beside this file."""
 
     path: str = "/usr/local/bin:/usr/bin:/bin"
     slurm_conf: str = ""
@@ -101,17 +100,17 @@ class Request(NamedTuple):
     input: bytes
 
 
-# -- who we are, and where we stand ---------------------------------------------------------------------
+# -- The installation, its settings and the user --
 
 
 def check_installation(path: str) -> None:
-    """Refuse when anybody but root could change the file, or put another in its place."""
+    """Raise Refused if a user other than root could change or replace the file."""
     while True:
         try:
-            facts = os.lstat(path)
+            status = os.lstat(path)
         except OSError as error:
-            raise Refused(f"{path} cannot be looked at: {error}") from error
-        if facts.st_uid != 0 or facts.st_mode & 0o022:
+            raise Refused(f"{path} cannot be examined: {error}") from error
+        if status.st_uid != 0 or status.st_mode & 0o022:
             raise Refused(f"others than root can change {path}: it must belong to root and be writable by root only")
         if path == "/":
             return
@@ -119,7 +118,7 @@ def check_installation(path: str) -> None:
 
 
 def load_settings(path: str) -> Settings:
-    """The settings in ``path``, a file that has been checked; the defaults where there is none."""
+    """Return the settings in ``path``, a checked file, or the defaults if there is none. Raises Refused."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -131,45 +130,45 @@ def load_settings(path: str) -> Settings:
 
 
 def parse_settings(found: Any, path: str) -> Settings:
-    """The settings that ``path`` holds; a mistake there is told, and not overlooked."""
-    kinds = {"path": str, "slurm_conf": str, "min_uid": int, "sbatch_options": list}
-    if not isinstance(found, dict) or not found.keys() <= kinds.keys():
-        raise Refused(f"{path} must be an object with nothing but {', '.join(kinds)}")
+    """Return the settings in the file ``path``. Raises Refused for an unknown name or a wrong value."""
+    types = {"path": str, "slurm_conf": str, "min_uid": int, "sbatch_options": list}
+    if not isinstance(found, dict) or not found.keys() <= types.keys():
+        raise Refused(f"{path} must be an object with no names but {', '.join(types)}")
     for name, value in found.items():
-        if not isinstance(value, kinds[name]):
-            raise Refused(f"{path}: {name} is of a wrong type")
+        if not isinstance(value, types[name]):
+            raise Refused(f"{path}: {name} has the wrong type")
     settings = Settings(**{**found, "sbatch_options": tuple(map(str, found.get("sbatch_options", ())))})
     if settings.min_uid < LOWEST_UID:
-        raise Refused(f"{path}: min_uid is at least {LOWEST_UID}")
+        raise Refused(f"{path}: min_uid must be at least {LOWEST_UID}")
     return settings
 
 
 def this_user(settings: Settings) -> pwd.struct_passwd:
-    """The user that we are, unless it is one for whom nothing is run."""
+    """Return the user of this process. Raises Refused for a system account."""
     uid = os.getuid()
     if len({uid, os.geteuid()}) > 1 or os.getgid() != os.getegid():
         raise Refused("real and effective user or group differ")
-    if uid < settings.min_uid or uid == NOBODY:
-        raise Refused(f"nothing is run for user id {uid}: it is a system account's")
+    if uid < settings.min_uid or uid == NOBODY_UID:
+        raise Refused(f"nothing is run for user id {uid}: it is a system account")
     try:
         return pwd.getpwuid(uid)
     except KeyError:
-        raise Refused(f"user id {uid} has no name here") from None
+        raise Refused(f"user id {uid} has no name on this machine") from None
 
 
-# -- the request --------------------------------------------------------------------------------------
+# -- The request --
 
 
 def read_request(descriptor: int) -> tuple[bytes, bytes]:
-    """Header and input, as they came; bounded in size and time."""
-    deadline = time.monotonic() + REQUEST_SECONDS
+    """Read header and input, with limits on size and time. Raises Refused."""
+    deadline = time.monotonic() + REQUEST_TIMEOUT
     (size,) = LENGTH.unpack(_read(descriptor, LENGTH.size, deadline))
     if size > MAX_HEADER:
-        raise Refused(f"a header of {size} bytes; at most {MAX_HEADER} are read")
+        raise Refused(f"the header has {size} bytes; at most {MAX_HEADER} are read")
     header = _read(descriptor, size, deadline)
     (size,) = LENGTH.unpack(_read(descriptor, LENGTH.size, deadline))
     if size > MAX_INPUT:
-        raise Refused(f"an input of {size} bytes; at most {MAX_INPUT} are read")
+        raise Refused(f"the input has {size} bytes; at most {MAX_INPUT} are read")
     return header, _read(descriptor, size, deadline)
 
 
@@ -178,53 +177,53 @@ def _read(descriptor: int, size: int, deadline: float) -> bytes:
     while len(data) < size:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-            raise Refused(f"the request did not come within {REQUEST_SECONDS:g} s")
+            raise Refused(f"the request did not come within {REQUEST_TIMEOUT:g} s")
         part = os.read(descriptor, size - len(data))
         if not part:
-            raise Refused("the request ended too soon")
+            raise Refused("the request is incomplete")
         data += part
     return data
 
 
 def parse_request(header: bytes, data: bytes, settings: Settings) -> Request:
-    """The request, if each part of it is one that is run."""
+    """Return the request if all its parts are allowed. Raises Refused."""
     try:
-        told = json.loads(header.decode("utf-8"))
+        fields = json.loads(header.decode("utf-8"))
     except (ValueError, RecursionError):
         raise Refused("the header is not JSON") from None
-    kinds = {"command": str, "arguments": list, "environment": dict, "timeout": (int, float), "detached": bool}
-    if not isinstance(told, dict) or told.keys() != kinds.keys():
-        raise Refused(f"the header must have {', '.join(kinds)}")
-    for name, kind in kinds.items():
-        if not isinstance(told[name], kind):  # type: ignore[arg-type]
-            raise Refused(f"{name} is of a wrong type")
-    if not 0 < told["timeout"] <= MAX_TIMEOUT:
+    types = {"command": str, "arguments": list, "environment": dict, "timeout": (int, float), "detached": bool}
+    if not isinstance(fields, dict) or fields.keys() != types.keys():
+        raise Refused(f"the header must have {', '.join(types)}")
+    for name, expected in types.items():
+        if not isinstance(fields[name], expected):  # type: ignore[arg-type]
+            raise Refused(f"{name} has the wrong type")
+    if not 0 < fields["timeout"] <= MAX_TIMEOUT:
         raise Refused(f"timeout must be above 0 and at most {MAX_TIMEOUT:g} s")
-    if told["detached"] and told["command"] != "srun":
-        raise Refused("only srun is detached")
-    check_arguments(told["command"], told["arguments"], settings)
-    check_environment(told["environment"])
-    return Request(input=data, **{**told, "arguments": tuple(told["arguments"])})
+    if fields["detached"] and fields["command"] != "srun":
+        raise Refused("only srun can be detached")
+    check_arguments(fields["command"], fields["arguments"], settings)
+    check_environment(fields["environment"])
+    return Request(input=data, **{**fields, "arguments": tuple(fields["arguments"])})
 
 
 def check_arguments(command: str, arguments: list[Any], settings: Settings) -> None:
-    """Refuse a command, an option or a word that is on no list."""
+    """Raise Refused for a command, an option or a word that is not on the lists."""
     if command not in COMMANDS:
         raise Refused(f"{command[:50]!r} is not one of {', '.join(COMMANDS)}")
     allowed, patterns = COMMANDS[command]
     if command == "sbatch":
         allowed |= frozenset(settings.sbatch_options)
     if any(not isinstance(item, str) or "\0" in item for item in arguments):
-        raise Refused("arguments are texts without NUL")
+        raise Refused("arguments must be texts without NUL")
     words = [item for item in arguments if not item.startswith("--")]
     if arguments[len(arguments) - len(words) :] != words:
-        raise Refused("options come first")
+        raise Refused("options must come first")
     for item in arguments[: len(arguments) - len(words)]:
         name, _, value = item[2:].partition("=")
         if name not in allowed or (name == "export" and value != "ALL"):
-            raise Refused(f"{command} is not run with {item[:100]!r}")
+            raise Refused(f"{command} may not be run with {item[:100]!r}")
     if len(words) != len(patterns) or not all(map(_matches, patterns, words)):
-        raise Refused(f"{command} is not run with {words!r:.100}")
+        raise Refused(f"{command} may not be run with {words!r:.100}")
 
 
 def _matches(pattern: str, word: str) -> bool:
@@ -232,17 +231,17 @@ def _matches(pattern: str, word: str) -> bool:
 
 
 def check_environment(environment: dict[str, Any]) -> None:
-    """Refuse variables that are on no list."""
+    """Raise Refused for a variable that is not on the list."""
     for name, value in environment.items():
         if name not in VARIABLES or not isinstance(value, str) or "\0" in value:
-            raise Refused(f"the variable {name[:50]!r} is not taken")
+            raise Refused(f"the variable {name[:50]!r} is not allowed")
 
 
-# -- running it ----------------------------------------------------------------------------------------
+# -- Running the command --
 
 
 def find_program(command: str, path: str) -> str:
-    """The command's path, from our own list of directories."""
+    """Return the command's program in one of the directories in ``path``. Raises Refused."""
     for directory in path.split(":"):
         candidate = os.path.join(directory, command)
         if os.path.isabs(candidate) and os.access(candidate, os.X_OK):
@@ -251,17 +250,17 @@ def find_program(command: str, path: str) -> str:
 
 
 def environment_of(user: pwd.struct_passwd, request: Request, settings: Settings) -> dict[str, str]:
-    """The command's whole environment."""
-    own = {"PATH": settings.path, "HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+    """Return the command's whole environment."""
+    fixed = {"PATH": settings.path, "HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
     if user.pw_shell:
-        own["SHELL"] = user.pw_shell
+        fixed["SHELL"] = user.pw_shell
     if settings.slurm_conf:
-        own["SLURM_CONF"] = settings.slurm_conf
-    return {**request.environment, **own}
+        fixed["SLURM_CONF"] = settings.slurm_conf
+    return {**request.environment, **fixed}
 
 
 def enter_home(user: pwd.struct_passwd) -> None:
-    """Work in the user's home directory, or in / where that cannot be entered."""
+    """Change to the user's home directory, or to / if that fails."""
     try:
         os.chdir(user.pw_dir)
     except OSError:
@@ -269,18 +268,18 @@ def enter_home(user: pwd.struct_passwd) -> None:
 
 
 def run(program: str, request: Request, environment: dict[str, str]) -> int:
-    """Run the command and see to its end; return the exit status."""
-    alarm, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    """Run the command to its end and return the exit status."""
+    wakeup, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    # A file and not a pipe: nobody has to write it while we look after the command.
+    # A file, since a pipe would need a writer while the helper waits for the command.
     stdin = os.memfd_create("input")
     with open(stdin, "wb", closefd=False) as file:
         file.write(request.input)
     os.lseek(stdin, 0, os.SEEK_SET)
     write_all(1, READY)
     if request.detached:
-        # Whoever reads what we print may be gone long before the step.
+        # The reader of standard output may end long before the step.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     child = subprocess.Popen(
         [program, *request.arguments], executable=program, stdin=stdin, env=environment, start_new_session=True
@@ -288,33 +287,32 @@ def run(program: str, request: Request, environment: dict[str, str]) -> int:
     os.close(stdin)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: end(child, number))
-    status = watch(child, alarm, request)
+    status = watch(child, wakeup, request)
     return status if status >= 0 else 128 - status
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of it."""
+    """Write all of ``data``."""
     while data:
         data = data[os.write(descriptor, data) :]
 
 
-def watch(child: subprocess.Popen[bytes], alarm: int, request: Request) -> int:
-    """Wait for the command's end, and bring it about when nobody wants it any more or its time is up."""
+def watch(child: subprocess.Popen[bytes], wakeup: int, request: Request) -> int:
+    """Wait for the command's end. End the command at its timeout, or as standard input says (see the module)."""
     deadline = None if request.detached else time.monotonic() + request.timeout
     poller = select.poll()
     poller.register(0, select.POLLIN)
-    poller.register(alarm, select.POLLIN)
+    poller.register(wakeup, select.POLLIN)
     while child.poll() is None:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             end(child, signal.SIGKILL)
             return child.wait()
         ready = [descriptor for descriptor, _events in poller.poll(None if left is None else left * 1000 + 1)]
-        if alarm in ready:
-            os.read(alarm, 4096)
+        if wakeup in ready:
+            os.read(wakeup, 4096)
         if 0 in ready:
-            told = os.read(0, 4096)
-            if told:
+            if os.read(0, 4096):
                 end(child, signal.SIGTERM)
             else:
                 poller.unregister(0)
@@ -324,29 +322,29 @@ def watch(child: subprocess.Popen[bytes], alarm: int, request: Request) -> int:
 
 
 def end(child: subprocess.Popen[bytes], number: int) -> None:
-    """Signal the command's process group; nothing happens once the command has ended."""
+    """Signal the command's process group; does nothing after the command has ended."""
     if child.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)
 
 
 def main() -> int:
-    """Run what standard input asks for; nothing unless all is as it should be."""
+    """Run the request on standard input after all checks; return the exit status."""
     try:
         if len(sys.argv) > 1:
-            raise Refused("there are no arguments to give")
-        here = os.path.realpath(__file__)
-        check_installation(here)
-        beside = os.path.splitext(here)[0] + ".json"
-        if os.path.lexists(beside):
-            check_installation(beside)
-        settings = load_settings(beside)
+            raise Refused("it takes no arguments")
+        program_path = os.path.realpath(__file__)
+        check_installation(program_path)
+        settings_path = os.path.splitext(program_path)[0] + ".json"
+        if os.path.lexists(settings_path):
+            check_installation(settings_path)
+        settings = load_settings(settings_path)
         user = this_user(settings)
         request = parse_request(*read_request(0), settings)
         program = find_program(request.command, settings.path)
     except Refused as refusal:
         write_all(2, f"gateway_slurm's helper: {refusal}\n".encode(errors="replace"))
-        return REFUSED
+        return REFUSED_STATUS
     enter_home(user)
     return run(program, request, environment_of(user, request, settings))
 

@@ -1,4 +1,4 @@
-"""Running Slurm's commands as another user: the runner's ways, through sudo and the helper."""
+"""Run Slurm's commands as another user, through sudo and the helper; and the check of such a user."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from typing import IO, Any, Final
 
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable, Unanswered
 from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, Runner, reap
-from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY, READY, VARIABLES
+from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY_UID, READY, VARIABLES
 
-# By how much the helper's limit is longer than ours: it counts only where we cannot say any more that it is over.
-_MARGIN: Final = 5.0
+# Seconds by which the helper's timeout is longer than this process's. The helper's matters only if this process dies.
+_TIMEOUT_MARGIN: Final = 5.0
+# The names that useradd(8) accepts, and capitals. sudo could read none of them as an option or a user id (``#0``).
+_USER_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", re.ASCII)
 
 
 class SudoRunner(Runner):
     """Runs Slurm's commands as ``user``; ``command`` is the argv that starts the helper, with ``{user}`` in it.
 
-    Where Slurm's commands and its configuration are is the helper's own to know. ``timeout`` is in seconds;
-    ``counts`` are shared with the process's own runner.
+    The helper's own settings hold the directories of Slurm's commands and SLURM_CONF. ``timeout`` is in seconds;
+    ``counts`` is shared with the process's own runner.
     """
 
     def __init__(self, user: str, command: Sequence[str], *, timeout: float, counts: Counter[str]) -> None:
@@ -45,19 +47,19 @@ class SudoRunner(Runner):
     ) -> CommandResult:
         """Run a command to its end as the user; on timeout and on cancellation the helper kills it."""
         limit = self._timeout if timeout is None else timeout
-        request = self._request(argv, extra_env, input or b"", limit + _MARGIN)
+        request = self._request(argv, extra_env, input or b"", limit + _TIMEOUT_MARGIN)
         began = time.monotonic()
         self.counts[argv[0]] += 1
-        process = await self._helper(argv, stderr=asyncio.subprocess.PIPE)
+        process = await self._start_helper(stderr=asyncio.subprocess.PIPE)
         try:
-            talk = self._communicate(process, request, argv, keep_stdin_open=True)
-            stdout, stderr = await asyncio.wait_for(talk, limit)
+            communication = self._communicate(process, request, argv, keep_stdin_open=True)
+            stdout, stderr = await asyncio.wait_for(communication, limit)
         except asyncio.TimeoutError as error:
             raise Unanswered(
                 f"{argv[0]} did not end within {limit:g} s; nothing is known about the jobs", argv=argv
             ) from error
         finally:
-            await asyncio.shield(_hang_up(process))
+            await asyncio.shield(_end_helper(process))
         ready, stdout = stdout[: len(READY)], stdout[len(READY) :]
         if ready.encode() != READY:
             raise self._not_run(argv, process, stderr)
@@ -70,12 +72,12 @@ class SudoRunner(Runner):
         input: bytes = b"",  # noqa: A002 - as in Runner
         extra_env: Mapping[str, str | None] | None = None,
     ) -> DetachedProcess:
-        """Start a command as the user that outlives this call, and this process."""
+        """Start a command as the user that outlives this call and this process."""
         request = self._request(argv, extra_env, input, self._timeout, detached=True)
         self.counts[argv[0]] += 1
         stderr = await asyncio.to_thread(tempfile.TemporaryFile)
         try:
-            process = await self._helper(argv, stderr=stderr)
+            process = await self._start_helper(stderr=stderr)
         except BaseException:
             stderr.close()
             raise
@@ -87,7 +89,7 @@ class SudoRunner(Runner):
                 raise self._not_run(argv, process, started.stderr_tail())
         except BaseException as error:
             started.terminate()
-            await asyncio.shield(_hang_up(process))
+            await asyncio.shield(_end_helper(process))
             stderr.close()
             if isinstance(error, asyncio.TimeoutError):
                 raise SlurmUnavailable(f"{argv[0]} was not started within {self._timeout:g} s", argv=argv) from error
@@ -103,7 +105,7 @@ class SudoRunner(Runner):
         *,
         detached: bool = False,
     ) -> bytes:
-        """What the helper reads; the variables that it does not take are left out."""
+        """Return the request that the helper reads, without variables that the helper does not allow."""
         environment = {name: value for name, value in self.environment(extra_env).items() if name in VARIABLES}
         fields: dict[str, Any] = {
             "command": argv[0],
@@ -115,14 +117,14 @@ class SudoRunner(Runner):
         header = json.dumps(fields).encode()
         return LENGTH.pack(len(header)) + header + LENGTH.pack(len(data)) + data
 
-    async def _helper(self, argv: Sequence[str], *, stderr: int | IO[bytes]) -> asyncio.subprocess.Process:
+    async def _start_helper(self, *, stderr: int | IO[bytes]) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
         return await self._execute(self._command, self.environment(), stdin=pipe, stdout=pipe, stderr=stderr)
 
     def _not_run(self, argv: Sequence[str], process: asyncio.subprocess.Process, stderr: str) -> SlurmUnavailable:
-        words = "; ".join(stderr.strip().splitlines())[:2000] or f"it said nothing (status {process.returncode})"
+        message = "; ".join(stderr.strip().splitlines())[:2000] or f"no message (status {process.returncode})"
         return SlurmUnavailable(
-            f"{argv[0]} could not be run as user {self.user}: {words}. Let an administrator see to "
+            f"{argv[0]} could not be run as user {self.user}: {message}. An administrator must check "
             "SlurmService.as_user_command, its sudoers rule and its helper",
             argv=argv,
             exit_status=process.returncode,
@@ -134,18 +136,18 @@ class DetachedHelper(DetachedProcess):
     """The helper of a command that was started and left running."""
 
     def terminate(self) -> None:
-        """Have the helper send its command SIGTERM; does nothing to one that has ended."""
+        """Let the helper send SIGTERM to its command; does nothing after the command has ended."""
         stdin = self._process.stdin
         if self._process.returncode is None and stdin is not None and not stdin.is_closing():
             stdin.write(b"T")
 
 
 async def _until_ready(process: asyncio.subprocess.Process, request: bytes) -> bool:
-    """Hand the request over; return whether the helper has taken it and runs the command."""
+    """Send the request; return whether the helper has accepted it and runs the command."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(request)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it said no without reading
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the helper or sudo refused without reading
         await process.stdin.drain()
     try:
         return await process.stdout.readexactly(len(READY)) == READY
@@ -153,40 +155,35 @@ async def _until_ready(process: asyncio.subprocess.Process, request: bytes) -> b
         return False
 
 
-async def _hang_up(process: asyncio.subprocess.Process) -> None:
-    """Let the helper know that nobody listens any more, and reap it; it kills a command that is not detached."""
+async def _end_helper(process: asyncio.subprocess.Process) -> None:
+    """Close the helper's standard input and reap the helper, which kills a command that is not detached."""
     if process.stdin is not None:
         process.stdin.close()
     if process.returncode is None:
         await reap(process)
 
 
-# -- Which Unix users kernels are run for. --
-
-
-# What useradd(8) takes, and capitals: nothing that sudo could read as an option or as a number (``#0``).
-_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", re.ASCII)
+# -- Unix users --
 
 
 def process_user() -> str:
-    """The name of the Unix user that this process runs as."""
+    """Return the name of this process's Unix user."""
     return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def check_user(name: str, *, min_uid: int, allow_own: bool) -> None:
-    """Return if kernels may be run as this Unix user; may ask a directory service, and wait for it.
+    """Return if kernels may run as this Unix user. The lookup may block while it waits for a directory service.
 
-    Raises NotAllowed: the reason is the same for one who is not there and one who may not, but for the
-    process's own account, which is a matter of settings.
+    Raises NotAllowed. Each message begins with the same words, for unknown users as for those who are not allowed.
     """
-    if not _NAME.fullmatch(name):
+    if not _USER_NAME.fullmatch(name):
         raise NotAllowed(f"not allowed to run kernels: {name[:40]!r} is not the name of a user")
     try:
         found = pwd.getpwnam(name)
     except KeyError:
         raise NotAllowed(f"not allowed to run kernels: there is no user {name!r} on this machine") from None
-    # A directory service may find Root for root.
-    if found.pw_name != name or found.pw_uid == 0 or found.pw_uid == NOBODY or found.pw_uid < min_uid:
+    # A directory service may ignore case and return root for "Root".
+    if found.pw_name != name or found.pw_uid in (0, NOBODY_UID) or found.pw_uid < min_uid:
         raise NotAllowed(
             f"not allowed to run kernels: {name!r} is a system account (SlurmService.min_user_uid is {min_uid})"
         )

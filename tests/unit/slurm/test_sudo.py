@@ -44,7 +44,7 @@ def test_a_helper_that_others_could_change_runs_nothing(tmp_path):
     copy = tmp_path / "as-user"
     shutil.copy(HELPER, copy)
     ran = run_helper(copy)
-    assert ran.returncode == helper.REFUSED
+    assert ran.returncode == helper.REFUSED_STATUS
     assert ran.stdout == ""
     assert "others than root can change " in ran.stderr
 
@@ -52,8 +52,8 @@ def test_a_helper_that_others_could_change_runs_nothing(tmp_path):
 def test_the_helper_takes_no_arguments():
     """What is to be run comes over standard input only."""
     ran = run_helper(HELPER, "scancel")
-    assert (ran.returncode, ran.stdout) == (helper.REFUSED, "")
-    assert ran.stderr == "gateway_slurm's helper: there are no arguments to give\n"
+    assert (ran.returncode, ran.stdout) == (helper.REFUSED_STATUS, "")
+    assert ran.stderr == "gateway_slurm's helper: it takes no arguments\n"
 
 
 @pytest.mark.parametrize(("owner", "mode"), [(1000, 0o100755), (0, 0o100775), (0, 0o100757), (0, 0o120777)])
@@ -149,7 +149,7 @@ def test_an_admin_may_let_more_options_pass():
 @pytest.mark.parametrize("name", ["LD_PRELOAD", "SLURM_CONF", "PATH", "HOME", "BASH_ENV", "SBATCH_WRAP", ""])
 def test_variables_that_are_on_no_list_are_refused(name):
     """What loads code or chooses configuration is not the requester's to say."""
-    with pytest.raises(Refused, match="is not taken"):
+    with pytest.raises(Refused, match="is not allowed"):
         helper.check_environment({name: "x"})
 
 
@@ -188,8 +188,8 @@ def test_rubbish_is_refused(header):
     [
         (LENGTH.pack(helper.MAX_HEADER + 1), "at most"),
         (LENGTH.pack(2) + b"{}" + LENGTH.pack(helper.MAX_INPUT + 1), "at most"),
-        (b"\0\0", "too soon"),
-        (LENGTH.pack(10) + b"{}", "too soon"),
+        (b"\0\0", "incomplete"),
+        (LENGTH.pack(10) + b"{}", "incomplete"),
     ],
 )
 def test_a_request_is_bounded_and_whole(sent, words):
@@ -203,7 +203,7 @@ def test_a_request_is_bounded_and_whole(sent, words):
 
 def test_a_request_that_does_not_come_is_given_up(monkeypatch):
     """Whoever connects and says nothing holds no process for ever."""
-    monkeypatch.setattr(helper, "REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(helper, "REQUEST_TIMEOUT", 0.1)
     read_end, write_end = os.pipe()
     with os.fdopen(read_end), os.fdopen(write_end), pytest.raises(Refused, match="did not come"):
         helper.read_request(read_end)

@@ -1,8 +1,8 @@
 """Runs commands on the login node, for the server at the other end of the channel.
 
-``RUN`` is answered by ``RESULT``, and ``KILL`` cuts it short; ``START`` by ``STARTED`` and, at its end, ``ENDED``;
-``TERM`` and ``WATCH`` are for what was started, over this channel or an earlier one. What was not started to stay is
-killed with its process group when the channel ends.
+``RESULT`` answers ``RUN``, and ``KILL`` ends the command early. ``STARTED`` answers ``START``, and ``ENDED`` follows at
+the command's end. ``TERM`` and ``WATCH`` are for started commands of this channel or of an earlier one. When the
+channel ends, commands from ``RUN`` are killed with their process groups; those from ``START`` keep running.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ from gateway_slurm.slurm.ssh.login_node.common import (
     unpack,
 )
 
-MAX_RUNNING = 64  # commands at once
+MAX_RUNNING = 64  # commands at a time
 
 
 def signal_group(pid: int, number: int) -> None:
-    """Send a signal to a process group, if it is there."""
+    """Send a signal to a process group, if it exists."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
 
 class Commands:
-    """Runs what it is told, each command in a thread of its own."""
+    """Runs the requested commands, each in a thread of its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._writing = threading.Lock()
-        self._children: dict[int, subprocess.Popen[bytes] | None] = {}  # those that end with us
+        self._children: dict[int, subprocess.Popen[bytes] | None] = {}  # those that end with this program
         self._started: dict[int, subprocess.Popen[bytes]] = {}
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Write one frame, whole."""
+        """Write one complete frame."""
         data = memoryview(frame(kind, number, payload))
         with self._writing:
             while data:
                 data = data[os.write(1, data) :]
 
-    def take(self, kind: int, number: int, payload: bytes) -> None:
-        """Do what one frame says."""
+    def handle(self, kind: int, number: int, payload: bytes) -> None:
+        """Carry out one frame's request."""
         if kind == PING:
             self.send(PONG, number)
         elif kind == KILL:
@@ -85,7 +85,7 @@ class Commands:
             threading.Thread(target=self._guarded, args=(work, number, *unpack(payload)), daemon=True).start()
 
     def end(self) -> None:
-        """Kill what was not started to stay."""
+        """Kill the commands from ``RUN``."""
         with self._lock:
             children = list(self._children.values())
         for child in children:
@@ -107,14 +107,14 @@ class Commands:
                 self._started.pop(number, None)
 
     def _spawn(self, fields: dict[str, Any], data: bytes, **pipes: Any) -> subprocess.Popen[bytes]:
-        """Raises FileNotFoundError, saying where it was looked for."""
+        """Start a command. Raises FileNotFoundError with the path that was searched."""
         env = environment(fields)
-        # By our own path: a PATH among the job's variables must not choose which sbatch runs.
+        # A PATH among the job's variables must not choose which sbatch runs.
         path = fields["path"] or os.environ.get("PATH", os.defpath)
         program = shutil.which(fields["argv"][0], path=path)
         if program is None:
             raise FileNotFoundError(f"not found: it is not in {path}")
-        # A file and not a pipe: nobody has to write it while we look after the command.
+        # A file, since a pipe would need a writer while this thread waits for the command.
         stdin = os.memfd_create("input")
         try:
             with open(stdin, "wb", closefd=False) as file:
@@ -134,36 +134,35 @@ class Commands:
         assert child.stderr is not None
         deadline = time.monotonic() + fields["timeout"]
         with child.stdout, child.stderr:
-            fault, said = collect([child.stdout.fileno(), child.stderr.fileno()], fields["limit"], fields["timeout"])
-            # Many a command closes its output a moment before its end: that must not make its status ours.
-            if not fault and not is_over(child.pid, deadline):
-                fault, said = "timeout", [b"", b""]
-            # Also when the command itself has ended: what it left behind may hold the pipes.
+            fault, outputs = collect([child.stdout.fileno(), child.stderr.fileno()], fields["limit"], fields["timeout"])
+            # Some commands close their output a moment before they end; killing them then would change their status.
+            if not fault and not ends_in_time(child.pid, deadline):
+                fault, outputs = "timeout", [b"", b""]
+            # Children of a command that has ended may hold the pipes.
             signal_group(child.pid, signal.SIGKILL)
             status = child.wait()
-        self.send(RESULT, number, pack({"status": status, "fault": fault}, *said))
+        self.send(RESULT, number, pack({"status": status, "fault": fault}, *outputs))
 
     def _start(self, number: int, fields: dict[str, Any], data: bytes) -> None:
         with tempfile.TemporaryFile() as stderr:
             child = self._spawn(fields, data, stdout=subprocess.DEVNULL, stderr=stderr)
             with self._lock:
                 self._started[number] = child
-            facts = {"pid": child.pid, "ticks": start_ticks(child.pid)}
-            self.send(STARTED, number, pack(facts))
+            self.send(STARTED, number, pack({"pid": child.pid, "ticks": start_ticks(child.pid)}))
             status = child.wait()
             size = os.fstat(stderr.fileno()).st_size
             tail = os.pread(stderr.fileno(), MAX_TAIL, max(0, size - MAX_TAIL))
         self.send(ENDED, number, pack({"status": status}, tail))
 
     def _watch(self, number: int, fields: dict[str, Any], _data: bytes) -> None:
-        """For one that was started over another channel: its exit status is nobody's to know any more."""
+        """Wait for a command that was started over another channel; its exit status is not known."""
         while start_ticks(fields["pid"]) == fields["ticks"]:
             time.sleep(0.5)
         self.send(ENDED, number, pack({"status": None}, b""))
 
 
 def environment(fields: dict[str, Any]) -> dict[str, str]:
-    """Of our own environment what is named in ``keep``, then ``set``, where null takes a variable away."""
+    """Return the variables of this process that ``keep`` names, with those of ``set``; null removes a variable."""
     env = {name: os.environ[name] for name in fields["keep"] if name in os.environ}
     if fields["path"]:
         env["PATH"] = fields["path"]
@@ -176,8 +175,8 @@ def environment(fields: dict[str, Any]) -> dict[str, str]:
 
 
 def collect(descriptors: list[int], limit: int, timeout: float) -> tuple[str, list[bytes]]:
-    """What comes out of both until their ends, and the fault, ``timeout`` or ``flood``, that cut it short."""
-    said = {descriptor: bytearray() for descriptor in descriptors}
+    """Read the descriptors to their ends; return the fault (``timeout``, ``flood`` or empty) and the output of each."""
+    outputs = {descriptor: bytearray() for descriptor in descriptors}
     deadline = time.monotonic() + timeout
     fault = ""
     with selectors.DefaultSelector() as selector:
@@ -189,16 +188,16 @@ def collect(descriptors: list[int], limit: int, timeout: float) -> tuple[str, li
                 fault = "timeout"
             for key, _events in ready:
                 data = os.read(key.fd, 64 << 10)
-                said[key.fd] += data
+                outputs[key.fd] += data
                 if not data:
                     selector.unregister(key.fd)
-                elif len(said[key.fd]) > limit:
+                elif len(outputs[key.fd]) > limit:
                     fault = "flood"
-    return fault, [b"" if fault else bytes(each) for each in said.values()]
+    return fault, [b"" if fault else bytes(output) for output in outputs.values()]
 
 
-def is_over(pid: int, deadline: float) -> bool:
-    """Whether the child has ended by then; it is not collected, so that its group's number stays its own."""
+def ends_in_time(pid: int, deadline: float) -> bool:
+    """Whether the child ends before the deadline; it is not reaped, so that its group's id is not reused."""
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.monotonic() >= deadline:
             return False
@@ -207,7 +206,7 @@ def is_over(pid: int, deadline: float) -> bool:
 
 
 def serve_commands(silence: float) -> None:
-    """Until the channel ends, or nothing has come for ``silence`` seconds."""
+    """Serve until the channel ends, or until no frame has come for ``silence`` seconds."""
     commands = Commands()
     frames = Frames()
     try:
@@ -215,7 +214,7 @@ def serve_commands(silence: float) -> None:
             data = os.read(0, READ_SIZE)
             if not data:
                 break
-            for each in frames.feed(data):
-                commands.take(*each)
+            for received in frames.feed(data):
+                commands.handle(*received)
     finally:
         commands.end()

@@ -1,4 +1,4 @@
-"""How a program on the login node begins: it says who and where it is, and serves."""
+"""The start of a program on the login node: it describes itself to the server, then serves requests."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from gateway_slurm.slurm.ssh.login_node.relay import RelayProgram
 
 
 def main(marker: str, mode: str, silence: float) -> None:
-    """Say who we are, and serve."""
-    # Nothing that is printed by mistake may get between the frames.
+    """Send this process's description after ``marker``, then serve; end after ``silence`` seconds without a frame."""
+    # Stray output must not get between the frames.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    facts = {
+    info = {
         "user": pwd.getpwuid(os.getuid()).pw_name,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "ticks": start_ticks(os.getpid()),
         "boot": boot,
     }
-    sys.stdout.buffer.write(f"\n{marker}\n".encode() + frame(INFO, 0, pack(facts)))
+    sys.stdout.buffer.write(f"\n{marker}\n".encode() + frame(INFO, 0, pack(info)))
     sys.stdout.buffer.flush()
     if mode == "relay":
         RelayProgram().run(silence)

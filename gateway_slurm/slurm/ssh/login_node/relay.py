@@ -1,8 +1,8 @@
-"""Relays connections between a port of the login node and the channel, for nodes that reach nothing else.
+"""Relays connections between a port of the login node and the channel, for nodes that cannot connect to the server.
 
-Each ``LISTEN`` is answered by ``LISTENING``, or ``FAILED``; each connection begins with ``OPEN``, and has WINDOW
-bytes under way at most in each direction (``DATA``, ``CREDIT``, ``CLOSE``). Bytes are carried as they are: what they
-say is sealed between the launcher and the server. The relay ends with its channel.
+``LISTENING`` or ``FAILED`` answers each ``LISTEN``. A connection begins with ``OPEN`` and has at most WINDOW bytes
+under way in each direction (``DATA``, ``CREDIT``, ``CLOSE``). The launcher and the server encrypt the bytes; the relay
+passes them on unread. It ends with its channel.
 """
 
 from __future__ import annotations
@@ -37,36 +37,35 @@ from gateway_slurm.slurm.ssh.login_node.common import (
 )
 
 MAX_CONNECTIONS = 900  # below the usual limit of 1024 open files
-STDOUT_BACKLOG = 1 << 20  # bytes that may wait for the channel before nothing is read any more
-GOODBYE_SECONDS = 2.0
-CLOSING_SECONDS = 5.0  # a node that takes nothing more holds none of the places for longer
+MAX_STDOUT_BACKLOG = 1 << 20  # bytes that may wait for the channel before the relay stops reading
+SHUTDOWN_TIMEOUT = 2.0  # seconds
+CLOSE_TIMEOUT = 5.0  # seconds for which a node may delay the close of its connection
 
 
 class Connection:
-    """One connection of a node's."""
+    """One connection from a node."""
 
     def __init__(self, number: int, sock: socket.socket) -> None:
         self.number, self.sock = number, sock
         self.out = bytearray()
-        self.credit = WINDOW  # that we may still send up
-        self.owed = 0  # that was written to the node, and not credited yet
+        self.credit = WINDOW  # bytes that may still be sent to the server
+        self.owed = 0  # bytes that were written to the node and not credited yet
         self.closing = False
-        self.deadline = float("inf")  # for a node to take what was said last
+        self.deadline = float("inf")  # for writing the last bytes to the node
 
 
 class RelayProgram:
-    """Carries connections between a port of this machine and the channel; one loop, nothing in it blocks."""
+    """Carries connections between ports of this machine and the channel; one loop, in which nothing blocks."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._connections: dict[int, Connection] = {}
         self._listeners: list[socket.socket] = []
         self._stdout = bytearray()
-        self._last = 0
-        self._listening = True
+        self._last_number = 0
 
     def run(self, silence: float) -> None:
-        """Until the channel ends, or nothing has come for ``silence`` seconds; what came still goes out."""
+        """Serve until the channel ends, or until no frame has come for ``silence`` seconds."""
         frames = Frames()
         os.set_blocking(0, False)
         os.set_blocking(1, False)
@@ -79,42 +78,45 @@ class RelayProgram:
                     if not data:
                         if data is None:
                             continue
-                        self._goodbye()
+                        self._shut_down()
                         return
                     deadline = time.monotonic() + silence
-                    for each in frames.feed(data):
-                        self._take(*each)
+                    for received in frames.feed(data):
+                        self._handle(*received)
                 elif key.fd != 1:
                     self._serve(key, events)
-            self._write_up()
+            self._flush()
             now = time.monotonic()
-            for connection in [one for one in self._connections.values() if one.deadline < now]:
-                self._drop(connection, tell=False)
+            for connection in list(self._connections.values()):
+                if connection.deadline < now:
+                    self._drop(connection, notify=False)
 
     def _step(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
         self._watch(1, selectors.EVENT_WRITE if self._stdout else 0)
-        may_read = len(self._stdout) < STDOUT_BACKLOG
-        for each in self._connections.values():
-            reads = selectors.EVENT_READ if may_read and each.credit > 0 and not each.closing else 0
-            self._watch(each.sock, reads | (selectors.EVENT_WRITE if each.out else 0), each)
-        if any(each.closing for each in self._connections.values()):
+        may_read = len(self._stdout) < MAX_STDOUT_BACKLOG
+        for connection in self._connections.values():
+            reads = may_read and connection.credit > 0 and not connection.closing
+            events = (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if connection.out else 0)
+            self._watch(connection.sock, events, connection)
+        if any(connection.closing for connection in self._connections.values()):
             timeout = min(timeout, 1.0)
         return self._selector.select(max(0.0, timeout))
 
-    def _watch(self, what: Any, events: int, data: Any = None) -> None:
-        known = self._selector.get_map().get(what)
+    def _watch(self, file: Any, events: int, data: Any = None) -> None:
+        known = self._selector.get_map().get(file)
         if known is None:
             if events:
-                self._selector.register(what, events, data)
+                self._selector.register(file, events, data)
         elif not events:
-            self._selector.unregister(what)
+            self._selector.unregister(file)
         elif known.events != events:
-            self._selector.modify(what, events, data)
+            self._selector.modify(file, events, data)
 
-    def _up(self, kind: int, number: int, payload: bytes = b"") -> None:
+    def _send(self, kind: int, number: int, payload: bytes = b"") -> None:
+        """Queue a frame for the server."""
         self._stdout += frame(kind, number, payload)
 
-    def _write_up(self) -> None:
+    def _flush(self) -> None:
         while self._stdout:
             try:
                 with memoryview(self._stdout) as view:
@@ -123,11 +125,11 @@ class RelayProgram:
                 return
             del self._stdout[:sent]
 
-    # -- what the server says ----------------------------------------------------------------------------
+    # -- Frames from the server --
 
-    def _take(self, kind: int, number: int, payload: bytes) -> None:
+    def _handle(self, kind: int, number: int, payload: bytes) -> None:
         if kind == PING:
-            self._up(PONG, number)
+            self._send(PONG, number)
         elif kind == LISTEN:
             self._listen(number, unpack(payload)[0])
         connection = None if kind in (PING, LISTEN) else self._connections.get(number)
@@ -135,52 +137,52 @@ class RelayProgram:
             return
         if kind == DATA:
             connection.out += payload
-            self._write_down(connection)
+            self._write_to_node(connection)
         elif kind == CREDIT:
             connection.credit += count_of(payload)
         elif kind == CLOSE:
             connection.closing = True
-            connection.deadline = time.monotonic() + CLOSING_SECONDS
-            self._write_down(connection)
+            connection.deadline = time.monotonic() + CLOSE_TIMEOUT
+            self._write_to_node(connection)
 
     def _listen(self, number: int, fields: dict[str, Any]) -> None:
         try:
-            end_earlier(fields["end"])
+            end_predecessors(fields["end"])
             listener = listen(fields["ports"])
         except OSError as error:
-            self._up(FAILED, number, str(error).encode())
+            self._send(FAILED, number, str(error).encode())
             return
         listener.setblocking(False)
         self._listeners.append(listener)
         self._selector.register(listener, selectors.EVENT_READ)
-        self._up(LISTENING, number, pack({"port": listener.getsockname()[1], "addresses": addresses()}))
+        self._send(LISTENING, number, pack({"port": listener.getsockname()[1], "addresses": addresses()}))
 
-    # -- what the nodes do ---------------------------------------------------------------------------------
+    # -- Connections from nodes --
 
     def _serve(self, key: selectors.SelectorKey, events: int) -> None:
         if key.data is None:
             self._accept(key.fileobj)  # type: ignore[arg-type]
             return
         if events & selectors.EVENT_WRITE:
-            self._write_down(key.data)
+            self._write_to_node(key.data)
         if events & selectors.EVENT_READ and key.data.number in self._connections:
-            self._read_up(key.data)
+            self._read_from_node(key.data)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, peer = listener.accept()
-        except OSError:  # it went away again
+        except OSError:  # the node has closed it already
             return
         if len(self._connections) >= MAX_CONNECTIONS:
             sock.close()
             return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._last = self._last % 0xFFFFFFFF + 1
-        self._connections[self._last] = Connection(self._last, sock)
-        self._up(OPEN, self._last, str(peer[0]).encode())
+        number = self._last_number = self._last_number % 0xFFFFFFFF + 1
+        self._connections[number] = Connection(number, sock)
+        self._send(OPEN, number, str(peer[0]).encode())
 
-    def _read_up(self, connection: Connection) -> None:
+    def _read_from_node(self, connection: Connection) -> None:
         try:
             data = connection.sock.recv(min(READ_SIZE, connection.credit))
         except BlockingIOError:
@@ -188,12 +190,12 @@ class RelayProgram:
         except OSError:
             data = b""
         if not data:
-            self._drop(connection, tell=True)
+            self._drop(connection, notify=True)
             return
         connection.credit -= len(data)
-        self._up(DATA, connection.number, data)
+        self._send(DATA, connection.number, data)
 
-    def _write_down(self, connection: Connection) -> None:
+    def _write_to_node(self, connection: Connection) -> None:
         try:
             while connection.out:
                 with memoryview(connection.out) as view:
@@ -203,24 +205,24 @@ class RelayProgram:
         except BlockingIOError:
             pass
         except OSError:
-            self._drop(connection, tell=not connection.closing)
+            self._drop(connection, notify=not connection.closing)
             return
         if connection.closing and not connection.out:
-            self._drop(connection, tell=False)
+            self._drop(connection, notify=False)
         elif connection.owed >= WINDOW // 4:
-            self._up(CREDIT, connection.number, LENGTH.pack(connection.owed))
+            self._send(CREDIT, connection.number, LENGTH.pack(connection.owed))
             connection.owed = 0
 
-    def _drop(self, connection: Connection, *, tell: bool) -> None:
+    def _drop(self, connection: Connection, *, notify: bool) -> None:
         self._watch(connection.sock, 0)
         connection.sock.close()
         del self._connections[connection.number]
-        if tell:
-            self._up(CLOSE, connection.number)
+        if notify:
+            self._send(CLOSE, connection.number)
 
-    def _goodbye(self) -> None:
-        """The server is gone: what it said last still reaches the nodes, as far as they take it."""
-        deadline = time.monotonic() + GOODBYE_SECONDS
+    def _shut_down(self) -> None:
+        """Write the server's last bytes to the nodes, for a limited time, and close all connections."""
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT
         for listener in self._listeners:
             listener.close()
         for connection in list(self._connections.values()):
@@ -231,7 +233,7 @@ class RelayProgram:
 
 
 def _read(descriptor: int) -> bytes | None:
-    """None when there is nothing to read yet; empty at the end."""
+    """Read without blocking: None if there is nothing to read yet, empty at the end."""
     try:
         return os.read(descriptor, READ_SIZE)
     except BlockingIOError:
@@ -240,8 +242,8 @@ def _read(descriptor: int) -> bytes | None:
         return b""
 
 
-def end_earlier(relays: list[dict[str, Any]]) -> None:
-    """End relays whose connections broke, if sshd has not noticed yet: they have the ports that we want."""
+def end_predecessors(relays: list[dict[str, Any]]) -> None:
+    """End relays whose connection broke and which still run because sshd has not noticed: they hold the ports."""
     deadline = time.monotonic() + 2
     for relay in relays:
         while start_ticks(relay["pid"]) == relay["ticks"] and time.monotonic() < deadline:
@@ -251,8 +253,8 @@ def end_earlier(relays: list[dict[str, Any]]) -> None:
 
 
 def listen(ports: list[int]) -> socket.socket:
-    """Listen on the first of ``ports`` that is free (0: any), on IPv6 and IPv4. Raises OSError."""
-    trouble: OSError = OSError("the range of ports is empty")
+    """Listen on the first free port of ``ports`` (0: any), on IPv6 and IPv4. Raises OSError."""
+    last_error: OSError = OSError("the range of ports is empty")
     for port in ports:
         for family, host in ((socket.AF_INET6, "::"), (socket.AF_INET, "")):
             try:
@@ -264,21 +266,21 @@ def listen(ports: list[int]) -> socket.socket:
                 sock.listen(128)
                 return sock
             except OSError as error:
-                trouble = error
-    raise trouble
+                last_error = error
+    raise last_error
 
 
 def addresses() -> list[str]:
-    """The machine's own addresses: private ones first, which nodes reach rather than public ones; loopback last."""
+    """Return this machine's addresses: private ones first, which nodes are more likely to reach; loopback last."""
     found = []
-    for family, where in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        # A connected UDP socket sends nothing; the system only picks the route (udp(7)). RFC 5737, RFC 3849.
+    for family, destination in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        # Connecting a UDP socket sends nothing; the system only chooses the route (udp(7)). RFC 5737, RFC 3849.
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((where, 9))
+            probe.connect((destination, 9))
             found.append(probe.getsockname()[0])
     with contextlib.suppress(OSError), open("/proc/net/fib_trie") as file:
         lines = file.read().splitlines()
-        found += [line.split()[-1] for line, after in zip(lines, lines[1:]) if "/32 host LOCAL" in after]
+        found += [line.split()[-1] for line, following in zip(lines, lines[1:]) if "/32 host LOCAL" in following]
     with contextlib.suppress(OSError), open("/proc/net/if_inet6") as file:
         for fields in map(str.split, file):
             if fields[3] == "00":  # global scope
