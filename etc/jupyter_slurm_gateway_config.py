@@ -108,26 +108,27 @@ c = get_config()  # noqa: F821
 ## Names of the kernelspecs that the gateway serves. Default: all.
 # c.GatewayKernelSpecManager.allowed_kernelspecs = set()
 
-## Directory with a directory of kernelspecs for each project. Default: none, there are no projects.
+## Directory with one directory of kernelspecs per project. Default: none; the gateway has no projects.
 # c.GatewayKernelSpecManager.projects_root = ""
 
-## Serve the kernelspecs that are installed on Jupyter's path, too, to everybody.
+## Also serve the kernelspecs that are installed on Jupyter's path, to all users.
 # c.GatewayKernelSpecManager.serve_installed = True
 
-## Serve kernelspecs of other provisioners than Slurm's, too: their kernels run on the gateway's own host, as the
-## gateway's user, and can read its tokens. For trying things out.
+## Also serve kernelspecs of other provisioners than Slurm's. Their kernels run on the gateway's own host, as the
+## gateway's user, and can read its tokens. For experiments only.
 # c.GatewayKernelSpecManager.allow_local = False
 
-## Request fields that clients may set by `KERNEL_SLURM_<FIELD>`, for kernelspecs whose project does not say.
-## Slurm's own limits hold besides.
+## Request fields that clients may set by `KERNEL_SLURM_<FIELD>`, unless the kernelspec's project has its own
+## list. Slurm's limits apply as well.
 # c.GatewayKernelSpecManager.allowed_client_fields = [
 #     "jobid", "node", "nodes", "gpus", "cpus", "memory", "runtime", "time", "share", "isolate"
 # ]
 
-## Names (`LC_*` for several) of a client's environment variables that its kernels get, besides `KERNEL_*`.
+## Names of a client's environment variables that its kernels get, besides `KERNEL_*`. A name may end with `*`,
+## as in `LC_*`.
 # c.GatewayKernelSpecManager.allowed_envs = []
 
-## Seconds for which it is remembered who is in which Unix group or Slurm account.
+## Seconds for which the members of Unix groups and Slurm accounts are cached.
 # c.GatewayKernelSpecManager.membership_age = 300.0
 
 ## -- SlurmMappingKernelManager -------------------------------------------------------------------------------

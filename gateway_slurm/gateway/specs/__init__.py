@@ -1,1 +1,1 @@
-"""Which kernelspecs and projects a user has, and within which limits. Knows no running kernel."""
+"""The kernelspecs and projects of each user, and the projects' limits. Knows no running kernel."""

@@ -1,6 +1,6 @@
 """The kernelspecs on disk: ``<root>/<project>/<name>/kernel.json``, with ``<root>/<project>/project.json``.
 
-Whatever is wrong with one file takes out that project or that kernelspec, and nothing else.
+Each file is read once until it changes. A broken file makes its project or its kernelspec unavailable, and no other.
 """
 
 from __future__ import annotations
@@ -28,110 +28,14 @@ from gateway_slurm.request import parse_request
 T = TypeVar("T")
 
 MAX_FILE_BYTES: Final = 1 << 20
-"""Bytes of a file that is read here; what is larger is no such file."""
+"""Of a kernel.json, a project.json or a tokens file. A larger file is an error."""
 SETTLED_SECONDS: Final = 1.0
-"""A file changed less long ago than this may change again with the same time stamp: it is read each time."""
-
-Stamp = tuple[int, int, int, int, int, int, int]
-
-
-def stamp(status: os.stat_result) -> Stamp:
-    """What is different after a change. Owner and mode count, since they decide whether a file is trusted."""
-    s = status
-    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_uid, s.st_mode
-
-
-@contextlib.contextmanager
-def opened(path: Path, within: Path | None = None) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """A plain file, opened once, and its status: what is looked at is what is read, whatever takes its name meanwhile.
-
-    With ``within`` it must lie in that directory, links followed. Raises OSError, and ValueError for what is no plain
-    file or lies elsewhere.
-    """
-    # Nobody is waited for at the other end of a pipe.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-    target, more = (path, 0) if within is None else (os.path.realpath(path), os.O_NOFOLLOW)
-    descriptor = os.open(target, flags | more)
-    # Before open(), whose words on a directory would name the descriptor's number.
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise ValueError("it is no plain file")
-    with open(descriptor, "rb") as file:
-        # A directory above it may have become a link since: the descriptor knows where it has led.
-        if within is not None and not _is_within(within, os.readlink(f"/proc/self/fd/{descriptor}")):
-            raise ValueError(f"it is a link that leads out of {within}")
-        yield file, status
-
-
-def read_bounded(file: BinaryIO, largest: int) -> bytes:
-    """Raises ValueError for more than ``largest`` bytes."""
-    content = file.read(largest + 1)
-    if len(content) > largest:
-        raise ValueError(f"it is larger than {largest} bytes")
-    return content
-
-
-def _is_within(folder: Path, real: str) -> bool:
-    return real.startswith(os.path.realpath(folder).rstrip("/") + "/")
-
-
-@dataclass(frozen=True)
-class _Known(Generic[T]):
-    """What was made of a file: a value, or the error that it is instead."""
-
-    stamp: Stamp
-    settled: bool
-    value: T | None
-    error: Exception | None
-
-
-class FileCache(Generic[T]):
-    """What files say, made by ``parse`` from path, content and status. Any thread may ask; nothing is to be closed.
-
-    An error of ``parse`` is remembered and raised again until the file changes. Asking costs one stat(2).
-    """
-
-    def __init__(self, parse: Callable[[Path, bytes, os.stat_result], T]) -> None:
-        self._parse = parse
-        self._known: dict[Path, _Known[T]] = {}
-        self.reads = 0
-        """How often a file was read."""
-
-    def get(self, path: Path, within: Path | None = None) -> T:
-        """Raises as ``opened`` does, ValueError for a file that is too large, and what ``parse`` raises."""
-        known = self._known.get(path)
-        if known is None or not known.settled or known.stamp != stamp(path.stat()):
-            known = self._known[path] = self._read(path, within)
-        if known.error is not None:
-            raise known.error.with_traceback(None)
-        assert known.value is not None
-        return known.value
-
-    def forget_others(self, paths: Collection[Path]) -> None:
-        """Keep what is known of ``paths`` only, so that files that are gone do not pile up."""
-        for path in [path for path in list(self._known) if path not in paths]:
-            self._known.pop(path, None)
-
-    def _read(self, path: Path, within: Path | None) -> _Known[T]:
-        now = time.time()
-        with opened(path, within) as (file, status):
-            self.reads += 1
-            settled = now - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS
-            try:
-                content = read_bounded(file, MAX_FILE_BYTES)
-                return _Known(stamp(status), settled, self._parse(path, content, status), None)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised to whoever asks
-                return _Known(stamp(status), settled, None, error)
-
-
-# -- The kernelspecs on disk: ``<root>/<project>/<name>/kernel.json``, with ``<root>/<project>/project.json``. --
-
+"""A file that changed less than this ago may change again with the same time stamp. It is read each time."""
 
 PROVISIONER: Final = "slurm-provisioner"
 SPEC_FILE: Final = "kernel.json"
 MAX_RESOURCE_BYTES: Final = 4 << 20
-"""Bytes of a logo, kernel.js or kernel.css."""
+"""Of a logo, kernel.js or kernel.css."""
 
 _PROJECT_NAME: Final = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
 _SPEC_NAME: Final = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}", re.ASCII)
@@ -149,20 +53,118 @@ _KEYS: Final = frozenset(
     }
 )
 _RESOURCE: Final = re.compile(r"kernel\.(?:js|css)|logo-[A-Za-z0-9_.-]+", re.ASCII)
-# Enough for what is given to be looked at before it is known what a client adds.
+# Values for required fields, so that a kernelspec can be checked before a client adds its own.
 _PLACEHOLDERS: Final = {"project": "any", "partition": "any", "nodes": 1, "runtime": 1, "kernel_argv": ["any"]}
+
+Stamp = tuple[int, int, int, int, int, int, int]
+"""The facts of a file's status that differ after a change."""
+
+# -- Files --
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """The stamp of a file. Owner and mode are part of it: they decide whether the file is trusted."""
+    s = status
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_uid, s.st_mode
+
+
+@contextlib.contextmanager
+def open_plain(path: Path, within: Path | None = None) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """Open a plain file and return it with its status. Both are of one file, even if it is replaced meanwhile.
+
+    With ``within`` the file must lie in that directory, with links followed. Raises OSError, and ValueError for a file
+    that is not plain or lies elsewhere.
+    """
+    # O_NONBLOCK: opening a named pipe does not wait for a writer.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    target, more = (path, 0) if within is None else (os.path.realpath(path), os.O_NOFOLLOW)
+    descriptor = os.open(target, flags | more)
+    # Before open(), whose error for a directory would name the descriptor's number.
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("it is not a plain file")
+    with open(descriptor, "rb") as file:
+        # A directory above the file may have become a link since realpath(): the descriptor has its real path.
+        if within is not None and not _is_within(within, os.readlink(f"/proc/self/fd/{descriptor}")):
+            raise ValueError(f"it is a link that leads out of {within}")
+        yield file, status
+
+
+def read_bounded(file: BinaryIO, largest: int) -> bytes:
+    """The file's content. Raises ValueError for more than ``largest`` bytes."""
+    content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it is larger than {largest} bytes")
+    return content
+
+
+def _is_within(folder: Path, real: str) -> bool:
+    return real.startswith(os.path.realpath(folder).rstrip("/") + "/")
+
+
+@dataclass(frozen=True)
+class _Known(Generic[T]):
+    """The result of parsing a file: a value, or the error that was raised."""
+
+    stamp: Stamp
+    settled: bool
+    value: T | None
+    error: Exception | None
+
+
+class FileCache(Generic[T]):
+    """The parsed content of files. ``parse`` gets path, content and status. Any thread may use a cache.
+
+    An error of ``parse`` is kept and raised again until the file changes. A cached answer costs one stat(2).
+    """
+
+    def __init__(self, parse: Callable[[Path, bytes, os.stat_result], T]) -> None:
+        self._parse = parse
+        self._known: dict[Path, _Known[T]] = {}
+        self.reads = 0
+        """How often a file was read."""
+
+    def get(self, path: Path, within: Path | None = None) -> T:
+        """The parsed content. Raises as ``open_plain``, ValueError for a file that is too large, and as ``parse``."""
+        known = self._known.get(path)
+        if known is None or not known.settled or known.stamp != stamp(path.stat()):
+            known = self._known[path] = self._read(path, within)
+        if known.error is not None:
+            raise known.error.with_traceback(None)
+        assert known.value is not None
+        return known.value
+
+    def forget_others(self, paths: Collection[Path]) -> None:
+        """Forget all files but ``paths``, so that removed files do not pile up."""
+        for path in [path for path in list(self._known) if path not in paths]:
+            self._known.pop(path, None)
+
+    def _read(self, path: Path, within: Path | None) -> _Known[T]:
+        now = time.time()
+        with open_plain(path, within) as (file, status):
+            self.reads += 1
+            settled = now - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS
+            try:
+                content = read_bounded(file, MAX_FILE_BYTES)
+                return _Known(stamp(status), settled, self._parse(path, content, status), None)
+            except Exception as error:  # noqa: BLE001 - any error of a parser is raised to the caller
+                return _Known(stamp(status), settled, None, error)
+
+
+# -- Kernelspecs --
 
 
 @dataclass(frozen=True)
 class SpecFile:
-    """What a kernel.json says. Whoever wants a KernelSpec gets a new one: they are changed by their users."""
+    """The content of a kernel.json."""
 
     content: Mapping[str, Any]
     provisioner: str
     config: Mapping[str, Any]
-    """The request fields, without the lists of users."""
+    """The request fields, without the lists of authorized and unauthorized users."""
     authorized: tuple[frozenset[str], ...]
-    """A user must be in each of them."""
+    """A user must be in each of these sets."""
     unauthorized: frozenset[str]
 
     @property
@@ -171,12 +173,13 @@ class SpecFile:
         return self.provisioner != PROVISIONER
 
     def admits(self, user: str) -> bool:
+        """Whether the lists of authorized and unauthorized users let this user use the kernelspec."""
         return user not in self.unauthorized and all(user in names for names in self.authorized)
 
 
 @dataclass(frozen=True)
 class ServedSpec:
-    """A kernelspec by its name in the gateway; ``project`` is None for one on Jupyter's own path."""
+    """A kernelspec and its name in the gateway. ``project`` is None for a kernelspec on Jupyter's path."""
 
     name: str
     directory: Path
@@ -184,13 +187,14 @@ class ServedSpec:
     project: Project | None
 
     def kernel_spec(self, cls: type[KernelSpec] = KernelSpec) -> KernelSpec:
+        """A new KernelSpec each time: callers change them."""
         return cls(resource_dir=str(self.directory), **copy.deepcopy(dict(self.file.content)))
 
 
 class Catalog:
-    """Reads projects and kernelspecs, each file once until it changes. Any thread may ask; nothing is held open.
+    """The projects below ``root``, and the kernelspecs on Jupyter's path. Any thread may use it; it keeps no file open.
 
-    ``root`` is None where there are no projects.
+    ``root`` is None if there are no projects.
     """
 
     def __init__(self, root: Path | None) -> None:
@@ -200,10 +204,10 @@ class Catalog:
         self._installed = FileCache(_spec_file)
         self._resources: dict[Path, tuple[Stamp, list[str]]] = {}
 
-    # -- projects ---------------------------------------------------------------------------------
+    # -- Projects --
 
     def load(self, name: str) -> ServedSpec | None:
-        """The kernelspec ``<project>.<name>``; None if there is none. Raises ConfigError for one that is broken."""
+        """The kernelspec ``<project>.<name>``; None if it does not exist. Raises ConfigError if it is broken."""
         project_name, _dot, spec_name = name.partition(".")
         if self._root is None or not _PROJECT_NAME.fullmatch(project_name) or not _SPEC_NAME.fullmatch(spec_name):
             return None
@@ -218,13 +222,13 @@ class Catalog:
         return ServedSpec(name, directory, self._spec(folder, directory), self.project(project_name))
 
     def project(self, name: str) -> Project:
-        """Raises ConfigError that names the file."""
+        """The project of this name. Raises ConfigError that names the file."""
         assert self._root is not None
         path = self._root / name / FILE_NAME
         try:
             return self._projects.get(path)
         except FileNotFoundError as error:
-            raise ConfigError(f"{path} is missing, so nobody sees this project; {{}} in it is enough") from error
+            raise ConfigError(f"{path} is missing, so no user sees this project; a file with {{}} is enough") from error
         except (OSError, ValueError, ConfigError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -236,7 +240,7 @@ class Catalog:
             raise ConfigError(f"{path}: {error}") from error
 
     def scan(self) -> tuple[dict[str, ServedSpec], list[str]]:
-        """All kernelspecs of all projects by name, and what is wrong with the others."""
+        """All kernelspecs of all projects by name, and the problems of those that are broken."""
         found: dict[str, ServedSpec] = {}
         problems: list[str] = []
         for folder in self._folders(self._root, _PROJECT_NAME, problems):
@@ -258,10 +262,10 @@ class Catalog:
             return
         if served is not None:
             found[name] = served
-            problems += [f"{served.directory / SPEC_FILE}: {text}" for text in _excess(served)]
+            problems += [f"{served.directory / SPEC_FILE}: {text}" for text in _beyond_limits(served)]
 
     def _folders(self, parent: Path | None, pattern: re.Pattern[str], problems: list[str]) -> Iterator[Path]:
-        """The directories in ``parent`` in the order of their names; those that begin with a dot are none of ours."""
+        """The directories in ``parent`` in the order of their names, without hidden ones."""
         if parent is None:
             return
         try:
@@ -281,26 +285,27 @@ class Catalog:
         directories = {served.directory for served in found.values()}
         self._specs.forget_others({directory / SPEC_FILE for directory in directories})
         self._projects.forget_others({directory.parent / FILE_NAME for directory in directories})
-        for directory in [one for one in list(self._resources) if one not in directories and self._is_ours(one)]:
+        unserved = [path for path in list(self._resources) if path not in directories and self._is_in_project(path)]
+        for directory in unserved:
             self._resources.pop(directory, None)
 
-    def _is_ours(self, directory: Path) -> bool:
+    def _is_in_project(self, directory: Path) -> bool:
         return self._root is not None and self._root in directory.parents
 
-    # -- Jupyter's own path -------------------------------------------------------------------------
+    # -- Jupyter's path --
 
     def installed(self, name: str, directory: Path) -> ServedSpec:
-        """A kernelspec that is installed for Jupyter. Raises ConfigError if it is broken, OSError if it is gone."""
+        """A kernelspec on Jupyter's path. Raises ConfigError if it is broken, OSError if it does not exist."""
         path = directory / SPEC_FILE
         try:
             return ServedSpec(name, directory, self._installed.get(path), None)
         except (ValueError, ConfigError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    # -- resources ----------------------------------------------------------------------------------
+    # -- Resources --
 
     def resources(self, served: ServedSpec) -> list[str]:
-        """The names of its files that clients may have: logos, kernel.js and kernel.css."""
+        """The names of the kernelspec's files that clients may read: logos, kernel.js and kernel.css."""
         try:
             now = stamp(served.directory.stat())
             known = self._resources.get(served.directory)
@@ -312,9 +317,7 @@ class Catalog:
         return [name for name in known[1] if _can_be_opened(served, name)]
 
     def resource(self, served: ServedSpec, name: str) -> bytes | None:
-        """What is in that file; None if there is none, if it leads out of the project, or is larger than
-        ``MAX_RESOURCE_BYTES``.
-        """
+        """The content of such a file; None if it does not exist, leads out of the project, or is too large."""
         if not _RESOURCE.fullmatch(name):
             return None
         try:
@@ -326,7 +329,7 @@ class Catalog:
 
 def _opened_resource(served: ServedSpec, name: str) -> AbstractContextManager[tuple[BinaryIO, os.stat_result]]:
     within = served.directory.parent if served.project else served.directory
-    return opened(served.directory / name, within)
+    return open_plain(served.directory / name, within)
 
 
 def _can_be_opened(served: ServedSpec, name: str) -> bool:
@@ -337,8 +340,8 @@ def _can_be_opened(served: ServedSpec, name: str) -> bool:
         return False
 
 
-def _excess(served: ServedSpec) -> list[str]:
-    """What the kernelspec asks for beyond its project's limits: it is served, since a client may ask for less."""
+def _beyond_limits(served: ServedSpec) -> list[str]:
+    """What the kernelspec requests beyond its project's limits. It is served: a client may request less."""
     if served.file.is_local:
         return []
     fields = merge_fields(served.project, served.file.config, {})
@@ -356,7 +359,7 @@ def _partition(served: ServedSpec) -> dict[str, object]:
     return {"partition": partitions[0]} if partitions else {}
 
 
-# -- the files ----------------------------------------------------------------------------------------
+# -- Parsers of the files --
 
 
 def _project_file(path: Path, content: bytes, _status: os.stat_result) -> Project:
@@ -364,7 +367,7 @@ def _project_file(path: Path, content: bytes, _status: os.stat_result) -> Projec
 
 
 def _strict_spec_file(path: Path, content: bytes, status: os.stat_result) -> SpecFile:
-    """As ``_spec_file``, but nothing in it may be unknown. Raises ConfigError."""
+    """As ``_spec_file``, but unknown keys and invalid request fields are errors. Raises ConfigError."""
     unknown = load_object(content).keys() - _KEYS
     if unknown:
         raise ConfigError(f"unknown keys {sorted(unknown)}; known are {', '.join(sorted(_KEYS))}")
@@ -379,12 +382,12 @@ def _strict_spec_file(path: Path, content: bytes, status: os.stat_result) -> Spe
 
 
 def _spec_file(_path: Path, content: bytes, _status: os.stat_result) -> SpecFile:
-    """Raises ConfigError for what is no kernelspec."""
+    """Parse a kernel.json. Raises ConfigError if it is not a kernelspec."""
     spec = load_object(content)
     if "resource_dir" in spec:
-        raise ConfigError("it says where it is itself (resource_dir)")
+        raise ConfigError("it sets resource_dir, which is always its own directory")
     argv = spec.get("argv", [])
-    # To traitlets a text is a list of letters.
+    # traitlets would accept a text as a list of letters.
     if not isinstance(argv, list) or not all(isinstance(item, str) for item in argv):
         raise ConfigError("argv is not a list of texts")
     metadata = spec.get("metadata", {})
@@ -396,12 +399,12 @@ def _spec_file(_path: Path, content: bytes, _status: os.stat_result) -> SpecFile
         unauthorized.append(_users(place, "unauthorized_users"))
     fields = {name: value for name, value in config.items() if name not in ("authorized_users", "unauthorized_users")}
     if "kernel_provisioner" in metadata:
-        # Whom it is for is decided here; to the provisioner these would be unknown request fields.
+        # The gateway checks the lists of users. To the provisioner they would be unknown request fields.
         spec["metadata"] = {**metadata, "kernel_provisioner": {**stanza, "config": fields}}
     try:
         KernelSpec(**copy.deepcopy(spec))
     except (TraitError, TypeError) as error:
-        raise ConfigError(f"it is no kernelspec: {error}") from error
+        raise ConfigError(f"it is not a kernelspec: {error}") from error
     return SpecFile(
         content=spec,
         provisioner=str(stanza.get("provisioner_name", "")),
@@ -421,9 +424,9 @@ def _object(parent: object, key: str) -> dict[str, Any]:
 
 
 def _users(place: Mapping[str, Any], key: str) -> frozenset[str]:
-    """As Enterprise Gateway has them, names with commas between them, or a list."""
+    """Names separated by commas, as in Enterprise Gateway, or a list."""
     value = place.get(key) or []
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{key} is neither a list of names nor text with commas between them")
+        raise ConfigError(f"{key} is neither a list of names nor names separated by commas")
     return frozenset(name.strip() for name in names if name.strip())

@@ -1,4 +1,4 @@
-"""What a client may set of a request, and that the whole stays within the project's limits. Pure."""
+"""The request fields that a client may set, and the check of a whole request against the project's limits. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway_slurm.slurm.formats import memory_in_mebibytes
 PREFIX: Final = "KERNEL_SLURM_"
 
 COUNTED: Final = frozenset({"nodes", "gpus", "gres", "cpus", "memory", "runtime", "time", "partition"})
-"""Request fields that limits are about."""
+"""Request fields that the limits count."""
 UNCOUNTED: Final = NEVER_CLIENT_FIELDS | {
     "project",
     "reservation",
@@ -28,20 +28,20 @@ UNCOUNTED: Final = NEVER_CLIENT_FIELDS | {
     "isolate",
     "keep_allocation",
 }
-"""Request fields by which a job does not grow. One that is in neither set is refused where there are limits."""
+"""Request fields that do not make a job larger. A field in neither set is refused where there are limits."""
 
 _KNOWN: Final = frozenset(field.name for field in FIELDS)
 _GPU_SHARES: Final = ("shard", "mps")
 _SECRET: Final = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 
 
-# -- what a client sends ----------------------------------------------------------------------------------
+# -- A client's environment --
 
 
 def client_fields(env: Mapping[str, object], allowed: Collection[str]) -> dict[str, object]:
     """The request fields in a client's environment.
 
-    Raises RequestError for one that does not exist, NotAllowed for one that this client may not set.
+    Raises RequestError for a field that does not exist, NotAllowed for a field that this client may not set.
     """
     found: dict[str, object] = {}
     for variable, value in env.items():
@@ -61,10 +61,10 @@ def client_fields(env: Mapping[str, object], allowed: Collection[str]) -> dict[s
 
 
 def client_environment(env: Mapping[str, object], allowed: Collection[str]) -> dict[str, str]:
-    """What of a client's environment its kernel gets: ``KERNEL_*`` and what is ``allowed`` (names and globs).
+    """The variables of a client that its kernel gets: ``KERNEL_*`` and those ``allowed`` (names and globs).
 
-    No request fields, and nothing whose name says that it is a secret, unless it is allowed by its full name.
-    Raises RequestError for values that are no text, and for too much.
+    Request fields are left out, and so are variables named like secrets, unless their full name is allowed. Raises
+    RequestError for a value that is not text, and for too much text.
     """
     texts: dict[str, str] = {}
     for name, value in env.items():
@@ -75,26 +75,26 @@ def client_environment(env: Mapping[str, object], allowed: Collection[str]) -> d
     return kernel_environment(texts, allowed=["KERNEL_*", *allowed])
 
 
-# -- the whole --------------------------------------------------------------------------------------------
+# -- The whole request --
 
 
 def merge_fields(
     project: Project | None, config: Mapping[str, object], client: Mapping[str, object]
 ) -> dict[str, object]:
-    """The project's defaults, over them the kernelspec's own fields, over those the client's.
+    """The project's defaults, overridden by the kernelspec's fields, overridden by the client's.
 
-    What is to be unset is None, since the result goes over the kernelspec's fields once more.
+    A field that must be unset is None: the result overrides the kernelspec's fields once more.
     """
-    own = {name: value for name, value in config.items() if not _is_unset(value)}
-    fields = {**(project.defaults if project else {}), **own, **client}
-    if "runtime" in client and "time" not in client and "time" in own:
-        # ``time`` wins over ``runtime``, and would here win over what the client asks for.
+    spec_fields = {name: value for name, value in config.items() if not _is_unset(value)}
+    fields = {**(project.defaults if project else {}), **spec_fields, **client}
+    if "runtime" in client and "time" not in client and "time" in spec_fields:
+        # ``time`` has precedence over ``runtime``: the kernelspec's would override the client's.
         fields["time"] = None
     return fields
 
 
 def check_request(fields: Mapping[str, object], project: Project | None) -> KernelRequest:
-    """The request that ``fields`` are. Raises RequestError if they are none, NotAllowed where it is too much."""
+    """The request with these fields. Raises RequestError if they are invalid, NotAllowed if they exceed the limits."""
     request = parse_request(fields)
     if project is None:
         return request
@@ -126,18 +126,18 @@ def _refuse_uncountable(fields: Mapping[str, object], project: Project) -> None:
     for name, value in fields.items():
         if name not in COUNTED | UNCOUNTED and not _is_unset(value):
             raise NotAllowed(
-                f"{name}={_shown(value)}: it could get around the limits of project {project.name!r}", field=name
+                f"{name}={_shown(value)}: it could bypass the limits of project {project.name!r}", field=name
             )
 
 
 def _check_partition(request: KernelRequest, project: Project) -> None:
-    """Each of a list counts: Slurm takes whichever is free first."""
+    """Check each partition of a list: Slurm uses the one in which the job starts first."""
     if project.partitions is None or request.partition is None:
         return
     for partition in request.partition.split(","):
         if partition not in project.partitions:
             raise NotAllowed(
-                f"partition={request.partition!r}: {partition!r} is none of project {project.name!r}, "
+                f"partition={request.partition!r}: {partition!r} is not a partition of project {project.name!r}, "
                 f"which has {', '.join(project.partitions) or 'none'}",
                 field="partition",
             )
@@ -149,14 +149,16 @@ def _check_memory(request: KernelRequest, nodes: int, project: Project) -> None:
         return
     mebibytes = memory_in_mebibytes(request.memory)
     if mebibytes == 0:
-        # Without --mem, and with --mem=0, a job can get all that a node has (sbatch(1)).
+        # Without --mem, and with --mem=0, a job can get all memory of a node (sbatch(1)).
         given = "nothing" if request.memory is None else repr(request.memory)
-        raise _too_much("memory", f"{given}, which can be all of a node's,", f"max_memory={limit}M; set it", project)
+        raise _too_much(
+            "memory", f"{given}, which can be a node's whole memory,", f"max_memory={limit}M; set it", project
+        )
     _check("memory", mebibytes * nodes, limit, f"MiB on {nodes} nodes", project)
 
 
 def _check_times(request: KernelRequest, limit: int, project: Project) -> None:
-    """Both count, although one wins: whichever is used later is within the limit."""
+    """Check both fields, although one has precedence: whichever is used is within the limit."""
     _check("runtime", request.runtime or 0, limit, "minutes", project)
     if request.time is None:
         return
@@ -167,7 +169,7 @@ def _check_times(request: KernelRequest, limit: int, project: Project) -> None:
 
 
 def _gpus_in(gres: str | None, project: Project) -> int:
-    """GPUs of one node among its generic resources, by whatever type; a share of a GPU counts as one."""
+    """The GPUs of one node in ``gres``, of all types. A share of a GPU counts as one."""
     return sum(_gpus_of(item, project) for item in (gres or "").lower().split(","))
 
 
@@ -185,7 +187,7 @@ def _gpus_of(item: str, project: Project) -> int:
     if not rest[-1][:1].isalpha():
         # Slurm reads a suffix in a count (2K), and a type may begin with a digit (3g.20gb).
         raise NotAllowed(
-            f"gres={item!r}: how many GPUs is this? Write a plain count at its end; "
+            f"gres={item!r}: the number of GPUs is not clear. Write a plain count at its end; "
             f"project {project.name!r} limits them",
             field="gres",
         )

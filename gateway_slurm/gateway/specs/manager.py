@@ -1,4 +1,4 @@
-"""The gateway's kernelspecs: each project's, and those installed for Jupyter, for whoever may see them."""
+"""The gateway's kernelspecs for each user: those of projects, and those installed for Jupyter."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from gateway_slurm.service import SlurmService
 
 
 class LocalKernel(NoSuchKernel):
-    """The kernelspec is there, and would run its kernel on the gateway's own host."""
+    """The kernelspec exists, but would run its kernels on the gateway's own host."""
 
     def __str__(self) -> str:
         return _local_reason(self.name)
 
 
 class NoSuchResource(NoSuchKernel):
-    """The kernelspec is there, and has no such file for clients."""
+    """The kernelspec exists, but has no such file for clients."""
 
     def __str__(self) -> str:
         return f"there is no {self.name[:200]!r}"
@@ -40,51 +40,51 @@ class NoSuchResource(NoSuchKernel):
 def _local_reason(name: str) -> str:
     return (
         f"the kernelspec {name!r} is not served: its kernels would run on the gateway's own host, as the gateway's "
-        f"user, next to its tokens. Kernels here run on Slurm (provisioner_name: {PROVISIONER})"
+        f"user, next to its tokens. The gateway's kernels run on Slurm (provisioner_name: {PROVISIONER})"
     )
 
 
 class GatewayKernelSpecManager(KernelSpecManager):
     """Serves ``<projects_root>/<project>/<name>/kernel.json`` as ``<project>.<name>``, and Jupyter's own kernelspecs.
 
-    What takes a ``user`` looks at the disk and perhaps at group databases and Slurm, may wait, and may be
-    called by any thread; a server calls it in a worker thread. Nothing is held open.
+    Methods with a ``user`` read the disk, and may query group databases and Slurm. They may block; a server calls them
+    in worker threads. No file is kept open.
     """
 
     projects_root = Unicode(
         "",
         config=True,
-        help="""Directory with a directory of kernelspecs for each project. Default: none, there are no
+        help="""Directory with one directory of kernelspecs per project. Default: none; the gateway has no
         projects.""",
     )
     serve_installed = Bool(
         True,
         config=True,
-        help="Serve the kernelspecs that are installed on Jupyter's path, too, to everybody.",
+        help="Also serve the kernelspecs that are installed on Jupyter's path, to all users.",
     )
     allow_local = Bool(
         False,
         config=True,
-        help="""Serve kernelspecs of other provisioners than Slurm's, too: their kernels run on the gateway's own
-        host, as the gateway's user, and can read its tokens. For trying things out.""",
+        help="""Also serve kernelspecs of other provisioners than Slurm's. Their kernels run on the gateway's own
+        host, as the gateway's user, and can read its tokens. For experiments only.""",
     )
     allowed_client_fields = List(
         Unicode(),
         list(CLIENT_FIELDS),
         config=True,
-        help="""Request fields that clients may set by ``KERNEL_SLURM_<FIELD>``, for kernelspecs whose project
-        does not say. Slurm's own limits hold besides.""",
+        help="""Request fields that clients may set by ``KERNEL_SLURM_<FIELD>``, unless the kernelspec's project
+        has its own list. Slurm's limits apply as well.""",
     )
     allowed_envs = List(
         Unicode(),
         config=True,
-        help="""Names (``LC_*`` for several) of a client's environment variables that its kernels get, besides
-        ``KERNEL_*``.""",
+        help="""Names of a client's environment variables that its kernels get, besides ``KERNEL_*``. A name may end
+        with ``*``, as in ``LC_*``.""",
     )
     membership_age = CFloat(
         300.0,
         config=True,
-        help="""Seconds for which it is remembered who is in which Unix group or Slurm account.""",
+        help="""Seconds for which the members of Unix groups and Slurm accounts are cached.""",
     )
 
     @validate("allowed_client_fields")
@@ -93,7 +93,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
         if wrong := [name for name in proposal["value"] if name not in known]:
             raise TraitError(
                 f"GatewayKernelSpecManager.allowed_client_fields: clients cannot set {wrong}; "
-                f"possible are {', '.join(sorted(known))}"
+                f"allowed are {', '.join(sorted(known))}"
             )
         return list(proposal["value"])
 
@@ -106,40 +106,40 @@ class GatewayKernelSpecManager(KernelSpecManager):
         self._lock = threading.Lock()
         self._problems: list[str] = []
 
-    # -- for a user ---------------------------------------------------------------------------------
+    # -- One user's kernelspecs --
 
     def specs_for(self, user: str, base_url: str | None = None) -> dict[str, dict[str, Any]]:
-        """What ``GET /api/kernelspecs`` has as ``kernelspecs`` for this user; not to be changed by the caller."""
-        seen = {name: served for name, served in self._all().items() if self._sees(served, user)}
-        names = _display_names(list(seen.values()))
-        return {name: self._model(served, names[name], base_url) for name, served in seen.items()}
+        """The ``kernelspecs`` of ``GET /api/kernelspecs`` for this user. The caller must not change them."""
+        visible = {name: served for name, served in self._all().items() if self._can_see(served, user)}
+        names = _display_names(list(visible.values()))
+        return {name: self._model(served, names[name], base_url) for name, served in visible.items()}
 
     def model_for(self, name: str, user: str, base_url: str | None = None) -> dict[str, Any]:
-        """What ``GET /api/kernelspecs/NAME`` has. Raises as ``spec_for``."""
-        served = self._for(name, user)
+        """The answer to ``GET /api/kernelspecs/NAME`` for this user. Raises as ``spec_for``."""
+        served = self._served_to(name, user)
         models = self.specs_for(user, base_url)
         return models.get(served.name) or self._model(served, _display_name(served), base_url)
 
     def spec_for(self, name: str, user: str) -> KernelSpec:
-        """Raises NoSuchKernel for one that is not there for this user, NotAllowed for one that has another's name on
-        it, or that is not served.
+        """The kernelspec. Raises NoSuchKernel if it does not exist for the user, who may be no member of its project;
+        NotAllowed if its lists of users exclude the user, or if it is not served.
         """
-        return self._for(name, user).kernel_spec(self.kernel_spec_class)
+        return self._served_to(name, user).kernel_spec(self.kernel_spec_class)
 
     def resource(self, name: str, path: str, user: str) -> bytes:
-        """What is in a logo, kernel.js or kernel.css. Raises as ``spec_for``."""
-        found = self._catalog.resource(self._for(name, user), path)
+        """The content of a logo, kernel.js or kernel.css. Raises as ``spec_for``."""
+        found = self._catalog.resource(self._served_to(name, user), path)
         if found is None:
             raise NoSuchResource(f"{name}/{path}")
         return found
 
     def request_fields(self, name: str, user: str, env: Mapping[str, object]) -> dict[str, object]:
         """The request fields of a kernel that ``user`` starts with this environment: the project's, the kernelspec's
-        and the client's, within the project's limits. They go over those of the kernelspec.
+        and the client's, within the project's limits. They override those of the kernelspec.
 
-        Raises as ``spec_for``; RequestError for what is not valid, NotAllowed for what is too much.
+        Raises as ``spec_for``; RequestError for fields that are not valid, NotAllowed for fields beyond the limits.
         """
-        served = self._for(name, user)
+        served = self._served_to(name, user)
         if served.file.is_local:
             return {}
         project = served.project
@@ -150,43 +150,43 @@ class GatewayKernelSpecManager(KernelSpecManager):
         return fields
 
     def kernel_env(self, name: str, env: Mapping[str, object]) -> dict[str, str]:
-        """What of the client's environment its kernel gets. Raises NoSuchKernel, and RequestError."""
+        """The variables of the client's environment that its kernel gets. Raises NoSuchKernel, and RequestError."""
         project = self._served(name).project
         return client_environment(env, [*self.allowed_envs, *(project.allowed_envs if project else ())])
 
     def problems(self) -> list[str]:
-        """What is wrong with which file, as it is on disk now; each is logged once."""
+        """The problems of the files that are on disk now. Each is logged once."""
         self._all()
         return list(self._problems)
 
-    # -- what jupyter_client asks ---------------------------------------------------------------------
+    # -- Called by jupyter_client --
 
     def find_kernel_specs(self) -> dict[str, str]:
-        """Everything that is served, to whomever."""
+        """All kernelspecs that are served, whichever users may see them."""
         return {name: str(served.directory) for name, served in self._all().items()}
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        """The kernelspec whoever asks; raises NoSuchKernel also for one that is not served."""
+        """The kernelspec, whichever users may see it. Raises NoSuchKernel also for a kernelspec that is not served."""
         served = self._served(kernel_name)
         if served.file.is_local and not self.allow_local:
             raise LocalKernel(served.name)
         return served.kernel_spec(self.kernel_spec_class)
 
     def wrapped_spec(self, kernel_name: str) -> KernelSpec:
-        """An installed kernelspec that another one wraps by ``kernel_name``; it needs not be served itself."""
+        """An installed kernelspec that another one wraps by ``kernel_name``. It may be one that is not served."""
         return super().get_kernel_spec(kernel_name)
 
     def get_all_specs(self) -> dict[str, Any]:
-        """Everything that is served, to whomever; a server asks ``specs_for``."""
+        """All kernelspecs that are served, whichever users may see them. The gateway itself calls ``specs_for``."""
         return {
             name: {"resource_dir": str(served.directory), "spec": served.kernel_spec().to_dict()}
             for name, served in self._all().items()
         }
 
-    # -- looking ----------------------------------------------------------------------------------------
+    # -- Reading the disk --
 
     def _all(self) -> dict[str, ServedSpec]:
-        """Everything that is served; what is wrong is told."""
+        """All kernelspecs that are served. Problems are logged."""
         with self._lock:
             found, problems = self._catalog.scan()
             if not self.allow_local:
@@ -194,7 +194,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
                 problems += [f"{served.directory}: {_local_reason(served.name)}" for served in local]
             for name, directory in self._installed_directories(problems).items():
                 if name in found:
-                    problems.append(f"{directory} is not served: a project's kernelspec is called {name!r}, too")
+                    problems.append(f"{directory} is not served: a project's kernelspec has the name {name!r}, too")
                     continue
                 try:
                     found[name] = self._installed(name, directory)
@@ -202,10 +202,10 @@ class GatewayKernelSpecManager(KernelSpecManager):
                     continue
                 except ConfigError as error:
                     problems.append(str(error))
-            self._tell(problems)
+            self._log_problems(problems)
         return {name: served for name, served in found.items() if self._is_served(served)}
 
-    def _tell(self, problems: list[str]) -> None:
+    def _log_problems(self, problems: list[str]) -> None:
         for problem in problems:
             if problem not in self._problems:
                 self.log.warning("%s", problem)
@@ -224,11 +224,11 @@ class GatewayKernelSpecManager(KernelSpecManager):
             return {}
 
     def _installed(self, name: str, directory: str) -> ServedSpec:
-        """Raises NoSuchKernel for one that is gone or whose provisioner is, ConfigError for a broken one."""
+        """An installed kernelspec. Raises ConfigError, and NoSuchKernel if it or its provisioner is missing."""
         try:
             served = self._catalog.installed(name, Path(directory))
         except OSError as error:
-            # ipykernel's own is no file, but made when it is asked for; its kernels run on this host.
+            # ipykernel's own kernelspec has no file: ipykernel makes it on request. Its kernels run on this host.
             raise NoSuchKernel(name) from error
         if served.file.is_local and self.allow_local:
             factory = KernelProvisionerFactory.instance(parent=self.parent)
@@ -237,7 +237,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
         return served
 
     def _served(self, name: str) -> ServedSpec:
-        """One by name, served or local, without a look at the others. Raises NoSuchKernel."""
+        """A kernelspec by name, served or local, without reading the others. Raises NoSuchKernel."""
         key = name.lower()
         try:
             found = self._catalog.load(key)
@@ -245,13 +245,13 @@ class GatewayKernelSpecManager(KernelSpecManager):
                 directory = spec_directory(self, key)
                 found = self._installed(key, directory) if directory else None
         except ConfigError as error:
-            self._tell([*self._problems, str(error)])
+            self._log_problems([*self._problems, str(error)])
             raise NoSuchKernel(name) from error
         if found is None or (self.allowed_kernelspecs and key not in self.allowed_kernelspecs):
             raise NoSuchKernel(name)
         return found
 
-    def _for(self, name: str, user: str) -> ServedSpec:
+    def _served_to(self, name: str, user: str) -> ServedSpec:
         served = self._served(name)
         if not self._is_member(served, user):
             raise NoSuchKernel(name)
@@ -259,11 +259,11 @@ class GatewayKernelSpecManager(KernelSpecManager):
             raise NotAllowed(_local_reason(name), field="name")
         if not served.file.admits(user):
             raise NotAllowed(
-                f"the kernelspec {name!r} is not for the user {user!r}; its admin says who may", field="name"
+                f"the kernelspec {name!r} is not for the user {user!r}; the admin's lists of users decide", field="name"
             )
         return served
 
-    def _sees(self, served: ServedSpec, user: str) -> bool:
+    def _can_see(self, served: ServedSpec, user: str) -> bool:
         return served.file.admits(user) and self._is_member(served, user)
 
     def _is_member(self, served: ServedSpec, user: str) -> bool:
@@ -280,7 +280,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
 
 
 def _resource_name(file: str) -> str:
-    """As jupyter_server has them: ``kernel.js``, and ``logo-64x64`` for logo-64x64.png."""
+    """The name in jupyter_server's models: ``kernel.js``, and ``logo-64x64`` for logo-64x64.png."""
     return file if file.startswith("kernel.") else Path(file).stem
 
 
@@ -289,15 +289,15 @@ def _display_name(served: ServedSpec) -> str:
 
 
 def _display_names(specs: Collection[ServedSpec]) -> dict[str, str]:
-    """Names for people, no two of them the same: with the project's title where needed, else with the whole name."""
+    """Display names without duplicates. A duplicate gets the project's title, and then if needed the whole name."""
     names = {served.name: _display_name(served) for served in specs}
-    _tell_apart(names, {served.name: served.project.title for served in specs if served.project})
-    _tell_apart(names, {served.name: served.name for served in specs})
+    _distinguish(names, {served.name: served.project.title for served in specs if served.project})
+    _distinguish(names, {served.name: served.name for served in specs})
     return names
 
 
-def _tell_apart(names: dict[str, str], words: Mapping[str, str]) -> None:
+def _distinguish(names: dict[str, str], additions: Mapping[str, str]) -> None:
     count = Counter(names.values())
-    for name, shown in names.items():
-        if count[shown] > 1 and name in words:
-            names[name] = f"{shown} ({words[name]})"
+    for name, display_name in names.items():
+        if count[display_name] > 1 and name in additions:
+            names[name] = f"{display_name} ({additions[name]})"

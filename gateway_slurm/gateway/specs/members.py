@@ -1,4 +1,4 @@
-"""Who is a member of a project: by name, by Unix group, or by Slurm account."""
+"""Membership in a project: by user name, Unix group, or Slurm account."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gateway_slurm.gateway.specs.projects import Members
 from gateway_slurm.slurm.runner import Runner
 
 UNANSWERED_SECONDS: Final = 30.0
-"""For so long a question that was not answered is not asked again: each costs its asker the whole time limit."""
+"""How long Slurm is not asked again after it did not answer: each attempt costs the caller the whole time limit."""
 _ASK_SECONDS: Final = 15.0
 _MAX_USERS: Final = 4096
 
@@ -28,10 +28,10 @@ _log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Answers who is a member; what it has heard is used for ``max_age`` seconds. Any thread may ask, and may wait.
+    """Tells whether a user is a member; answers are used for ``max_age`` seconds. Any thread may ask, and may wait.
 
-    ``ask_accounts`` asks Slurm for everybody's accounts at once and raises GatewaySlurmError. It is only
-    called for a project that names accounts, and while it does not answer nobody is a member by account.
+    ``ask_accounts`` asks Slurm for all users' accounts at once and raises GatewaySlurmError. It is called only for
+    projects that name accounts. While Slurm does not answer, no user is a member by account.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Membership:
         self._groups: dict[str, tuple[float, frozenset[str]]] = {}
 
     def is_member(self, user: str, members: Members | None) -> bool:
-        """Whether ``user`` is in one of the three; without ``members`` everybody is."""
+        """Whether ``user`` is a member by name, group or account; without ``members`` every user is."""
         if members is None or user in members.users:
             return True
         if members.groups and members.groups & self._groups_of(user):
@@ -67,21 +67,21 @@ class Membership:
         return groups
 
     def _accounts_of(self, user: str) -> frozenset[str]:
-        # One asks, and whoever else wants to know waits for the same answer.
+        # One thread asks Slurm; the others wait for the same answer.
         with self._lock:
             if self._clock() >= self._accounts_until:
                 try:
                     self._accounts = self._ask_accounts()
                     self._accounts_until = self._clock() + self._max_age
                 except GatewaySlurmError as error:
-                    _log.error("nobody is a member of a project by a Slurm account for now: %s", error)
+                    _log.error("for now no user is a member of a project by a Slurm account: %s", error)
                     self._accounts = {}
                     self._accounts_until = self._clock() + UNANSWERED_SECONDS
             return self._accounts.get(user, frozenset())
 
 
 def unix_groups(user: str) -> frozenset[str]:
-    """The names of a user's groups, as this host's databases have them; none for a user whom it does not know."""
+    """The names of a user's groups in this host's databases; empty for an unknown user."""
     try:
         entry = pwd.getpwnam(user)
         numbers = os.getgrouplist(user, entry.pw_gid)
@@ -97,7 +97,7 @@ def _group_name(number: int) -> str:
         return ""
 
 
-# -- Slurm's accounts -----------------------------------------------------------------------------------
+# -- Slurm's accounts --
 
 
 def accounts_command() -> list[str]:
@@ -106,10 +106,10 @@ def accounts_command() -> list[str]:
 
 
 def parse_accounts(exit_status: int, stdout: str, stderr: str) -> Accounts:
-    """Each user's accounts from lines ``user|account``; accounts' own lines have no user. Raises SlurmUnavailable."""
+    """Each user's accounts, from lines ``user|account``. Lines of accounts have no user. Raises SlurmUnavailable."""
     if exit_status != 0:
-        words = " ".join(stderr.split())[:1000] or f"exit status {exit_status}"
-        raise SlurmUnavailable(f"sacctmgr did not say who has which account: {words}", exit_status=exit_status)
+        message = " ".join(stderr.split())[:1000] or f"exit status {exit_status}"
+        raise SlurmUnavailable(f"sacctmgr did not list the users' accounts: {message}", exit_status=exit_status)
     found: dict[str, set[str]] = {}
     for line in stdout.splitlines():
         user, _bar, account = line.partition("|")
@@ -119,6 +119,6 @@ def parse_accounts(exit_status: int, stdout: str, stderr: str) -> Accounts:
 
 
 def ask_accounts(runner: Runner) -> Accounts:
-    """Ask slurmdbd, and wait for its answer: not for a thread that has a loop. Raises SlurmError."""
+    """Ask slurmdbd, and wait for its answer. Not for a thread with a running event loop. Raises SlurmError."""
     result = asyncio.run(runner.run(accounts_command(), timeout=_ASK_SECONDS))
     return parse_accounts(result.exit_status, result.stdout, result.stderr)

@@ -1,7 +1,7 @@
-"""What a project's ``project.json`` may say, as one table, and what it says.
+"""The keys of a project's ``project.json``, as one table, and the project that a file describes.
 
-The files are the admin's. A mistake in one is an error all the same, and so is a key that is unknown: a
-limit whose name is spelt wrongly would be no limit.
+Admins write these files. A mistake is an error, and so is an unknown key: a limit with a misspelt name would be no
+limit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gateway_slurm.slurm.formats import memory_in_mebibytes
 
 FILE_NAME: Final = "project.json"
 NEVER_CLIENT_FIELDS: Final = frozenset({"kernel_argv", "kernel_name", "kernel_language"})
-"""Request fields that say what runs: a client never sets them."""
+"""Request fields that decide which program runs: a client never sets them."""
 CLIENT_FIELDS: Final = (
     "jobid",
     "node",
@@ -32,9 +32,10 @@ CLIENT_FIELDS: Final = (
     "share",
     "isolate",
 )
-"""Request fields that clients set where nothing else is said: how much of what the kernelspec stands for, and
-in which job of theirs. Not what money or place it is taken from (project, partition, qos, reservation,
-constraint, gres), not the network's (connect), and not what holds nodes with nobody on them (keep_allocation).
+"""Request fields that clients may set by default: the size of the kernel's job, or the job to run in.
+
+Not the fields that decide which account, partition or nodes are used (project, partition, qos, reservation, constraint,
+gres), nor how the kernel is reached (connect), nor whether nodes stay allocated without a kernel (keep_allocation).
 """
 
 _FIELDS: Final = {field.name: field for field in FIELDS}
@@ -45,7 +46,7 @@ _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most that one kernel's job may have, all its nodes together; None is no limit."""
+    """The maximum for one kernel's job, all its nodes together. None is no limit."""
 
     max_nodes: int | None = None
     max_gpus: int | None = None
@@ -62,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Members:
-    """Who belongs to a project: whoever is in one of the three."""
+    """The members of a project: users in one of the three sets."""
 
     users: frozenset[str] = frozenset()
     groups: frozenset[str] = frozenset()
@@ -71,7 +72,7 @@ class Members:
 
 @dataclass(frozen=True, kw_only=True)
 class Project:
-    """A directory of kernelspecs, with what holds for all of them."""
+    """A directory of kernelspecs, with the settings that apply to all of them."""
 
     name: str
     title: str
@@ -82,7 +83,7 @@ class Project:
     allowed_client_fields: tuple[str, ...] | None = None
     allowed_envs: tuple[str, ...] = ()
     members: Members | None = None
-    """None: everybody."""
+    """None: every user is a member."""
 
     @property
     def defaults(self) -> dict[str, object]:
@@ -94,12 +95,12 @@ class Project:
         return {name: value for name, value in found.items() if value is not None}
 
 
-# -- the table ------------------------------------------------------------------------------------------
+# -- The table of keys --
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key of the file; ``section.key`` is in an object of its own."""
+    """One key of the file. A key ``section.key`` is in the JSON object ``section``."""
 
     name: str
     parse: Callable[[object], Any]
@@ -108,16 +109,16 @@ class Key:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not _TITLE.fullmatch(value):
-        raise ValueError("text of 1 to 100 characters, none of them a control character")
+        raise ValueError("text of 1 to 100 characters without control characters")
     return value
 
 
 def _field(name: str) -> Callable[[object], Any]:
-    """Parse as the request field of that name, but demand a value."""
+    """A parser as that of the request field ``name``, which requires a value."""
 
     def parse(value: object) -> Any:
         if value in (None, "", "None"):
-            raise ValueError("a value, or no such key at all")
+            raise ValueError("a value; leave the key out for none")
         return _FIELDS[name].parse(value)
 
     return parse
@@ -162,24 +163,24 @@ def _matching(matches: Callable[[str], object], allowed: str) -> Callable[[objec
 
 _CLIENT_FIELD: Final = _matching(
     lambda text: text in _FIELDS and text not in NEVER_CLIENT_FIELDS,
-    f"request fields, and of those none of {', '.join(sorted(NEVER_CLIENT_FIELDS))}",
+    f"request fields except {', '.join(sorted(NEVER_CLIENT_FIELDS))}",
 )
-_ENV: Final = _matching(_VARIABLE.fullmatch, "names of variables, or beginnings of names with * after them")
+_ENV: Final = _matching(_VARIABLE.fullmatch, "names of variables, or beginnings of names followed by *")
 
 
 def _account(value: object) -> str:
-    # Slurm keeps the names of accounts in small letters.
+    # Slurm keeps account names in lower case.
     return str(_field("project")(value)).lower()
 
 
 KEYS: Final[tuple[Key, ...]] = (
-    Key(name="title", parse=_text, help="the project's name for people (default: the directory's)"),
-    Key(name="account", parse=_field("project"), help="`project` for kernelspecs that set none"),
-    Key(name="partition", parse=_one_partition, help="`partition` for kernelspecs that set none"),
+    Key(name="title", parse=_text, help="the project's display name (default: the directory's name)"),
+    Key(name="account", parse=_field("project"), help="`project` of kernelspecs that do not set it"),
+    Key(name="partition", parse=_one_partition, help="`partition` of kernelspecs that do not set it"),
     Key(
         name="partitions",
         parse=_each(_one_partition, what="partitions"),
-        help="the only partitions that may be used; if there is one, it is also the default",
+        help="the allowed partitions; a single one is also the default",
     ),
     Key(name="limits.max_nodes", parse=_FIELDS["nodes"].parse, help="nodes"),
     Key(name="limits.max_gpus", parse=_FIELDS["gpus"].parse, help="GPUs: `gpus` and those in `gres`, times nodes"),
@@ -198,7 +199,7 @@ KEYS: Final[tuple[Key, ...]] = (
     Key(
         name="allowed_envs",
         parse=_each(_ENV, what="names"),
-        help="variables of the client's that kernels get, besides `KERNEL_*` and the gateway's setting",
+        help="variables of the client that kernels get, besides `KERNEL_*` and those of the gateway's setting",
     ),
     Key(
         name="members.users",
@@ -208,12 +209,12 @@ KEYS: Final[tuple[Key, ...]] = (
     Key(
         name="members.groups",
         parse=_set(_matching(_GROUP.fullmatch, "names of groups"), what="groups"),
-        help="Unix groups, as the gateway's host knows them, whose users are members",
+        help="Unix groups of the gateway's host; their users are members",
     ),
     Key(
         name="members.accounts",
         parse=_set(_account, what="accounts"),
-        help="Slurm accounts whose users are members (needs slurmdbd)",
+        help="Slurm accounts; their users are members (needs slurmdbd)",
     ),
 )
 _KEYS: Final = {key.name: key for key in KEYS}
@@ -221,13 +222,13 @@ _SECTIONS: Final = frozenset(name.partition(".")[0] for name in _KEYS if "." in 
 
 
 def keys_table() -> str:
-    """Draw the keys as markdown, one line per key."""
+    """The keys as a Markdown table."""
     lines = ["| key | meaning |", "|---|---|"]
     lines += [f"| `{key.name}` | {key.help} |" for key in KEYS]
     return "\n".join(lines) + "\n"
 
 
-# -- reading --------------------------------------------------------------------------------------------
+# -- Parsing --
 
 
 def parse_project(name: str, text: str | bytes) -> Project:
@@ -246,17 +247,17 @@ def parse_project(name: str, text: str | bytes) -> Project:
         members=Members(**_section(values, "members")) if "members" in content else None,
     )
     if project.partition and project.partitions is not None and project.partition not in project.partitions:
-        raise ConfigError(f"partition={project.partition!r} is not among its own partitions")
+        raise ConfigError(f"partition={project.partition!r} is not one of the project's partitions")
     return project
 
 
 def load_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; raises ConfigError for anything else, and for a key that is there twice."""
+    """A JSON object. Raises ConfigError for anything else, and for a key that occurs twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _value in pairs]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"the key {twice[:100]!r} is there twice")
+            raise ValueError(f"the key {twice[:100]!r} occurs twice")
         return dict(pairs)
 
     try:

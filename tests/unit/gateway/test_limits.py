@@ -44,7 +44,7 @@ def test_every_request_field_is_counted_or_known_to_need_no_count():
 def test_a_field_that_nobody_counts_is_refused_where_there_are_limits(monkeypatch):
     """Whoever adds a field and forgets the limits has made no way around them."""
     monkeypatch.setattr("gateway_slurm.gateway.specs.limits.UNCOUNTED", UNCOUNTED - {"qos"})
-    with pytest.raises(NotAllowed, match="get around"):
+    with pytest.raises(NotAllowed, match="bypass the limits"):
         start({"qos": "high"})
     start({"qos": "None"})
     start({"qos": "high"}, FREE)
