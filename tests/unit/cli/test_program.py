@@ -93,6 +93,6 @@ def test_an_invalid_number_is_reported_with_what_is_allowed(capsys, arguments, w
 def test_a_token_file_that_cannot_be_used_is_reported(tmp_path, capsys):
     """A directory is an error; a file that does not exist holds no tokens."""
     assert app.main(["token", "list", f"--tokens={tmp_path}"]) == 1
-    assert "it is no plain file" in capsys.readouterr().err
+    assert "it is not a plain file" in capsys.readouterr().err
     assert app.main(["token", "list", f"--tokens={tmp_path / 'none'}"]) == 0
     assert "There are no tokens" in capsys.readouterr().out
