@@ -32,6 +32,7 @@ from gateway_slurm.gateway.peers.forward import Forwarder
 from gateway_slurm.gateway.peers.peers import Peers
 from gateway_slurm.gateway.sessions import GatewaySessionManager, NoContents
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
+from gateway_slurm.link.endpoints import format_endpoint
 from gateway_slurm.service import SlurmService
 
 _ALL_ADDRESSES = ("", "*", "0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
@@ -45,8 +46,7 @@ def default_peer_url(app: Any) -> str:
         return ""
     host = socket.getfqdn() if app.ip in _ALL_ADDRESSES else app.ip
     host = "127.0.0.1" if host == "localhost" else host
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if app.certfile else 'http'}://{host}:{app.port}{app.base_url}"
+    return f"{'https' if app.certfile else 'http'}://{format_endpoint(host, app.port)}{app.base_url}"
 
 
 def make_forwarder(app: Any) -> Forwarder:

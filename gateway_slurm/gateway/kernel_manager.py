@@ -41,7 +41,7 @@ CANCEL_SECONDS = 5.0
 # Seconds that a restart may take to end before its kernel is shut down.
 RESTART_END_SECONDS = 5.0
 # Seconds that a Jupyter server's start waits for the kernels of its earlier process.
-RESTORE_SECONDS = 20.0
+STARTUP_RESTORE_SECONDS = 20.0
 
 
 def failure_text(error: BaseException) -> str:
@@ -126,7 +126,7 @@ def set_up_server(manager: SlurmMappingKernelManager, app: Any) -> None:
 
 def restore_before_listening(manager: SlurmMappingKernelManager, app: Any) -> None:
     """Restore the kernels of this server's earlier process. The server starts also if the store cannot be used."""
-    manager.restorer.restore_now(server_deployment(app.port), RESTORE_SECONDS)
+    manager.restorer.restore_now(server_deployment(app.port), STARTUP_RESTORE_SECONDS)
     if manager.restorer.failure is not None:
         manager.log.error("earlier kernels are not restored, and none can be started: %s", manager.restorer.failure)
 
@@ -202,12 +202,12 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         """The name of the user or service that started the kernel."""
         return self._owners.get(kernel_id, ("", ""))[1]
 
-    def check_limits(self, owner: str, elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
+    def check_limits(self, owner: str, at_peers: Mapping[str, str] = MappingProxyType({})) -> None:
         """Raise HTTPError 429 if ``owner`` may not start one more kernel.
 
-        ``elsewhere`` are the kernels of the deployment's other gateways, each with its owner.
+        ``at_peers`` are the kernels of the deployment's other gateways, each with its owner.
         """
-        others = {kernel_id: user for kernel_id, user in elsewhere.items() if kernel_id not in self}
+        others = {kernel_id: user for kernel_id, user in at_peers.items() if kernel_id not in self}
         living = [kernel_id for kernel_id in self.list_kernel_ids() if not self._is_dead(kernel_id)]
         of_owner = [*map(self.owner_of, living), *others.values()].count(owner)
         for limit, count, name in (
@@ -357,11 +357,16 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             self._set_dead(kernel_id, reason or "it died, and was not restarted")
 
     async def shutdown_all(self, now: bool = False) -> None:  # type: ignore[override] # as AsyncMultiKernelManager's
-        """End all kernels, starts and tasks; kernels on Slurm run on unless ``kill_kernels_on_exit`` is set."""
+        """End all kernels, starts and tasks; kernels on Slurm run on unless ``kill_kernels_on_exit`` is set.
+
+        In that case the service is closed as well, which would otherwise end them.
+        """
         if not self.kill_kernels_on_exit:
             await self.restorer.hand_over_kernels()
         await self.shutdown_each(self.list_kernel_ids(), now)
-        await self._tasks.close()
+        await self._tasks.close()  # before the service, whose loop some of them wait for
+        if not self.kill_kernels_on_exit:
+            await self.restorer.close_service()
 
     async def shutdown_each(self, kernel_ids: list[str], now: bool = False) -> None:
         """Shut these kernels down. An error is logged, and the others are shut down all the same."""
@@ -488,7 +493,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
 
     # -- frontends --------------------------------------------------------------------------------------
 
-    def channels_of(self, kernel_id: str, session_id: str) -> KernelChannels:
+    def open_channels(self, kernel_id: str, session_id: str) -> KernelChannels:
         """The session's channels to the kernel; the first call creates them."""
         self.get_kernel(kernel_id)  # raises HTTPError 404
         return self.frontends.open_channels(kernel_id, session_id)

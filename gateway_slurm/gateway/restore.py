@@ -74,7 +74,7 @@ class KernelRestorer:
     # -- a server that stops ------------------------------------------------------------------------
 
     async def hand_over_kernels(self) -> None:
-        """Leave running kernels to the next server and close the service; cancel starts, and their jobs."""
+        """Leave running kernels to the next server: report to frontends, acknowledge, and detach."""
         manager, self.is_handing_over = self._manager, True
         service = SlurmService.instance(self.log)
         kernels = {kernel_id: manager.get_kernel(kernel_id) for kernel_id in manager.list_kernel_ids()}
@@ -92,15 +92,18 @@ class KernelRestorer:
             self.detach(kernel_id)
         if running:
             self.log.warning(
-                "%s left running, in jobs %s: a server that is started %s has them again; else they end",
+                "%s left running, in jobs %s. The next server restores them%s",
                 "1 kernel" if len(running) == 1 else f"{len(running)} kernels",
                 ", ".join(jobs),
-                f"within {service.orphan_timeout:g} s" if service.orphan_timeout else "some time",
+                f" if it is started within {service.orphan_timeout:g} s; otherwise they end"
+                if service.orphan_timeout
+                else "",
             )
-        # Starts that wait, and kernels that do not run on Slurm, end before the service.
-        await manager.shutdown_each(manager.list_kernel_ids())
+
+    async def close_service(self) -> None:
+        """Close the service and leave its kernels running. Raises nothing."""
         try:
-            await asyncio.to_thread(service.close, leave=True)
+            await asyncio.to_thread(SlurmService.instance(self.log).close, leave=True)
         except Exception:
             # The process must end all the same; kernels and records outlive it in any case.
             self.log.exception("the service did not close in good order")

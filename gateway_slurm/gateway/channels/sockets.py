@@ -128,10 +128,8 @@ class Activity(KernelSocket):
     def _on_iopub(self, frames: list[bytes]) -> None:
         parts = messages.parts_of(frames)
         kernel, tracks = self._kernel, self._manager.track_message_type
-        msg_type, parent_type = (
-            messages.header_of(parts).get("msg_type"),
-            messages.parent_header_of(parts).get("msg_type"),
-        )
+        header, parent = messages.header_of(parts), messages.parent_header_of(parts)
+        msg_type, parent_type = header.get("msg_type"), parent.get("msg_type")
         if tracks(msg_type) or tracks(parent_type) or kernel.execution_state == "busy":
             self._manager.last_kernel_activity = kernel.last_activity = datetime.now(timezone.utc)
         if self._acks is not None:

@@ -35,7 +35,7 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         self.websocket_handler.set_nodelay(True)
         self._open = True
         self.multi_kernel_manager.notify_connect(self.kernel_id)
-        self._channels = self.multi_kernel_manager.channels_of(self.kernel_id, self.session_id)
+        self._channels = self.multi_kernel_manager.open_channels(self.kernel_id, self.session_id)
         self._channels.attach(self)
 
     def disconnect(self) -> None:  # type: ignore[override] # Jupyter server's own is no coroutine either

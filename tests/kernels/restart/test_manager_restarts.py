@@ -249,7 +249,7 @@ async def test_a_session_that_is_over_stays_so_when_its_kernel_is_restarted(serv
         kernel_id, kernel = await started(manager)
         sessions = []
         for number in range(3):  # a page that is reloaded
-            channels, sink = manager.channels_of(kernel_id, f"s{number}"), Sink()
+            channels, sink = manager.open_channels(kernel_id, f"s{number}"), Sink()
             channels.attach(sink)
             assert await poll_async(lambda channels=channels: channels._held is None, timeout=READY)
             sessions.append(channels)
@@ -275,7 +275,7 @@ async def test_a_session_that_came_before_its_kernel_hears_of_the_restarters_res
     async with managing(tmp_path) as manager:
         kernel_id = await manager.start_kernel(kernel_name="slurm")
         kernel, sink = manager._kernels[kernel_id], Sink()
-        channels = manager.channels_of(kernel_id, "early")
+        channels = manager.open_channels(kernel_id, "early")
         channels.attach(sink)
         assert await poll_async(lambda: channels._held is None, timeout=READY)
         os.kill(process_of(kernel).pid, signal.SIGKILL)
