@@ -1,1 +1,1 @@
-"""Ask Slurm: its commands and their answers, the drivers, the watcher. Knows no kernel, no link and no settings."""
+"""Access to Slurm: its commands and their output, the drivers, the watcher. No kernels, links or settings here."""

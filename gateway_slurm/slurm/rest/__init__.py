@@ -1,1 +1,1 @@
-"""Slurm's REST interface: slurmrestd with JSON web tokens in place of Slurm's commands. Knows no settings."""
+"""Slurm's REST interface: slurmrestd with JSON web tokens in place of Slurm's commands. Settings are arguments."""

@@ -1,1 +1,1 @@
-"""Slurm over SSH: commands on a login node, and a relay there for launchers. Knows no settings."""
+"""Slurm over SSH: commands on a login node, and a relay there for launchers. Settings are arguments."""

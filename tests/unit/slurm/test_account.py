@@ -21,7 +21,7 @@ async def test_no_hook() -> None:
 
 
 async def test_hook() -> None:
-    """The hook's account is used, and all it exports is kept."""
+    """The hook's account is used, and all its variables are kept."""
     account = await resolve_account("p1", HOOK, Runner())
     assert account == Account("acc-p1", {"PROJECT": "p1", "BUDGET_ACCOUNTS": "acc-p1"})
     assert (await resolve_account("p1", HOOK, Runner(), variable="PROJECT")).account == "p1"
@@ -36,15 +36,15 @@ async def test_hook() -> None:
         ("echo 'export BUDGET_ACCOUNTS=--wrap=id;'", "BUDGET_ACCOUNTS"),
     ],
 )
-async def test_hook_says_no(script: str, words: str) -> None:
-    """A hook that fails or names no account is the request's fault, in the hook's words."""
+async def test_hook_refuses(script: str, words: str) -> None:
+    """A hook that fails or names no account is an error in the request, in the hook's words."""
     with pytest.raises(RequestError, match=words) as caught:
         await resolve_account("p1", ["sh", "-c", script], Runner())
     assert caught.value.field == "project"
 
 
 async def test_hook_is_missing() -> None:
-    """A hook that is not there is not the user's fault."""
+    """A missing hook is not the user's fault."""
     with pytest.raises(SlurmNotInstalled):
         await resolve_account("p1", ["/nonexistent/hook"], Runner())
 
@@ -66,11 +66,11 @@ def test_exports(line: str, found: dict[str, str]) -> None:
 
 @given(st.text())
 def test_exports_never_fail(text: str) -> None:
-    """Whatever a hook prints, reading it gives variables."""
+    """Any output of a hook can be read."""
     assert all(name.isidentifier() for name in parse_exports(text))
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="'\n\0\r")))
 def test_quoted_values_round_trip(value: str) -> None:
-    """A quoted value comes back as it is."""
+    """A quoted value comes back unchanged."""
     assert parse_exports(f"export A='{value}';") == {"A": value}

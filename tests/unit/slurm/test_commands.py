@@ -1,4 +1,4 @@
-"""Slurm's command lines and answers; the texts are Slurm 22.05's own."""
+"""Slurm's command lines and output; the texts are Slurm 22.05's own."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ HETERO = row(
 
 
 def test_submit_command() -> None:
-    """Each value is bound to its option by =, unset ones are not there, and secrets are in no argument."""
+    """Each value is bound to its option by =, unset options are left out, and no argument holds a secret."""
     spec = JobSpec(
         name="--wrap=id; $(id)",
         script="#!/bin/sh\n",
@@ -126,7 +126,7 @@ def test_parse_submit(stdout: str, jobid: str) -> None:
 
 
 def test_submit_refused_in_slurms_words() -> None:
-    """A refusal carries every line that Slurm said, word for word."""
+    """A refusal carries every line of Slurm's message."""
     with pytest.raises(SubmitRefused) as caught:
         commands.parse_submit(1, "", BAD_PARTITION)
     assert "invalid partition specified: nope" in str(caught.value)
@@ -137,20 +137,20 @@ def test_submit_refused_in_slurms_words() -> None:
 
 @pytest.mark.parametrize("stderr", [NO_CONTROLLER, NO_MUNGE, TIMED_OUT])
 def test_submit_unavailable(stderr: str) -> None:
-    """A controller or munge that is down is no refusal."""
+    """A controller or munge that is down does not refuse the job."""
     with pytest.raises(SlurmUnavailable):
         commands.parse_submit(1, "", stderr)
 
 
 @pytest.mark.parametrize("stdout", ["", "Submitted batch job 5", "-1", "1 2"])
 def test_submit_without_an_id(stdout: str) -> None:
-    """A success that names no job is an unknown, not a job."""
+    """A success without a job id leaves open whether the job exists."""
     with pytest.raises(SlurmUnavailable):
         commands.parse_submit(0, stdout, "")
 
 
 def test_jobs_command() -> None:
-    """One squeue asks for all jobs; what is no job id is never asked for."""
+    """One squeue requests all jobs; text that is not a job id is never passed on."""
     argv = commands.jobs_command(["1", "12_3"], mark=MARK)
     assert argv[:4] == ["squeue", "--states=all", "--noheader", "--jobs=1,12_3"]
     for bad in ("", "1,2", "-1", "1;2", "abc", "1\n"):
@@ -159,7 +159,7 @@ def test_jobs_command() -> None:
 
 
 def test_parse_jobs() -> None:
-    """Every field is read, whatever bytes a job's name and comment hold."""
+    """Every field is read, with any bytes in a job's name and comment."""
     jobs = commands.parse_jobs(0, RUNNING + PENDING + FAILED, "", mark=MARK)
     assert list(jobs) == ["20", "3", "4"]
     running = jobs["20"]
@@ -180,14 +180,14 @@ def test_a_name_cannot_forge_another_job() -> None:
 
 
 def test_components_are_known_as_such() -> None:
-    """A heterogeneous job's component is kept under its own whole id, and says what it is."""
+    """A component of a heterogeneous job keeps its whole id and is marked as a component."""
     jobs = commands.parse_jobs(0, HETERO, "", mark=MARK)
     assert jobs["22"].is_component
     assert not commands.parse_jobs(0, RUNNING, "", mark=MARK)["20"].is_component
 
 
 def test_jobs_unknown() -> None:
-    """A healthy controller that does not know the only job asked for answers with nothing."""
+    """A healthy controller that does not know the only requested job gives an empty result."""
     assert commands.parse_jobs(1, "", INVALID_ID) == {}
     assert commands.parse_jobs(0, "", "") == {}
 
@@ -202,14 +202,14 @@ def test_jobs_unknown() -> None:
     ],
 )  # fmt: skip
 def test_jobs_unavailable(status: int, stdout: str, stderr: str) -> None:
-    """Any other failure, and an answer that is cut or rubbish, is "not known", never "gone"."""
+    """Any other failure, and incomplete or unreadable output, means that the job is unknown, never that it ended."""
     with pytest.raises(SlurmUnavailable):
         commands.parse_jobs(status, stdout, stderr, mark=MARK)
 
 
 @given(st.integers(-15, 255), st.text(max_size=80), st.text(max_size=80))
 def test_parsers_raise_only_ours(status: int, stdout: str, stderr: str) -> None:
-    """Whatever a command prints, a parser gives a value or an error of ours."""
+    """For any output, a parser returns a value or raises an error of this package."""
     for parse in (
         lambda: commands.parse_submit(status, stdout, stderr),
         lambda: commands.parse_jobs(status, stdout, stderr, mark=MARK),
@@ -232,7 +232,7 @@ TEXT = st.text(st.characters(codec="utf-8")).filter(lambda text: SEP not in text
 
 @given(name=TEXT, comment=TEXT)
 def test_names_round_trip(name: str, comment: str) -> None:
-    """Any name and any comment come back as they are."""
+    """Any name and any comment come back unchanged."""
     text = row("1", "1", "RUNNING", "None", "c1", "u", "p", "a", "0", "1", "2", "3", "0", name, comment)
     info = commands.parse_jobs(0, text + PENDING, "", mark=MARK)["1"]
     assert info.name == name
@@ -248,13 +248,13 @@ def test_names_round_trip(name: str, comment: str) -> None:
     ],
 )
 def test_cancel_is_idempotent(status: int, stderr: str) -> None:
-    """A job that is over already is as good as cancelled."""
+    """Cancelling a finished job succeeds."""
     commands.parse_cancel(status, stderr)
     assert commands.cancel_command("4") == ["scancel", "4"]
 
 
 def test_cancel_fails_in_slurms_words() -> None:
-    """A refusal carries Slurm's words; a controller that is down is told apart."""
+    """A refusal carries Slurm's words; a controller that is down is another error."""
     with pytest.raises(SlurmError, match="Access/permission denied"):
         commands.parse_cancel(210, "scancel: error: Kill job error on job id 20: Access/permission denied\n")
     with pytest.raises(SlurmUnavailable):
@@ -262,7 +262,7 @@ def test_cancel_fails_in_slurms_words() -> None:
 
 
 def test_steps() -> None:
-    """The steps of just this job are listed: 20 is neither 2 nor 200."""
+    """Only the steps of this job are listed: 20 is neither 2 nor 200."""
     text = row("20.0", "root", "c2", "my step") + row("20.batch", "root", "c1", "batch") + row("200.0", "u", "c1", "x")
     steps = commands.parse_steps(0, text, "", jobid="20", mark=MARK)
     assert steps[0] == StepInfo(stepid="20.0", user="root", nodes="c2", name="my step")
@@ -274,7 +274,7 @@ def test_steps() -> None:
 
 
 def test_step_command() -> None:
-    """A step overlaps the others, and nothing of the request is more than an option's value."""
+    """A step overlaps the others, and the request's values stay in their options."""
     argv = commands.step_command(StepSpec(jobid="20", name="a; id", script="x", node="c2"))
     assert argv[:3] == ["srun", "--overlap", "--jobid=20"]
     assert argv[-2:] == ["/bin/sh", "-s"]
@@ -328,7 +328,7 @@ EXPIRED = "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job
     ],
 )
 def test_step_failures(stderr: str, kind: type[GatewaySlurmError], words: str) -> None:
-    """Each way in which a step fails is an error of its own, in Slurm's words."""
+    """Each kind of failure of a step has its own error, in Slurm's words."""
     error = commands.parse_step_failure(1, stderr, jobid="20")
     assert type(error) is kind
     assert words in str(error)
@@ -338,7 +338,7 @@ def test_step_failures(stderr: str, kind: type[GatewaySlurmError], words: str) -
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1))
 def test_values_stay_in_their_option(name: str) -> None:
-    """No job name can become an option of its own, also through a shell's eyes."""
+    """No job name can become an option, not even through a shell."""
     argv = commands.submit_command(JobSpec(name=name, script=""))
     assert f"--job-name={name}" in argv
     assert shlex.split(shlex.join(argv)) == argv

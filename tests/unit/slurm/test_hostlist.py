@@ -1,4 +1,4 @@
-"""Slurm's host lists, beside scontrol where that is installed."""
+"""Slurm's host lists, compared with scontrol where it is installed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_expand(text: str, hosts: list[str]) -> None:
              "a[1-999999999999999999]", "a[0-255][0-255][0-1]", "a[" + "1" * 5000 + "]"]
 )  # fmt: skip
 def test_refused(text: str) -> None:
-    """What is no host list, or names too many hosts, is a ValueError of ours."""
+    """Text that is not a host list, or names too many hosts, raises HostListError."""
     with pytest.raises(HostListError):
         expand_hostlist(text)
     assert issubclass(HostListError, ValueError)
@@ -43,7 +43,7 @@ def test_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["a[1-5]", "a,b,c[1-3]", "a[1-2][1-2],b"])
 def test_more_than_are_wanted_are_refused(text: str) -> None:
-    """By whoever believes a list only up to some size."""
+    """A caller can set a lower limit."""
     assert len(expand_hostlist(text, 5)) == 5
     with pytest.raises(HostListError, match="too many"):
         expand_hostlist(text, 4)
@@ -51,7 +51,7 @@ def test_more_than_are_wanted_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["a" * 256, "a" * 250 + "[1-100000]", "a" * 250 + "[7,123456]", "a[1]" * 128])
 def test_no_name_is_longer_than_a_hosts_may_be(text: str) -> None:
-    """Few characters would name very much otherwise."""
+    """Without this limit a short text could name a lot of characters."""
     with pytest.raises(HostListError):
         expand_hostlist(text)
     assert expand_hostlist("a" * 255) == ["a" * 255]
@@ -86,7 +86,7 @@ ITEM = st.builds("".join, st.tuples(PREFIX, GROUP)) | st.builds("".join, st.tupl
 
 @pytest.fixture(scope="module")
 def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The least slurm.conf with which scontrol expands host lists."""
+    """The smallest slurm.conf with which scontrol expands host lists."""
     if not shutil.which("scontrol"):
         pytest.skip("scontrol is not installed")
     path = tmp_path_factory.mktemp("slurm") / "slurm.conf"
@@ -97,7 +97,7 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(ITEM, min_size=1, max_size=4))
 def test_like_scontrol(conf: Path, items: list[str]) -> None:
-    """Our expansion is scontrol's, name by name."""
+    """The expansion equals scontrol's, name by name."""
     text = ",".join(items)
     theirs = subprocess.run(
         ["scontrol", "show", "hostnames", text],

@@ -1,4 +1,4 @@
-"""What the admin's settings make of a REST interface."""
+"""Cluster access from the admin's settings, with and without the REST interface."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ URL = "rest+http://127.0.0.1:6820"
 
 
 def settings(**traits: Any) -> ServiceSettings:
-    """An admin's; ``log`` is one that tests read."""
+    """The admin's settings, with a log that the tests read."""
     made = ServiceSettings(**traits)
     made.log = logging.getLogger("test_rest_access")
     return made
 
 
 def test_without_a_rest_interface_nothing_is_made_for_one() -> None:
-    """Slurm's commands are the default, and are looked for on this machine."""
+    """By default Slurm's commands on this machine are used."""
     access = cluster_access(settings(slurm_path="/nonexistent", rest_user="ann"))
     assert access.user == process_user()
     assert isinstance(access.driver(access.user), CommandLineDriver)
@@ -41,7 +41,7 @@ def test_without_a_rest_interface_nothing_is_made_for_one() -> None:
 
 
 def test_another_users_commands_are_run_by_the_helper() -> None:
-    """Their runs are counted with the process's own."""
+    """They are counted with the process's own commands."""
     access = cluster_access(settings())
     driver = access.driver("somebody-else")
     assert isinstance(driver, CommandLineDriver)
@@ -51,7 +51,7 @@ def test_another_users_commands_are_run_by_the_helper() -> None:
 
 
 def test_with_one_no_command_is_needed() -> None:
-    """The drivers are REST's, this process's as the user whom Slurm knows it by; kernels get the nodes' homes."""
+    """The drivers use REST, with Slurm's name for this process's user; kernels get the nodes' home directories."""
     access = cluster_access(settings(cluster=URL, slurm_path="/nonexistent", rest_user="ann", **TOKENS))
     access.check()
     assert access.user == "ann"
@@ -65,7 +65,7 @@ def test_with_one_no_command_is_needed() -> None:
 
 
 async def test_drivers_find_the_launchers_of_a_service_that_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without one, steps of a job that runs are not known, which is said; with one, its launchers are asked."""
+    """Without a launcher the steps of a running job are not known; with one, the launcher lists them."""
 
     async def jobs(_driver: RestDriver, _jobids: list[str]) -> dict[str, JobInfo]:
         return {}
@@ -85,8 +85,8 @@ async def test_drivers_find_the_launchers_of_a_service_that_came_later(monkeypat
 
 
 @pytest.mark.parametrize("tokens", [{}, {**TOKENS, "rest_token_command": ["x"]}])
-def test_where_tokens_come_from_has_to_be_said_once(tokens: dict[str, Any]) -> None:
-    """Neither, or both, is an error that names the settings."""
+def test_exactly_one_source_of_tokens_is_required(tokens: dict[str, Any]) -> None:
+    """None or both is an error that names the settings."""
     with pytest.raises(ConfigError, match="rest_token_file and rest_token_command"):
         cluster_access(settings(cluster=URL, **tokens))
 
@@ -105,7 +105,7 @@ def test_where_tokens_come_from_has_to_be_said_once(tokens: dict[str, Any]) -> N
 async def test_tokens_that_go_unencrypted_are_warned_of(
     url: str, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To another machine, without TLS."""
+    """The warning is for another machine without TLS."""
     access = cluster_access(settings(cluster=url, **TOKENS))
     await access.open(ResponseSocket(log=logging.getLogger("test_rest_access")).connected, lambda: None)
     await access.close()
@@ -114,6 +114,6 @@ async def test_tokens_that_go_unencrypted_are_warned_of(
 
 @pytest.mark.parametrize("name", ["-x", "a b", "a/b", "a\nb"])
 def test_a_user_has_a_name(name: str) -> None:
-    """What could be an option, a path or a header's end is none."""
+    """Text that could be an option, a path or a header's end is not a user's name."""
     with pytest.raises(TraitError, match="rest_user"):
         settings(rest_user=name)

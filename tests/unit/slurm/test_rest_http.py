@@ -1,4 +1,4 @@
-"""slurmrestd as it should not be: slow, broken, too large, something else; and over HTTPS."""
+"""A slurmrestd that is slow, broken, too large or another service; and HTTPS."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Respond = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 
 
 class FewTokens:
-    """Tokens from a list: the next one when the one before was refused, until there is no other."""
+    """Tokens from a list: each refusal gives the next one, until the list ends."""
 
     def __init__(self, *tokens: str) -> None:
         self.left = list(tokens)
@@ -49,7 +49,7 @@ class FewTokens:
 
 
 class Server:
-    """Answers as a test says: ``answers`` maps the beginning of a request line to (status, document) or a function."""
+    """A server; ``answers`` maps the beginning of a request line to (status, document) or a function."""
 
     def __init__(self, answers: Mapping[str, object]) -> None:
         self.answers = {"GET /openapi/v3": (200, OPENAPI), **answers}
@@ -76,12 +76,12 @@ class Server:
             writer.close()
 
     def asked(self, start: str) -> int:
-        """How often."""
+        """How often a request line began so."""
         return sum(head.startswith(start) for head in self.heard)
 
 
 def response(status: int, body: bytes, kind: str = "application/json", length: int | None = None) -> bytes:
-    """A response of HTTP/1.1, of ``length`` bytes as it says."""
+    """An HTTP/1.1 response that announces ``length`` bytes."""
     head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body) if length is None else length}"
     return head.encode() + b"\r\nConnection: close\r\n\r\n" + body
 
@@ -90,7 +90,7 @@ def response(status: int, body: bytes, kind: str = "application/json", length: i
 async def asking(
     answers: Mapping[str, object], *, tokens: FewTokens | None = None, timeout: float = 20, max_response: int = 10_000
 ) -> AsyncIterator[tuple[RestDriver, Server]]:
-    """A driver and the server that it asks."""
+    """A driver and its server."""
     server = Server(answers)
     listener = await asyncio.start_server(server.handle, "127.0.0.1", 0)
     server.port = listener.sockets[0].getsockname()[1]
@@ -104,7 +104,7 @@ async def asking(
 
 
 async def error_of(asked: Awaitable[object]) -> SlurmError:
-    """The error of what is asked; it never holds the token."""
+    """The error of an awaited call; it never holds the token."""
     with pytest.raises(SlurmError) as caught:
         await asked
     assert SECRET not in str(caught.value)
@@ -112,12 +112,12 @@ async def error_of(asked: Awaitable[object]) -> SlurmError:
 
 
 async def silence(_head: str, writer: asyncio.StreamWriter) -> None:
-    """Never answer; until the other side has had enough."""
+    """Give no answer until the other side closes."""
     await writer.wait_closed()
 
 
 async def drip(_head: str, writer: asyncio.StreamWriter) -> None:
-    """Answer without end, a byte at a time."""
+    """Answer without end, one byte at a time."""
     writer.write(response(200, b"", length=5000))
     while not writer.is_closing():
         writer.write(b" ")
@@ -127,7 +127,7 @@ async def drip(_head: str, writer: asyncio.StreamWriter) -> None:
 
 @pytest.mark.parametrize("answer", [silence, drip])
 async def test_a_slow_answer_is_given_up(answer: Respond) -> None:
-    """The whole answer has to be there in time."""
+    """The timeout is for the complete response."""
     async with asking({"GET /slurm": answer}, timeout=0.5) as (driver, _server):
         error = await error_of(driver.jobs(["1"]))
     assert isinstance(error, SlurmUnavailable)
@@ -156,8 +156,8 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encodi
         (response(200, json.dumps({"errors": []}).encode()), "no list of jobs"),
     ],
 )
-async def test_an_answer_that_is_none(answer: bytes, words: str) -> None:
-    """Cut off, too large, of something else: an error that says what came, and nothing is known about the job."""
+async def test_an_unusable_response(answer: bytes, words: str) -> None:
+    """An incomplete, too large or foreign response is an error that shows it; nothing is known about the job."""
     async with asking({"GET /slurm": answer}) as (driver, _server):
         error = await error_of(driver.jobs(["1"]))
     assert isinstance(error, SlurmUnavailable)
@@ -167,7 +167,7 @@ async def test_an_answer_that_is_none(answer: bytes, words: str) -> None:
 
 @pytest.mark.parametrize("kind", ["application/json", "text/html"])
 async def test_a_token_that_comes_back_is_not_shown(kind: str) -> None:
-    """There are proxies whose error pages show the request."""
+    """Some proxies' error pages show the request."""
 
     async def mirror(head: str, writer: asyncio.StreamWriter) -> None:
         shown = json.dumps({"errors": [{"error": head}]}) if kind == "application/json" else f"<pre>{'x' * 1100}{head}"
@@ -179,8 +179,8 @@ async def test_a_token_that_comes_back_is_not_shown(kind: str) -> None:
     assert "answered 500" in str(error)
 
 
-async def test_nobody_there() -> None:
-    """A port that nobody listens on."""
+async def test_no_server_on_the_port() -> None:
+    """No process listens on the port."""
     async with asking({}) as (driver, server):
         driver.rest.client.url = parse_cluster_url("rest+http://127.0.0.1:1")
         error = await error_of(driver.jobs(["1"]))
@@ -190,7 +190,7 @@ async def test_nobody_there() -> None:
 
 
 async def test_redirects_are_not_followed() -> None:
-    """A token goes to the server that was named, and to no other."""
+    """A token is sent to the configured server only."""
     async with asking({}) as (_other, elsewhere):
         where = f"http://127.0.0.1:{elsewhere.port}/".encode()
         moved = response(302, b"").replace(b"\r\nConnection", b"\r\nLocation: " + where + b"\r\nConnection")
@@ -202,7 +202,7 @@ async def test_redirects_are_not_followed() -> None:
 
 @pytest.mark.parametrize("refusal", [(401, {}), (511, NO_TOKEN), (500, NO_TOKEN), (500, VAGUE)])
 async def test_a_refused_token_is_replaced_once(refusal: object) -> None:
-    """With another token the question is asked again; without one the error names the settings."""
+    """The request is repeated with another token; without one the error names the settings."""
     good = response(200, json.dumps({"jobs": [{"job_id": 1, "job_state": ["RUNNING"]}]}).encode())
 
     async def by_token(head: str, writer: asyncio.StreamWriter) -> None:
@@ -217,8 +217,8 @@ async def test_a_refused_token_is_replaced_once(refusal: object) -> None:
         assert server.asked("GET /slurm") == 1
 
 
-async def test_who_asks_is_said_in_headers_only() -> None:
-    """User and token are headers; the path, which logs show, has neither."""
+async def test_user_and_token_are_in_headers_only() -> None:
+    """User and token are in headers; the path, which logs show, has neither."""
     async with asking({"GET /slurm": (404, UNKNOWN)}) as (driver, server):
         assert await driver.jobs(["1"]) == {}
     line, _end, headers = server.heard[-1].partition("\r\n")
@@ -229,7 +229,7 @@ async def test_who_asks_is_said_in_headers_only() -> None:
 
 @pytest.mark.parametrize("status", [400, 422, 500])
 async def test_a_job_that_is_refused(status: int) -> None:
-    """Whatever its status, an answer with Slurm's words is a refusal; it is not asked for again."""
+    """With any status, a response with Slurm's words is a refusal and is not repeated."""
     async with asking({"POST /slurm": (status, NO_PARTITION)}) as (driver, server):
         error = await error_of(driver.submit(JobSpec(name="n", script="#!/bin/sh\n", comment="c", partition="nosuch")))
         assert server.asked("POST") == 1
@@ -238,7 +238,7 @@ async def test_a_job_that_is_refused(status: int) -> None:
 
 
 async def test_a_submission_that_cannot_have_reached_the_controller_is_an_error_at_once() -> None:
-    """Each look for its job would take as long as slurmrestd waits for the controller."""
+    """Each lookup of its job would take as long as slurmrestd waits for the controller."""
     async with asking({"POST /slurm": (500, DOWN)}) as (driver, server):
         error = await error_of(driver.submit(JobSpec(name="n", script="#!/bin/sh\n", comment="c")))
         assert server.asked("GET /slurm") == 0
@@ -248,7 +248,7 @@ async def test_a_submission_that_cannot_have_reached_the_controller_is_an_error_
 
 @pytest.mark.parametrize("answer", [(500, HALF), (500, VAGUE), response(502, b"<p>no", "text/html"), b""])
 async def test_a_submission_that_is_not_answered_is_looked_for(answer: object) -> None:
-    """Where it is not known whether there is a job, the one with its comment is found, and none is made twice."""
+    """If the job may exist, it is looked up by its comment, and no job is submitted twice."""
     theirs = [
         {"job_id": 7, "name": "n", "comment": "other", "user_name": "ann", "job_state": ["PENDING"]},
         {"job_id": 8, "name": "n", "comment": "mine", "user_name": "ann", "job_state": ["PENDING"]},
@@ -265,7 +265,7 @@ async def test_a_submission_that_is_not_answered_is_looked_for(answer: object) -
 
 
 async def test_a_vague_failure_with_an_expired_token_is_submitted_again() -> None:
-    """22.05 does not say that a token was refused: with another one, and no such job in Slurm's list, once more."""
+    """22.05 does not report a refused token. With a new token, a job that is not in Slurm's list is submitted again."""
 
     async def by_token(head: str, writer: asyncio.StreamWriter) -> None:
         fresh = "X-Slurm-User-Token: new" in head
@@ -299,7 +299,7 @@ async def test_a_vague_failure_with_an_expired_token_is_submitted_again() -> Non
     ],
 )
 async def test_cancelling(answer: object, kind: type[SlurmError] | None) -> None:
-    """A job that is gone is fine; a refusal is one in Slurm's words; everything else says nothing."""
+    """A finished job is no error, and a refusal has Slurm's words; any other response tells nothing."""
     async with asking({"DELETE /slurm": answer}) as (driver, _server):
         if kind is None:
             await driver.cancel("1")
@@ -308,7 +308,7 @@ async def test_cancelling(answer: object, kind: type[SlurmError] | None) -> None
 
 
 async def test_a_server_that_was_updated_is_asked_for_its_versions_again() -> None:
-    """What is no longer served is a 404 without Slurm's words: then the versions are looked up anew."""
+    """A version that is no longer served gives a 404 without JSON; then the version is chosen again."""
     answers = {
         "GET /slurm/v0.0.42/": response(404, b"Unable to find requested URL", "text/plain"),
         "GET /slurm/v0.0.44/": (200, {"jobs": [{"job_id": 1, "job_state": ["RUNNING"]}]}),
@@ -321,15 +321,15 @@ async def test_a_server_that_was_updated_is_asked_for_its_versions_again() -> No
 
 
 async def test_versions_are_asked_for_once() -> None:
-    """However many ask at once."""
+    """Concurrent requests do not ask again."""
     async with asking({"GET /slurm": (404, UNKNOWN)}) as (driver, server):
         await asyncio.gather(*(driver.jobs([str(number)]) for number in range(1, 9)))
         assert server.asked("GET /openapi") == 1
 
 
 @pytest.mark.parametrize("jobid", ["", "1/../jobs", "1?x", "x", "1_2", "1\r\nX: y"])
-async def test_what_is_no_job_id_is_not_asked_about(jobid: str) -> None:
-    """Nothing but digits gets into a path."""
+async def test_an_invalid_job_id_is_not_requested(jobid: str) -> None:
+    """Only digits get into a path."""
     async with asking({}) as (driver, server):
         for asked in (driver.jobs([jobid]), driver.cancel(jobid)):
             await error_of(asked)
@@ -337,8 +337,8 @@ async def test_what_is_no_job_id_is_not_asked_about(jobid: str) -> None:
 
 
 @pytest.mark.parametrize("user", ["", "-x", "a/b", "a\r\nb", "a b"])
-def test_what_is_no_user_is_not_asked_for(user: str) -> None:
-    """It would go into a header, a file's name, and a command's argument."""
+def test_an_invalid_user_name_is_refused(user: str) -> None:
+    """The name goes into a header, a file's name and a command's argument."""
     with pytest.raises(ValueError, match="is not the name of a user"):
         RestDriver(
             Slurmrestd(RestClient(parse_cluster_url("rest+http://h:1")), FewTokens("t")),
@@ -352,7 +352,7 @@ def test_what_is_no_user_is_not_asked_for(user: str) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A key, and its certificate for 127.0.0.1."""
+    """A key and its certificate for 127.0.0.1."""
     directory = tmp_path_factory.mktemp("tls")
     key, cert = directory / "key.pem", directory / "cert.pem"
     argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=slurmrestd"]
@@ -365,7 +365,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 async def asking_by_https(
     certificate: tuple[Path, Path], host: str, ca_file: str
 ) -> AsyncIterator[tuple[RestDriver, Server]]:
-    """A driver and the server that it asks by this name."""
+    """A driver and its HTTPS server, under this name."""
     key, cert = certificate
     server = Server({"GET /slurm": (404, UNKNOWN)})
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -381,7 +381,7 @@ async def asking_by_https(
 
 
 async def test_a_server_that_the_ca_file_signs_is_asked(certificate: tuple[Path, Path]) -> None:
-    """By the name, or address, that its certificate is for."""
+    """Under the name or address in its certificate."""
     async with asking_by_https(certificate, "127.0.0.1", str(certificate[1])) as (driver, server):
         assert await driver.jobs(["1"]) == {}
         assert server.asked("GET /slurm") == 1
@@ -389,14 +389,14 @@ async def test_a_server_that_the_ca_file_signs_is_asked(certificate: tuple[Path,
 
 @pytest.mark.parametrize(("host", "is_signed"), [("127.0.0.1", False), ("localhost", True)])
 async def test_another_server_is_sent_nothing(certificate: tuple[Path, Path], host: str, is_signed: bool) -> None:
-    """One that nobody signs, or that has another name: not even a request reaches it."""
+    """A server with an unknown authority or another name gets no request."""
     async with asking_by_https(certificate, host, str(certificate[1]) if is_signed else "") as (driver, server):
         assert "its certificate is not valid" in str(await error_of(driver.jobs(["1"])))
         assert server.heard == []
 
 
 @pytest.mark.parametrize("text", ["no certificate", None])
-async def test_a_ca_file_that_is_no_good(certificate: tuple[Path, Path], tmp_path: Path, text: str | None) -> None:
+async def test_a_ca_file_that_cannot_be_used(certificate: tuple[Path, Path], tmp_path: Path, text: str | None) -> None:
     """The error names the setting."""
     path = tmp_path / "ca.pem"
     if text is not None:

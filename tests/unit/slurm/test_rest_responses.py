@@ -28,7 +28,7 @@ from gateway_slurm.slurm.rest.versions import VERSIONS
 
 
 def struct(value: int, *, is_set: bool = True, infinite: bool = False) -> dict[str, Any]:
-    """A number as versions from v0.0.39 on write it."""
+    """A number in the shape of v0.0.39 and later."""
     return {"set": is_set, "infinite": infinite, "number": value}
 
 
@@ -97,12 +97,12 @@ JOB = JobInfo(
 
 @pytest.mark.parametrize("version", [version.name for version in VERSIONS])
 def test_a_running_job(version: str) -> None:
-    """The same job is the same value, whichever version tells of it."""
+    """The same job gives the same value in all versions."""
     assert jobs_in({"jobs": [RECORDED.get(version, LISTS)]}) == {"12": JOB}
 
 
 def wait_status(code: int, signal: int) -> dict[str, Any]:
-    """How a job ended, as versions from v0.0.40 on say it."""
+    """A job's exit code in the shape of v0.0.40 and later."""
     ended = struct(code, is_set=not signal)
     return {"status": ["SIGNALED" if signal else "ERROR"], "return_code": ended, "signal": {"id": struct(signal)}}
 
@@ -124,7 +124,7 @@ def wait_status(code: int, signal: int) -> dict[str, Any]:
     ],
 )
 def test_how_a_job_ended(told: object, code: int | None, signal: int | None) -> None:
-    """A wait(2) status, or its parts."""
+    """The exit code is a wait(2) status, or its parts."""
     assert exit_of(told) == (code, signal)
 
 
@@ -145,7 +145,7 @@ def test_how_a_job_ended(told: object, code: int | None, signal: int | None) -> 
     ],
 )
 def test_states(told: object, state: str, meaning: Meaning) -> None:
-    """What says more than the base state goes first, as with squeue; what is not known is never dead."""
+    """A more specific state precedes the base state, as in squeue; an unknown state never means dead."""
     assert state_of(told) == state
     assert jobs_in({"jobs": [{**LISTS, "job_state": told}]})["12"].meaning is meaning
 
@@ -169,7 +169,7 @@ def test_states(told: object, state: str, meaning: Meaning) -> None:
     ],
 )
 def test_numbers(told: object, value: float | None) -> None:
-    """Each way to write a number, and each way to say that there is none."""
+    """Each shape of a number, and each shape of its absence."""
     assert number(told) == value
 
 
@@ -187,7 +187,7 @@ def test_numbers(told: object, value: float | None) -> None:
     ],
 )
 def test_arrays_and_components_are_told_from_plain_jobs(fields: dict[str, object], display: str) -> None:
-    """They have a name of their own, as squeue gives them one."""
+    """Their display ids are those of squeue."""
     info = jobs_in({"jobs": [{**LISTS, **fields}]})["12"]
     assert info.display_id == display
     assert info.is_component == (display != "12")
@@ -195,7 +195,7 @@ def test_arrays_and_components_are_told_from_plain_jobs(fields: dict[str, object
 
 @pytest.mark.parametrize("answer", [{}, {"jobs": {}}, {"jobs": [1]}, {"jobs": [{"job_id": None}]}, {"jobs": [{}]}])
 def test_what_cannot_be_read_says_nothing(answer: dict[str, Any]) -> None:
-    """No list, or a job without an id, is no word on any job."""
+    """Without a list, or with a job without an id, nothing is known about any job."""
     with pytest.raises(SlurmUnavailable):
         jobs_in(answer)
 
@@ -211,7 +211,7 @@ def test_what_cannot_be_read_says_nothing(answer: dict[str, Any]) -> None:
     )
 )
 def test_any_answer_is_a_job_or_an_error(fields: dict[str, Any]) -> None:
-    """Whatever stands in the fields: a value, or SlurmUnavailable."""
+    """Any fields give a value or SlurmUnavailable."""
     try:
         found = jobs_in({"jobs": [{**LISTS, **fields}]})
     except SlurmUnavailable:
@@ -220,7 +220,7 @@ def test_any_answer_is_a_job_or_an_error(fields: dict[str, Any]) -> None:
 
 
 def test_errors_of_each_version() -> None:
-    """The number is in error_number or error_code, and the words are in error, description, or both."""
+    """The number is in error_number or error_code, and the text in error, description, or both."""
     old = {"error_code": 2000, "error": "Invalid partition name specified"}
     new = {
         "description": "Batch job submission failed",
@@ -242,7 +242,7 @@ def test_errors_of_each_version() -> None:
 
 
 def test_the_id_of_a_submitted_job() -> None:
-    """It is a number; anything else is none."""
+    """The id is a number; other values count as no id."""
     assert jobid_of({"job_id": 12, "step_id": "batch"}) == "12"
     assert jobid_of({"job_id": struct(12)}) == "12"
     assert [jobid_of(one) for one in ({}, {"job_id": 0}, {"job_id": "x"}, {"job_id": True})] == [""] * 4

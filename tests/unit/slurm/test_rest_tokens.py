@@ -1,4 +1,4 @@
-"""Tokens for slurmrestd: from a file that somebody keeps fresh, or from a command."""
+"""Tokens for slurmrestd, from a file or from a command."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gateway_slurm.slurm.runner import Runner
 
 
 def jwt(expires: object) -> str:
-    """A token with that claim; nobody here checks the signature."""
+    """A token with this claim; its signature is not checked here."""
     claims = base64.urlsafe_b64encode(json.dumps({"exp": expires, "sun": "ann"}).encode()).decode().rstrip("=")
     return f"eyJhbGciOiJIUzI1NiJ9.{claims}.c2ln"
 
 
 def write(path: Path, text: str, mode: int = 0o600) -> Path:
-    """A file for its owner only, unless the test wants another."""
+    """A private file, unless the test passes another mode."""
     path.touch(mode=0o600)
     path.write_text(text)
     path.chmod(mode)
@@ -34,7 +34,7 @@ def write(path: Path, text: str, mode: int = 0o600) -> Path:
 
 
 async def refused(tokens: FileTokens | CommandTokens, user: str = "ann") -> str:
-    """The words in which there is no token."""
+    """The message of the error."""
     with pytest.raises(SlurmUnavailable) as caught:
         await tokens.token(user)
     return str(caught.value)
@@ -45,18 +45,18 @@ async def refused(tokens: FileTokens | CommandTokens, user: str = "ann") -> str:
 
 @pytest.mark.parametrize("text", ["a.b.c", " a.b.c\n", "SLURM_JWT=a.b.c\n"])
 def test_a_token_as_files_and_scontrol_give_it(text: str) -> None:
-    """With or without the name of its variable, and a line's end."""
+    """With or without the name of its variable, and with a line end."""
     assert parse_token(text) == "a.b.c"
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a b", "a\nb", "a\r\nX-Header: b", "é", "a" * 20_000, "SLURM_JWT="])
-def test_what_is_not_one_token_is_none(text: str) -> None:
-    """Nothing that could end a header gets into one."""
+def test_other_text_is_not_a_token(text: str) -> None:
+    """Text that could end a header is never a token."""
     assert parse_token(text) == ""
 
 
 def test_when_a_token_expires() -> None:
-    """By its own claim; one that does not tell does not expire, as far as is known."""
+    """The claim decides; a token without it counts as unlimited."""
     assert expiry(jwt(1700000000)) == 1700000000
     for token in ("", "a.b", "a.b.c", "a.e30.c", jwt("soon"), jwt(None), "a." + "W" * 4000 + ".c"):
         assert expiry(token) == float("inf")
@@ -64,7 +64,7 @@ def test_when_a_token_expires() -> None:
 
 @given(some.text(max_size=200))
 def test_any_text_has_an_expiry(token: str) -> None:
-    """Whatever it is: a number, and no error."""
+    """Any text gives a number and no error."""
     assert isinstance(expiry(token), float)
 
 
@@ -72,7 +72,7 @@ def test_any_text_has_an_expiry(token: str) -> None:
 
 
 async def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
-    """Written in place or replaced, also by one of the same size."""
+    """After a write in place or a replacement, also with the same size."""
     path = write(tmp_path / "token", "one\n")
     tokens = FileTokens(str(path))
     assert await tokens.token("ann") == "one"
@@ -85,7 +85,7 @@ async def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
 
 
 async def test_each_user_has_a_file(tmp_path: Path) -> None:
-    """Where the path says so."""
+    """If the path contains ``{user}``."""
     for user in ("ann", "bob"):
         write(tmp_path / f"{user}.jwt", f"token-of-{user}")
     tokens = FileTokens(str(tmp_path / "{user}.jwt"))
@@ -99,7 +99,7 @@ async def test_each_user_has_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644, 0o777])
 async def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
-    """Reading or writing, group or all; also when it was read before. The error says what to run."""
+    """For each permission of group or others, also after an earlier read. The error names the remedy."""
     path = write(tmp_path / "token", "secret-token")
     tokens = FileTokens(str(path))
     await tokens.token("ann")
@@ -118,8 +118,8 @@ async def test_another_users_file_is_refused(tmp_path: Path, monkeypatch: pytest
     assert f"belongs to uid {status.st_uid}" in await refused(FileTokens(str(path)))
 
 
-async def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
-    """A directory, a FIFO that nobody writes to, nothing at all: an error at once."""
+async def test_a_file_that_is_not_plain_is_refused(tmp_path: Path) -> None:
+    """A directory, a FIFO without a writer and a missing file are errors at once."""
     os.mkfifo(tmp_path / "fifo", 0o600)
     (tmp_path / "directory").mkdir(mode=0o700)
     for name in ("fifo", "directory", "nothing"):
@@ -127,7 +127,7 @@ async def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
 
 
 async def test_a_file_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
-    """Its text stands in no message."""
+    """No message holds its text."""
     words = await refused(FileTokens(str(write(tmp_path / "token", "user secret"))))
     assert "does not hold one token" in words
     assert "secret" not in words
@@ -137,7 +137,7 @@ async def test_a_file_with_something_else_in_it_is_refused(tmp_path: Path) -> No
 
 
 def command(tmp_path: Path, text: str, status: int = 0) -> list[str]:
-    """A command that prints ``text``, where {n} is how often it ran, and the user it was asked for on its errors."""
+    """A command that prints ``text`` ({n}: how often it ran) on stdout, and the user on stderr."""
     code = (
         "import sys; path, text, status, user = sys.argv[1:]\n"
         "file = open(path, 'a+'); file.write('x'); file.seek(0); n = len(file.read()); file.close()\n"
@@ -152,8 +152,8 @@ def ran(tmp_path: Path) -> int:
     return len(path.read_text()) if path.exists() else 0
 
 
-async def test_one_is_minted_for_all_who_ask_at_once(tmp_path: Path) -> None:
-    """Per user; until it is about to expire."""
+async def test_concurrent_callers_share_one_new_token(tmp_path: Path) -> None:
+    """One token per user, until shortly before it expires."""
     tokens = CommandTokens(command(tmp_path, "SLURM_JWT=token-{n}"), Runner())
     assert set(await asyncio.gather(*(tokens.token("ann") for _ in range(5)))) == {"token-1"}
     assert await tokens.token("bob") == "token-2"
@@ -163,7 +163,7 @@ async def test_one_is_minted_for_all_who_ask_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("left", "fresh"), [(3600.0, True), (30.0, True), (0.5, True), (-5.0, False)])
 async def test_one_is_replaced_before_it_expires(tmp_path: Path, left: float, fresh: bool) -> None:
-    """A minute before, or a tenth of its life where that is less: none is sent that expires on the way."""
+    """A minute before, or a tenth of its lifetime if that is less, so that no token expires under way."""
     tokens = CommandTokens(command(tmp_path, jwt(time.time() + left)), Runner())
     await tokens.token("ann")
     await tokens.token("ann")
@@ -171,7 +171,7 @@ async def test_one_is_replaced_before_it_expires(tmp_path: Path, left: float, fr
 
 
 async def test_a_token_with_little_left_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the clock that its claim is of."""
+    """Its claim is compared with the system's clock."""
     now = time.time()
     tokens = CommandTokens(command(tmp_path, jwt(now + 3600)), Runner())
     await tokens.token("ann")
@@ -182,7 +182,7 @@ async def test_a_token_with_little_left_is_replaced(tmp_path: Path, monkeypatch:
 
 
 async def test_a_refused_one_is_replaced_but_not_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a new token is refused at once the fault lies elsewhere: no second one is minted for a while."""
+    """If a new token is refused at once, the fault lies elsewhere, and no further one is issued for a while."""
     clock = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     tokens = CommandTokens(command(tmp_path, "token-{n}"), Runner())
@@ -197,8 +197,8 @@ async def test_a_refused_one_is_replaced_but_not_without_end(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(("text", "status"), [("", 0), ("two words", 0), ("a.b.c", 1)])
-async def test_a_command_that_gives_none(tmp_path: Path, text: str, status: int) -> None:
-    """Its errors are shown, and never what it printed."""
+async def test_a_command_without_a_token(tmp_path: Path, text: str, status: int) -> None:
+    """The message holds its stderr and never its stdout."""
     words = await refused(CommandTokens(command(tmp_path, text, status), Runner()))
     assert "for ann" in words
     assert "rest_token_command" in words
@@ -206,7 +206,7 @@ async def test_a_command_that_gives_none(tmp_path: Path, text: str, status: int)
 
 
 async def test_a_token_in_what_a_command_says_of_its_trouble_is_not_shown() -> None:
-    """As of a shell script that shows its commands."""
+    """For example, a shell script that prints its commands."""
     token = jwt(time.time())
     code = f"echo '+ curl -H X-SLURM-USER-TOKEN:{token}' >&2; exit 1"
     words = await refused(CommandTokens(["sh", "-c", code], Runner()))
@@ -215,7 +215,7 @@ async def test_a_token_in_what_a_command_says_of_its_trouble_is_not_shown() -> N
 
 
 async def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
-    """After the runner's time; who asks next has it tried again."""
+    """After the runner's timeout; the next caller runs it again."""
     tokens = CommandTokens(["sleep", "600"], Runner(timeout=0.2))
     for _ in range(2):
         assert "did not end within" in await refused(tokens)

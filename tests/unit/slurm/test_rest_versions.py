@@ -1,4 +1,4 @@
-"""A job in the words of each version of the REST interface, and which version is chosen."""
+"""The submission of a job in each version of the REST interface, and the choice of the version."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
 def struct(number: int) -> dict[str, Any]:
-    """A number as versions from v0.0.39 on write it."""
+    """A number in the shape of v0.0.39 and later."""
     return {"set": True, "infinite": False, "number": number}
 
 
@@ -103,7 +103,7 @@ def test_a_job_for_later_versions(name: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
 def test_what_is_not_asked_for_is_not_named(version: Any) -> None:
-    """A field that is named without a value would be taken for one that is asked for."""
+    """Slurm would take an empty field for a request."""
     job = submission(JobSpec(name="n", script="#!/bin/sh\n"), version)["job"]
     assert None not in job.values()
     assert "partition" not in job
@@ -112,20 +112,20 @@ def test_what_is_not_asked_for_is_not_named(version: Any) -> None:
 
 
 def test_no_time_limit() -> None:
-    """UNLIMITED is infinite, which is not the same as none given."""
+    """UNLIMITED is infinite, which differs from no value."""
     unlimited = JobSpec(name="n", script="#!/bin/sh\n", time="UNLIMITED")
     assert submission(unlimited, BY_NAME["v0.0.38"])["job"]["time_limit"] == "UNLIMITED"
     assert submission(unlimited, BY_NAME["v0.0.44"])["job"]["time_limit"]["infinite"] is True
 
 
 def test_options_of_sbatchs_own_are_refused() -> None:
-    """What only sbatch understands is not left out in silence."""
+    """An option that only sbatch understands is not dropped silently."""
     with pytest.raises(SubmitRefused, match="--wckey=x"):
         submission(JobSpec(name="n", script="#!/bin/sh\n", extra=["--wckey=x"]), VERSIONS[0])
 
 
 def test_the_newest_version_of_both_sides_is_chosen() -> None:
-    """Of what the server announces the newest that is known here; one that is newer still does no harm."""
+    """A newer version that the server also offers does no harm."""
     paths = [f"/slurm/v0.0.{number}/job/submit" for number in (40, 41, 99)]
     other = ["/slurmdb/v0.0.42/jobs/", "/slurm/v0.0.42/jobs/", "/x"]
     served = offered_versions({"paths": dict.fromkeys([*paths, *other])})
@@ -137,14 +137,14 @@ def test_the_newest_version_of_both_sides_is_chosen() -> None:
 
 @pytest.mark.parametrize("document", [{}, {"paths": []}, {"paths": {"/slurm/v0.0.99/job/submit": {}}}])
 def test_no_version_of_both_sides(document: dict[str, Any]) -> None:
-    """Where there is none the error says which there are."""
+    """The error names the versions that the server offers."""
     with pytest.raises(SlurmUnavailable, match=r"v0\.0\.38 to v0\.0\.\d+"):
         newest_known(offered_versions(document))
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
 def test_the_login_environment(shell: str) -> None:
-    """A job that has no HOME gets what the node's user database says; one that has is left as it is."""
+    """A job without HOME gets the values of the node's user database; a job with HOME is left unchanged."""
     script = with_login_environment('#!/bin/sh\necho "$HOME|$USER|$LOGNAME|$SHELL"\n')
     told = subprocess.run(
         [shell], input=script, env={"PATH": PATH}, check=True, capture_output=True, text=True
@@ -158,5 +158,5 @@ def test_the_login_environment(shell: str) -> None:
 
 
 def test_a_script_without_an_interpreter_is_left_to_slurm() -> None:
-    """It is refused by whoever runs it, and not changed into something else."""
+    """Slurm refuses it; it is not changed."""
     assert with_login_environment("no script") == "no script"

@@ -33,12 +33,12 @@ def alive(pid: int) -> bool:
 
 
 def read_pid(path: Path) -> int:
-    """The number in the file, 0 while it is not there."""
+    """The number in the file, 0 while there is no file."""
     return int(path.read_text() or 0) if path.exists() else 0
 
 
 async def test_result() -> None:
-    """Status, output, errors and time come back, and the command is counted."""
+    """The result has status, output, errors and time, and the command is counted."""
     runner = Runner()
     result = await runner.run(["sh", "-c", "cat; echo oops >&2; exit 3"], input="é".encode() * 100_000)
     assert (result.exit_status, result.stdout, result.stderr) == (3, "é" * 100_000, "oops\n")
@@ -52,7 +52,7 @@ async def test_death_by_signal() -> None:
 
 
 async def test_environment_is_scrubbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller's Slurm variables, locale and format never reach a command; what we say does."""
+    """A caller's Slurm variables, locale and format never reach a command; the given ones do."""
     for name in ("SLURM_JOB_ID", "SQUEUE_FORMAT", "SLURM_MEM_PER_NODE", "LANG", "PYTHONPATH"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("SLURM_CONF", "/etc/site.conf")
@@ -76,12 +76,12 @@ async def test_environment_is_scrubbed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_working_directory() -> None:
-    """Commands run in /, which no job can have taken away."""
+    """Commands run in /, which no job can remove."""
     assert (await Runner().run(["pwd"])).stdout == "/\n"
 
 
 async def test_not_installed(tmp_path: Path) -> None:
-    """A command that is not there is named, with what to do."""
+    """The error names the missing command and the remedy."""
     with pytest.raises(SlurmNotInstalled, match="sbatch"):
         await Runner(search_path=str(tmp_path)).run(["sbatch"])
 
@@ -95,7 +95,7 @@ async def test_path_of_the_job_is_not_ours(tmp_path: Path) -> None:
 
 
 async def test_timeout_kills_the_group(tmp_path: Path) -> None:
-    """A command that takes too long is ended with its children, and is "unavailable"."""
+    """A command that takes too long is killed with its children and raises SlurmUnavailable."""
     pid_file = tmp_path / "pid"
     with pytest.raises(SlurmUnavailable, match=r"within 0.5 s"):
         await Runner(timeout=0.5).run(["sh", "-c", f"sleep 1000 & echo $! >{pid_file}; wait"])
@@ -103,7 +103,7 @@ async def test_timeout_kills_the_group(tmp_path: Path) -> None:
 
 
 async def test_timeout_of_what_a_command_left(tmp_path: Path) -> None:
-    """A command that ended but left a child on our pipes is a timeout, too, and the child is ended."""
+    """A child that keeps the pipes open after its command has ended counts as a timeout and is killed."""
     pid_file = tmp_path / "pid"
     with pytest.raises(SlurmUnavailable):
         await Runner(timeout=0.5).run(["sh", "-c", f"sleep 1000 & echo $! >{pid_file}"])
@@ -123,7 +123,7 @@ async def test_cancellation_kills_the_group(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("turns", range(6))
 async def test_cancellation_while_it_is_started(tmp_path: Path, turns: int) -> None:
-    """A command that is there before its starter knows of it is ended, too, with its children."""
+    """A command that runs before its starter knows it is killed with its children."""
     pid_file = tmp_path / "pid"
     task = asyncio.ensure_future(Runner().run(["sh", "-c", f"sleep 1000 & echo $! >{pid_file}; wait"]))
     for _ in range(turns):
@@ -140,13 +140,13 @@ async def test_cancellation_while_it_is_started(tmp_path: Path, turns: int) -> N
 
 @pytest.mark.parametrize("redirect", ["", ">&2"])
 async def test_output_is_bounded(redirect: str) -> None:
-    """A command that prints without end is ended."""
+    """A command that prints too much is killed."""
     with pytest.raises(SlurmUnavailable, match="more than 100000 bytes"):
         await Runner(max_output=100_000).run(["sh", "-c", f"exec yes {redirect}"])
 
 
-async def test_input_nobody_reads() -> None:
-    """A command that ends without reading its input gives its own answer."""
+async def test_input_that_the_command_does_not_read() -> None:
+    """A command that ends without reading its input gives its normal result."""
     result = await Runner().run(["sh", "-c", "exec <&-; echo no; exit 1"], input=b"x" * 10_000_000)
     assert (result.exit_status, result.stdout) == (1, "no\n")
 
@@ -162,7 +162,7 @@ async def test_loop_is_never_blocked() -> None:
 
 
 async def test_detached(tmp_path: Path) -> None:
-    """A started command has its own session, gets all of its input, and its last words are kept."""
+    """A started command has its own session, gets all of its input, and the end of its stderr is kept."""
     program = "import sys; n = len(sys.stdin.read()); sys.stderr.write('x' * 100000 + str(n)); sys.exit(5)"
     process = await Runner().start([sys.executable, "-c", program], input=b"y" * 1_000_000)
     assert await process.wait() == 5
@@ -171,7 +171,7 @@ async def test_detached(tmp_path: Path) -> None:
 
 
 async def test_detached_session() -> None:
-    """A started command is no member of our session, so it does not die with our terminal."""
+    """A started command is not in this process's session, so it does not end with the terminal."""
     process = await Runner().start(["sleep", "1000"])
     assert os.getsid(process.pid) == process.pid
     assert process.exit_status is None
@@ -181,7 +181,7 @@ async def test_detached_session() -> None:
 
 
 async def test_cancelled_wait_leaves_it_running() -> None:
-    """Who stops waiting for a started command does not end it."""
+    """Cancelling the wait does not end a started command."""
     process = await Runner().start(["sleep", "1000"])
     waiter = asyncio.ensure_future(process.wait())
     await asyncio.sleep(0)

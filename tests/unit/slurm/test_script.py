@@ -32,7 +32,7 @@ def run(script: str, home: Path, shell: str = "/bin/sh", **env: str) -> subproce
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_runs_the_program(shell: str, tmp_path: Path) -> None:
-    """The program runs isolated, gets its arguments as they are, and prints to a private log on the node."""
+    """The program runs isolated, gets its arguments unchanged, and prints to a private log on the node."""
     arguments = ["a b", "$(id)", "'", '"', "\n", "é", ""]
     script = job_script(ECHO, pythons=["no-such-python", sys.executable], log_dir="~/l o/g", arguments=arguments)
     done = run(script, tmp_path, shell)
@@ -71,7 +71,7 @@ def test_no_python(shell: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_log_directory_cannot_be_made(shell: str, tmp_path: Path) -> None:
-    """Where no log can be written the program runs all the same."""
+    """The program runs even if no log can be written."""
     (tmp_path / "file").touch()
     program = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     done = run(job_script(program, pythons=[sys.executable], log_dir="~/file/log"), tmp_path, shell)
@@ -81,15 +81,15 @@ def test_log_directory_cannot_be_made(shell: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_log_is_a_directory(shell: str, tmp_path: Path) -> None:
-    """A log file that cannot be opened does not stop the program, either."""
+    """A log file that cannot be opened does not stop the program either."""
     (tmp_path / "launcher-42.log").mkdir()
     program = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     run(job_script(program, pythons=[sys.executable], log_dir=str(tmp_path)), tmp_path, shell)
     assert (tmp_path / "ran").exists()
 
 
-def test_refuses_nul() -> None:
-    """A NUL, which no script can carry, is refused, and so is a script without a Python."""
+def test_nul_is_refused() -> None:
+    """A NUL, which no script can contain, is refused, and so is a script without a Python."""
     for program, argument in (("\0", ""), ("", "\0")):
         with pytest.raises(ValueError, match="NUL"):
             job_script(program, pythons=["python3"], log_dir="~/l", arguments=[argument])
@@ -99,7 +99,7 @@ def test_refuses_nul() -> None:
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 def test_program_is_verbatim(program: str) -> None:
-    """Every program is in the script as it is, and no line of it ends the here-document."""
+    """The script contains every program unchanged, and no line of it ends the here-document."""
     script = job_script(program, pythons=["python3"], log_dir="~/l")
     marker = script.partition("<<'")[2].partition("'")[0]
     assert f"<<'{marker}'\n{program.removesuffix(chr(10))}\n{marker}\n" in script

@@ -1,4 +1,4 @@
-"""Whom and where to log in to, by URL and configuration; and which lines of known_hosts files are a host's."""
+"""The destination of a login, by URL and configuration; and the lines of known_hosts files that apply to a host."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_an_alias_is_followed(home: Path) -> None:
 
 
 def test_the_url_comes_before_the_configuration(home: Path) -> None:
-    """User and port."""
+    """The URL decides user and port."""
     found = destination("ssh://bob@cluster:22")
     assert (found.user, found.port, found.known_hosts_name) == ("bob", 22, "login01.example.org")
 
@@ -81,56 +81,56 @@ def test_what_the_configuration_does_not_say_is_as_ssh_has_it(home: Path) -> Non
 
 
 def test_a_key_alias_is_what_known_hosts_files_have(home: Path) -> None:
-    """In small letters, as there."""
+    """In lower case."""
     assert destination("ssh://alias:2222").known_hosts_name == "cluster-key"
 
 
 def test_included_files_are_read(home: Path) -> None:
-    """First words win, and these come first."""
+    """The first value counts, and the included one comes first."""
     (home / ".ssh" / "more" / "a.conf").write_text("Host cluster\n  Port 2223\n")
     assert destination("ssh://cluster").port == 2223
 
 
 def test_files_that_include_one_another_are_an_error(home: Path) -> None:
-    """Not an endless loop."""
+    """They are no endless loop."""
     (home / ".ssh" / "more" / "a.conf").write_text("Include more/a.conf\n")
     with pytest.raises(ConfigError, match="nested more than"):
         destination("ssh://cluster")
 
 
 def test_a_configuration_that_others_can_write_is_refused(home: Path) -> None:
-    """They would choose where passwords go."""
+    """Other users could choose the host that gets the passwords."""
     (home / ".ssh" / "config").chmod(0o666)
     with pytest.raises(ConfigError, match="chmod 600"):
         destination("ssh://cluster")
 
 
 def test_jump_hosts_come_in_the_order_in_which_they_are_dialled(home: Path) -> None:
-    """The first one's own way before it, each with its own user and port."""
+    """The first one's own jump hosts come before it, each with its own user and port."""
     hops = [(hop.user, hop.host, hop.port) for hop in destination("ssh://behind").jumps]
     assert hops == [("everybody", "zeroth", 22), ("bob", "first", 2200), ("everybody", "second", 22)]
 
 
 def test_a_host_on_its_own_way_is_dialled_itself(home: Path) -> None:
-    """As happens with ``Host *``."""
+    """``Host *`` has this effect."""
     assert destination("ssh://loop").jumps == ()
 
 
 def test_a_proxy_command_is_refused_and_not_passed_over(home: Path) -> None:
-    """It would be dialled directly, and fail without a word of why."""
+    """Without it the host would be dialled directly, and the failure would not name the cause."""
     with pytest.raises(ConfigError, match="ProxyJump"):
         destination("ssh://command")
 
 
 def test_without_a_configuration_the_url_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has to be there."""
+    """No file has to exist."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(destination("ssh://ann@[2001:db8::1]:2222")) == "ann@[2001:db8::1]:2222"
 
 
 @pytest.mark.parametrize("python", ["python3; id", "$(id)", "a b", "'", "", "~/python"])
 def test_a_python_that_a_shell_would_read_otherwise_is_refused(python: str) -> None:
-    """It stands in the one command line that a login shell reads."""
+    """The path stands in the command line that a login shell reads."""
     with pytest.raises(ValueError, match="path"):
         bootstrap(python)
 
@@ -171,7 +171,7 @@ class Key:
     ],
 )
 def test_a_line_is_about_the_hosts_that_its_patterns_fit(tmp_path: Path, patterns: str, name: str, fits: bool) -> None:
-    """As sshd(8) says; a bracket is no set of letters here."""
+    """The rules are those of sshd(8); brackets are not a set of letters."""
     path = tmp_path / "known"
     path.write_text(
         f"\n# comment\nrubbish\nlogin ssh-ed25519 !!!\n{patterns} ssh-ed25519 {base64.b64encode(b'k').decode()} c\n"
@@ -180,13 +180,13 @@ def test_a_line_is_about_the_hosts_that_its_patterns_fit(tmp_path: Path, pattern
 
 
 def test_a_key_of_another_host_is_of_no_use() -> None:
-    """Only what is known of this one counts."""
+    """Only the keys of this host count."""
     with pytest.raises(HostKeyRefused, match="CHANGED"):
         check_host_key("login", Key(b"one"), [KnownKey("ssh-ed25519", b"two", revoked=False, location="f:1")], ["f"])
     check_host_key("login", Key(b"two"), [KnownKey("ssh-ed25519", b"two", revoked=False, location="f:1")], ["f"])
 
 
 def test_a_host_of_which_only_revoked_keys_are_known_is_unknown() -> None:
-    """Another key of it is asked about as any new one."""
+    """Another key of it is refused like any unknown key."""
     with pytest.raises(HostKeyRefused, match="not known"):
         check_host_key("login", Key(b"one"), [KnownKey("ssh-ed25519", b"two", revoked=True, location="f:1")], ["f"])

@@ -1,4 +1,4 @@
-"""Frames and payloads between the server and the login node, whatever comes instead of them."""
+"""Frames and payloads between the server and the login node, and other data in their place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELDS = some.dictionaries(some.text(), some.none() | some.integers() | some.tex
 
 @given(some.lists(FRAME, max_size=6), some.data())
 def test_frames_are_the_same_however_they_arrive(frames: list[tuple[int, int, bytes]], data: some.DataObject) -> None:
-    """Cut anywhere, and what is left over waits for the rest."""
+    """The data may be cut anywhere; the rest waits."""
     stream = b"".join(frame(*each) for each in frames)
     reader, found = Frames(), []
     at = 0
@@ -30,7 +30,7 @@ def test_frames_are_the_same_however_they_arrive(frames: list[tuple[int, int, by
 
 @given(some.lists(some.binary(max_size=40), max_size=5))
 def test_any_bytes_are_frames_or_refused(pieces: list[bytes]) -> None:
-    """By ValueError, and by nothing else."""
+    """The only error is ValueError."""
     reader = Frames()
     try:
         found = [each for piece in pieces for each in reader.feed(piece)]
@@ -40,7 +40,7 @@ def test_any_bytes_are_frames_or_refused(pieces: list[bytes]) -> None:
 
 
 def test_a_frame_that_is_too_long_is_refused_before_it_comes() -> None:
-    """Nothing is kept of it."""
+    """Nothing of it is stored."""
     with pytest.raises(ValueError, match="at most"):
         list(Frames().feed(HEAD.pack(1, 1, MAX_FRAME + 1)))
 
@@ -53,7 +53,7 @@ def test_what_is_packed_is_unpacked(fields: dict[str, object], data: list[bytes]
 
 @given(some.binary(max_size=60) | some.binary(max_size=30).map(lambda text: struct.pack("!I", len(text)) + text))
 def test_any_payload_is_unpacked_or_refused(payload: bytes) -> None:
-    """By ValueError, and by nothing else; what is taken has the size that it had."""
+    """The only error is ValueError; an accepted payload has the size that it had."""
     try:
         fields, data = unpack(payload)
     except ValueError:
@@ -64,7 +64,7 @@ def test_any_payload_is_unpacked_or_refused(payload: bytes) -> None:
 
 @given(FIELDS, some.binary(min_size=1, max_size=20), some.data())
 def test_a_payload_that_is_cut_short_is_refused(fields: dict[str, object], said: bytes, data: some.DataObject) -> None:
-    """Wherever, but between two parts: a part that lacks its end is never taken for a whole one."""
+    """At any place but between two parts: an incomplete part is never taken for a complete one."""
     whole, without = pack(fields, said), pack(fields)
     cut = data.draw(some.integers(0, len(whole) - 1).filter(lambda at: at != len(without)))
     with pytest.raises(ValueError, match=r"\w"):
@@ -73,7 +73,7 @@ def test_a_payload_that_is_cut_short_is_refused(fields: dict[str, object], said:
 
 @pytest.mark.parametrize("text", ["[]", "null", "7", "{", "\xff", "[" * 100_000], ids=lambda text: text[:4])
 def test_a_payload_needs_fields(text: str) -> None:
-    """An object, and nothing that only looks like one."""
+    """They must be a JSON object."""
     part = text.encode("latin-1")
     with pytest.raises(ValueError, match=r"\w"):
         unpack(struct.pack("!I", len(part)) + part)

@@ -1,4 +1,4 @@
-"""Host certificates as ssh-keygen makes them, and as nobody should."""
+"""Host certificates of ssh-keygen, and malformed ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from helpers.login_node import make_key
 
 
 def blob_of(path: Path | str) -> bytes:
-    """A public key's or certificate's, from its file."""
+    """The blob of a public key or certificate, from its file."""
     return base64.b64decode(Path(path).read_text().split()[1])
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An authority's and a host's."""
+    """The keys of an authority and of a host."""
     base = tmp_path_factory.mktemp("keys")
     return make_key(base / "authority"), make_key(base / "host")
 
@@ -37,7 +37,7 @@ def certified(keys: tuple[Path, Path], *options: str) -> tuple[bytes, bytes]:
 
 
 def test_what_it_says_is_read(keys: tuple[Path, Path]) -> None:
-    """The authority, the hosts, the times."""
+    """The authority, the hosts and the times."""
     blob, authority = certified(keys, "-h", "-n", "login,*.example.org", "-V", "20260101Z:20270101Z")
     found = read_certificate(blob)
     assert (found.name, found.hosts, found.authority) == ("name", ("login", "*.example.org"), authority)
@@ -45,20 +45,20 @@ def test_what_it_says_is_read(keys: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(("host", "fits"), [("login", True), ("a.example.org", True), ("example.org", False)])
-def test_it_vouches_for_the_hosts_in_it(keys: tuple[Path, Path], host: str, fits: bool) -> None:
+def test_it_is_valid_for_its_hosts(keys: tuple[Path, Path], host: str, fits: bool) -> None:
     """Names and patterns."""
     blob, authority = certified(keys, "-h", "-n", "LOGIN,*.example.org")
     assert (read_certificate(blob).fault(host, [authority]) == "") is fits
 
 
-def test_a_users_is_none_of_a_host(keys: tuple[Path, Path]) -> None:
-    """The same authority may sign both."""
+def test_a_user_certificate_is_not_a_host_certificate(keys: tuple[Path, Path]) -> None:
+    """The same authority may sign both kinds."""
     blob, authority = certified(keys, "-n", "login")
     assert "not a host" in read_certificate(blob).fault("login", [authority])
 
 
 def test_no_byte_of_it_can_be_changed(keys: tuple[Path, Path]) -> None:
-    """Wherever: it cannot be read, its authority is another, or its signature is wrong."""
+    """A changed byte makes it unreadable, changes its authority, or breaks its signature."""
     blob, authority = certified(keys, "-h", "-n", "login")
     taken = []
     for at in range(len(blob)):
@@ -71,8 +71,8 @@ def test_no_byte_of_it_can_be_changed(keys: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 3, 40, 200, -1])
-def test_a_part_of_one_is_none(keys: tuple[Path, Path], length: int) -> None:
-    """Nor is one with something after it."""
+def test_an_incomplete_certificate_is_refused(keys: tuple[Path, Path], length: int) -> None:
+    """Nor is a certificate with additional data."""
     blob, _authority = certified(keys, "-h", "-n", "login")
     for wrong in (blob[:length], blob + b"x"):
         with pytest.raises(ValueError, match="certificate"):
@@ -80,7 +80,7 @@ def test_a_part_of_one_is_none(keys: tuple[Path, Path], length: int) -> None:
 
 
 def string(data: bytes) -> bytes:
-    """A string as RFC 4251 has it."""
+    """A string in RFC 4251's encoding."""
     return len(data).to_bytes(4, "big") + data
 
 
@@ -94,7 +94,7 @@ FIELD = some.binary(max_size=20).map(string) | some.binary(max_size=12)
     some.binary(max_size=80) | some.builds(lambda kind, rest: string(kind) + b"".join(rest), KINDS, some.lists(FIELD))
 )
 def test_any_bytes_are_a_certificate_or_refused(blob: bytes) -> None:
-    """By ValueError, and by nothing else; and one that nobody has signed vouches for nobody, whatever is in it."""
+    """The only error is ValueError; an unsigned certificate is never valid."""
     try:
         found = read_certificate(blob)
     except ValueError:
@@ -112,7 +112,7 @@ PART = some.binary(max_size=20)
 def test_one_of_the_right_shape_is_read_whatever_its_fields_are(
     key: list[bytes], serial: bytes, hosts: bytes, valid: list[bytes], rest: bytes
 ) -> None:
-    """Names are no text, times are any; it is refused for its signature."""
+    """Names may be no text and times any number; the signature then refuses it."""
     fields = [
         string(b"ssh-ed25519-cert-v01@openssh.com"),
         *map(string, key),
@@ -127,7 +127,7 @@ def test_one_of_the_right_shape_is_read_whatever_its_fields_are(
 
 
 def test_an_authority_of_an_unknown_kind_signs_nothing(keys: tuple[Path, Path]) -> None:
-    """Nor does another key, though it is known as an authority."""
+    """Nor does another key, even if it is a known authority."""
     blob, _authority = certified(keys, "-h", "-n", "login")
     found: HostCertificate = read_certificate(blob)
     for other in (b"", b"\0\0\0\x07ssh-dss", blob_of(f"{keys[1]}.pub"), blob):

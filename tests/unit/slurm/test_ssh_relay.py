@@ -1,4 +1,4 @@
-"""The relay's two ends, each by itself: the program by frames through pipes, our end by a program that only notes."""
+"""The two ends of the relay, each by itself: the login node's program through pipes, the server's end with a stub."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class RemoteProgram:
                 self._found += self._frames.feed(data)
 
     def listen(self, *ports: int, end: tuple[dict[str, Any], ...] = ()) -> int:
-        """Have it listen; return the port."""
+        """Make the program listen; return the port."""
         self.write(frame(LISTEN, 0, pack({"ports": list(ports) or [0], "end": end})))
         return int(unpack(self.expect(LISTENING)[2])[0]["port"])
 
     def end(self) -> int:
-        """Close its channel and wait for its end."""
+        """Close the program's channel and wait for its end."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
@@ -94,7 +94,7 @@ class RemoteProgram:
 
 @pytest.fixture
 def program() -> Iterator[RemoteProgram]:
-    """One that is ended at the end."""
+    """A program that the fixture ends."""
     program = RemoteProgram()
     yield program
     if program.process.poll() is None:
@@ -102,14 +102,14 @@ def program() -> Iterator[RemoteProgram]:
 
 
 def dial(port: int) -> socket.socket:
-    """As a launcher does."""
+    """Connect as a launcher does."""
     sock = socket.create_connection(("127.0.0.1", port), 20)
     sock.settimeout(20)
     return sock
 
 
 def test_bytes_go_both_ways_as_they_are(program: RemoteProgram) -> None:
-    """An OPEN for the connection, then DATA of it, until one side closes."""
+    """OPEN for the connection, then DATA, until one side closes."""
     with dial(program.listen()) as node:
         _kind, number, peer = program.expect(OPEN)
         assert peer.endswith(b"127.0.0.1")
@@ -122,7 +122,7 @@ def test_bytes_go_both_ways_as_they_are(program: RemoteProgram) -> None:
 
 
 def test_a_connection_that_a_node_closes_is_told(program: RemoteProgram) -> None:
-    """What it said before comes first."""
+    """Its last data comes first."""
     with dial(program.listen()) as node:
         number = program.expect(OPEN)[1]
         node.sendall(b"last words")
@@ -131,7 +131,7 @@ def test_a_connection_that_a_node_closes_is_told(program: RemoteProgram) -> None
 
 
 def test_no_more_than_a_window_is_read_without_credit(program: RemoteProgram) -> None:
-    """What a node sends without end waits on the node; credit lets as much more through."""
+    """A node's further data waits on the node; credit lets as much more through."""
     with dial(program.listen()) as node:
         number = program.expect(OPEN)[1]
         node.setblocking(False)
@@ -156,7 +156,7 @@ def test_no_more_than_a_window_is_read_without_credit(program: RemoteProgram) ->
 
 
 def test_a_node_that_reads_nothing_holds_up_no_other(program: RemoteProgram) -> None:
-    """And credit for it is given only for what it took."""
+    """Credit is given only for data that the node has taken."""
     port = program.listen()
     with dial(port) as slow, dial(port) as other:
         first, second = program.expect(OPEN)[1], program.expect(OPEN)[1]
@@ -176,7 +176,7 @@ def test_a_node_that_reads_nothing_holds_up_no_other(program: RemoteProgram) -> 
 
 
 def test_what_was_said_last_reaches_the_node_when_the_channel_ends(program: RemoteProgram) -> None:
-    """A launcher that is released hears of it, and the program goes."""
+    """A launcher gets its release, and the program ends."""
     with dial(program.listen()) as node:
         number = program.expect(OPEN)[1]
         program.write(frame(DATA, number, b"x" * (1 << 20)))
@@ -188,7 +188,7 @@ def test_what_was_said_last_reaches_the_node_when_the_channel_ends(program: Remo
 
 
 def test_a_port_that_is_taken_is_told(program: RemoteProgram) -> None:
-    """The first free one of a range is taken, otherwise."""
+    """In a range, the first free port is taken."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         program.write(frame(LISTEN, 0, pack({"ports": [port], "end": []})))
@@ -197,7 +197,7 @@ def test_a_port_that_is_taken_is_told(program: RemoteProgram) -> None:
 
 
 def test_an_earlier_relay_gives_its_port_up_to_the_next() -> None:
-    """It may not know yet that its connection broke."""
+    """It may not have noticed that its connection broke."""
     first, second = RemoteProgram(), RemoteProgram()
     try:
         port = first.listen()
@@ -212,7 +212,7 @@ def test_an_earlier_relay_gives_its_port_up_to_the_next() -> None:
 
 
 def test_a_relay_whose_server_is_silent_ends() -> None:
-    """Where sshd does not notice that the connection is gone."""
+    """For the case that sshd does not notice the lost connection."""
     program = RemoteProgram(silence=0.5)
     program.listen()
     assert program.process.wait(20) == 0
@@ -220,7 +220,7 @@ def test_a_relay_whose_server_is_silent_ends() -> None:
 
 
 def test_a_node_that_takes_nothing_holds_no_place_after_a_close(program: RemoteProgram) -> None:
-    """It has a few seconds for what was said last; there are only so many places."""
+    """It has a few seconds for the last data; the number of connections is limited."""
     descriptors = f"/proc/{program.process.pid}/fd"
     with dial(program.listen()):
         number = program.expect(OPEN)[1]
@@ -241,7 +241,7 @@ def test_a_node_that_takes_nothing_holds_no_place_after_a_close(program: RemoteP
 
 
 class Notes:
-    """A program that notes what it is sent."""
+    """A program that notes the frames sent to it."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, int, bytes]] = []
@@ -254,7 +254,7 @@ class Notes:
 
 
 class Link:
-    """What the response socket has of a connection."""
+    """The response socket's part of a connection."""
 
     is_authenticated = False
 
@@ -299,7 +299,7 @@ def relayed() -> tuple[RelayedConnection, Notes, Link]:
 
 
 async def test_our_end_sends_no_more_than_a_window_without_credit() -> None:
-    """The link is told to wait, and to go on; nothing is lost or changes places."""
+    """The link pauses and resumes; no data is lost or reordered."""
     connection, notes, link = relayed()
     data = os.urandom(1 << 20)
     for _ in range(6):
@@ -313,7 +313,7 @@ async def test_our_end_sends_no_more_than_a_window_without_credit() -> None:
 
 
 async def test_our_end_gives_credit_for_what_the_link_took() -> None:
-    """In quarters of a window, so that little is said of much."""
+    """In quarters of a window, to save frames."""
     connection, notes, link = relayed()
     for _ in range(8):
         connection.received(DATA, b"x" * (1 << 18))
@@ -322,7 +322,7 @@ async def test_our_end_gives_credit_for_what_the_link_took() -> None:
 
 
 async def test_our_end_closes_when_all_has_gone_out() -> None:
-    """What waits for credit is not lost by a close."""
+    """A close does not lose data that waits for credit."""
     connection, notes, _link = relayed()
     connection.write(b"x" * (WINDOW + 1))
     connection.close()
@@ -335,7 +335,7 @@ async def test_our_end_closes_when_all_has_gone_out() -> None:
 
 
 async def test_our_end_gives_no_credit_while_its_link_takes_nothing() -> None:
-    """What is under way still comes, and no more than that; then credit is given again."""
+    """Data under way still arrives, and no more than that; then credit is given again."""
     connection, notes, link = relayed()
     connection.pause_reading()
     for _ in range(16):
@@ -347,7 +347,7 @@ async def test_our_end_gives_no_credit_while_its_link_takes_nothing() -> None:
 
 
 async def test_our_end_is_closed_at_once_when_it_is_aborted() -> None:
-    """Also after a close that waits for credit: nothing more goes out."""
+    """Also after a close that waits for credit: no more data is sent."""
     connection, notes, link = relayed()
     connection.write(b"x" * (2 * WINDOW))
     connection.close()
@@ -359,7 +359,7 @@ async def test_our_end_is_closed_at_once_when_it_is_aborted() -> None:
 
 
 async def test_a_link_by_the_relay_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one by TCP is: after a close it has a while for what was said last."""
+    """As with TCP, it has a limited time for the last data after a close."""
     monkeypatch.setattr(server, "GOODBYE_SECONDS", 0.1)
     socket, notes = server.ResponseSocket(log=logging.getLogger("test.relay")), Notes()
     lost = asyncio.Event()

@@ -21,13 +21,13 @@ from gateway_slurm.slurm.formats import STATES, Meaning, meaning, remedy, states
     ],
 )  # fmt: skip
 def test_meaning(text: str, expected: Meaning) -> None:
-    """A state's word decides, in any case and with what squeue and sacct add to it."""
+    """The state's word decides, in any case and with the suffixes of squeue and sacct."""
     assert meaning(text) is expected
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
-def test_unheard_of_is_never_over(word: str, rest: str) -> None:
-    """A word that is neither a state nor the code of one decides nothing, whatever follows it."""
+def test_an_unknown_state_is_never_over(word: str, rest: str) -> None:
+    """A word that is neither a state nor a code is UNKNOWN, with any text after it."""
     assume(not word.split() or meaning(word.split()[0]) is Meaning.UNKNOWN)
     assert meaning(f"{word} {rest}" if word.split() else word) is Meaning.UNKNOWN
 
@@ -41,15 +41,15 @@ def test_only_the_states_own_names_are_over(text: str) -> None:
 
 
 def test_table() -> None:
-    """The drawn table has every state."""
+    """The table has every state."""
     assert all(f"`{name}`" in states_table() for name in STATES)
 
 
 @pytest.mark.parametrize(
     "reason", ["PartitionTimeLimit", "AssocMaxWallDurationPerJobLimit", "QOSMaxNodePerJobLimit", "QOSMinGRES"]
 )
-def test_what_can_never_start_has_a_remedy(reason):
-    """A pending job whose reason does not go by itself is the user's to change."""
+def test_a_hopeless_pending_reason_has_a_remedy(reason):
+    """The user must change a job whose pending reason does not pass."""
     assert remedy(reason)
 
 
@@ -57,6 +57,6 @@ def test_what_can_never_start_has_a_remedy(reason):
     "reason",
     ["", "None", "Resources", "Priority", "ReqNodeNotAvail", "QOSMaxCpuPerUserLimit", "AssocGrpCpuLimit", "Odd"],
 )
-def test_what_may_still_start_has_none(reason):
-    """A job that others' jobs keep waiting, or whose reason nobody knows, goes on waiting."""
+def test_other_pending_reasons_have_no_remedy(reason):
+    """A job that waits for other jobs, or for an unknown reason, goes on waiting."""
     assert remedy(reason) is None

@@ -1,4 +1,4 @@
-"""The helper that runs Slurm's commands as a user, the runner that asks it, and which users there are to ask for."""
+"""The helper that runs Slurm's commands as a user, the runner that uses it, and the check of users."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ GOOD = {"command": "scancel", "arguments": ["12"], "environment": {}, "timeout":
 
 
 def run_helper(path: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a helper with nothing on its standard input."""
+    """Run a helper with an empty standard input."""
     argv = [sys.executable, "-IS", str(path), *arguments]
     return subprocess.run(argv, input="", capture_output=True, text=True, timeout=60)
 
 
 def test_a_helper_that_others_could_change_runs_nothing(tmp_path):
-    """One in a directory that others can write, or that is not root's, says which."""
+    """The message names the directory that others can write or that does not belong to root."""
     copy = tmp_path / "as-user"
     shutil.copy(HELPER, copy)
     ran = run_helper(copy)
@@ -50,7 +50,7 @@ def test_a_helper_that_others_could_change_runs_nothing(tmp_path):
 
 
 def test_the_helper_takes_no_arguments():
-    """What is to be run comes over standard input only."""
+    """The request comes over standard input only."""
     ran = run_helper(HELPER, "scancel")
     assert (ran.returncode, ran.stdout) == (helper.REFUSED_STATUS, "")
     assert ran.stderr == "gateway_slurm's helper: it takes no arguments\n"
@@ -58,7 +58,7 @@ def test_the_helper_takes_no_arguments():
 
 @pytest.mark.parametrize(("owner", "mode"), [(1000, 0o100755), (0, 0o100775), (0, 0o100757), (0, 0o120777)])
 def test_each_part_of_its_path_is_roots_alone(monkeypatch, owner, mode):
-    """Another owner, a group or others that may write, or a symbolic link anywhere above is refused."""
+    """Another owner, write permission for others, or a symbolic link anywhere above is refused."""
     good = SimpleNamespace(st_uid=0, st_mode=0o40755)
     bad = SimpleNamespace(st_uid=owner, st_mode=mode)
     for wrong in ("/opt/x/as-user", "/opt/x", "/opt", "/"):
@@ -71,7 +71,7 @@ def test_each_part_of_its_path_is_roots_alone(monkeypatch, owner, mode):
 
 @pytest.mark.parametrize("uid", [0, 1, 999, 65534])
 def test_it_runs_nothing_for_root_and_system_accounts(monkeypatch, uid):
-    """Whatever sudo's rule says."""
+    """sudo's rules do not matter."""
     monkeypatch.setattr(helper.os, "getuid", lambda: uid)
     monkeypatch.setattr(helper.os, "geteuid", lambda: uid)
     with pytest.raises(Refused, match=f"nothing is run for user id {uid}"):
@@ -79,7 +79,7 @@ def test_it_runs_nothing_for_root_and_system_accounts(monkeypatch, uid):
 
 
 def test_it_runs_nothing_with_two_identities(monkeypatch):
-    """A process whose real and effective users differ is no user's."""
+    """The real and the effective user must be equal."""
     monkeypatch.setattr(helper.os, "getuid", lambda: 1000)
     monkeypatch.setattr(helper.os, "geteuid", lambda: 0)
     with pytest.raises(Refused, match="differ"):
@@ -113,13 +113,13 @@ def test_it_runs_nothing_with_two_identities(monkeypatch):
     ],
 )
 def test_commands_and_options_that_are_on_no_list_are_refused(command, arguments):
-    """No other program, and no option by which Slurm's own would run or read something on this machine."""
+    """Other programs are refused, and options by which Slurm's commands run or read something on this machine."""
     with pytest.raises(Refused):
         helper.check_arguments(command, arguments, Settings())
 
 
 def test_every_command_of_the_drivers_is_taken():
-    """What the builders make of a request with everything in it is on the lists."""
+    """The lists allow the commands of a request that uses every field."""
     everything = {one.name: "1" for one in fields(JobSpec) if one.name not in ("gres", "extra", "env")}
     if "signal_seconds" in everything:
         everything["signal_seconds"] = 60
@@ -139,7 +139,7 @@ def test_every_command_of_the_drivers_is_taken():
 
 
 def test_an_admin_may_let_more_options_pass():
-    """``sbatch_options`` counts for sbatch, and for it alone."""
+    """``sbatch_options`` applies to sbatch alone."""
     settings = helper.parse_settings({"sbatch_options": ["exclusive"]}, "x.json")
     helper.check_arguments("sbatch", ["--exclusive"], settings)
     with pytest.raises(Refused):
@@ -148,7 +148,7 @@ def test_an_admin_may_let_more_options_pass():
 
 @pytest.mark.parametrize("name", ["LD_PRELOAD", "SLURM_CONF", "PATH", "HOME", "BASH_ENV", "SBATCH_WRAP", ""])
 def test_variables_that_are_on_no_list_are_refused(name):
-    """What loads code or chooses configuration is not the requester's to say."""
+    """The requester does not choose code or configuration."""
     with pytest.raises(Refused, match="is not allowed"):
         helper.check_environment({name: "x"})
 
@@ -170,15 +170,15 @@ def test_variables_that_are_on_no_list_are_refused(name):
     ],
 )
 def test_a_header_that_is_not_as_it_should_be_is_refused(change):
-    """Each field has its type and bounds, and there are no others; only srun is detached."""
+    """Each field has its type and limits, there are no others, and only srun can be detached."""
     with pytest.raises(Refused):
         helper.parse_request(json.dumps({**GOOD, **change}).encode(), b"", Settings())
     assert helper.parse_request(json.dumps(GOOD).encode(), b"", Settings()).arguments == ("12",)
 
 
 @pytest.mark.parametrize("header", [b"", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"command": "scancel"}'])
-def test_rubbish_is_refused(header):
-    """What is no JSON object is no request."""
+def test_malformed_requests_are_refused(header):
+    """A request must be a JSON object."""
     with pytest.raises(Refused):
         helper.parse_request(header, b"", Settings())
 
@@ -193,7 +193,7 @@ def test_rubbish_is_refused(header):
     ],
 )
 def test_a_request_is_bounded_and_whole(sent, words):
-    """Sizes are looked at before anything is read, and what ends early is no request."""
+    """Sizes are checked before anything is read, and an incomplete request is refused."""
     read_end, write_end = os.pipe()
     os.write(write_end, sent)
     os.close(write_end)
@@ -202,7 +202,7 @@ def test_a_request_is_bounded_and_whole(sent, words):
 
 
 def test_a_request_that_does_not_come_is_given_up(monkeypatch):
-    """Whoever connects and says nothing holds no process for ever."""
+    """A silent client does not keep a process."""
     monkeypatch.setattr(helper, "REQUEST_TIMEOUT", 0.1)
     read_end, write_end = os.pipe()
     with os.fdopen(read_end), os.fdopen(write_end), pytest.raises(Refused, match="did not come"):
@@ -210,8 +210,8 @@ def test_a_request_that_does_not_come_is_given_up(monkeypatch):
 
 
 @pytest.mark.parametrize("found", [[], {"Path": "/bin"}, {"path": 1}, {"min_uid": 0}, {"sbatch_options": "wrap"}])
-def test_a_mistake_in_its_settings_is_told(found):
-    """Nothing is run with settings that mean something else than they say."""
+def test_wrong_settings_of_the_helper_are_refused(found):
+    """With wrong settings nothing is run."""
     with pytest.raises(Refused, match=r"x\.json"):
         helper.parse_settings(found, "x.json")
 
@@ -233,7 +233,7 @@ Runners = Callable[..., SudoRunner]
 
 @pytest.fixture
 def runner(tmp_path) -> Runners:
-    """A runner whose helper stands here, runs as us, and finds Slurm's commands, which are scripts, in tmp_path."""
+    """A runner whose helper is a copy that runs as this user, with scripts in place of Slurm's commands."""
     script = tmp_path / "unchecked.py"
     script.write_text(UNCHECKED.format(root=str(ROOT), path=f"{tmp_path}:/usr/bin:/bin"))
 
@@ -263,12 +263,12 @@ async def until(condition: Callable[[], bool], within: float = 20) -> None:
 
 
 def pid_in(path: Path) -> int:
-    """The number in the file, 0 while it is not there."""
+    """The number in the file, 0 while there is no file."""
     return int(path.read_text() or 0) if path.exists() else 0
 
 
 async def test_status_output_and_errors_come_back(runner):
-    """The command reads its input, and is counted, as with the process's own runner."""
+    """The command reads its input and is counted with the process's own commands."""
     run = runner(sbatch="cat; echo oops >&2; exit 3").run
     result = await run(["sbatch", "--parsable"], input="é".encode() * 100_000)
     assert (result.exit_status, result.stdout, result.stderr) == (3, "é" * 100_000, "oops\n")
@@ -278,7 +278,7 @@ async def test_status_output_and_errors_come_back(runner):
 
 
 async def test_the_command_has_the_users_environment_and_home(runner, monkeypatch):
-    """HOME, USER, LOGNAME and the directory are the password database's, the rest is root's or on the list."""
+    """HOME, USER, LOGNAME and the directory come from the password database; the rest is root's or on the list."""
     for name in ("LD_LIBRARY_PATH", "SLURM_CONF", "HOME", "SBATCH_PARTITION"):
         monkeypatch.setenv(name, "/ours")
     extra = {"GATEWAY_SLURM_TOKEN": "0af9", "BUDGET_ACCOUNTS": "x", "LC_ALL": None}
@@ -294,8 +294,8 @@ async def test_the_command_has_the_users_environment_and_home(runner, monkeypatc
 
 
 @pytest.mark.parametrize("ended_by", ["timeout", "cancellation"])
-async def test_a_command_that_nobody_waits_for_any_more_is_killed(runner, tmp_path, ended_by):
-    """Sudo's child cannot be signalled: the helper kills the command, and what it started, when its input ends."""
+async def test_an_abandoned_command_is_killed(runner, tmp_path, ended_by):
+    """sudo's child cannot be signalled: the helper kills the command and its children when its input ends."""
     pid_file = tmp_path / "pid"
     slow = runner(timeout=2 if ended_by == "timeout" else 60, scancel=f"sleep 1000 & echo $! >{pid_file}; wait")
     task = asyncio.ensure_future(slow.run(["scancel", "12"]))
@@ -311,7 +311,7 @@ async def test_a_command_that_nobody_waits_for_any_more_is_killed(runner, tmp_pa
 
 
 def test_the_helper_has_a_limit_of_its_own(runner, tmp_path):
-    """A command is killed after its time also where whoever asked is stuck."""
+    """The helper kills a command at its timeout even if the requester hangs."""
     asked = runner(scancel="sleep 1000")
     request = asked._request(["scancel", "12"], None, b"", 0.2)
     with subprocess.Popen(asked._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -329,7 +329,7 @@ async def test_output_without_end_is_cut_off(runner):
 
 
 async def test_a_detached_command_outlives_its_requester(runner, tmp_path):
-    """When the requester's end of the pipes is gone srun goes on, and the helper with it until srun ends."""
+    """After the requester's end of the pipes is closed, srun goes on, and so does the helper until srun ends."""
     go, done = tmp_path / "go", tmp_path / "done"
     script = f"cat >{tmp_path}/script; while [ ! -e {go} ]; do sleep 0.05; done; echo late; echo x >{done}"
     step = await runner(srun=script).start(["srun", "--jobid=12", "/bin/sh", "-s"], input=b"echo hello")
@@ -342,8 +342,8 @@ async def test_a_detached_command_outlives_its_requester(runner, tmp_path):
     await until(lambda: not alive(step.pid))
 
 
-async def test_a_detached_command_is_ended_when_it_is_told(runner, tmp_path):
-    """``terminate`` reaches it as SIGTERM; its status and last words come back."""
+async def test_terminate_ends_a_detached_command(runner, tmp_path):
+    """``terminate`` sends it SIGTERM; its status and the end of its stderr come back."""
     ready = tmp_path / "ready"
     script = f"trap 'echo told >&2; exit 9' TERM; echo x >{ready}; while :; do sleep 0.05; done"
     step = await runner(srun=script).start(["srun", "--jobid=12", "/bin/sh", "-s"])
@@ -353,8 +353,8 @@ async def test_a_detached_command_is_ended_when_it_is_told(runner, tmp_path):
     assert step.stderr_tail().endswith("told\n")
 
 
-async def test_a_refusal_is_told_in_its_own_words(runner):
-    """What was not run is no answer of Slurm's: the error has sudo's words, or the helper's, and what to do."""
+async def test_a_refusal_has_the_words_of_sudo_or_the_helper(runner):
+    """The error has sudo's or the helper's words and the remedy; it is not Slurm's answer."""
     asked = runner()
     for call in (asked.run(["sbatch", "--wrap=id"]), asked.start(["srun", "--wrap=id"])):
         with pytest.raises(
@@ -377,20 +377,20 @@ async def test_a_refusal_is_told_in_its_own_words(runner):
     "name", ["", "-x", "#0", "0", "1000", "a b", "a/b", "a\n", "ä", "x" * 33, "%wheel", "no-such-one"]
 )
 def test_impossible_and_unknown_names_are_refused(name):
-    """A name that sudo could take for something else never gets there."""
+    """sudo never gets a name that it could read as something else."""
     with pytest.raises(NotAllowed, match=r"^not allowed to run kernels: "):
         check_user(name, min_uid=1000, allow_own=True)
 
 
 @pytest.mark.parametrize("name", ["root", "daemon", "nobody"])
 def test_system_accounts_are_refused(name):
-    """Whatever the settings say, root and nobody are; others are below the lowest user id."""
+    """With any settings root and nobody are refused, and so is every uid below the lowest one."""
     with pytest.raises(NotAllowed, match="system account"):
         check_user(name, min_uid=0 if name != "daemon" else 1000, allow_own=True)
 
 
 def test_the_servers_own_account_is_a_matter_of_settings(monkeypatch):
-    """By default it is refused, as it could do everything to everybody's jobs."""
+    """By default it is refused, since it could change all users' jobs."""
     own = pwd.struct_passwd(("server", "x", 4242, 4242, "", "/", "/bin/sh"))
     monkeypatch.setattr(pwd, "getpwnam", lambda _name: own)
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
@@ -402,12 +402,12 @@ def test_the_servers_own_account_is_a_matter_of_settings(monkeypatch):
 
 
 def test_the_process_user_has_a_name():
-    """It is that of the effective user id."""
+    """It is the name of the effective user id."""
     assert pwd.getpwnam(process_user()).pw_uid == os.geteuid()
 
 
 def test_another_users_kernel_gets_none_of_our_own_variables():
-    """HOME and the like stay with the server, unless somebody gave the kernel a value of its own."""
+    """HOME and similar variables stay with the server, unless the kernel was given a value."""
     ours = {"HOME": "/srv/gateway", "USER": "gateway", "LANG": "C"}
     assert without_personal(ours, ours) == {"LANG": "C"}
     assert without_personal({"HOME": "/home/ada"}, ours) == {"HOME": "/home/ada"}

@@ -24,7 +24,7 @@ def test_minutes(text: str, expected: int | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "1:2:3:4", "1-", "1-2:3:4:5", "x", "1d", "٣", "9" * 5000, "NOT_SET"])
 def test_refused(text: str) -> None:
-    """Anything else is a ValueError of ours."""
+    """Any other text raises TimeFormatError."""
     with pytest.raises(TimeFormatError):
         minutes(text)
 

@@ -25,13 +25,13 @@ from gateway_slurm.slurm.url import ClusterUrl, parse_cluster_url
     ],
 )
 def test_a_cluster_is_named_by_one_url(text: str, url: ClusterUrl) -> None:
-    """Each shape that is documented is read as it is meant, and its text says the same."""
+    """Each documented form is read, and its text is the same again."""
     assert parse_cluster_url(text) == url
     assert parse_cluster_url(str(url)) == url
 
 
 def test_a_rest_interface_has_a_base_address() -> None:
-    """Brackets stay where a port follows an IPv6 address."""
+    """An IPv6 address before a port keeps its brackets."""
     assert parse_cluster_url("rest+http://[::1]:6820").base == "http://[::1]:6820"
     assert parse_cluster_url("rest+https://slurm:443").base == "https://slurm:443"
 
@@ -59,7 +59,7 @@ def test_a_rest_interface_has_a_base_address() -> None:
         "local:/x",
     ],
 )
-def test_what_is_no_cluster_is_refused(text: str) -> None:
+def test_other_text_is_refused(text: str) -> None:
     """A mistake is a clear error and never another cluster."""
     with pytest.raises(ValueError, match=r"\w"):
         parse_cluster_url(text)
@@ -71,7 +71,7 @@ REST = some.text(alphabet="aZ0.-_@:/[]%\u00b2\u0660\n ", max_size=20) | some.tex
 
 @given(some.builds(str.__add__, SCHEMES, REST))
 def test_any_text_names_one_cluster_or_none(text: str) -> None:
-    """ValueError, and nothing else; what is taken says the same when it is read again."""
+    """The only error is ValueError; an accepted text means the same when it is read again."""
     try:
         url = parse_cluster_url(text)
     except ValueError:
@@ -88,7 +88,7 @@ def test_a_password_in_the_url_is_refused_and_not_repeated() -> None:
 
 
 def test_the_setting_is_checked_when_it_is_made() -> None:
-    """The admin hears of a mistake by the setting's name."""
+    """The error names the setting."""
     assert ServiceSettings(cluster="ssh://ann@login").cluster == "ssh://ann@login"
     with pytest.raises(TraitError, match=r"SlurmService\.cluster: .*ssh://"):
         ServiceSettings(cluster="login")

@@ -1,4 +1,4 @@
-"""The watcher, with a fake Slurm; test_slurm_driver.py runs it on the real one."""
+"""The watcher, with a fake Slurm; tests/slurm/test_driver.py runs it with a real one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway_slurm.slurm.watcher import MIN_POLL_INTERVAL, JobWatcher
 
 
 class FakeSlurm:
-    """Answers from a table, or fails; notes when it was asked for what, and how many asked at once."""
+    """Answers from a table, or fails; notes the requests and how many were under way at a time."""
 
     def __init__(self) -> None:
         self.table: dict[str, str] = {}
@@ -27,11 +27,11 @@ class FakeSlurm:
         self.in_flight = self.most_in_flight = 0
 
     async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
-        """Nobody else waits."""
+        """No other job waits."""
         return {}
 
     async def jobs(self, jobids: Collection[str]) -> dict[str, JobInfo]:
-        """Answer for the jobs that the table has."""
+        """Answer for the jobs in the table."""
         self.asked.append((asyncio.get_running_loop().time(), frozenset(jobids)))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -53,7 +53,7 @@ async def until(condition: Callable[[], bool], within: float = 10) -> None:
 
 
 async def test_the_fake_keeps_the_contract(slurm: FakeSlurm) -> None:
-    """The fake answers as the driver does: known jobs only, and SlurmUnavailable when it cannot be asked."""
+    """The fake answers as the driver does: with known jobs only, and with SlurmUnavailable when it is down."""
     slurm.table = {"1": "RUNNING"}
     assert set(await slurm.jobs(["1", "12"])) == {"1"}
     assert await slurm.jobs(["12"]) == {}
@@ -76,8 +76,8 @@ async def watcher(slurm: FakeSlurm) -> AsyncIterator[JobWatcher]:
     await made.close()
 
 
-async def test_tells_what_slurm_says(slurm: FakeSlurm, watcher: JobWatcher) -> None:
-    """Each callback hears of its own job, and one call asks for all."""
+async def test_each_callback_gets_its_job(slurm: FakeSlurm, watcher: JobWatcher) -> None:
+    """Each callback gets its own job, and one request is for all jobs."""
     heard: dict[str, list[str]] = {"1": [], "12": []}
     slurm.table = {"1": "PENDING", "12": "RUNNING"}
     for jobid, states in heard.items():
@@ -89,7 +89,7 @@ async def test_tells_what_slurm_says(slurm: FakeSlurm, watcher: JobWatcher) -> N
 
 
 async def test_backs_off(slurm: FakeSlurm, watcher: JobWatcher) -> None:
-    """Looks come ever less often, up to the longest interval, and a new watch starts over."""
+    """The interval grows up to the longest one, and a new watch resets it."""
     slurm.table = {"1": "PENDING"}
     watcher.watch("1", lambda info: None)
     await until(lambda: len(slurm.asked) >= 9)
@@ -104,7 +104,7 @@ async def test_backs_off(slurm: FakeSlurm, watcher: JobWatcher) -> None:
 
 
 async def test_one_call_in_flight(slurm: FakeSlurm, watcher: JobWatcher) -> None:
-    """While Slurm does not answer, it is not asked again, whoever pokes."""
+    """While a request is under way there is no second one, even after ``poll_soon``."""
     slurm.gate.clear()
     watcher.watch("1", lambda info: None)
     await until(lambda: slurm.in_flight == 1)
@@ -123,7 +123,7 @@ async def test_one_call_in_flight(slurm: FakeSlurm, watcher: JobWatcher) -> None
 async def test_failure_declares_nothing(
     slurm: FakeSlurm, watcher: JobWatcher, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While Slurm cannot be asked no callback runs, one warning is logged, and the watch goes on."""
+    """While Slurm does not answer no callback runs, one warning is logged, and polling goes on."""
     caplog.set_level(logging.INFO)
     heard: list[object] = []
     slurm.error = error
@@ -137,7 +137,7 @@ async def test_failure_declares_nothing(
 
 
 async def test_gone_takes_two_answers(slurm: FakeSlurm, watcher: JobWatcher) -> None:
-    """A job is unknown when a healthy controller said so twice in a row; a failure between does not count."""
+    """A job is unknown after a healthy controller reported it twice in a row; a failure between does not count."""
     heard: list[object] = []
     watcher.watch("1", lambda info: heard.append((info, len(slurm.asked))))
     await until(lambda: bool(heard))
@@ -145,7 +145,7 @@ async def test_gone_takes_two_answers(slurm: FakeSlurm, watcher: JobWatcher) -> 
 
 
 async def test_an_answer_forgets_a_miss(slurm: FakeSlurm, watcher: JobWatcher) -> None:
-    """A miss, an answer, and a miss again are not two in a row."""
+    """A miss, an answer and a miss again are not two in a row."""
     answers = iter([{}, {"1": "RUNNING"}, {}, {"1": "RUNNING"}, {}, {"1": "RUNNING"}])
     heard: list[object] = []
 
@@ -159,7 +159,7 @@ async def test_an_answer_forgets_a_miss(slurm: FakeSlurm, watcher: JobWatcher) -
 
 
 async def test_nothing_watched_nothing_asked(slurm: FakeSlurm, watcher: JobWatcher) -> None:
-    """Slurm is asked neither before the first watch nor after the last unwatch."""
+    """There is no request before the first watch or after the last unwatch."""
     slurm.table = {"1": "PENDING"}
     watcher.watch("1", lambda info: watcher.unwatch("1"))
     await until(lambda: not watcher.watched)
@@ -172,8 +172,8 @@ async def test_nothing_watched_nothing_asked(slurm: FakeSlurm, watcher: JobWatch
     await until(lambda: len(slurm.asked) > asked)
 
 
-async def test_poke_asks_soon(slurm: FakeSlurm) -> None:
-    """A poke does not wait for the interval."""
+async def test_poll_soon(slurm: FakeSlurm) -> None:
+    """``poll_soon`` does not wait for the interval."""
     watcher = JobWatcher(slurm, interval=(1000, 1000))
     heard: list[object] = []
     watcher.watch("1", heard.append)
@@ -184,8 +184,8 @@ async def test_poke_asks_soon(slurm: FakeSlurm) -> None:
     await watcher.close()
 
 
-async def test_who_pokes_without_end_is_answered_with_pauses(slurm: FakeSlurm) -> None:
-    """The first is answered at once, those after it together, and Slurm is not asked more often than usual."""
+async def test_repeated_poll_soon_is_limited(slurm: FakeSlurm) -> None:
+    """The first call polls at once, the following ones together, and no more often than usual."""
     watcher = JobWatcher(slurm, interval=(0.1, 1000))
     slurm.table = {"1": "RUNNING"}
     began = asyncio.get_running_loop().time()
@@ -199,8 +199,8 @@ async def test_who_pokes_without_end_is_answered_with_pauses(slurm: FakeSlurm) -
     await watcher.close()
 
 
-async def test_a_poke_after_a_quiet_while_is_answered_at_once(slurm: FakeSlurm) -> None:
-    """The shortest interval may be long; the pause between two looks is not."""
+async def test_poll_soon_after_a_long_interval_polls_at_once(slurm: FakeSlurm) -> None:
+    """The shortest interval may be long; the pause between two polls is not."""
     watcher = JobWatcher(slurm, interval=(1000, 1000))
     slurm.table = {"1": "RUNNING"}
     watcher.watch("1", lambda info: None)
@@ -213,8 +213,8 @@ async def test_a_poke_after_a_quiet_while_is_answered_at_once(slurm: FakeSlurm) 
     await watcher.close()
 
 
-async def test_unwatched_hears_nothing(slurm: FakeSlurm, watcher: JobWatcher) -> None:
-    """An answer that arrives after unwatch is not told."""
+async def test_no_callback_after_unwatch(slurm: FakeSlurm, watcher: JobWatcher) -> None:
+    """An answer that arrives after unwatch does not reach the callback."""
     heard: list[object] = []
     slurm.table = {"1": "RUNNING", "2": "RUNNING"}
     slurm.gate.clear()
@@ -228,8 +228,8 @@ async def test_unwatched_hears_nothing(slurm: FakeSlurm, watcher: JobWatcher) ->
     assert heard == []
 
 
-async def test_a_callback_that_fails_hurts_nobody(slurm: FakeSlurm, watcher: JobWatcher) -> None:
-    """An error in one callback is logged, and the others still hear of their jobs."""
+async def test_a_failing_callback_does_not_affect_others(slurm: FakeSlurm, watcher: JobWatcher) -> None:
+    """The error is logged, and the other callbacks still run."""
 
     def fail(info: JobInfo | None) -> None:
         raise RuntimeError("a bug")
@@ -242,7 +242,7 @@ async def test_a_callback_that_fails_hurts_nobody(slurm: FakeSlurm, watcher: Job
 
 
 async def test_close(slurm: FakeSlurm) -> None:
-    """Closing ends a call in flight, is idempotent, and nothing can be watched after it."""
+    """Closing ends a request that is under way, is idempotent, and forbids new watches."""
     watcher = JobWatcher(slurm, interval=(0.01, 0.01))
     slurm.gate.clear()
     watcher.watch("1", lambda info: None)

@@ -1,4 +1,4 @@
-"""What a cluster says of itself, as Slurm's commands and slurmrestd print it."""
+"""Slurm's version and partitions, as Slurm's commands and slurmrestd print them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gateway_slurm.slurm.model import ClusterInfo, Partition
 
 
 def test_partitions_are_read_with_the_default_and_their_state():
-    """As sinfo of 22.05 prints them; a line that is none is left out."""
+    """The format is that of sinfo 22.05; other lines are ignored."""
     found = parse_partitions("batch*|up|4\ndevel|down|0\nodd\n")
     assert found == (Partition("batch", True, "up", 4), Partition("devel", False, "down", 0))
     assert [str(each) for each in found] == ["batch*", "devel (down)"]
@@ -18,7 +18,7 @@ def test_partitions_are_read_with_the_default_and_their_state():
 
 
 def test_the_controllers_version_is_read():
-    """It is one line among two hundred; where it is missing nothing is said."""
+    """It is one line among two hundred; without that line the version is empty."""
     text = "Configuration data as of 2026-01-01\nSLURM_CONF = /etc/slurm.conf\nSLURM_VERSION           = 22.05.8\n"
     assert parse_version(text) == "22.05.8"
     assert parse_version("") == ""
@@ -26,14 +26,14 @@ def test_the_controllers_version_is_read():
 
 @pytest.mark.parametrize("name", ["Slurm", "slurm"])
 def test_slurmrestd_says_its_version_in_either_spelling(name):
-    """``Slurm`` before 23.11; what is not as it should be is no version."""
+    """The field is ``Slurm`` before 23.11; a malformed version is empty."""
     assert version_in({"meta": {name: {"release": "24.11.5", "version": {"major": "24"}}}}) == "24.11.5"
     for odd in ({}, {"meta": None}, {"meta": {name: "x"}}, {"meta": {name: {"release": 5}}}):
         assert version_in(odd) == ""
 
 
 def test_slurmrestds_partitions_are_read_and_what_is_no_list_is_unknown():
-    """v0.0.38 says which is the default; others do not."""
+    """Only v0.0.38 tells which partition is the default."""
     old = {"partitions": [{"name": "batch", "flags": ["default"]}, {"name": "devel", "flags": []}, {"name": 5}, "x"]}
     assert partitions_in(old) == (Partition("batch", True), Partition("devel"))
     assert ClusterInfo("", partitions_in(old)).default_partition == "batch"
@@ -44,6 +44,6 @@ def test_slurmrestds_partitions_are_read_and_what_is_no_list_is_unknown():
 
 
 def test_the_only_partition_is_the_default():
-    """Whoever has one need not say which."""
+    """A cluster with one partition need not mark it."""
     assert ClusterInfo("", (Partition("all"),)).default_partition == "all"
     assert ClusterInfo("").default_partition is None
