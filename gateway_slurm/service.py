@@ -263,7 +263,7 @@ class SlurmService(ServiceSettings):
         return self._closed
 
     def close(self, *, leave: bool = False) -> None:
-        """Relinquish all allocations and end the thread; any thread but the service's own may call it.
+        """Release all allocations and end the thread; any thread but the service's own may call it.
 
         With ``leave`` kernels and their jobs stay, on record, for the next server process. Starts that are under way
         are cancelled with their jobs: no client could find their kernels.

@@ -98,7 +98,7 @@ async def test_a_kernel_starts_executes_is_interrupted_restarted_and_shut_down(b
         assert await async_execute(client, "print('x' in globals())") == "False"
         assert jobid_of(manager) == jobid
         assert commands_run(service) == asked
-        assert relay_of(service).worked
+        assert relay_of(service).was_used
         await manager.shutdown_kernel()
     assert poll(lambda: job_state(jobid) == "", timeout=15)
     assert nothing_left(cluster)
@@ -253,7 +253,7 @@ def test_launchers_that_reach_only_the_login_node_find_it(by_ssh):
     service = by_ssh(relay="auto")
     with unreachable(service), running_kernel("slurm") as (_manager, client):
         assert execute(client, "print(1)") == "1"
-        assert relay_of(service).worked
+        assert relay_of(service).was_used
 
 
 def test_without_a_relay_launchers_dial_the_server_itself(by_ssh):

@@ -1,4 +1,4 @@
-"""The way to a kernel: what is dialled, whose word is believed, what is remembered; hostile launchers included."""
+"""The transport of a kernel: which addresses are dialled and remembered, and what a hostile launcher cannot do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Node:
         self.prober = Prober(self.send)
 
     def send(self, name, **fields):
-        """A link that is never down."""
+        """Return True: the link is never down."""
         self.sent.append((name, fields))
         if name == "PROBE":
             self.asked.append(fields)
@@ -57,13 +57,13 @@ class Node:
         return True
 
     def slot_of(self, _kernel_id):
-        """Any."""
+        """Return the slot."""
         return 0
 
 
 @pytest.fixture
 def dialled(monkeypatch):
-    """Every address that was dialled."""
+    """All addresses that were dialled."""
     seen = []
     real = asyncio.open_connection
 
@@ -77,7 +77,7 @@ def dialled(monkeypatch):
 
 @asynccontextmanager
 async def five_listeners(serve):
-    """Ports, one a channel, of a service that does ``serve(reader, writer)`` to who connects."""
+    """A port for each channel, where a service calls ``serve(reader, writer)`` for each connection."""
 
     async def served(reader, writer):
         await serve(reader, writer)
@@ -92,7 +92,7 @@ async def five_listeners(serve):
 
 @asynccontextmanager
 async def honest_node(**options):
-    """A node whose launcher answers the question as it was told."""
+    """A node whose launcher gives the right answer."""
     words = {}
 
     async def tell(reader, writer):
@@ -118,8 +118,8 @@ def select():
     return selected
 
 
-async def test_a_node_whose_answer_comes_is_direct(select, dialled):
-    """All five ports are dialled, where the link comes from, and they are the kernel's."""
+async def test_a_node_that_gives_the_right_answer_is_direct(select, dialled):
+    """All five ports are dialled at the link's address, and the kernel gets them."""
     async with honest_node() as (node, ports):
         selected = await select(node)
     assert (selected.launch.mode, selected.ip, selected.ports) == ("direct", HERE, ports)
@@ -128,7 +128,7 @@ async def test_a_node_whose_answer_comes_is_direct(select, dialled):
 
 
 async def test_a_direct_kernel_whose_output_is_not_kept_says_so(select, caplog):
-    """In the log, and in the reason that the kernel's model shows."""
+    """The log says so, and the reason in the kernel's model."""
     caplog.set_level(logging.INFO)
     async with honest_node() as (node, _ports):
         selected = await select(node, replace(LAUNCH, mode="direct", why=NOT_KEPT))
@@ -137,7 +137,7 @@ async def test_a_direct_kernel_whose_output_is_not_kept_says_so(select, caplog):
 
 
 async def test_an_ipv4_address_that_a_socket_for_both_shows_is_ipv4(select, dialled):
-    """A listener for both families, as the relay's, says ``::ffff:…``."""
+    """A listener for both families, as the relay is, reports ``::ffff:…``."""
     async with honest_node(peer=f"::ffff:{HERE}") as (node, _ports):
         assert (await select(node)).ip == HERE
 
@@ -172,8 +172,8 @@ def others(channel="shell", port=2001):
         {"error": "x" * 100_000},
     ],
 )
-async def test_rubbish_for_ports_is_dialled_by_nobody(select, dialled, answer):
-    """Its kernel goes through the tunnel, the reason is short, and no connection was tried."""
+async def test_invalid_ports_are_not_dialled(select, dialled, answer):
+    """The kernel uses the tunnel, the reason is short, and nothing was dialled."""
     selected = await select(Node(lambda _fields: answer))
     assert selected.launch.mode == "ipc"
     assert selected.launch.why.startswith("node n1 was not dialled: ")
@@ -182,7 +182,7 @@ async def test_rubbish_for_ports_is_dialled_by_nobody(select, dialled, answer):
 
 
 async def test_only_ports_of_the_admins_range_are_dialled(select, dialled):
-    """A launcher that names another one is not believed."""
+    """Other ports that a launcher names are refused."""
     async with honest_node() as (node, ports):
         low = max(ports.values()) + 1
         selected = await select(node, replace(LAUNCH, port_range=(low, 65535)))
@@ -191,7 +191,7 @@ async def test_only_ports_of_the_admins_range_are_dialled(select, dialled):
 
 @pytest.mark.parametrize("field", ["ip", "host", "address", "peer"])
 async def test_an_address_that_a_launcher_names_is_not_dialled(select, dialled, field):
-    """Whatever PROBED says beside ports, the link's own address is dialled."""
+    """The link's address is dialled, whatever else PROBED contains."""
     async with honest_node() as (node, _ports):
         honest = node.answer
         node.answer = lambda fields: {**honest(fields), field: "192.0.2.9"}
@@ -211,8 +211,8 @@ async def test_an_address_that_a_launcher_names_is_not_dialled(select, dialled, 
         ("fe80::5%eth0", "fe80::5%eth0", "IPv4 addresses only"),
     ],
 )
-async def test_a_node_that_is_not_where_its_link_comes_from_is_not_asked(select, dialled, peer, own, words):
-    """Nothing is dialled that TCP has not proved, and nobody is asked to listen for it."""
+async def test_a_node_with_another_address_than_its_link_is_not_asked(select, dialled, peer, own, words):
+    """An address that TCP has not proved is not dialled, and the launcher is not asked to listen."""
     node = Node(lambda _fields: {"ports": others()}, peer=peer, own_ip=own)
     selected = await select(node)
     assert selected.launch.mode == "ipc"
@@ -223,8 +223,8 @@ async def test_a_node_that_is_not_where_its_link_comes_from_is_not_asked(select,
 
 
 @pytest.mark.parametrize("speech", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"0" * 32, b"x" * 1_000_000, "echo"])
-async def test_who_does_not_know_the_answer_is_not_the_node(select, speech, monkeypatch):
-    """Silence, a greeting, a guess, a flood and an echo: each is something else, and soon known."""
+async def test_a_process_that_does_not_know_the_answer_is_not_the_node(select, speech, monkeypatch):
+    """Silence, a greeting, a guess, a flood and an echo are recognised soon."""
     monkeypatch.setattr(transport, "ANSWER_SECONDS", 0.1)
 
     async def speak(reader, writer):
@@ -237,7 +237,7 @@ async def test_who_does_not_know_the_answer_is_not_the_node(select, speech, monk
 
 
 async def test_nothing_but_the_question_is_sent(select, monkeypatch):
-    """Whatever listens there gets a random word, which nobody else knows, and nothing more."""
+    """The process that listens there gets the random question, and nothing else."""
     monkeypatch.setattr(transport, "ANSWER_SECONDS", 0.1)
     heard = []
 
@@ -256,7 +256,7 @@ async def test_nothing_but_the_question_is_sent(select, monkeypatch):
 
 
 async def test_a_port_that_is_closed_is_named(select):
-    """One of five is enough: its kernel would hang."""
+    """One closed port of five is enough: clients of the kernel would hang."""
     async with honest_node() as (node, ports):
         with socket.socket() as free:
             free.bind((HERE, 0))
@@ -275,7 +275,7 @@ async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(select, di
     assert "did not answer" in selected.launch.why
 
 
-def test_an_answer_that_nobody_asked_for_is_nothing():
+def test_an_unexpected_answer_is_ignored():
     """Neither an unknown probe nor one that has no name."""
     probing = Prober(lambda *_arguments, **_fields: True)
     for fields in ({}, {"probe": "x"}, {"probe": ["x"]}, {"probe": None, "ports": {}}):
@@ -301,8 +301,8 @@ def swallowing():
             each.close()
 
 
-async def test_one_that_does_not_answer_is_remembered(select, dialled, swallowing, monkeypatch):
-    """For a while it is neither asked nor dialled; then it is tried again, and twice as long the next time."""
+async def test_a_silent_node_is_remembered(select, dialled, swallowing, monkeypatch):
+    """The node is not dialled for a while; after each further failure that takes twice as long."""
     now, loop = [1000.0], asyncio.get_running_loop()
     monkeypatch.setattr(transport, "CONNECT_SECONDS", 0.2)
     node = Node(lambda _fields: {"ports": dict.fromkeys(wire.CHANNELS, swallowing)})
@@ -320,8 +320,8 @@ async def test_one_that_does_not_answer_is_remembered(select, dialled, swallowin
         assert len(node.asked) == asked
 
 
-async def test_who_must_be_direct_is_tried_although_it_is_remembered(select, swallowing, monkeypatch):
-    """``connect = direct`` is not refused for what was; and a success is the end of the memory."""
+async def test_a_kernel_that_must_be_direct_is_tried_on_a_silent_node(select, swallowing, monkeypatch):
+    """``connect = direct`` is tried nevertheless, and a success ends the memory."""
     monkeypatch.setattr(transport, "CONNECT_SECONDS", 0.2)
     silent = Node(lambda _fields: {"ports": dict.fromkeys(wire.CHANNELS, swallowing)})
     await select(silent)
@@ -334,7 +334,7 @@ async def test_who_must_be_direct_is_tried_although_it_is_remembered(select, swa
 
 
 async def test_what_is_remembered_is_bounded(select, swallowing, monkeypatch):
-    """The oldest is forgotten."""
+    """The oldest node is forgotten."""
     monkeypatch.setattr(transport, "CONNECT_SECONDS", 0.05)
     monkeypatch.setattr(transport, "MAX_SILENT_NODES", 1)
     for host in ("127.0.0.1", "127.0.0.2", "127.0.0.1"):
@@ -352,7 +352,7 @@ async def _timed_out():
 
 
 async def test_a_restart_keeps_the_tunnel(select, dialled):
-    """Clients are connected by it; the reason stays that of its start."""
+    """Clients are connected through it. The reason stays the one of the first start."""
     async with honest_node() as (node, _ports):
         last = LAUNCH.tunnelled("it was so")
         selected = await select(node, last=last)
@@ -361,7 +361,7 @@ async def test_a_restart_keeps_the_tunnel(select, dialled):
 
 
 async def test_a_restart_asks_for_the_kernels_own_ports(select):
-    """The launcher is told them only where they are a direct kernel's."""
+    """The launcher gets them only for a direct kernel."""
     async with honest_node() as (node, ports):
         await select(node, last=LAUNCH.direct("so"), ports=ports)
         await select(node, replace(LAUNCH, mode="direct"), last=LAUNCH.tunnelled("so"), ports=dict(ports))
@@ -370,7 +370,7 @@ async def test_a_restart_asks_for_the_kernels_own_ports(select):
 
 @pytest.mark.parametrize(("peer", "own"), [("fd00::2", "fd00::2"), ("127.0.0.9", "127.0.0.9"), ("127.0.0.9", HERE)])
 async def test_a_restart_keeps_the_kernels_address(select, dialled, peer, own):
-    """Also where its launcher has come back by another one of its node's: clients are connected to it."""
+    """Also where the launcher's link comes from another address by now: clients are connected to the old one."""
     async with honest_node(peer=peer, own_ip=own) as (node, ports):
         selected = await select(node, last=LAUNCH.direct("so"), ports=ports)
     assert (selected.launch.mode, selected.ip, selected.ports) == ("direct", HERE, ports)
@@ -379,7 +379,7 @@ async def test_a_restart_keeps_the_kernels_address(select, dialled, peer, own):
 
 
 async def test_a_launcher_of_an_older_version_gets_no_new_message(select, dialled):
-    """The tunnel; or direct, unproved, where that was asked for."""
+    """The kernel uses the tunnel, or is direct without a test where that was requested."""
     node = Node(lambda _fields: None, probes=False)
     assert (await select(node)).launch.mode == "ipc"
     selected = await select(node, replace(LAUNCH, mode="direct"))
@@ -409,7 +409,7 @@ def test_an_older_versions_record_has_no_reason():
     ],
 )
 async def test_a_direct_kernel_is_where_was_dialled_or_its_start_has_failed(changed, words):
-    """Clients are sent nowhere else by a launcher's STARTED, and nothing of the kernel is left."""
+    """A launcher's STARTED cannot send clients elsewhere, and nothing of the kernel is left."""
     async with honest_node() as (node, ports):
         process = process_on(node, {"mode": "direct", "pid": 5, "ip": HERE, "ports": ports, **changed})
         with pytest.raises(LinkError, match=words):
@@ -418,8 +418,8 @@ async def test_a_direct_kernel_is_where_was_dialled_or_its_start_has_failed(chan
     assert [name for name, _fields in node.sent][-1] == "STOP"
 
 
-async def test_a_tunnelled_kernel_sends_nobody_to_an_address(tmp_path):
-    """A launcher that was told to use the tunnel cannot make its kernel direct."""
+async def test_a_tunnelled_kernel_sends_no_client_to_an_address(tmp_path):
+    """A launcher that must use the tunnel cannot make its kernel direct."""
     node = Node(lambda _fields: None, probes=False)
     process = process_on(node, {"mode": "direct", "pid": 5, "ip": "192.0.2.9", "ports": others()}, tmp_path)
     with pytest.raises(LinkError, match="for a kernel to start as ipc"):
@@ -428,7 +428,7 @@ async def test_a_tunnelled_kernel_sends_nobody_to_an_address(tmp_path):
 
 
 async def test_a_job_that_ends_while_its_node_is_dialled_is_the_reason():
-    """Slurm's word is told, not what became of the dialling."""
+    """The error has Slurm's state, and not the result of the dialling."""
     async with honest_node() as (node, ports):
         process = process_on(node, {"mode": "direct", "pid": 5, "ip": HERE, "ports": ports})
         honest = node.answer
@@ -480,7 +480,7 @@ CURVE = {"supported_encryption": ["curve"]}
     ],
 )
 def test_the_request_goes_over_the_admins_setting(asked, admins, metadata, required, mode, why):
-    """What remains for the node to decide is ``auto``."""
+    """``auto`` is left for the node to decide."""
     chosen, reason = choose_mode(asked, admins, metadata, curve_required=required, keeps_output=False)
     assert chosen == mode
     assert why in reason
@@ -499,7 +499,7 @@ def test_the_request_goes_over_the_admins_setting(asked, admins, metadata, requi
     ],
 )
 def test_where_output_is_kept_only_an_explicit_request_makes_a_kernel_direct(asked, metadata, required, mode, why):
-    """``connect = auto`` is the tunnel. A direct kernel is told apart by the reason, which the model shows."""
+    """``connect = auto`` is the tunnel. The reason, which the model shows, marks a direct kernel."""
     chosen, reason = choose_mode(asked, "auto", metadata, curve_required=required, keeps_output=True)
     assert (chosen, why in reason) == (mode, True)
 
