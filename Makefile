@@ -1,10 +1,10 @@
-# Everything runs from a bare clone: the first target that needs it sets up Slurm's packages and a venv.
+# Everything runs from a bare clone: the first target that needs them installs Slurm's packages and a venv.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 
-# Each is Debian's, of one suite: scripts/slurm_rootfs.py has the table.
+# Each version comes from one Debian suite: scripts/slurm_rootfs.py has the table.
 SLURM_VERSIONS := 22.05 24.11 26.05
 TEST_SLURM := $(addprefix test-slurm-,$(SLURM_VERSIONS))
 
@@ -12,31 +12,31 @@ TEST_SLURM := $(addprefix test-slurm-,$(SLURM_VERSIONS))
 
 help:
 	@echo "make setup     install what is missing (Slurm from Debian's packages, a venv in $(VENV))"
-	@echo "make test      test against a real private Slurm; leaves out what is marked slow"
-	@echo "make test-all  the same with the slow ones"
-	@echo "make test-slurm-VERSION  all tests with another Slurm ($(SLURM_VERSIONS)), in a Debian of its own; as root"
-	@echo "make test-slurm-all      the same with each of them"
-	@echo "make demo      see kernels start, share a job, restart, and go"
+	@echo "make test      test against a real private Slurm; without the tests marked slow"
+	@echo "make test-all  the same, with the slow tests"
+	@echo "make test-slurm-VERSION  all tests with another Slurm ($(SLURM_VERSIONS)), in its own Debian; as root"
+	@echo "make test-slurm-all      the same with each version"
+	@echo "make demo      show how kernels start, share a job, restart and end"
 	@echo "make bench     measure"
-	@echo "make chaos     break what is under a gateway, a hundred times (docs/admins/reliability.md)"
+	@echo "make chaos     break the parts that a gateway depends on, a hundred times (docs/admins/reliability.md)"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
-	@echo "make clean     remove what the above made in this directory"
+	@echo "make clean     remove what these targets made in this directory"
 
 setup: $(STAMP)
 
-# Anew when what is to be installed has changed.
+# Set up again when the dependencies have changed.
 $(STAMP): pyproject.toml scripts/setup.sh
 	scripts/setup.sh $(VENV)
 	@touch $@
 
-# ARGS is passed on: make test ARGS="-k launcher". Most of a test's time is spent waiting for Slurm, so that several
-# processes share the tests, a file at a time, each with a Slurm of its own; WORKERS=0 runs them in one, as for --pdb.
+# ARGS is passed on: make test ARGS="-k launcher". Tests mostly wait for Slurm, so several processes share the tests, a
+# file at a time, each with its own Slurm. WORKERS=0 runs all tests in one process, as for --pdb.
 ARGS ?=
 WORKERS ?= 3
 PYTEST = $(PYTHON) -m pytest $(if $(ALL),,-m "not slow")
-# What failed, and nothing else, by itself; only where all tests were run and no more than some failed (pytest's 1).
-AGAIN_ALONE = { test $$? = 1 && echo "==> what failed is tried once more" && \
+# Run the failed tests again, alone; only if the run was complete and some tests failed (pytest's exit status 1).
+AGAIN_ALONE = { test $$? = 1 && echo "==> the failed tests are run again" && \
   $(PYTEST) --last-failed --last-failed-no-failures=none $(ARGS); }
 
 test: $(STAMP)
@@ -45,11 +45,11 @@ test: $(STAMP)
 test-all:
 	@$(MAKE) --no-print-directory test ALL=1
 
-# They set up a venv of their own, and need none here.
+# These targets set up a venv in the root file system, and need none here.
 $(TEST_SLURM): test-slurm-%:
 	python3 scripts/slurm_rootfs.py $* $(ARGS)
 
-# One after the other, also when one of them fails.
+# One after the other, even if one of them fails.
 test-slurm-all:
 	@$(MAKE) --no-print-directory --keep-going --jobs=1 $(TEST_SLURM)
 
@@ -59,7 +59,7 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(PYTHON) -m bench
 
-# Fifty rounds for each of the two kinds of store; make chaos SEED=2 has another order.
+# Fifty rounds for each of the two kinds of store. make chaos SEED=2 uses another order.
 ROUNDS ?= 50
 KERNELS ?= 20
 SEED ?= 1

@@ -1,1 +1,1 @@
-"""Measurements, side by side in one session: ``make bench``."""
+"""Measurements of gateway_slurm beside reference values, in one session: ``make bench``."""

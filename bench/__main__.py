@@ -1,4 +1,4 @@
-"""``python -m bench [--runs N] [--only PART]``: every figure beside its reference, in one session."""
+"""``python -m bench [--runs N] [--only PART]``: measure each figure beside its reference, in one session."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODES = ("direct", "tunnel")
 RUNNING_SECONDS = 60
 STREAM = "for _ in range(100): print('x' * 999_999)"
 DISPLAY = "from IPython.display import display\nfor _ in range(100): display({'text/plain': 'x' * 1_000_000}, raw=True)"
-# The kernel itself notes when the interrupt reached it: the client is still reading the flood then.
+# The kernel records when the interrupt arrived, since the client is then still reading the flood.
 FLOOD = """
 import time
 try:
@@ -37,7 +37,7 @@ except KeyboardInterrupt:
 
 
 async def bench_starts(table: Table, specs: dict[str, str], runs: int) -> None:
-    """Start in a running allocation, and restart, beside LocalProvisioner; kinds take turns."""
+    """Starts in a running allocation, and restarts, beside LocalProvisioner; the kinds alternate."""
     for _run in range(runs):
         for kind, name in specs.items():
             kernel, seconds = await start(name)
@@ -57,7 +57,7 @@ async def bench_starts(table: Table, specs: dict[str, str], runs: int) -> None:
 
 
 async def bench_new_allocations(table: Table, directory: Path, runs: int) -> None:
-    """A start with a new allocation, taken apart at the job's first instruction."""
+    """Starts with a new allocation, before and after the job's first instruction."""
     runner = SlurmService.instance().runner
     local = write_kernelspec(directory, "local")
     for _run in range(runs):
@@ -102,7 +102,7 @@ async def bench_new_allocations(table: Table, directory: Path, runs: int) -> Non
 
 
 async def count_while_running(table: Table, directory: Path) -> None:
-    """Slurm commands while kernels execute, idle and send heartbeats, for a minute; told for an hour."""
+    """Slurm commands while kernels run and idle, counted for a minute and scaled to an hour."""
     runner = SlurmService.instance().runner
     async with (
         running(write_kernelspec(directory, "works", connect="tunnel")) as works,
@@ -125,30 +125,30 @@ def bare_floor(directory: Path) -> float:
 
 
 def launcher_pid(jobid: str) -> int:
-    """The launcher of a job: the shell that became it, on this machine's pretended node."""
+    """The process id of a job's launcher, which runs on this machine."""
     for process in psutil.process_iter(["cmdline", "environ"]):
         in_job = (process.info["environ"] or {}).get("SLURM_JOB_ID") == jobid
-        # Its guard is a fork of it: same command line, but a child.
+        # The launcher's guard has the same command line, but is its child.
         if in_job and "-I" in (process.info["cmdline"] or []) and "-I" not in process.parent().cmdline():
             return int(process.pid)
     raise RuntimeError(f"no launcher of job {jobid}")
 
 
 def start_time(pid: int) -> float:
-    """When a process was made, in seconds since the epoch, to the clock tick of 10 ms (proc(5))."""
+    """The start time of a process in seconds since the epoch, with a resolution of 10 ms (proc(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)
 
 
 def wait_until_free(jobid: str) -> None:
-    """Return when squeue lists the job no more."""
+    """Wait until squeue no longer lists the job."""
     while subprocess.run(["squeue", "-h", "-j", jobid], capture_output=True, text=True).stdout.strip():
         time.sleep(0.01)
 
 
 async def bench_traffic(table: Table, specs: dict[str, str], runs: int) -> None:
-    """100 MB of output, and an interrupt under a flood of it."""
+    """100 MB of output, and an interrupt during a flood of output."""
     for _run in range(runs):
         for kind, name in specs.items():
             async with running(name) as kernel:
@@ -164,29 +164,29 @@ async def bench_traffic(table: Table, specs: dict[str, str], runs: int) -> None:
 
 
 async def measure_traffic(table: Table, kind: str, kernel: Kernel) -> None:
-    """One kernel's traffic."""
+    """Measure the traffic of one kernel."""
     await kernel.run("1")
     for what, code in (("stream", STREAM), ("display", DISPLAY)):
         size, seconds = await kernel.run(code)
         assert size >= 99_000_000, size
         table.add(f"100 MB {what}, {kind}", seconds)
-    # The flood is read by another process, as a browser's is: its own busy loop is not what is measured.
+    # Another process reads the flood, as a browser does, so that its work is not measured.
     reader = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bench.reader", kernel.manager.connection_file, FLOOD, stdout=asyncio.subprocess.PIPE
     )
     assert reader.stdout is not None
-    await reader.stdout.readline()  # the flood has come through
+    await reader.stdout.readline()  # the reader has received part of the flood
     began = time.time()
     await kernel.manager.interrupt_kernel()
     await reader.wait()
-    # Rarely the interrupt hits ipykernel's own code, and the cell ends without having noted it.
+    # Rarely the interrupt hits ipykernel's own code, and the cell does not record it.
     interrupted = float(await kernel.evaluate("globals().get('interrupted', 0)"))
     if interrupted > began:
         table.add(f"interrupt under flood, {kind}", interrupted - began)
 
 
 async def bench_stalls(table: Table, specs: dict[str, str], runs: int) -> None:
-    """How long the caller's loop is held up while a kernel starts and stops."""
+    """The longest stall of the caller's event loop while a kernel starts and stops."""
     for _run in range(runs):
         for kind, name in specs.items():
             ticker = Ticker()
@@ -199,7 +199,7 @@ async def bench_stalls(table: Table, specs: dict[str, str], runs: int) -> None:
 
 
 async def bench(directory: Path, cluster: PrivateCluster, runs: int, only: str) -> None:
-    """All of it, or what ``only`` names, in one session."""
+    """Run all parts, or the part ``only``, in one session."""
     table = Table()
     await warm_up(directory)
     async with running(write_kernelspec(directory, "holder", connect="tunnel")) as holder:
@@ -224,7 +224,7 @@ async def bench(directory: Path, cluster: PrivateCluster, runs: int, only: str) 
 
 
 async def bench_round_trips(table: Table, specs: dict[str, str], runs: int) -> None:
-    """Execute round trips of kernels that stand side by side, in turns, so that noise meets all of them."""
+    """Round trips of kernels that run at the same time and alternate, so that noise affects all of them."""
     kernels = {kind: (await start(name))[0] for kind, name in specs.items()}
     for kernel in kernels.values():
         await kernel.subscribe()
@@ -242,7 +242,7 @@ async def bench_round_trips(table: Table, specs: dict[str, str], runs: int) -> N
 
 
 async def warm_up(directory: Path) -> None:
-    """Load what is loaded once, so that no first run pays for it."""
+    """Start kernels once, so that the first measured start loads nothing new."""
     async with running(write_kernelspec(directory, "warm-up", connect="tunnel")):
         pass
     async with running(write_kernelspec(directory, "local")):
@@ -250,15 +250,15 @@ async def warm_up(directory: Path) -> None:
 
 
 def main() -> None:
-    """Bring a private cluster up, measure, take it down."""
+    """Start a private cluster, measure, and remove the cluster."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--runs", type=int, default=7, help="runs of each measurement (default 7)")
+    parser.add_argument("--runs", type=int, default=7, help="runs of each measurement (default: 7)")
     parts = ["stalls", "starts", "traffic", "allocations", "ways", "ssh", "gateway", "restart"]
-    parser.add_argument("--only", choices=parts, default="", help="one part of it")
+    parser.add_argument("--only", choices=parts, default="", help="run one part only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gsb-", dir="/tmp") as name:
         directory = Path(name)
-        directory.chmod(0o755)  # slurmrestd is another user
+        directory.chmod(0o755)  # slurmrestd runs as another user
         harness.environment(directory)
         with PrivateCluster(directory / "slurm", rest=True) as cluster:
             os.environ.update(cluster.environment())

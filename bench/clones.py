@@ -1,7 +1,7 @@
-"""Many kernels on record that never ran: takes over what a dead gateway had, copies its one kernel, and dies.
+"""Put many kernels on record that never ran: take over a dead gateway's records, copy its one kernel, and exit.
 
-``python -m bench.clones COUNT``; prints what ``bench.launchers`` is to read. All copies are reached where the one
-kernel is (it is a direct one), and each has a launcher and a job of its own.
+``python -m bench.clones COUNT`` prints the input of ``bench.launchers``. All copies have the addresses of the one
+kernel, which is direct. Each copy has its own launcher and job.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from gateway_slurm.allocations.identity import new_launcher_id
 from gateway_slurm.store import KernelRecord, LauncherRecord, Registry, Rows
 
-FIRST_JOB = 900_000  # Slurm has not come so far
+FIRST_JOB = 900_000  # higher than the ids of real jobs
 
 
 def main() -> None:
-    """Copy, and end as a server that is killed."""
+    """Copy the kernel, and exit as a killed server does."""
     registry = Registry.default(deployment="gateway")
     registry.open()
     claimed = registry.claim()

@@ -1,4 +1,4 @@
-"""The shared gateway's websocket beside plain ZMQ and beside jupyter_server's own, to kernels of the same kind."""
+"""The shared gateway's websocket beside ZMQ and beside jupyter_server's websocket, to kernels of the same kind."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ LARGE = "for _ in range(100): print('x' * 999_999)"
 
 
 class Client:
-    """A frontend's REST calls and websocket; ``url`` and ``token`` are those of a gateway or a Jupyter server."""
+    """A frontend's REST calls and websockets to a gateway or a Jupyter server."""
 
     def __init__(self, url: str, token: str) -> None:
         self._url, self._headers = url, {"Authorization": f"token {token}"}
 
     async def rest(self, method: str, path: str, body: object = None) -> Any:
-        """The answer's JSON; None for an empty one."""
+        """The JSON of the answer; None for an empty answer."""
         data = json.dumps(body) if body is not None else ("" if method == "POST" else None)
         request = HTTPRequest(self._url + path, method, self._headers, data, request_timeout=120)
         answer = (await AsyncHTTPClient().fetch(request)).body
         return json.loads(answer) if answer else None
 
     async def start(self, name: str) -> str:
-        """Start a kernel and return its id once it is there."""
+        """Start a kernel; return its id when it answers."""
         kernel_id = str((await self.rest("POST", "/api/kernels", {"name": name}))["id"])
         websocket = await self.connect(kernel_id)
         await ask(websocket, "kernel_info_request", {})
@@ -48,12 +48,12 @@ class Client:
         return kernel_id
 
     async def connect(self, kernel_id: str) -> WebSocketClientConnection:
-        """A new session's websocket."""
+        """Open a websocket of a new session."""
         request = HTTPRequest(self._channels(kernel_id), headers=self._headers, connect_timeout=60)
         return await websocket_connect(request, max_message_size=1 << 28)
 
     def connect_slow(self, kernel_id: str) -> WebSocket:
-        """A websocket that reads when it is told to; tornado's reads ahead, and closes at 100 MB."""
+        """A websocket that reads only on demand; tornado's reads ahead, and closes at 100 MB."""
         return create_connection(self._channels(kernel_id), header=self._headers, timeout=60)
 
     def _channels(self, kernel_id: str) -> str:
@@ -61,7 +61,7 @@ class Client:
 
 
 def request_message(msg_type: str, content: dict[str, Any]) -> tuple[str, str]:
-    """A request on shell: its id and its text."""
+    """A request for the shell channel: its id and its text."""
     msg_id = uuid.uuid4().hex
     header = {"msg_id": msg_id, "msg_type": msg_type, "session": "bench", "username": "", "version": "5.3", "date": ""}
     message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
@@ -69,7 +69,7 @@ def request_message(msg_type: str, content: dict[str, Any]) -> tuple[str, str]:
 
 
 async def ask(websocket: WebSocketClientConnection, msg_type: str, content: dict[str, Any]) -> int:
-    """A request until its reply is there and the kernel is idle; return the bytes of text that it printed."""
+    """Send a request; when it is answered and the kernel is idle, return the bytes of its printed text."""
     msg_id, text = request_message(msg_type, content)
     await websocket.write_message(text)
     replied, idle, size = False, False, 0
@@ -86,27 +86,27 @@ async def ask(websocket: WebSocketClientConnection, msg_type: str, content: dict
 
 
 async def execute(websocket: WebSocketClientConnection, code: str) -> int:
-    """Run code; the bytes that it printed."""
+    """Run code; return the bytes of its printed text."""
     return await ask(websocket, "execute_request", {"code": code, "silent": False})
 
 
 async def bench_gateway(table: Table, directory: Path, runs: int) -> None:
-    """Both servers run for all of it, each with a direct kernel."""
+    """Measure both servers at the same time, each with a direct kernel."""
     name = write_kernelspec(directory, "behind-a-server", connect="direct")
     servers = directory / "servers"
     servers.mkdir()
-    token, own = make_token(servers), secrets.token_hex(16)
+    gateway_token, server_token = make_token(servers), secrets.token_hex(16)
     gateway = [*GATEWAY, "gateway", f"--tokens={servers / 'tokens.json'}"]
     plain = [sys.executable, "-m", "jupyter_server", "--no-browser", f"--ServerApp.root_dir={servers}"]
     plain += ["--ZMQChannelsWebsocketConnection.limit_rate=False"]
     with (
         running_server(gateway, servers / "gateway.log") as gateway_url,
-        running_server(plain, servers / "server.log", JUPYTER_TOKEN=own) as plain_url,
+        running_server(plain, servers / "server.log", JUPYTER_TOKEN=server_token) as plain_url,
     ):
-        clients = {"gateway": Client(gateway_url, token), "jupyter_server": Client(plain_url, own)}
+        clients = {"gateway": Client(gateway_url, gateway_token), "jupyter_server": Client(plain_url, server_token)}
         kernels = {kind: await client.start(name) for kind, client in clients.items()}
         await bench_websockets(table, clients, kernels, name, runs)
-        process = next(one for one in psutil.process_iter(["cmdline"]) if gateway[-1] in (one.info["cmdline"] or []))
+        process = next(item for item in psutil.process_iter(["cmdline"]) if gateway[-1] in (item.info["cmdline"] or []))
         await measure_slow_reader(table, process, clients["gateway"], kernels["gateway"])
         for kind, kernel_id in kernels.items():
             await clients[kind].rest("DELETE", f"/api/kernels/{kernel_id}")
@@ -115,7 +115,7 @@ async def bench_gateway(table: Table, directory: Path, runs: int) -> None:
 async def bench_websockets(
     table: Table, clients: dict[str, Client], kernels: dict[str, str], name: str, runs: int
 ) -> None:
-    """Round trips in turns, so that noise meets all of them; then new websockets, and much output."""
+    """Round trips, which alternate so that noise affects all of them, new websockets, and much output."""
     sockets = {kind: await client.connect(kernels[kind]) for kind, client in clients.items()}
     await bench_round_trips(table, sockets, name, runs)
     for _run in range(runs):
@@ -140,7 +140,7 @@ async def bench_websockets(
 
 
 async def bench_round_trips(table: Table, sockets: dict[str, Any], name: str, runs: int) -> None:
-    """By a websocket, and by ZMQ to a kernel beside it."""
+    """Round trips by each websocket, and by ZMQ to another kernel."""
     async with running(name) as kernel:
         for _run in range(runs):
             began = time.perf_counter()
@@ -155,11 +155,11 @@ async def bench_round_trips(table: Table, sockets: dict[str, Any], name: str, ru
 
 
 async def measure_output(table: Table, kind: str, socket: WebSocketClientConnection) -> None:
-    """Many small outputs, and much."""
+    """Many small outputs, and 100 MB in large ones."""
     began = time.perf_counter()
     size = await execute(socket, SMALL)
     table.add(f"10 000 prints, {kind}", time.perf_counter() - began)
-    # 48 890 characters in all: a share is what was not lost on the way.
+    # The prints have 48 890 characters; fewer mean that output was lost.
     table.add(f"10 000 prints that arrive, {kind}", 10_000 * size / 48_890)
     began = time.perf_counter()
     assert await execute(socket, LARGE) >= 99_000_000
@@ -167,20 +167,19 @@ async def measure_output(table: Table, kind: str, socket: WebSocketClientConnect
 
 
 async def measure_slow_reader(table: Table, process: psutil.Process, client: Client, kernel_id: str) -> None:
-    """The memory of the gateway's process before, and at its most while one frontend reads nothing of 400 MB.
+    """The gateway's memory before, and its maximum while one frontend does not read 400 MB of output.
 
-    In outputs of 1 MB: what a cell prints faster than it is sent is one message for ipykernel, however large,
-    and a message is not divided.
+    The output is in messages of 1 MB, because ipykernel joins fast prints into one message, which is not divided.
     """
     before = process.memory_info().rss
     slow = await asyncio.to_thread(client.connect_slow, kernel_id)
     slow.send(request_message("execute_request", {"code": DISPLAYS, "silent": False})[1])
-    most = before
+    maximum = before
     for _ in range(100):
         await asyncio.sleep(0.1)
-        most = max(most, process.memory_info().rss)
+        maximum = max(maximum, process.memory_info().rss)
     table.add("gateway's memory", before)
-    table.add("gateway's memory, one slow reader", most)
+    table.add("gateway's memory, one slow reader", maximum)
     slow.close()
     table.row("gateway's memory", "MB", scale=1e-6)
     table.row("gateway's memory, one slow reader", "MB", scale=1e-6)

@@ -1,4 +1,4 @@
-"""What every measurement needs: kernelspecs in a directory of its own, kernels, clients, medians."""
+"""Parts that all measurements use: kernelspecs in the bench's directory, kernels, clients, medians."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = {"project": "demo", "partition": "batch", "nodes": 1, "runtime": 30, "k
 
 
 def write_kernelspec(directory: Path, name: str, *, jobid: str | None = None, connect: str | None = None) -> str:
-    """A kernelspec as users have it; ``connect=None`` is the local one without a provisioner."""
+    """Write a kernelspec and return its name; ``connect=None`` makes a local one, without slurm-provisioner."""
     spec: dict[str, Any] = {"display_name": name, "language": "python", "argv": ARGV}
     if connect is not None:
         config = {**FIELDS, "jobid": jobid, "connect": connect}
@@ -38,10 +38,10 @@ def write_kernelspec(directory: Path, name: str, *, jobid: str | None = None, co
 
 @contextlib.contextmanager
 def admin_settings(directory: Path, settings: dict[str, object]) -> Iterator[SlurmService]:
-    """The process's service, by these settings of the admin's; afterwards there are none, and it is closed."""
+    """The process's service with these admin settings; the end closes the service and removes the settings."""
     if SlurmService._instance is not None:
         SlurmService._instance.close()
-    SlurmService._instance = None  # one that was never used does not count as closed
+    SlurmService._instance = None  # an unused service does not count as closed
     file = directory / "config" / FILE_NAME
     file.parent.mkdir(exist_ok=True)
     lines = [f"c.SlurmService.{name} = {value!r}" for name, value in settings.items()]
@@ -55,7 +55,7 @@ def admin_settings(directory: Path, settings: dict[str, object]) -> Iterator[Slu
 
 
 class Kernel:
-    """A started kernel and a client of it."""
+    """A running kernel and its client."""
 
     def __init__(self, manager: AsyncKernelManager, client: Any) -> None:
         self.manager, self.client = manager, client
@@ -66,7 +66,7 @@ class Kernel:
         return self.manager.provisioner
 
     async def info(self) -> None:
-        """One kernel_info request and its reply."""
+        """Send a kernel_info request and wait for its reply."""
         message_id = self.client.kernel_info()
         while True:
             reply = await self.client.get_shell_msg(timeout=60)
@@ -74,7 +74,7 @@ class Kernel:
                 return
 
     async def subscribe(self) -> None:
-        """Return once the iopub subscription has reached the kernel: what it sent before is not seen."""
+        """Wait until the iopub subscription has reached the kernel, whose earlier messages are lost."""
         while True:
             await self.info()
             with contextlib.suppress(queue.Empty):
@@ -82,7 +82,7 @@ class Kernel:
                 return
 
     async def run(self, code: str) -> tuple[int, float]:
-        """Execute; return the bytes of output received and the seconds until idle."""
+        """Run code; return the bytes of its output and the seconds until the kernel is idle."""
         began = time.perf_counter()
         message_id = self.client.execute(code)
         size = 0
@@ -110,7 +110,7 @@ class Kernel:
 
 
 async def start(name: str) -> tuple[Kernel, float]:
-    """Start a kernel; seconds from ``start_kernel`` to the ``kernel_info_reply``."""
+    """Start a kernel; also return the seconds from ``start_kernel`` to the ``kernel_info_reply``."""
     manager = AsyncKernelManager(kernel_name=name)
     began = time.perf_counter()
     await manager.start_kernel()
@@ -122,14 +122,14 @@ async def start(name: str) -> tuple[Kernel, float]:
 
 
 async def stop(kernel: Kernel) -> None:
-    """Shut it down, as a user does."""
+    """Shut the kernel down, as a user does."""
     kernel.client.stop_channels()
     await kernel.manager.shutdown_kernel()
 
 
 @contextlib.asynccontextmanager
 async def running(name: str) -> AsyncIterator[Kernel]:
-    """A kernel for the time of a measurement."""
+    """A kernel that runs during the block."""
     kernel, _seconds = await start(name)
     await kernel.subscribe()
     try:
@@ -139,7 +139,7 @@ async def running(name: str) -> AsyncIterator[Kernel]:
 
 
 class Ticker:
-    """The longest time that the caller's event loop was held up, beyond a tick of 10 ms."""
+    """Measures the longest stall of the caller's event loop, beyond a tick of 10 ms."""
 
     def __init__(self) -> None:
         self.worst = 0.0
@@ -152,7 +152,7 @@ class Ticker:
             self.worst = max(self.worst, time.perf_counter() - began - 0.01)
 
     async def stop(self) -> float:
-        """End it; seconds."""
+        """Stop measuring; return the longest stall in seconds."""
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
@@ -160,21 +160,21 @@ class Ticker:
 
 
 class Table:
-    """Rows of medians with the reference they are held against."""
+    """Rows of medians, each with its reference."""
 
     def __init__(self) -> None:
         self._samples: dict[str, list[float]] = {}
 
     def add(self, name: str, value: float) -> None:
-        """One sample."""
+        """Add a sample."""
         self._samples.setdefault(name, []).append(value)
 
     def median(self, name: str) -> float:
-        """The middle of the samples."""
+        """The median of the samples."""
         return statistics.median(self._samples[name])
 
     def row(self, name: str, unit: str, *, reference: str | None = None, scale: float = 1.0) -> None:
-        """Print a row: median, least and most, and the ratio to the reference's median."""
+        """Print a row: median, minimum, maximum, and the ratio to the reference's median."""
         samples = [value * scale for value in self._samples[name]]
         ratio = f"{self.median(name) / self.median(reference):6.2f} × {reference}" if reference in self._samples else ""
         spread = f"({min(samples):.3g} … {max(samples):.3g}, n={len(samples)})"
@@ -182,7 +182,7 @@ class Table:
 
 
 def environment(directory: Path) -> None:
-    """Kernelspecs, configuration and connection files of the bench only."""
+    """Let Jupyter use the bench's kernelspecs, configuration and connection files only."""
     os.environ["JUPYTER_PATH"] = str(directory)
     os.environ["JUPYTER_CONFIG_DIR"] = str(directory / "config")
     os.environ["JUPYTER_RUNTIME_DIR"] = str(directory / "runtime")

@@ -1,7 +1,8 @@
-"""Stub launchers: many ends of links in one process, each with one kernel that it says is running.
+"""Stub launchers: many launchers in one process, each of which reports one running kernel.
 
-Reads one line of JSON, a list with ``launcher_id``, ``jobid``, ``token`` (hex), ``addresses`` and ``report`` (what
-REPORT says of its kernel), and prints how many are let in whenever that changes. Runs until its input ends.
+The program reads one line of JSON: a list of objects with ``launcher_id``, ``jobid``, ``token`` (hexadecimal),
+``addresses`` and ``report`` (the kernel in REPORT). It prints the number of connected launchers whenever that changes,
+and runs until its input ends.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 
 from gateway_slurm.link import endpoints, envelope, wire
 
-PAUSE = 0.5  # seconds between two dials
+RETRY_DELAY = 0.5  # seconds
 
 
 class Stub:
     """One launcher; ``run`` dials until it is cancelled."""
 
-    let_in = 0
+    connected = 0
 
     def __init__(self, facts: dict[str, Any]) -> None:
         self._id, self._jobid, self._token = facts["launcher_id"], facts["jobid"], bytes.fromhex(facts["token"])
@@ -27,18 +28,18 @@ class Stub:
         self._report = facts["report"]
 
     async def run(self) -> None:
-        """Dial, be there, dial again."""
+        """Dial, stay connected until the link ends, and dial again."""
         assert self._address is not None
         while True:
             try:
                 reader, writer = await asyncio.open_connection(*self._address)
             except OSError:
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(RETRY_DELAY)
                 continue
             try:
                 await self._serve(reader, writer)
             except (OSError, EOFError):
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(RETRY_DELAY)
             finally:
                 writer.close()
 
@@ -71,15 +72,15 @@ async def _beat(writer: asyncio.StreamWriter, seal: envelope.Sealing) -> None:
 
 
 def _count(change: int) -> None:
-    Stub.let_in += change
-    print(Stub.let_in, flush=True)
+    Stub.connected += change
+    print(Stub.connected, flush=True)
 
 
 async def main() -> None:
-    """Run all of them."""
+    """Run all stub launchers."""
     loop = asyncio.get_running_loop()
     facts = json.loads(await loop.run_in_executor(None, sys.stdin.readline))
-    stubs = [asyncio.ensure_future(Stub(each).run()) for each in facts]
+    stubs = [asyncio.ensure_future(Stub(item).run()) for item in facts]
     await loop.run_in_executor(None, sys.stdin.read)
     for stub in stubs:
         stub.cancel()

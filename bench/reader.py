@@ -1,4 +1,4 @@
-"""``python -m bench.reader CONNECTION_FILE CODE``: run code and read its output, saying when 50 MB have come."""
+"""``python -m bench.reader CONNECTION_FILE CODE``: run code and read its output; print a line after 50 MB."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def main() -> None:
     client.start_channels()
     client.wait_for_ready(timeout=60)
     size = 0
-    said = False
+    announced = False
 
     def count(message: dict[str, Any]) -> None:
-        nonlocal size, said
+        nonlocal size, announced
         size += len(message["content"].get("text", ""))
-        if size > ENOUGH and not said:
-            said = True
+        if size > ENOUGH and not announced:
+            announced = True
             print("flood", flush=True)
 
     client.execute_interactive(sys.argv[2], output_hook=count, timeout=120)

@@ -1,4 +1,4 @@
-"""How long a gateway's restart takes: until the first cell runs again, and with a thousand kernels on record."""
+"""Duration of a gateway's restart: until the first cell runs again, and with a thousand kernels on record."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from scripts.demo_gateway import GATEWAY, make_token
 KERNELS = 20
 RESTORED = 1000
 RUNS = 3
-AGAIN = 0.02  # seconds between two attempts of a client's, here only: frontends wait a second
-PATIENCE = 60.0  # seconds
+RETRY_DELAY = 0.02  # seconds between two attempts of the client; a frontend waits a second
+TIMEOUT = 60.0  # seconds
 
 
-class Gateway:
-    """One gateway after the other on one port; ``end`` ends the last one."""
+class RestartedGateway:
+    """Gateways that run one after the other on the same port; ``end`` ends the current one."""
 
     def __init__(self, directory: Path) -> None:
         self._log = directory / "restarted.log"
@@ -40,39 +40,39 @@ class Gateway:
         self._process: subprocess.Popen[bytes]
 
     def start(self) -> None:
-        """Start the next one."""
+        """Start the next gateway."""
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(self.argv, stdout=output, stderr=output)
 
     def end(self, number: int = signal.SIGKILL) -> None:
-        """End it, by ``kill -9`` as a rule."""
+        """End the gateway, by default with ``kill -9``."""
         self._process.send_signal(number)
-        self._process.wait(timeout=PATIENCE)
+        self._process.wait(timeout=TIMEOUT)
 
     def rss(self) -> int:
-        """Bytes of memory."""
+        """The gateway's memory (RSS) in bytes."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
 
 async def until(attempt: Callable[[], Any]) -> Any:
-    """Try again until it works, and return what it returned."""
-    deadline = time.monotonic() + PATIENCE
+    """Repeat the attempt until it succeeds; return its result. After TIMEOUT seconds raise its error."""
+    deadline = time.monotonic() + TIMEOUT
     while True:
         try:
             return await attempt()
         except Exception:
             if time.monotonic() > deadline:
                 raise
-            await asyncio.sleep(AGAIN)
+            await asyncio.sleep(RETRY_DELAY)
 
 
 async def bench_restart(table: Table, directory: Path, _runs: int) -> None:
-    """Both figures, each with a gateway of its own."""
+    """Measure the first cell after a restart, and a restart with many kernels."""
     state = directory / "state"
     state.mkdir(mode=0o700, exist_ok=True)
     os.environ["XDG_STATE_HOME"] = str(state)
     client_token = make_token(directory)
-    gateway = Gateway(directory)
+    gateway = RestartedGateway(directory)
     client = Client(gateway.url, client_token)
     gateway.start()
     try:
@@ -83,8 +83,8 @@ async def bench_restart(table: Table, directory: Path, _runs: int) -> None:
         gateway.end(signal.SIGTERM)
 
 
-async def measure_first_cell(table: Table, gateway: Gateway, client: Client, directory: Path) -> None:
-    """From ``kill -9`` until a cell has run, and until one has run in each of the kernels."""
+async def measure_first_cell(table: Table, gateway: RestartedGateway, client: Client, directory: Path) -> None:
+    """Seconds from ``kill -9`` until a cell has run in one kernel, and in each of the kernels."""
     name = write_kernelspec(directory, "outliving", connect="tunnel")
     first = await client.start(name)
     jobid = (await client.rest("GET", f"/api/kernels/{first}"))["slurm"]["jobid"]
@@ -104,15 +104,15 @@ async def measure_first_cell(table: Table, gateway: Gateway, client: Client, dir
         gateway.start()
         await until(lambda: run_cell(first))
         table.add(f"kill -9 to the first cell, {KERNELS} kernels", time.perf_counter() - began)
-        await asyncio.gather(*(until(lambda one=one: run_cell(one)) for one in kernels))  # type: ignore[misc]
+        await asyncio.gather(*(until(lambda kernel_id=kernel_id: run_cell(kernel_id)) for kernel_id in kernels))  # type: ignore[misc]
         table.add(f"kill -9 to a cell in each, {KERNELS} kernels", time.perf_counter() - began)
-    await asyncio.gather(*(client.rest("DELETE", f"/api/kernels/{one}") for one in kernels))
+    await asyncio.gather(*(client.rest("DELETE", f"/api/kernels/{kernel_id}") for kernel_id in kernels))
     for what in ("the first cell", "a cell in each"):
         table.row(f"kill -9 to {what}, {KERNELS} kernels", "s")
 
 
-async def measure_many(table: Table, gateway: Gateway, client: Client, directory: Path) -> None:
-    """Until all of a thousand kernels are listed, and until all of their launchers are back."""
+async def measure_many(table: Table, gateway: RestartedGateway, client: Client, directory: Path) -> None:
+    """Seconds until all of a thousand kernels are listed, and until all of their launchers are connected again."""
     real = await client.start(write_kernelspec(directory, "copied", connect="direct"))
     before = gateway.rss()
     gateway.end()
@@ -130,11 +130,11 @@ async def measure_many(table: Table, gateway: Gateway, client: Client, directory
         listed = await until(lambda: client.rest("GET", "/api/kernels"))
         table.add(f"start until {RESTORED} kernels are listed", time.perf_counter() - began)
         assert len(listed) == RESTORED + 1, len(listed)
-        while int(await asyncio.wait_for(stubs.stdout.readline(), PATIENCE)) < RESTORED:
+        while int(await asyncio.wait_for(stubs.stdout.readline(), TIMEOUT)) < RESTORED:
             pass
         table.add(f"start until {RESTORED} launchers are back", time.perf_counter() - began)
-        websocket = await client.connect(real)  # the copies' launchers have no channels
-        await asyncio.wait_for(ask(websocket, "kernel_info_request", {}), PATIENCE)
+        websocket = await client.connect(real)  # the stub launchers have no channels
+        await asyncio.wait_for(ask(websocket, "kernel_info_request", {}), TIMEOUT)
         websocket.close()
         table.add(f"start until the one among {RESTORED} answers", time.perf_counter() - began)
         table.add(f"gateway's memory, {RESTORED} kernels more", gateway.rss() - before)
@@ -155,6 +155,6 @@ async def measure_many(table: Table, gateway: Gateway, client: Client, directory
 
 def _clones() -> bytes:
     argv = [sys.executable, "-m", "bench.clones", str(RESTORED)]
-    facts = subprocess.run(argv, check=True, stdout=subprocess.PIPE, timeout=PATIENCE).stdout
+    facts = subprocess.run(argv, check=True, stdout=subprocess.PIPE, timeout=TIMEOUT).stdout
     assert len(json.loads(facts)) == RESTORED
     return facts

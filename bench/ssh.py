@@ -1,4 +1,4 @@
-"""The way by a login node that forwards nothing, beside the tunnel over a link of its own."""
+"""The relay on a login node that does not forward ports, beside a link that dials the server directly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STREAM = "for _ in range(100): print('x' * 999_999)"
 
 
 async def bench_ssh(table: Table, directory: Path, runs: int) -> None:
-    """Round trips and throughput of two kernels side by side that differ in their link."""
+    """Round trips and throughput of two kernels that differ in their link."""
     with login_node() as node, admin_settings(directory, {**node.settings(), "relay": "auto"}) as service:
         await _measure(table, directory, service, runs)
 
@@ -36,19 +36,19 @@ async def _measure(table: Table, directory: Path, service: SlurmService, runs: i
 
 
 async def _start(service: SlurmService, name: str, way: str) -> Kernel:
-    """A kernel in a job of its own, whose launcher dials the server itself or the relay."""
+    """A kernel in its own job, whose launcher dials the server or the relay."""
     access: Any = service.access
     if access.relay is not None:
         access.relay.was_used = way == "relay"  # its addresses come first then
     kernel, _seconds = await start(name)
     link = kernel.provisioner._handle.process.launcher.link
     by_relay = type(link._transport).__name__ == "RelayedConnection"
-    assert by_relay == (way == "relay"), f"{name} took another way than the {way}"
+    assert by_relay == (way == "relay"), f"the launcher of {name} did not use the {way}"
     return kernel
 
 
 async def _compare(table: Table, kernels: dict[str, Kernel], runs: int) -> None:
-    """In turns, so that noise meets both."""
+    """Measure both in turns, so that noise affects both."""
     for _run in range(max(runs, 7) * 3):
         for way, kernel in kernels.items():
             began = time.perf_counter()

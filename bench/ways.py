@@ -1,6 +1,6 @@
-"""Starts by each way to Slurm, side by side: commands on this machine, over SSH, by slurmrestd; and what each asks.
+"""Starts by each access to Slurm: commands on this machine, over SSH, slurmrestd; and the requests of each.
 
-A start is cold when the process has just begun: it logs in, or learns which version is spoken.
+The first start of a process is cold: it includes the login, or the choice of the REST interface's version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM = 2
 
 
 async def bench_ways(table: Table, directory: Path, cluster: PrivateCluster, runs: int) -> None:
-    """The ways take turns, so that noise meets all."""
+    """Measure them in turns, so that noise affects all."""
     token = directory / "token"
     token.touch(mode=0o600)
     token.write_text(cluster.token(USER))
@@ -45,7 +45,7 @@ async def bench_ways(table: Table, directory: Path, cluster: PrivateCluster, run
 
 
 async def _measure(table: Table, directory: Path, way: str, service: SlurmService, line: TcpProxy) -> None:
-    """One cold start and some warm ones, of a service of its own."""
+    """One cold start and some warm ones, with a new service."""
     name = write_kernelspec(directory, "by-way", connect="tunnel")
     counted = {"commands": "Slurm commands", "SSH": "SSH round trips", "REST": "HTTP requests"}[way]
     for number in range(1 + WARM):
@@ -58,6 +58,6 @@ async def _measure(table: Table, directory: Path, way: str, service: SlurmServic
 
 
 def _count(service: SlurmService, way: str, line: TcpProxy) -> Callable[[], int]:
-    """Of SSH on the wire: how often our side waited for the other."""
+    """A counter of requests; for SSH it counts round trips on the wire."""
     counts: Any = service.runner.counts
     return lambda: line.round_trips if way == "SSH" else counts.total()

@@ -1,6 +1,6 @@
-"""Kernels on a private Slurm, to look at: start, share a job, restart, go, by a gateway. Run by ``make demo``.
+"""Demonstrate kernels on a private Slurm: start, shared job, restart, end, gateway. ``make demo`` runs it.
 
-Nothing is asked of this machine but Slurm's programs; everything made here is in one temporary directory.
+The machine needs Slurm's programs only. All files are in one temporary directory.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.testing import PrivateCluster
 from gateway_slurm.testing.processes import wait_until
 
-# Where Slurm's daemons are told apart on one machine, a node is known by this variable, not by its host name.
+# All nodes are on one machine, so this variable identifies a node, and not the host name.
 NODE = "import os; print(os.environ['SLURMD_NODENAME'], 'in job', os.environ['SLURM_JOB_ID'])"
 START_TIMEOUT = 60  # seconds
 CELL_TIMEOUT = 60  # seconds
 
 
 def say(text: str) -> None:
-    """One line about what happens next."""
+    """Announce the next step."""
     print(f"==> {text}", flush=True)
 
 
 def expect(condition: bool, complaint: str) -> None:
-    """End with an error when the demonstration did not show what it should."""
+    """End with an error if the condition does not hold."""
     if not condition:
         raise SystemExit(f"demo: {complaint}")
 
 
 def install_kernelspec(jupyter_path: Path, name: str, display_name: str, **config: object) -> None:
-    """Write a kernelspec as users keep it in their homes; ``config`` is what the provisioner is asked for."""
+    """Write a kernelspec as users have it in their home directories; ``config`` holds request fields."""
     defaults: dict[str, object] = {
         "partition": "batch",
         "project": "demo",
@@ -66,7 +66,7 @@ def install_kernelspec(jupyter_path: Path, name: str, display_name: str, **confi
 
 
 def notebook() -> Any:
-    """A small notebook: which node, which job, and something to compute."""
+    """A small notebook that prints the node and the job, and computes a value."""
     return nbf.new_notebook(
         cells=[
             nbf.new_markdown_cell("# On a compute node"),
@@ -77,7 +77,7 @@ def notebook() -> Any:
 
 
 def run_notebook(kernel_name: str) -> None:
-    """Run the notebook from start to end with nbclient, in a kernel and an allocation of its own."""
+    """Run the notebook with nbclient, in its own kernel and allocation."""
     executed = NotebookClient(
         notebook(), kernel_name=kernel_name, timeout=CELL_TIMEOUT, startup_timeout=START_TIMEOUT
     ).execute()
@@ -90,7 +90,7 @@ def run_notebook(kernel_name: str) -> None:
 
 @contextmanager
 def running_kernel(kernel_name: str) -> Iterator[tuple[Any, Any]]:
-    """A kernel manager and its client, ready; the kernel is stopped at the end."""
+    """A kernel manager and a ready client; the kernel is shut down at the end."""
     manager = KernelManager(kernel_name=kernel_name)
     manager.start_kernel()
     client = manager.client()
@@ -104,7 +104,7 @@ def running_kernel(kernel_name: str) -> Iterator[tuple[Any, Any]]:
 
 
 def execute(client: Any, code: str) -> str:
-    """Run code and return what it printed."""
+    """Run code and return its output."""
     printed: list[str] = []
 
     def collect(message: dict[str, Any]) -> None:
@@ -117,13 +117,13 @@ def execute(client: Any, code: str) -> str:
 
 
 def queue() -> list[str]:
-    """Job ids in the queue."""
+    """The ids of the jobs in the queue."""
     argv = ["squeue", "--noheader", "--format=%i"]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split()
 
 
 def show_queue() -> None:
-    """Print squeue's table."""
+    """Print the output of squeue."""
     table = subprocess.run(["squeue"], check=True, capture_output=True, text=True).stdout.rstrip()
     print("\n".join(f"    {line}" for line in table.splitlines()))
 
@@ -135,7 +135,7 @@ def await_empty_queue() -> None:
 
 
 def share_a_job(jupyter_path: Path) -> None:
-    """Two kernels in one job, the second by the first one's jobid, and a restart that keeps it."""
+    """Run two kernels in one job, the second by the job's id, and restart the first one in the job."""
     say("Starting a kernel; it gets a job")
     with running_kernel("slurm-demo") as (first_manager, first):
         where = execute(first, NODE)
@@ -146,7 +146,7 @@ def share_a_job(jupyter_path: Path) -> None:
         with running_kernel("slurm-demo-join") as (_second_manager, second):
             print(f"    second kernel: {execute(second, NODE)}")
             show_queue()
-            expect(queue() == [jobid], f"one job was to be in the queue, not {queue()}")
+            expect(queue() == [jobid], f"the queue must hold one job, not {queue()}")
             restart(first_manager, first, jobid)
             expect(execute(second, NODE).endswith(jobid), "the second kernel did not survive the restart")
             say("Stopping both kernels")
@@ -154,7 +154,7 @@ def share_a_job(jupyter_path: Path) -> None:
 
 
 def restart(manager: Any, client: Any, jobid: str) -> None:
-    """Restart the kernel: what it remembered is gone, the job is the same."""
+    """Restart the kernel: its variables are gone, and the job is the same."""
     execute(client, "remembered = True")
     say("Restarting the first kernel: the job stays")
     manager.restart_kernel()
@@ -165,21 +165,21 @@ def restart(manager: Any, client: Any, jobid: str) -> None:
 
 
 def use_the_gateway(directory: Path) -> None:
-    """The notebook once more, by a Jupyter server whose kernels come from the shared gateway."""
+    """Run the notebook again, through a Jupyter server that takes its kernels from the shared gateway."""
     directory.mkdir()
     say("Starting the shared gateway, and a Jupyter server with --gateway-url; running the notebook there")
     cells = [cell.source for cell in notebook().cells if cell.cell_type == "code"]
-    shown = run_through_gateway(directory, "slurm-demo", cells)
-    print("\n".join(f"    {text}" for text in shown))
-    expect("2432902008176640000" in shown[-1], "the notebook computed nothing through the gateway")
+    outputs = run_through_gateway(directory, "slurm-demo", cells)
+    print("\n".join(f"    {text}" for text in outputs))
+    expect("2432902008176640000" in outputs[-1], "the notebook computed nothing through the gateway")
     await_empty_queue()
 
 
 def demonstrate(directory: Path) -> None:
-    """Everything, in a directory of its own."""
+    """Run all parts, with all files in ``directory``."""
     home = directory / "home"
     home.mkdir()
-    # A home of its own: logs, IPython's history and settings of this user's are left alone.
+    # The demonstration has its own HOME, so that it does not use or change the user's files.
     os.environ["HOME"] = str(home)
     os.environ["JUPYTER_PATH"] = str(directory / "jupyter")
     os.environ["JUPYTER_RUNTIME_DIR"] = str(directory / "runtime")
@@ -198,9 +198,9 @@ def demonstrate(directory: Path) -> None:
 
 
 def main() -> int:
-    """Demonstrate in a temporary directory; 0 when all was as said."""
+    """Run the demonstration in a temporary directory; return 0 if it succeeded."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SQUEUE_"))]:
-        del os.environ[name]  # what is shown is to be the same wherever it runs
+        del os.environ[name]  # the demonstration must not depend on the user's Slurm
     try:
         with tempfile.TemporaryDirectory(prefix="gsd-", dir="/tmp") as directory:
             demonstrate(Path(directory))

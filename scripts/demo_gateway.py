@@ -1,4 +1,4 @@
-"""The demonstration's last part: the shared gateway, and a Jupyter server that reaches it with --gateway-url."""
+"""The last part of the demonstration: the shared gateway, and a Jupyter server that uses it by --gateway-url."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ ANSWERS_WITHIN = 60.0  # seconds
 
 
 def make_token(directory: Path) -> str:
-    """A token for the gateway, as its admin makes one for a user."""
+    """Make a token for the gateway, as its admin does for a user."""
     argv = [*GATEWAY, "token", "add", "ada", f"--tokens={directory / 'tokens.json'}"]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @contextmanager
 def running(argv: Sequence[str], log: Path, **environment: str) -> Iterator[str]:
-    """A server on a free port of this machine, and its URL; it is ended with the block."""
+    """Run a server on a free port of this machine; give its URL. The server ends with the block."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -47,7 +47,7 @@ def running(argv: Sequence[str], log: Path, **environment: str) -> Iterator[str]
         deadline = time.monotonic() + LISTENS_WITHIN
         while not _listens(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"demo: a server did not come up:\n{log.read_text()}")
+                raise SystemExit(f"demo: a server did not start:\n{log.read_text()}")
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -62,8 +62,8 @@ def _listens(port: int) -> bool:
 
 @contextmanager
 def server_with_gateway(directory: Path) -> Iterator[tuple[str, str]]:
-    """The gateway, and a Jupyter server in front of which ada sits: that server's URL and token."""
-    token, own_token = make_token(directory), secrets.token_hex(16)
+    """The gateway, and ada's Jupyter server that uses it; give the server's URL and token."""
+    token, server_token = make_token(directory), secrets.token_hex(16)
     gateway = [*GATEWAY, "gateway", f"--tokens={directory / 'tokens.json'}"]
     server = [sys.executable, "-m", "jupyter_server", f"--ServerApp.root_dir={directory}", "--no-browser"]
     with (
@@ -73,14 +73,14 @@ def server_with_gateway(directory: Path) -> Iterator[tuple[str, str]]:
             directory / "server.log",
             JUPYTER_GATEWAY_URL=url,  # the same as --gateway-url
             JUPYTER_GATEWAY_AUTH_TOKEN=token,
-            JUPYTER_TOKEN=own_token,
-        ) as own_url,
+            JUPYTER_TOKEN=server_token,
+        ) as server_url,
     ):
-        yield own_url, own_token
+        yield server_url, server_token
 
 
 async def run_cells(url: str, token: str, kernel_name: str, cells: Sequence[str]) -> list[str]:
-    """Run cells in a new kernel of the Jupyter server's, as a notebook's frontend does; what each printed or showed."""
+    """Run cells in a new kernel of the Jupyter server, as a notebook frontend does; return each cell's output."""
     headers = {"Authorization": f"token {token}"}
 
     async def rest(method: str, path: str, body: str | None = None) -> Any:
@@ -104,18 +104,18 @@ async def _run_cell(frontend: Any, code: str) -> str:
     content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False}
     message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
     await frontend.write_message(json.dumps(message))
-    shown = ""
+    output = ""
     while True:
         answer = json.loads(await frontend.read_message())
         if answer["parent_header"].get("msg_id") != msg_id or answer["channel"] != "iopub":
             continue
         content = answer["content"]
         if content.get("execution_state") == "idle":
-            return shown.strip()
-        shown += content.get("text", "") or content.get("data", {}).get("text/plain", "")
+            return output.strip()
+        output += content.get("text", "") or content.get("data", {}).get("text/plain", "")
 
 
 def run_through_gateway(directory: Path, kernel_name: str, cells: Sequence[str]) -> list[str]:
-    """The cells' outputs, from a kernel that a Jupyter server got from the gateway."""
+    """Run the cells in a kernel that a Jupyter server takes from the gateway; return their outputs."""
     with server_with_gateway(directory) as (url, token):
         return asyncio.run(run_cells(url, token, kernel_name, cells))

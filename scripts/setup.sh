@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what tests and demonstration need: setup.sh VENV
-# Slurm and its companions come from Debian's packages, the rest from pip into VENV. What is there stays.
+# Install what the tests and the demonstration need: setup.sh VENV
+# Slurm and other programs come from Debian's packages, Python packages from pip into VENV. Installed programs stay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
@@ -8,7 +8,7 @@ venv=${1:-.venv}
 say() { printf '==> %s\n' "$*" >&2; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-# A package is asked for by what it brings, so that Slurm from elsewhere is as good.
+# A package is installed only if its program is missing, so that a Slurm from another source is used as well.
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 missing=()
 need() { # PROGRAM PACKAGE...
@@ -20,20 +20,20 @@ need slurmd slurmd
 need sbatch slurm-client
 need slurmdbd slurmdbd slurm-wlm-mysql-plugin
 need mariadbd mariadb-server
-# Debian keeps a server's programs off PATH; the private one of the tests is found there, too.
+# Debian's PostgreSQL server programs are not in PATH; the tests find them in this directory.
 compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || need initdb postgresql
 need slurmrestd slurmrestd
-# Tokens: a plugin, which no command shows.
+# A plugin for tokens, which has no command.
 compgen -G '/usr/lib*/slurm*/auth_jwt.so' >/dev/null || compgen -G '/usr/lib/*/slurm*/auth_jwt.so' >/dev/null ||
   missing+=(slurm-wlm-jwt-plugin)
 need ps procps
 need visudo sudo
-# Reverse proxies before the gateway, and what checks its unit.
+# Reverse proxies in front of the gateway, and a checker for its unit.
 need nginx nginx-light
 need caddy caddy
 need openssl openssl
 need systemd-analyze systemd
-# Networks of the tests' own: hosts that are namespaces, and firewalls between them.
+# The tests' networks: namespaces as hosts, and firewalls between them.
 need ip iproute2
 need nft nftables
 need nsenter util-linux
@@ -67,7 +67,7 @@ install_packages() {
     as_root=(sudo -n)
   fi
   say "apt-get install ${missing[*]}"
-  # Nothing is to listen on this machine because of us: the private Slurm starts its own daemons.
+  # Packages must not start services here: the private Slurm starts its own daemons.
   if [ ! -e "$policy" ]; then
     ours=yes
     printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
