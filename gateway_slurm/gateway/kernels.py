@@ -1,4 +1,4 @@
-"""The old place of ``SlurmMappingKernelManager``, for one release. Configurations name ``gateway_slurm``'s own."""
+"""The earlier path of ``gateway_slurm.SlurmMappingKernelManager``, for configurations of the last release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a kernel's output is acknowledged to its launcher: what every frontend has, and nothing more."""
+"""A kernel's output is acknowledged to its launcher when every frontend has it, and not before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARKS = st.sampled_from(["-", "+", "ok:3", "error:", "aborted:"])
 
 
 class Launcher:
-    """What the launcher is told."""
+    """Records the acknowledgements that a launcher gets."""
 
     def __init__(self):
         self.said = []
@@ -25,7 +25,7 @@ class Launcher:
         self.said.append((upto, positions))
 
     async def next(self):
-        """What is said next."""
+        """The next acknowledgement."""
         before = len(self.said)
         assert await poll_async(lambda: len(self.said) > before, timeout=5, interval=ACK_INTERVAL / 4)
         return self.said[-1]
@@ -33,12 +33,12 @@ class Launcher:
 
 @pytest.fixture
 def launcher():
-    """It remembers what it hears."""
+    """A launcher that records acknowledgements."""
     return Launcher()
 
 
 def publish(acks, *msg_ids):
-    """The kernel says these."""
+    """The kernel publishes these."""
     for msg_id in msg_ids:
         acks.published(msg_id)
 
@@ -95,7 +95,7 @@ async def test_sessions_of_an_earlier_server_go_on_from_where_they_were(launcher
     assert (await launcher.next())[0] == "6"
 
 
-async def test_cells_and_the_kernels_state_are_told_with_the_positions(launcher):
+async def test_cells_and_the_kernels_state_are_sent_with_the_positions(launcher):
     """The next server knows what waits for an answer, and whether the kernel computes."""
     acks = OutputAcks(launcher)
     acks.join("one")

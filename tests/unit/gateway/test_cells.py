@@ -1,4 +1,4 @@
-"""Cells whose replies were lost: what iopub said of them is enough for an answer."""
+"""Cells with lost replies: the messages on iopub are enough to make a reply."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(cells, cell, *, count=None, error=None):
 
 @pytest.fixture
 def cells():
-    """Two cells that an earlier server passed on, and nobody heard of."""
+    """Two cells that an earlier server sent to the kernel, without a message on iopub yet."""
     made = Cells()
     made.restore({"a": "-", "b": "-"})
     return made
@@ -47,13 +47,13 @@ def test_a_cell_that_ended_well_is_answered_with_its_count(cells):
     assert cells.make_reply("a") is None
 
 
-def test_a_cell_that_failed_is_answered_with_its_error_and_those_behind_it_as_let_go(cells):
+def test_a_cell_that_failed_is_answered_with_its_error_and_those_behind_it_as_aborted(cells):
     """As the kernel itself would have it."""
     run(cells, "a", count=3, error="ValueError")
     run(cells, "b")
-    failed, let_go = cells.make_reply("a")[1], cells.make_reply("b")[1]
+    failed, aborted = cells.make_reply("a")[1], cells.make_reply("b")[1]
     assert (failed["status"], failed["ename"], failed["traceback"]) == ("error", "ValueError", ["t"])
-    assert let_go["status"] == "aborted"
+    assert aborted["status"] == "aborted"
 
 
 def test_a_reply_that_comes_after_ours_is_one_too_many(cells):
@@ -84,8 +84,8 @@ def test_what_is_remembered_of_a_cell_is_what_the_next_server_knows(cells):
     assert later.make_reply("d")[1]["status"] == "error"
 
 
-def test_a_cell_that_nobody_remembered_counts_where_it_may_be_the_sessions():
-    """The server before was gone before it could say that it had passed it on."""
+def test_a_cell_of_no_record_counts_if_it_may_be_the_sessions():
+    """The earlier server was killed before it acknowledged that it had sent the cell."""
     cells = Cells()
     assert cells.on_iopub(told("a", "status", execution_state="busy"), lambda _header: False) == (False, "")
     assert not cells
@@ -94,7 +94,7 @@ def test_a_cell_that_nobody_remembered_counts_where_it_may_be_the_sessions():
 
 
 def test_other_requests_are_no_cells():
-    """Nobody waits for a completion for ever."""
+    """A completion without a reply leaves no cell that runs without end."""
     cells = Cells()
     assert not cells.add_request(header("a", "complete_request"))
     assert not cells

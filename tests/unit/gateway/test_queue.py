@@ -1,4 +1,4 @@
-"""What waits for one frontend: in order, counted in bytes, each message once, and no more than the limit."""
+"""One frontend's queue: in order, counted in bytes, each message once, and no more than the limit."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_a_message_larger_than_the_limit_is_dropped_too(queue, sent):
 
 
 async def test_replies_and_statuses_outlive_the_output_around_them(queue, sent):
-    """A frontend that missed one of them would wait for ever for the end of its cell."""
+    """Without one of them a frontend would show its cell as running without end."""
     reply, idle = message(1, 50, "execute_reply", "shell"), message(3, 50, "status")
     made = [message(0, 800), reply, message(2, 800), idle, message(4, 800)]
     for item in made:
