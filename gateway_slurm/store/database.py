@@ -19,9 +19,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from gateway_slurm.errors import StoreError
 from gateway_slurm.store import claims, schema
 from gateway_slurm.store.encryption import KEY_BYTES, KEY_NAME, RowCipher, make_key, read_key
-from gateway_slurm.store.engine import MEMORY, Database, connect, make_directory
+from gateway_slurm.store.engine import Database, connect, make_directory
 from gateway_slurm.store.records import (
     LEASE_SECONDS,
+    MEMORY,
     AllocationRecord,
     ClaimedRows,
     KernelRecord,

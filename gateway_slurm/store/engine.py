@@ -17,8 +17,8 @@ from sqlalchemy import exc
 from sqlalchemy.pool import QueuePool
 
 from gateway_slurm.errors import StoreError, StoreUnavailable
+from gateway_slurm.store.records import MEMORY
 
-MEMORY = "memory:"
 # How long a write waits for another process's write: SQLite locks the whole file.
 BUSY_SECONDS = 5.0
 # How long a PostgreSQL that does not answer may delay a call.
@@ -54,7 +54,7 @@ class Database:
             yield connection
 
     def now(self, connection: sa.Connection) -> float:
-        """Seconds since the epoch by the database's clock; SQLite's is this machine's."""
+        """Seconds since the epoch by the database's clock; SQLite's is this host's."""
         if self.is_sqlite:
             return time.time()
         return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())::float8")).scalar_one())

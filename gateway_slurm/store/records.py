@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+MEMORY = "memory:"
+"""The ``store_url`` of a store without a file, whose records end with the process."""
 LEASE_SECONDS = 10.0
 """How long a server keeps its rows without renewing its lease."""
 RENEW_SECONDS = 3.0

@@ -18,6 +18,7 @@ from gateway_slurm.errors import StoreError, StoreUnavailable
 from gateway_slurm.store.export import EXPORT_NAME, Exporter, RecordFiles
 from gateway_slurm.store.keep_flags import KeepFlagFiles
 from gateway_slurm.store.records import (
+    MEMORY,
     AllocationRecord,
     ClaimedRows,
     KernelRecord,
@@ -34,8 +35,6 @@ from gateway_slurm.store.writer import RecordWriter
 if TYPE_CHECKING:
     from gateway_slurm.store.database import Store
 
-MEMORY = "memory:"
-"""The ``store_url`` of a store without a file, whose records end with the process."""
 CLOSE_SECONDS = 5.0
 """How long the end of a server waits for a database that does not answer."""
 

@@ -1,4 +1,4 @@
-"""A real jupyter_server with the gateway's identity provider: who gets in, as whom, and what the log says."""
+"""A real jupyter_server with the gateway's identity provider: which users get in, under which names, and the log."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def module_gateway(tmp_path_factory: pytest.TempPathFactory, module_hub: Hub) ->
 
 @pytest.fixture
 def gateway(module_gateway: Gateway) -> Gateway:
-    """The server, with a hub that knows nobody."""
+    """The server, with a hub that knows no user."""
     hub = module_gateway.hub
     hub.answers, hub.asked, hub.status, hub.delay = {}, [], 200, 0.0
     return module_gateway
@@ -193,7 +193,7 @@ def new_token() -> str:
 SCOPES = ["access:services!service=gateway", "self"]
 
 
-# -- nobody -------------------------------------------------------------------------------------------
+# -- unknown users -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/api/me", "/api/kernels", "/api/kernelspecs", "/api/status", "/api/sessions"])
@@ -208,7 +208,7 @@ def test_nobody_gets_in_without_saying_who_it_is(gateway, path):
 
 
 def test_a_websocket_needs_a_user_too(gateway):
-    """The upgrade of somebody unknown is refused; for a user it is the kernel that is missing."""
+    """The upgrade of an unknown user is refused; for a known user the kernel is missing."""
     assert gateway.ask(CHANNELS, UPGRADE).status == 403
     assert gateway.ask(CHANNELS, UPGRADE, bearer=gateway.tokens.add("ada")).status == 404
 
@@ -353,7 +353,7 @@ async def test_a_url_token_opens_websockets_where_the_admin_allows_it(tmp_path, 
 
 
 def test_the_hubs_users_come_with_the_hubs_tokens(gateway):
-    """The hub says whose a token is; an admin of the hub is none here, unless the setting names them."""
+    """The hub names the user of a token; an admin of the hub is no admin here, unless the setting names them."""
     one, other = new_token(), new_token()
     gateway.hub.answers |= {one: hub_user("ada", admin=True), other: hub_user("root-of-all")}
     assert gateway.ask(bearer=one).user == "ada"
@@ -400,7 +400,7 @@ def test_a_hub_that_does_not_say_is_no_refusal(gateway, status):
 
 @pytest.fixture
 async def hub_tokens(gateway):
-    """Asks the hub whose a token is, without the server around it; the answer is the user's name."""
+    """Asks the hub for the user of a token, without the server around it; the answer is the user's name."""
     tokens = HubTokens(gateway.hub.url, timeout=60.0, cache_seconds=3600.0)
 
     async def name(token: str) -> str | None:
@@ -415,7 +415,7 @@ async def hub_tokens(gateway):
 
 
 async def test_invented_tokens_take_no_users_place(gateway, hub_tokens):
-    """Whoever sends more of them than are remembered has the hub asked about them, and not about its users again."""
+    """A client that sends more unknown tokens than the cache holds evicts no user's token."""
     good = new_token()
     gateway.hub.answers[good] = hub_user("ada")
     assert await hub_tokens(good) == "ada"
@@ -426,7 +426,7 @@ async def test_invented_tokens_take_no_users_place(gateway, hub_tokens):
 
 
 async def test_a_token_that_the_hub_has_taken_back_is_nobodys(gateway):
-    """And one that it knows by now is somebody's: the last answer counts."""
+    """A token that the hub has come to know is a user's: the last answer counts."""
     tokens = HubTokens(gateway.hub.url, timeout=60.0, cache_seconds=0.0)
     token = new_token()
     for user in ("ada", None, "ada"):
@@ -438,7 +438,7 @@ async def test_a_token_that_the_hub_has_taken_back_is_nobodys(gateway):
 
 
 async def test_only_so_many_tokens_are_asked_about_at_a_time(gateway, hub_tokens):
-    """One more is told at once to try again, and those that are known get in meanwhile."""
+    """One more is refused at once with "try again", and users with cached tokens get in meanwhile."""
     good = new_token()
     gateway.hub.answers[good] = hub_user("ada")
     assert await hub_tokens(good) == "ada"
@@ -518,7 +518,7 @@ def test_the_header_of_anybody_else_is_refused(gateway, forwarded):
 
 @pytest.mark.parametrize("values", [["ada", "eve"], [""], ["ada,eve"], ["../ada"], ["0"], ["ädä"]])
 def test_a_header_that_is_not_one_name_is_refused(gateway, values):
-    """Nobody is made of two names, or of none."""
+    """Two names, or none, are no user."""
     headers = [("X-Remote-User", value.encode().decode("latin-1")) for value in values]
     assert gateway.ask(headers=headers, source=PROXY).status == 403
 
@@ -552,7 +552,7 @@ def test_behind_a_proxy_another_sites_page_can_do_nothing(gateway):
     ],
 )
 def test_a_setting_that_cannot_be_meant_ends_the_start(tmp_path, monkeypatch, options, words):
-    """The server does not come up open, or closed to everybody; its log has the reason."""
+    """The server does not start open, or closed to all users; its log has the reason."""
     for name, value in jupyter_environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     with (

@@ -1,4 +1,4 @@
-"""Projects with a real Slurm: whose account makes a member, and what their kernels' jobs are."""
+"""Projects with a real Slurm: members by account, and the jobs of their kernels."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_slurm_says_who_has_which_account(accounting):
-    """One sacctmgr for everybody, as a thread of its own may call it."""
+    """One sacctmgr for all users, as a thread of its own may call it."""
     accounts = ask_accounts(Runner(slurm_conf=str(accounting.slurm_conf)))
     assert accounts["ada"] == accounts["ben"] == {"clim"}
     assert "demo" in {account for names in accounts.values() for account in names}
 
 
 async def test_a_members_account_opens_the_project(accounting, admin_settings, root):
-    """From a worker thread of a running loop, as a server asks; whoever has no such account sees nothing."""
+    """From a worker thread of a running loop, as a server asks; a user without such an account sees no kernelspec."""
     admin_settings(slurm_conf=str(accounting.slurm_conf))
     specs = GatewayKernelSpecManager(projects_root=str(root), serve_installed=False)
     for user, names in (("ada", ["clim.python"]), ("zoe", [])):

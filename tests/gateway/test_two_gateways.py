@@ -50,7 +50,7 @@ def pair(module_pair, kernelspecs) -> Deployment:
 
 @pytest.fixture
 def mortals(cluster, kernelspecs, postgres, tmp_path) -> Iterator[Deployment]:
-    """A deployment of the test's own, whose gateways may die."""
+    """A deployment of the test's own with gateways that may die."""
     with deployment(tmp_path, postgres.new_database()) as own:
         yield own
 
@@ -248,7 +248,7 @@ async def test_a_killed_gateways_kernels_go_on_through_the_other(mortals):
         await asyncio.wait_for(frontend.until_closed(), READY)
         await asyncio.wait_for(through.until_closed(), READY)
         assert through.close_code == 1012
-        # Meanwhile nobody hears that it is gone.
+        # Meanwhile no client hears that it is gone.
         statuses = set()
         while await has_itself(other, kernel_id) is False:
             statuses.add(await other.status("GET", f"/api/kernels/{kernel_id}"))

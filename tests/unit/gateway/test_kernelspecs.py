@@ -259,7 +259,7 @@ def test_two_hundred_kernelspecs_are_listed_without_reading_them_again(manager, 
 
 
 def test_many_threads_may_ask(manager, root):
-    """While files come and go everybody gets a whole list, and no error."""
+    """While files come and go each thread gets a whole list, and no error."""
     specs = manager()
     writing = threading.Lock()  # the files are one admin's to change, who does one thing after the other
 
@@ -321,7 +321,7 @@ def test_a_broken_kernelspec_takes_out_itself_only(manager, root, content, caplo
 
 @pytest.mark.parametrize("content", ["", "{", {"limit": {}}, {"members": {"users": "ada"}}, None])
 def test_a_broken_project_is_nobodys(manager, root, content):
-    """Broken or missing, the file takes out its project, rather than open it to everybody, and no other one."""
+    """Without a valid file the project is served to no user, rather than to all; other projects are served."""
     path = root / "clim" / "project.json"
     path.unlink() if content is None else write_json(path, content)
     specs = manager()
@@ -390,7 +390,7 @@ def test_a_kernelspec_does_not_lead_out_of_its_project(manager, root, tmp_path):
 
 
 def test_a_link_that_leads_nowhere_is_in_nobodys_way(manager, root):
-    """Links in a circle, and broken ones: as directories they are none, as files they are told."""
+    """Circular and broken links: as directories they are ignored, as files they are reported."""
     (root / "circle").symlink_to("circle")
     (root / "gone").symlink_to("missing")
     (root / "clim" / "circle").symlink_to("circle")
@@ -497,7 +497,7 @@ def test_a_directory_that_becomes_a_link_while_it_is_looked_at_is_not_served(man
 
 
 def test_a_link_that_becomes_a_file_while_it_is_followed_is_no_error_of_the_servers(manager, root, monkeypatch):
-    """readlink(2) of what is no link any more fails (EINVAL): it is told as that of a file that cannot be read."""
+    """readlink(2) of a file that is no link any more fails (EINVAL): it is reported as a file that cannot be read."""
     directory = root / "clim" / "python"
     (directory / "logo-svg.svg").symlink_to("logo-64x64.svg")
     (directory / "logo-64x64.svg").write_text("logo")
@@ -514,7 +514,7 @@ def test_a_link_that_becomes_a_file_while_it_is_followed_is_no_error_of_the_serv
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_file_that_becomes_a_pipe_while_it_is_looked_at_is_waited_for_by_nobody(manager, root, monkeypatch, call):
-    """Opening a pipe waits for somebody at its other end: the list of all kernelspecs would wait with it."""
+    """Opening a pipe waits for a writer: the list of all kernelspecs would wait with it."""
     path = root / "clim" / "python" / "kernel.json"
     specs = manager()
     swap_after(monkeypatch, Path, "stat", path, os.mkfifo, call)

@@ -41,8 +41,8 @@ def test_every_request_field_is_counted_or_known_to_need_no_count():
     assert not NEVER_CLIENT_FIELDS & set(CLIENT_FIELDS)
 
 
-def test_a_field_that_nobody_counts_is_refused_where_there_are_limits(monkeypatch):
-    """Whoever adds a field and forgets the limits has made no way around them."""
+def test_a_field_that_no_limit_knows_is_refused_where_there_are_limits(monkeypatch):
+    """A new field that the limits do not know cannot bypass them."""
     monkeypatch.setattr("gateway_slurm.gateway.specs.limits.UNCOUNTED", UNCOUNTED - {"qos"})
     with pytest.raises(NotAllowed, match="bypass the limits"):
         start({"qos": "high"})
@@ -65,7 +65,7 @@ def test_the_client_wins_over_the_kernelspec_and_that_over_the_project():
 
 
 def test_the_only_partition_is_the_default():
-    """Where there is one, nobody needs to name it."""
+    """A single partition need not be named."""
     project = Project(name="p", title="P", partitions=("gpu",))
     assert start({"partition": None}, project)[1].partition == "gpu"
 
@@ -89,7 +89,7 @@ def test_a_clients_runtime_counts_though_the_kernelspec_has_a_time():
 
 @pytest.mark.parametrize("name", sorted(NEVER_CLIENT_FIELDS))
 def test_what_runs_is_never_the_clients(name):
-    """Not even where somebody has put it into the list of what is allowed."""
+    """Not even if an admin has put it into the list of allowed fields."""
     with pytest.raises(NotAllowed) as caught:
         client_fields({f"KERNEL_SLURM_{name.upper()}": "x"}, [*EVERY, *NEVER_CLIENT_FIELDS])
     assert caught.value.field == name
@@ -195,7 +195,7 @@ def test_what_is_just_within_the_limits_is_allowed(asked):
 
 
 def test_no_gpus_means_no_share_of_one_either():
-    """A project whose limit is 0 GPUs gets no shards."""
+    """A project with a limit of 0 GPUs gets no shards."""
     project = Project(name="p", title="P", limits=Limits(max_gpus=0))
     for gres in ("shard:1", "mps:10", "gpu"):
         with pytest.raises(NotAllowed):
@@ -256,7 +256,7 @@ allowances = st.just(set(values)) | st.sets(st.sampled_from(sorted(values)))
 @example(client={}, spec={"jobid": "12", "partition": ""}, allowed=set())
 @example(client={}, spec={"jobid": "12", "runtime": ""}, allowed=set())
 def test_nothing_that_is_let_through_is_beyond_the_limits(client, spec, allowed):
-    """Counted anew and in other words: what goes to sbatch, under the kernelspec's own fields, fits the project."""
+    """An independent count: the request for sbatch, with the kernelspec's fields, is within the project's limits."""
     config = {**CONFIG, "memory": "1G", **spec}
     env = {f"KERNEL_SLURM_{name.upper()}": value for name, value in client.items()}
     try:
@@ -283,7 +283,7 @@ def test_nothing_that_is_let_through_is_beyond_the_limits(client, spec, allowed)
     if request.jobid is None or request.time_limit is not None:
         assert 0 < int(minutes(str(request.time_limit)) or 10**9) <= 60
     if request.jobid is None or request.partition is not None:
-        # A job that is there has its partition; whoever names it asks for no other.
+        # An existing job has its partition already.
         assert set((request.partition or "").split(",")) <= {"batch", "gpu"}
 
 

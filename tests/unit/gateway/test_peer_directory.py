@@ -142,7 +142,7 @@ async def test_a_gateway_without_a_deployment_or_a_store_is_alone(registries, ot
 
 
 async def test_a_store_that_does_not_answer_is_said_to_be_away(directory, registries, monkeypatch):
-    """Whether it says so or hangs; nobody waits for it for long."""
+    """Whether it answers with an error or hangs; no request waits for it for long."""
 
     def away(*_arguments):
         raise StoreUnavailable("it is away")

@@ -1,4 +1,4 @@
-"""Requests and websockets for what another gateway has: small gateways in this process, and a list of who has what."""
+"""Requests and websockets for another gateway's kernels: small gateways in this process, and a directory of theirs."""
 
 from __future__ import annotations
 
@@ -317,17 +317,17 @@ async def test_a_request_for_a_peers_kernel_gets_the_peers_answer(pair, method):
 
 
 async def test_the_peer_judges_who_may_have_it(pair):
-    """Nobody is believed because a peer sends them; whom the record does not name is not even passed on."""
+    """The peer authenticates the client itself; a request of a user who is not the owner on record is not forwarded."""
     a, b = pair
     assert (await a.ask("GET", "/api/kernels/k/act", user="bob")).code == 404
     assert b.asked == []
     b.kernels["k2"] = "alice"
-    a.directory.kernels["k2"] = ("b", "bob")  # a record that is wrong lets nobody in
+    a.directory.kernels["k2"] = ("b", "bob")  # a wrong record gives no user access
     assert (await a.ask("GET", "/api/kernels/k2/act", user="bob")).code == 404
     assert b.asked[0].headers["Authorization"] == "token bob"
 
 
-async def test_a_request_is_passed_on_once(pair):
+async def test_a_request_is_forwarded_once(pair):
     """Two gateways that take each other for the owner do not send it to and fro."""
     a, b = pair
     b.kernels.clear()
@@ -339,7 +339,7 @@ async def test_a_request_is_passed_on_once(pair):
 
 
 async def test_a_kernel_that_has_moved_is_found_at_its_new_gateway():
-    """What was known is looked up anew when the peer no longer has it."""
+    """The location is looked up again when the peer no longer has the kernel."""
     async with gateways("a", "b", "c") as (a, b, c):
         a.directory.kernels["k"] = ("b", "alice")
         b.kernels["k"] = "alice"
@@ -373,7 +373,7 @@ async def test_a_dead_gateways_kernel_is_waited_for_and_then_said_to_be_busy(pai
 
 
 async def test_a_kernel_that_no_record_names_yet_is_asked_for(pair):
-    """One that was made a moment ago; what nobody has is not there."""
+    """It may have been made a moment ago. A kernel that no gateway has is not found."""
     a, _b = pair
     a.directory.kernels.clear()
     assert json.loads((await a.ask("GET", "/api/kernels/k/act")).body)["at"] == "b"
@@ -382,7 +382,7 @@ async def test_a_kernel_that_no_record_names_yet_is_asked_for(pair):
 
 
 async def test_while_the_store_is_away_what_was_known_is_used(pair):
-    """A known kernel is passed on; an unknown one is asked for, and nobody says 404 who does not know."""
+    """Requests for a known kernel are forwarded; the peers are asked for an unknown one, with 503 and not 404."""
     a, b = pair
     await a.ask("GET", "/api/kernels")
     await a.ask("GET", "/api/kernels/k/act")

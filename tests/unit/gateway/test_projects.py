@@ -89,7 +89,7 @@ def test_members_that_name_nobody_are_nobody():
     ],
 )
 def test_a_mistake_is_an_error_that_names_the_key(content, words):
-    """A limit whose name or value is wrong is not silently no limit."""
+    """A limit with a wrong name or value is an error, and not silently ignored."""
     with pytest.raises(ConfigError, match=words):
         project(**content)
 

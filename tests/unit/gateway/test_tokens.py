@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> TokenFile:
 
 
 def test_a_token_is_known_and_its_neighbours_are_not(file):
-    """The token that was made names its user; with one character changed, or cut, it names nobody."""
+    """A new token names its user; with one character changed, or cut, it names no user."""
     token = file.add("ada", admin=True)
     record = file.find(token)
     assert record is not None
@@ -45,7 +45,7 @@ def test_a_token_has_32_random_bytes_behind_a_prefix(file):
 
 
 def test_the_file_holds_no_token_and_is_private(file):
-    """What can be read in the file lets nobody in, and only its owner can read it, whatever the umask."""
+    """The file's content gives no access, and only its owner can read it, whatever the umask."""
     before = os.umask(0)
     try:
         token = file.add("ada")
@@ -113,7 +113,7 @@ def test_a_file_that_makes_no_sense_is_refused(file, text):
 
 
 def test_changes_on_disk_count_at_once(file):
-    """A reader sees what another process adds, removes and deletes, without being told."""
+    """A reader sees what another process adds, removes and deletes, without a notification."""
     reader = TokenFile(file.path)
     tokens = [file.add(name) for name in ("ada", "ben", "cyd")]
     for number, token in enumerate(tokens):
@@ -138,7 +138,7 @@ def test_a_file_that_does_not_change_is_not_read_again(file, monkeypatch):
 
 
 def test_a_token_expires(file, monkeypatch):
-    """After its days a token names nobody; it is still listed."""
+    """After its days a token names no user; it is still listed."""
     token, forever = file.add("ada", days=0.5), file.add("ada")
     now = time.time()
     assert file.find(token)

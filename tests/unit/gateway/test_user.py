@@ -29,7 +29,7 @@ ADA, HUB = GatewayUser("ada"), GatewayUser("hub", service=True)
     ],
 )
 def test_a_kernel_belongs_to_whoever_asks_or_to_whom_a_service_names(user, env, owner):
-    """Users are themselves; a service acts for others, and as itself where it names nobody."""
+    """Users act as themselves; a service acts for the user whom it names, or as itself."""
     assert kernel_owner(user, env) == owner
 
 

@@ -1,4 +1,4 @@
-"""Taking over from dead servers: who is dead, what comes along, and that nobody ever shares a row."""
+"""Takeovers from dead servers: which servers are dead, which rows move, and that each row has one server."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def server(store: Store, server_id: str, *records: Record, deployment: str = "ga
 
 
 def dead(store: Store, server_id: str, *records: Record, **options: object) -> None:
-    """One whose process is gone."""
+    """A server that has no process any more."""
     server(store, server_id, *records, **{"process": GONE, **options})
 
 
@@ -93,7 +93,7 @@ def end_lease(store: Store, server_id: str, ago: float = 1.0) -> None:
         connection.execute(ended)
 
 
-# -- who is dead ----------------------------------------------------------------------------------
+# -- dead servers ----------------------------------------------------------------------------------
 
 
 def test_all_that_a_dead_server_had_is_the_claimers(store):
@@ -131,7 +131,7 @@ def test_each_claim_has_a_higher_epoch(store):
     ("deployment", "claims"), [("gateway", True), ("another", False), ("", False)], ids=["same", "another", "none"]
 )
 def test_servers_take_over_within_a_deployment(store, deployment, claims):
-    """A name that is empty is nobody's."""
+    """An empty name is no deployment."""
     dead(store, "old", *job(1), deployment=deployment)
     server(store, "new")
     server(store, "alone", deployment="")
@@ -149,7 +149,7 @@ def test_a_server_that_lives_keeps_what_it_has(store):
 
 
 def test_a_server_on_another_host_is_dead_when_its_lease_is_over(store):
-    """Nobody can see its process from here."""
+    """Its process cannot be seen from here."""
     server(store, "there", *job(1), process=ELSEWHERE)
     server(store, "new")
     end_lease(store, "there")
@@ -176,7 +176,7 @@ def test_a_server_that_ended_left_all_to_the_next(store):
 
 
 def test_leases_are_by_the_databases_clock(store, monkeypatch):
-    """A host whose clock is an hour off takes nobody for dead."""
+    """A host with a clock that is an hour off takes no server for dead."""
     if store.is_sqlite:
         monkeypatch.setattr(store._database, "now", lambda connection: time.time() - 3600)
     else:
@@ -188,14 +188,14 @@ def test_leases_are_by_the_databases_clock(store, monkeypatch):
 
 
 def test_after_an_outage_the_others_may_renew_first(store):
-    """The database was away for longer than a lease: who is back first must not take all others for dead."""
+    """The database was away for longer than a lease: the first server back must not take the others for dead."""
     server(store, "there", *job(1), process=ELSEWHERE)
     server(store, "old", *job(2), process=GONE)
     server(store, "new")
     for one in ("there", "new"):
         end_lease(store, one)
     assert store.write("new", [])
-    # One whose process is gone is dead all the same.
+    # A server without a process is dead all the same.
     assert keys(store.claim("new", "gateway"))["kernels"] == ["k2.0"]
     assert store.write("there", [])
     with store._database.writing() as connection:
@@ -213,11 +213,11 @@ def test_a_server_that_is_taken_for_dead_claims_nothing(store):
     assert store.claim("slept", "gateway") == ClaimedRows()
 
 
-# -- what comes along -----------------------------------------------------------------------------
+# -- the rows that move -----------------------------------------------------------------------------
 
 
 def test_a_kernel_brings_its_allocation_and_all_in_it(store):
-    """Its launcher has one server; whoever takes it over sees to its other kernels, too. The rest stays."""
+    """Its launcher has one server, which takes over all kernels of the launcher. The rest stays."""
     second = LauncherRecord(launcher_id="gs-1b", record_key="gs-1", tokens=(b"c", b"d"))
     there = KernelRecord(kernel_id="k1.b", launcher_id="gs-1b", record_key="gs-1")
     dead(store, "old", *job(1, kernels=2), second, there, *job(2), deployment="")
@@ -290,8 +290,8 @@ def test_a_server_of_which_one_kernel_was_taken_finds_out_before_it_writes(store
     assert store.write("slept", [])
 
 
-def test_a_row_of_a_server_that_is_gone_is_in_nobodys_way(store):
-    """Who starts a kernel with an id that was another's once gets its row."""
+def test_a_row_of_a_server_that_is_gone_can_be_replaced(store):
+    """A server that starts a kernel with the id of a dead server's kernel gets the row."""
     server(store, "old", *job(1), deployment="", process=GONE)
     store.end("old")
     server(store, "new", replace(job(1)[2], pid=7))
@@ -306,7 +306,7 @@ def registry(directory: Path, url: str, lost: Callable[[LostRows], None] = lambd
 
 
 def test_a_server_that_was_taken_for_dead_loses_what_is_anothers_and_keeps_the_rest(store, store_url, directory):
-    """It is told what it lost, and goes on as a living server with what it started meanwhile."""
+    """It learns what it lost, and continues as a living server with what it has started meanwhile."""
     lost: list[LostRows] = []
     slept, other = registry(directory, store_url, lost.append), registry(directory, store_url)
     for record in job(1):
@@ -363,7 +363,7 @@ def test_what_was_lost_is_not_written_after_a_write_that_failed(store, store_url
 
 
 def test_what_a_server_claimed_it_can_lose_again(store, store_url, directory):
-    """Rows go from hand to hand."""
+    """A claimed row can be claimed by a third server."""
     lost: list[LostRows] = []
     dead(store, "old", *job(1))
     first, second = registry(directory, store_url, lost.append), registry(directory, store_url)
@@ -432,7 +432,7 @@ def test_a_server_renews_its_lease_by_itself(store, store_url, directory):
     assert store.servers() == []
 
 
-# -- at once --------------------------------------------------------------------------------------
+# -- concurrent claims --------------------------------------------------------------------------------------
 
 
 def test_of_claimers_at_once_exactly_one_gets_each_row(store, store_url, directory):
@@ -474,7 +474,7 @@ for _round in sys.stdin:
 
 
 def test_of_two_processes_that_claim_at_once_exactly_one_gets_each_row(store, store_url, directory):
-    """Ten rounds; in each a server has died, and both are told at the same time."""
+    """Ten rounds; in each a server has died, and both processes claim at the same time."""
     claimers = [
         subprocess.Popen(
             [sys.executable, "-c", CLAIMER, str(directory), store_url, f"new{number}"],

@@ -1,4 +1,4 @@
-"""Records that outlive their process: durable, private, and never somebody else's."""
+"""Records that outlive their process: durable, private, and of one server each."""
 
 from __future__ import annotations
 
@@ -78,19 +78,19 @@ def registry(new_registry: NewRegistry) -> Registry:
 
 
 def exported(registry: Registry) -> dict[str, object]:
-    """The frontends' file, once what was under way is drawn."""
+    """The frontends' file, after the writes that were under way."""
     registry.flush()
     registry._exporter._executor.submit(lambda: None).result(timeout=10)
     return json.loads(registry._exporter._export.read_text())
 
 
 def allocations(registry: Registry) -> list[AllocationRecord]:
-    """All that is on record, whose ever it is."""
+    """The allocations of all servers."""
     return [record for _server, record in registry.all_allocations()]
 
 
 def dead_server(registry: Registry, *records: object, server_id: str = "dead", **changes: object) -> ServerRecord:
-    """A server whose process is gone, with these rows: its pid has another start time now."""
+    """A dead server with these rows: its pid now has another start time."""
     server = ServerRecord(server_id=server_id, process=replace(this_process(), start="1"), **changes)
     registry.store.register(server)
     rows = [(*store.rows.key_of(record), record) for record in records]
@@ -108,7 +108,7 @@ def file_of_other_host(registry: Registry, *records: AllocationRecord) -> None:
 
 
 async def test_what_was_put_is_durable_once_it_is_flushed(registry, new_registry):
-    """Whoever comes after a crash finds all of it; the loop does not wait meanwhile."""
+    """After a crash the next server finds all of it; the loop does not wait meanwhile."""
     registry.put_allocation(RECORD)
     registry.put_launcher(LAUNCHER)
     registry.put_kernel(KERNEL)
@@ -176,7 +176,7 @@ def test_a_clients_words_come_back_as_they_were(registry, text):
 
 
 def test_a_row_that_cannot_be_kept_takes_only_itself_out(registry, caplog):
-    """The others are written, and who waits for them is not kept waiting."""
+    """The others are written, and a flush does not wait for the refused row."""
     registry.put_session(replace(SESSION, data={"x": object()}))
     registry.put_session(replace(SESSION, session_id="s2"))
     registry.flush()
@@ -212,7 +212,7 @@ def test_many_threads_lose_nothing(registry):
 
 
 def test_no_secret_is_readable_in_the_files(tmp_path):
-    """Tokens, keys and environments are sealed; the key is in a file that only its user can read."""
+    """Tokens, keys and environments are encrypted; the key is in a file that only its user can read."""
     registry = Registry(tmp_path / "state")
     registry.open()
     registry.put_launcher(LAUNCHER)
@@ -234,8 +234,8 @@ def test_no_secret_is_readable_in_the_files(tmp_path):
     registry.close()
 
 
-def test_a_sealed_row_opens_nowhere_else(registry, caplog):
-    """A blob that was put into another row, or changed, is told, and takes only itself out."""
+def test_an_encrypted_value_can_be_decrypted_in_its_row_only(registry, caplog):
+    """A blob that was put into another row, or changed, is logged, and affects no other row."""
     other = replace(LAUNCHER, launcher_id="gs-2", tokens=(b"a", b"b"))
     registry.put_launcher(LAUNCHER)
     registry.put_launcher(other)
@@ -249,7 +249,7 @@ def test_a_sealed_row_opens_nowhere_else(registry, caplog):
     assert "row gs-2 of the store's table launchers cannot be read" in caplog.text
 
 
-# -- everybody's --------------------------------------------------------------------------------
+# -- all servers' rows --------------------------------------------------------------------------------
 
 
 def test_the_end_of_a_process_in_good_order_leaves_nothing(registry, new_registry):
@@ -327,7 +327,7 @@ def test_what_a_dead_server_left_goes_record_by_record(registry, new_registry):
 
 
 def test_one_job_of_two_servers_is_one_job():
-    """Its kernels are those of all servers that live, its facts those of the one whose job it is."""
+    """It has the kernels of all living servers, and the other fields of the server that submitted it."""
     living = ServerRecord(server_id="a", process=this_process(), lease_until=1e12)
     other = replace(living, server_id="b")
     dead = replace(living, server_id="0", process=replace(this_process(), start="1"))
@@ -383,7 +383,7 @@ def test_an_intent_without_a_job_is_kept_but_not_shown_to_frontends(registry):
 
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[Registry]:
-    """A registry on SQLite, whose user has other hosts, too."""
+    """A registry on SQLite. Its user works on other hosts, too."""
     registry = Registry(tmp_path / "state", tmp_path / "runtime" / store.EXPORT_NAME)
     registry.open()
     yield registry
@@ -431,7 +431,7 @@ def test_a_file_is_never_larger_than_what_is_read(local):
     "text", ["", "{", "[]", '{"process": 1}', '{"process": {"pid": 1}, "records": []}', "\0" * 100]
 )
 def test_a_broken_file_is_told_and_left(local, text, caplog):
-    """It takes only itself out."""
+    """Other files are still read."""
     file_of_other_host(local, RECORD)
     broken = local.directory / "registry" / "x-1-1.json"
     broken.write_text(text)
@@ -441,7 +441,7 @@ def test_a_broken_file_is_told_and_left(local, text, caplog):
 
 
 def test_records_that_are_none_take_only_their_file_out(local):
-    """Whatever stands in a file that somebody else wrote."""
+    """Another program may have written the file."""
     file_of_other_host(local, RECORD)
     process = asdict(replace(this_process(), start="1"))
     for number, records in enumerate(['"x"', "[1]", '["x"]', "{}", "[" * 3000 + "]" * 3000]):

@@ -53,7 +53,7 @@ def file_of(state: Path) -> Path:
 
 
 def refused(state: Path, url: str = "", key_file: str = "") -> str:
-    """What an admin is told."""
+    """The error message that an admin reads."""
     registry = Registry(state, url=url, key_file=key_file)
     with pytest.raises(StoreError) as caught:
         registry.open()
@@ -70,7 +70,7 @@ def contents(directory: Path) -> dict[Path, bytes]:
 
 
 def test_a_store_without_its_key_is_refused(state, store_url):
-    """What is sealed could not be read; no new key is put in the old one's place."""
+    """The encrypted values could not be read; no new key takes the place of the old one."""
     filled(state, store_url)
     (state / "store.key").rename(state / "away")
     words = refused(state, store_url)
@@ -82,7 +82,7 @@ def test_a_store_without_its_key_is_refused(state, store_url):
 
 
 def test_a_key_that_is_another_stores_is_refused(state, store_url):
-    """Nothing is sealed with a second key."""
+    """No value is encrypted with a second key."""
     filled(state, store_url)
     (state / "store.key").write_text("ab" * 32)
     assert "is not the one" in refused(state, store_url)
@@ -126,7 +126,7 @@ def test_a_key_file_is_made_where_it_is_named(state, tmp_path, store_url):
 
 @pytest.mark.parametrize("damage", ["header", "middle", "short"])
 def test_a_damaged_file_is_refused_and_left(state, damage):
-    """It may hold what somebody can still save."""
+    """An admin may still save some of its rows."""
     filled(state)
     path = file_of(state)
     content = bytearray(path.read_bytes())
@@ -196,7 +196,7 @@ except gateway_slurm.errors.StoreError as error:
 
 
 def opened_by_another(state: Path, limit: int = 0) -> str:
-    """What a process without root's rights is told; its files may be of ``limit`` bytes."""
+    """The error message of a process without root's rights, with files of up to ``limit`` bytes."""
     argv = [sys.executable, "-c", AS_NOBODY, str(state), str(limit), str(Path(schema.__file__).parents[2])]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_is_told_at_the_start(state, limit):
 
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_a_store_that_is_read_only_is_told_at_the_start(state, what):
-    """Root could write it: nobody cannot."""
+    """Root could write it; the unprivileged user cannot."""
     assert opened_by_another(state) == ""
     path = file_of(state)
     before = contents(state)
@@ -364,7 +364,7 @@ def test_a_postgresql_that_restarts_loses_nothing(state, postgres, how, caplog):
 
 
 def test_what_a_database_lost_is_written_again(running):
-    """Somebody put an older copy back: nobody else has these rows, so they are still this server's."""
+    """An admin put an older copy back: no other server has these rows, so they are still this server's."""
     with running.store._database.writing() as connection:
         for table in (schema.SERVERS, schema.ALLOCATIONS):
             connection.execute(table.delete())
@@ -374,7 +374,7 @@ def test_what_a_database_lost_is_written_again(running):
 
 
 def test_a_file_that_is_removed_is_made_again_with_all_that_is_there(running, state):
-    """Somebody tidied up: what would go into a file without a name is lost."""
+    """The user removed the file: rows written to a file without a name would be lost."""
     file_of(state).unlink()
     running.put_allocation(with_jobid(13))
     running.flush()
