@@ -15,7 +15,7 @@ from gateway_slurm.slurm.sudo.runner import SudoRunner, process_user
 if TYPE_CHECKING:
     from gateway_slurm.slurm.rest.driver import StepLauncher
 
-LOG_END: Final = 8000
+MAX_LOG_END: Final = 8000
 """Bytes that are read from the end of a log."""
 
 
@@ -46,12 +46,12 @@ AcceptLauncher = Callable[[asyncio.Transport], LauncherLink]
 class ClusterAccess:
     """One cluster, for one service. The service calls ``open`` and ``close`` on its loop.
 
-    ``runner`` runs commands: Slurm's, or only the admin's own where Slurm is reached by REST.
+    ``runner`` runs Slurm's commands; with REST it runs only the admin's own.
     """
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        # Finds the launcher of this server that holds a job, if it is linked. The service sets it.
+        # Returns this server's launcher in a job if it is linked. The service sets this.
         self.find_launcher: Callable[[str], StepLauncher | None] = lambda _jobid: None
 
     @property
@@ -64,42 +64,42 @@ class ClusterAccess:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise SlurmError where this machine already shows that Slurm cannot be reached; Slurm is not asked."""
+        """Raise SlurmError if this machine already shows that Slurm cannot be reached. Sends nothing to Slurm."""
 
     async def connect(self) -> str:
-        """Go as far as possible without Slurm itself, and return what was reached, in words. Raises SlurmError."""
+        """Connect as far as possible without Slurm itself, and describe the result to the user. Raises SlurmError."""
         raise NotImplementedError
 
     async def log_end(self, path: str) -> str:
-        """The last ``LOG_END`` bytes of a file that a job of this process's user wrote, such as a launcher's log.
+        """Return the last ``MAX_LOG_END`` bytes of a file that a job of this process's user wrote, as a launcher's log.
 
-        ``~/`` is the user's home. The text is empty where the file cannot be read, for example because the nodes
-        have other home directories.
+        ``~/`` is the user's home. The text is empty if the file cannot be read, for example because the nodes have
+        other home directories.
         """
         return await asyncio.to_thread(_end_of, path)
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
-        """A kernel's environment without the variables that mean nothing on the cluster."""
+        """Return a kernel's environment without the variables that mean nothing on the cluster."""
         return environment
 
-    # -- Ways for launchers to this server ----------------------------------------------------------
+    # -- Access for launchers to this server --
 
     async def open(self, accept: AcceptLauncher, changed: Callable[[], None]) -> None:
-        """Open further ways for launchers, and pass their connections to ``accept``.
+        """Open further endpoints for launchers, and pass their connections to ``accept``.
 
         ``changed`` is called whenever ``endpoints`` has changed.
         """
 
     @property
     def relays(self) -> list[dict[str, Any]]:
-        """What a later server needs so that launchers of these relays find it (``ServerRecord.relays``)."""
+        """Records of the relays, which a later server passes to ``adopt_relays`` (``ServerRecord.relays``)."""
         return []
 
     def adopt_relays(self, relays: Iterable[dict[str, Any]]) -> None:
-        """Listen where these relays of dead servers listened, where that is possible."""
+        """Listen on the ports of these relays of dead servers, if possible."""
 
     async def wait_ready(self) -> None:
-        """Return when ``endpoints`` is complete. Raises SshError when no launcher could reach this server."""
+        """Return when ``endpoints`` is complete. Raises SshError if no launcher could reach this server."""
 
     def endpoints(self, direct: list[str]) -> list[str]:
         """The addresses that launchers dial, in this order; ``direct`` are the server's own."""
@@ -128,7 +128,7 @@ class LocalAccess(ClusterAccess):
         return CommandLineDriver(runner)
 
     def check(self) -> None:
-        """Raise SlurmNotInstalled when there is no sbatch."""
+        """Raise SlurmNotInstalled if there is no sbatch."""
         self.runner.find(["sbatch"])
 
     async def connect(self) -> str:
@@ -140,7 +140,7 @@ def _end_of(path: str) -> str:
     try:
         with Path(path).expanduser().open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - LOG_END))
-            return file.read(LOG_END).decode(errors="replace")
-    except (OSError, RuntimeError):  # there is no such file, or no such home
+            file.seek(max(0, size - MAX_LOG_END))
+            return file.read(MAX_LOG_END).decode(errors="replace")
+    except (OSError, RuntimeError):  # the file or the home directory does not exist
         return ""

@@ -178,13 +178,13 @@ def test_a_relay_that_dies_is_there_again(by_ssh, node):
     with running_kernel("slurm") as (manager, client):
         relay, process = relay_of(service), manager.provisioner._handle.process
         execute(client, "kept = 1")
-        port, pid = relay.port, relay._previous["pid"]
+        port, pid = relay.port, relay._process["pid"]
         os.kill(pid, signal.SIGKILL)
         assert poll(lambda: process.phase is Phase.LOST, timeout=10)
         assert poll(lambda: process.phase is Phase.RUNNING, timeout=20)
         assert execute(client, "print(kept)") == "1"
         assert relay.port == port
-        assert relay._previous["pid"] != pid
+        assert relay._process["pid"] != pid
         assert service.runner.connection.counts["connect"] == 1
 
 
@@ -193,7 +193,7 @@ def test_an_old_relay_that_does_not_know_that_its_connection_broke_is_ended(by_s
     service = by_ssh()
     with running_kernel("slurm") as (manager, client):
         relay, process = relay_of(service), manager.provisioner._handle.process
-        old = psutil.Process(relay._previous["pid"])
+        old = psutil.Process(relay._process["pid"])
         sshd = old.parent()
         assert sshd is not None
         sshd.suspend()  # it hears of nothing

@@ -38,7 +38,7 @@ async def main(url, known):
     )
     runner = SshRunner(connection, None, None, timeout=20)
     print("first as", (await runner.run(["id", "-un"])).stdout)
-    connection._session.transport.close()
+    connection._chain.transport.close()
     while not runner._program.ended:
         await asyncio.sleep(0.01)
     print("then as", (await runner.run(["id", "-un"])).stdout, connection.counts["connected"])

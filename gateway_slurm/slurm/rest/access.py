@@ -36,20 +36,20 @@ class RestAccess(ClusterAccess):
         return RestDriver(self._rest, user, find_launcher=self._holding_launcher)
 
     def _holding_launcher(self, jobid: str) -> StepLauncher | None:
-        """As ``find_launcher`` finds it at the time of the call: a driver may be older than the service's launchers."""
+        """Call the ``find_launcher`` of the moment: a driver may be made before the service sets it."""
         return self.find_launcher(jobid)
 
     async def connect(self) -> str:
-        """Ask slurmrestd which API versions it has, with this user's token."""
+        """Request slurmrestd's API versions with this user's token."""
         version = await self._rest.version(self.user)
         return f"{self._rest.client} accepts {self.user}'s token and serves {version.name}"
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
-        """Without this process's user's own variables: the nodes may have other home directories."""
+        """Return the environment without this process's user's variables: the nodes may have other home directories."""
         return without_personal(environment, os.environ)
 
     async def open(self, accept: AcceptLauncher, changed: Callable[[], None]) -> None:
-        """Launchers come directly, so nothing is opened. Warn where tokens are sent unencrypted."""
+        """Warn if tokens are sent unencrypted. Nothing is opened: launchers dial this server directly."""
         url = self._rest.client.url
         if not url.tls and not _is_this_machine(url):
             self.log.warning(

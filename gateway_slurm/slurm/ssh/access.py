@@ -1,4 +1,4 @@
-"""Cluster access by a login node: Slurm's commands run there, and a relay there forwards launchers' connections."""
+"""Cluster access over SSH: a login node runs Slurm's commands and relays launchers' connections."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from gateway_slurm.environment import without_machine, without_personal
 from gateway_slurm.errors import GatewaySlurmError, SshError
-from gateway_slurm.slurm.access import LOG_END, AcceptLauncher, ClusterAccess
+from gateway_slurm.slurm.access import MAX_LOG_END, AcceptLauncher, ClusterAccess
 from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
 from gateway_slurm.slurm.ssh.relay import SshRelay, check_relay_address
 from gateway_slurm.slurm.ssh.runner import SshRunner
 
 
 class SshAccess(ClusterAccess):
-    """Slurm's commands on a login node, and a relay there for launchers that cannot dial this server.
+    """Slurm's commands on a login node, and a relay on it for launchers that cannot dial this server.
 
     ``relay`` says whether launchers use the relay: ``auto``, ``always`` or ``never``. The relay listens on the first
-    free one of ``relay_ports`` (0: any). ``relay_address`` is an address of the login node that launchers try first;
-    it may be empty.
+    free port of ``relay_ports`` (0: any). Launchers first dial the login node's address ``relay_address``, unless it
+    is empty.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class SshAccess(ClusterAccess):
         return self._connection.destination.user
 
     def driver(self, user: str) -> SlurmDriver:
-        """The driver that acts as the user who logs in: over SSH there is no other (``run_as`` is ``self``)."""
+        """The driver that acts as the user who logs in; over SSH there are no other users (``run_as`` is ``self``)."""
         return CommandLineDriver(self.runner)
 
     def check(self) -> None:
-        """Raise what the last attempt to log in raised."""
+        """Raise the error of the last login, if it failed."""
         self.runner.find(["sbatch"])
 
     async def connect(self) -> str:
@@ -55,13 +55,13 @@ class SshAccess(ClusterAccess):
         """The end of the file on the login node, which usually shares its home directories with the nodes."""
         program = 'case $1 in "~/"*) set -- "$HOME/${1#"~/"}" "$2";; esac; exec tail -c "$2" -- "$1"'
         try:
-            result = await self.runner.run(["sh", "-c", program, "sh", path, str(LOG_END)])
+            result = await self.runner.run(["sh", "-c", program, "sh", path, str(MAX_LOG_END)])
         except GatewaySlurmError:
             return ""
         return result.stdout if result.exit_status == 0 else ""
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
-        """Without the variables of this machine and of this process's user: the job has the login node's."""
+        """Return the environment without variables of this machine and its user; jobs have the login node's."""
         return without_machine(without_personal(environment, os.environ), os.environ)
 
     async def open(self, accept: AcceptLauncher, changed: Callable[[], None]) -> None:
@@ -73,16 +73,16 @@ class SshAccess(ClusterAccess):
 
     @property
     def relays(self) -> list[dict[str, Any]]:
-        """The relay's ports, and the processes that have them."""
+        """The relay's ports and the process that has each."""
         return self.relay.records if self.relay is not None else []
 
     def adopt_relays(self, relays: Iterable[dict[str, Any]]) -> None:
-        """Have the relay listen on the ports of these relays, too, where they were on the same login node."""
+        """Let the relay also listen on the ports of those relays that were on the same login node."""
         if self.relay is not None:
             self.relay.adopt(relays)
 
     async def wait_ready(self) -> None:
-        """Wait for the relay. Raises SshError where it fails and launchers must use it (``always``)."""
+        """Wait for the relay. Raises SshError if it fails and launchers must use it (``always``)."""
         if self.relay is None:
             return
         try:
@@ -92,7 +92,7 @@ class SshAccess(ClusterAccess):
                 raise
 
     def endpoints(self, direct: list[str]) -> list[str]:
-        """The relay's addresses come last until a launcher has used one; then the direct ones do not work."""
+        """Return the relay's addresses last, until a launcher has used one: then the direct ones do not work."""
         if self.relay is None:
             return direct
         if self._use_relay == "always":
