@@ -40,7 +40,7 @@ from gateway_slurm.kernels.held import KernelHandle
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.restore import RestoredKernel
 from gateway_slurm.kernels.transport import choose_mode
-from gateway_slurm.link.output import Kept
+from gateway_slurm.link.output import KeptOutput
 from gateway_slurm.request import KernelRequest, parse_request
 from gateway_slurm.service import SlurmService
 
@@ -364,7 +364,7 @@ class SlurmProvisioner(KernelProvisionerBase):
         self._has_process = False
         return returncode
 
-    async def kept_output(self) -> Kept:
+    async def kept_output(self) -> KeptOutput:
         """The output that the kernel's node has kept; see ``KernelProcess.read_kept``. Raises LinkError."""
         if self._handle is None:
             raise LinkError("there is no kernel, and so no kept output")

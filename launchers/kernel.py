@@ -20,7 +20,7 @@ from launchers.guard import Guard
 from launchers.reactor import READ, Reactor, Timer
 
 if TYPE_CHECKING:
-    from launchers.output import Keeper
+    from launchers.output import OutputBuffer
 
 
 PR_SET_PDEATHSIG = 1
@@ -115,7 +115,7 @@ class Kernel:
         self._deadline = time.monotonic() + float(spec["start_timeout"])
         self._asked_to_stop = False
         self._linked, self._kept_output = linked, kept_output
-        self._kept: Keeper | None = None
+        self._output: OutputBuffer | None = None
 
     # -- start ------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class Kernel:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
             self._open_log()
             self._launch(self.spec.get("ports"))
-            _ = self.kept  # made while the kernel comes up: its modules take 10 ms to load
+            _ = self.output  # made while the kernel comes up: its modules take 10 ms to load
         except (StartRefused, OSError) as error:
             self._fail("refused", str(error))
 
@@ -202,7 +202,7 @@ class Kernel:
         if self._listens():
             self.state = "running"
             self._say("STARTED", **self.report())
-            self.kept.begin()
+            self.output.begin()
         elif time.monotonic() > self._deadline:
             seconds = self.spec["start_timeout"]
             self._fail("timeout", f"the kernel did not listen on its channels within {seconds:g} s")
@@ -243,12 +243,12 @@ class Kernel:
         return sock
 
     @property
-    def kept(self) -> Keeper:
+    def output(self) -> OutputBuffer:
         """What it publishes and nobody has acknowledged."""
-        if self._kept is None:
-            from launchers.output import Keeper
+        if self._output is None:
+            from launchers.output import OutputBuffer
 
-            self._kept = Keeper(
+            self._output = OutputBuffer(
                 self._reactor,
                 connect=lambda: self.connect("iopub"),
                 linked=self._linked,
@@ -256,7 +256,7 @@ class Kernel:
                 limit=self._kept_output,
                 trouble="its clients dial it directly" if self.mode == "direct" else "",
             )
-        return self._kept
+        return self._output
 
     def report(self) -> dict[str, Any]:
         """What a server needs to know of this kernel, at STARTED and in REPORT."""
@@ -406,7 +406,7 @@ class Kernel:
 
     def close(self) -> None:
         """Let go of log, pipe, files and output; the process is gone or going."""
-        self.kept.close()
+        self.output.close()
         if self._look:
             self._look.cancel()
         self._close_pipe()

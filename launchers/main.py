@@ -24,8 +24,8 @@ from launchers.kernel import Kernel
 from launchers.node import Walltime, find_slurmd, is_slurmd, remove_old_logs
 from launchers.ports import Probes
 from launchers.reactor import Reactor
-from launchers.steps import Steps, others_work
-from launchers.tunnel import Channels
+from launchers.steps import Steps, job_is_shared
+from launchers.tunnel import Tunnel
 from launchers.uplink import Uplink
 
 TOKEN_VARIABLE = "GATEWAY_SLURM_TOKEN"  # noqa: S105 - a variable's name, not a token
@@ -75,10 +75,10 @@ class Launcher:
             hello=self._hello,
             on_message=self._on_message,
             on_down=self._on_down,
-            on_writable=lambda: self._channels.read_on(),
+            on_writable=lambda: self._tunnel.read_on(),
         )
         self._walltime = Walltime(self._reactor, say=self._uplink.send, is_linked=lambda: self._uplink.live)
-        self._channels = Channels(self._reactor, self._uplink, self._kernels.get)
+        self._tunnel = Tunnel(self._reactor, self._uplink, self._kernels.get)
         self._probes = Probes(self._reactor, self._uplink.send)
         self._steps = Steps(self._reactor, os.environ.get("SLURM_JOB_ID", ""), self._uplink.send)
 
@@ -125,14 +125,14 @@ class Launcher:
             "START": self._start,
             "SIGNAL": self._signal,
             "STOP": self._stop,
-            "TELL": self._tell,
+            "STDERR_LINE": self._tell,
             "ACK": self._acknowledged,
             "RELEASE": self._release,
-            "UNTIL": self._walltime.until,
+            "END_TIME": self._walltime.until,
             "HEARTBEAT": self._heard,
             "STEP": self._steps.start,
             "STEP_END": self._steps.end,
-            "STEP_SEEN": self._steps.forget,
+            "STEP_ACK": self._steps.forget,
             "LIST_STEPS": self._steps.listing,
         }.get(name)
         if action:
@@ -140,18 +140,18 @@ class Launcher:
 
     def _on_stream(self, name: str, number: int, payload: bytes) -> None:
         if name == "OPEN":
-            self._channels.open(number, payload)
+            self._tunnel.open(number, payload)
         elif name == "DATA":
-            self._channels.data(number, payload)
+            self._tunnel.data(number, payload)
         elif name == "CREDIT":
-            self._channels.credit(number, payload)
+            self._tunnel.credit(number, payload)
         else:
-            self._channels.close(number)
+            self._tunnel.close(number)
 
     def _on_down(self) -> None:
-        self._channels.read_on()
+        self._tunnel.read_on()
         for kernel in self._kernels.values():
-            kernel.kept.link_down()
+            kernel.output.link_down()
 
     def _welcome(self, fields: dict[str, Any]) -> None:
         if not self._uplink.welcome(fields):
@@ -159,11 +159,11 @@ class Launcher:
         self._heartbeat = float(fields["heartbeat"])
         self._orphan_timeout = float(fields["orphan_timeout"])
         self._keep, self._orphaned, self._others_again = bool(fields["keep"]), False, 0.0
-        same_server = self._channels.is_same_server(fields)
+        same_server = self._tunnel.is_same_server(fields)
         self._kept_output = int(fields.get("kept_output", 0))
-        streams = self._channels.link_up(fields)
+        streams = self._tunnel.link_up(fields)
         for kernel in self._kernels.values():
-            kernel.kept.link_up(same_server=same_server, limit=self._kept_output)
+            kernel.output.link_up(same_server=same_server, limit=self._kept_output)
         kernels = [kernel.report() for kernel in self._kernels.values()]
         self._uplink.send("REPORT", kernels=kernels, steps=self._steps.report(), **streams)
         self._next_beat.cancel()  # it was planned before the server's interval was known
@@ -189,7 +189,7 @@ class Launcher:
         old = self._kernels.pop(kernel_id, None)
         if old is not None:
             old.stop()
-            old.kept.close()
+            old.output.close()
             self._old.append(old)
         kernel = Kernel(
             self._reactor,
@@ -224,14 +224,14 @@ class Launcher:
         kernel = self._kernels.pop(fields["kernel_id"], None)
         if kernel:
             kernel.stop()
-            kernel.kept.close()
+            kernel.output.close()
             self._old.append(kernel)
             shutil.rmtree(kernel.directory, ignore_errors=True)
 
     def _acknowledged(self, fields: dict[str, Any]) -> None:
         kernel = self._kernels.get(fields["kernel_id"])
         if kernel:
-            kernel.kept.acknowledged(fields)
+            kernel.output.acknowledged(fields)
 
     def _release(self, _fields: dict[str, Any]) -> None:
         self._leave("released")
@@ -310,15 +310,15 @@ class Launcher:
             self._terminate_kernels(lambda: None)
             if self._keep:
                 print(f"launcher: {reason}; the job is kept", file=sys.stderr, flush=True)
-        return self._keep or (self._holds_job and self._others_work(now))
+        return self._keep or (self._holds_job and self._job_is_shared(now))
 
-    def _others_work(self, now: float) -> bool:
+    def _job_is_shared(self, now: float) -> bool:
         """Ask Slurm, now and then; while it does not say, a few times."""
         if now < self._others_again:
             return True
         self._others_again = now + self._others_pause
         self._others_pause = min(2 * self._others_pause, OTHERS_LONGEST)
-        answer = others_work(os.environ.get("SLURM_JOB_ID", ""))
+        answer = job_is_shared(os.environ.get("SLURM_JOB_ID", ""))
         self._unanswered = self._unanswered + 1 if answer is None else 0
         if answer:
             print("launcher: no server, but others work in the job", file=sys.stderr, flush=True)

@@ -34,7 +34,7 @@ SUBSCRIBE_AFTER = 1.0
 FIRST_PAUSE, LONGEST_PAUSE, ATTEMPTS = 0.05, 5.0, 20
 
 
-class Ring:
+class MessageRing:
     """Messages in their order, of at most ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
@@ -114,7 +114,7 @@ def _cost(message: Message | None) -> int:
     return OVERHEAD + (message.size if message is not None else 0)
 
 
-class Keeper:
+class OutputBuffer:
     """Subscribes to one kernel's iopub and keeps what it says. ``close()`` ends it and forgets.
 
     ``connect`` returns a socket on its way to the channel or raises OSError. ``linked`` tells whether there is
@@ -134,7 +134,7 @@ class Keeper:
     ) -> None:
         self._reactor, self._connect = reactor, connect
         self._linked, self._is_over = linked, is_over
-        self.ring = Ring(limit)
+        self.ring = MessageRing(limit)
         self._begun = False  # the kernel listens
         self._asked = False  # for the subscription
         self._closed = False

@@ -107,10 +107,10 @@ class Steps:
             command.signal(signal.SIGTERM)
 
     def listing(self, fields: dict[str, Any]) -> None:
-        """Ask Slurm which steps run in the job; STEPS follows."""
+        """Ask Slurm which steps run in the job; STEP_LIST follows."""
         asked = str(fields.get("asked"))[:64]
         if asked in self._listings or len(self._listings) >= LISTINGS_LIMIT:
-            self._say("STEPS", asked=asked, status=2, listed="", stderr="squeue is being asked already")
+            self._say("STEP_LIST", asked=asked, status=2, listed="", stderr="squeue is being asked already")
             return
         env = {**self._env, "LC_ALL": "C.UTF-8"}
         command = self._listings[asked] = Command(steps.squeue_argv(self._jobid), env)
@@ -126,7 +126,7 @@ class Steps:
             self._say("STEPPED", **self._ended[step])
         for asked in [asked for asked, command in self._listings.items() if command.ended]:
             status, listed, stderr = self._listings.pop(asked).result()
-            self._say("STEPS", asked=asked, status=status, listed=listed, stderr=stderr)
+            self._say("STEP_LIST", asked=asked, status=status, listed=listed, stderr=stderr)
 
     def forget(self, fields: dict[str, Any]) -> None:
         """The server has heard how a step ended."""
@@ -156,7 +156,7 @@ TIMEOUT = 20.0
 OWN_STEPS = ("batch", "extern")
 
 
-def others_work(jobid: str) -> bool | None:
+def job_is_shared(jobid: str) -> bool | None:
     """Whether a job step runs beside the job's own; None while Slurm does not say."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
@@ -167,10 +167,10 @@ def others_work(jobid: str) -> bool | None:
         return False
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    return has_others(jobid, done.stdout) if done.returncode == 0 else None
+    return lists_foreign_steps(jobid, done.stdout) if done.returncode == 0 else None
 
 
-def has_others(jobid: str, listed: str) -> bool:
+def lists_foreign_steps(jobid: str, listed: str) -> bool:
     """Read squeue's answer, one step a line: ``12.batch`` is the job's own, ``12.0`` somebody's."""
     found = re.findall(r"^\s*([0-9]+)\.(\S+)\s*$", listed, re.MULTILINE)
     return any(job == jobid and step not in OWN_STEPS for job, step in found)

@@ -27,14 +27,14 @@ class Stream:
         self.wanted = 0
 
 
-class Channels:
+class Tunnel:
     """All streams of this launcher."""
 
     def __init__(self, reactor: Reactor, uplink: Uplink, find_kernel: Callable[[str], Kernel | None]) -> None:
         self._reactor, self._uplink, self._find_kernel = reactor, uplink, find_kernel
         self._streams: dict[int, Stream] = {}
         # Kept output that is being read: one stream a kernel, which gets more as the link takes it.
-        self._readings: dict[int, tuple[str, Iterator[bytes]]] = {}
+        self._output_readings: dict[int, tuple[str, Iterator[bytes]]] = {}
         self._session = ""  # the server's, whose streams these are
         self._opened = 0  # the last number it opened
 
@@ -62,7 +62,7 @@ class Channels:
         kernel_id, _nul, channel = payload.partition(b"\0")
         kernel = self._find_kernel(kernel_id.decode(errors="replace"))
         self._uplink.outbox.open(number)
-        if kernel is not None and channel == wire.KEPT.encode():
+        if kernel is not None and channel == wire.KEPT_OUTPUT.encode():
             self._open_reading(number, kernel)
             return
         try:
@@ -78,16 +78,16 @@ class Channels:
         self._update(stream)
 
     def _open_reading(self, number: int, kernel: Kernel) -> None:
-        for other, (kernel_id, _pieces) in list(self._readings.items()):
+        for other, (kernel_id, _pieces) in list(self._output_readings.items()):
             if kernel_id == kernel.kernel_id:
                 self._end_reading(other)
-        self._readings[number] = kernel.kernel_id, kernel.kept.read()
+        self._output_readings[number] = kernel.kernel_id, kernel.output.read()
         self._read_kept(number)
 
     def _read_kept(self, number: int) -> None:
         """The next pieces, as many as the link is to have waiting."""
-        while number in self._readings and self._uplink.outbox.waiting(number) < flow.BACKLOG:
-            piece = next(self._readings[number][1], None)
+        while number in self._output_readings and self._uplink.outbox.waiting(number) < flow.BACKLOG:
+            piece = next(self._output_readings[number][1], None)
             if piece is None:
                 self._end_reading(number)
             else:
@@ -95,7 +95,7 @@ class Channels:
             self._uplink.flush()
 
     def _end_reading(self, number: int) -> None:
-        del self._readings[number]
+        del self._output_readings[number]
         self._uplink.outbox.close(number)
 
     def data(self, number: int, payload: bytes) -> None:
@@ -119,7 +119,7 @@ class Channels:
         self._finish(number)
 
     def _finish(self, number: int) -> None:
-        self._readings.pop(number, None)
+        self._output_readings.pop(number, None)
         stream = self._streams.get(number)
         if stream is not None:
             stream.closing = True
@@ -128,7 +128,7 @@ class Channels:
     def _drop_all(self) -> None:
         for stream in list(self._streams.values()):
             self._drop(stream)
-        self._readings.clear()
+        self._output_readings.clear()
         self._uplink.outbox.forget_streams()
 
     def read_on(self) -> None:
@@ -136,7 +136,7 @@ class Channels:
         for stream in self._streams.values():
             if not stream.wanted & READ:
                 self._update(stream)
-        for number in list(self._readings):
+        for number in list(self._output_readings):
             self._read_kept(number)
 
     def _on_ready(self, stream: Stream, events: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from gateway_slurm._util import printable
 from gateway_slurm.errors import AllocationError, CryptoMissing, GatewaySlurmError, LinkError, SlurmUnavailable
 from gateway_slurm.link import steps, wire
-from gateway_slurm.link.output import Kept, read_kept
+from gateway_slurm.link.output import KeptOutput, read_kept
 from gateway_slurm.link.server import Expected, Link
 from gateway_slurm.link.tunnel import Streams
 from gateway_slurm.slurm import commands
@@ -142,7 +142,7 @@ class LauncherSteps:
         return [StepInfo(stepid=stepid, user=user, nodes=nodes, name=name) for stepid, user, nodes, name in found]
 
     def message(self, name: str, fields: dict[str, Any]) -> None:
-        """Take STEPPED or STEPS."""
+        """Take STEPPED or STEP_LIST."""
         if name == "STEPPED":
             self._ended(fields)
             return
@@ -169,7 +169,7 @@ class LauncherSteps:
         if len(step) > MAX_STEP_ID:
             return  # no server gave a step such an id
         self._finish(step, status if isinstance(status, int) else 1, str(fields.get("stderr")))
-        self._send("STEP_SEEN", step=step)
+        self._send("STEP_ACK", step=step)
 
     def _finish(self, step: str, status: int | None, stderr: str) -> None:
         found = self._steps.pop(step, None)
@@ -387,7 +387,7 @@ class Launcher:
         self.link.send(name, **fields)
         return True
 
-    async def read_kept(self, kernel_id: str) -> Kept:
+    async def read_kept(self, kernel_id: str) -> KeptOutput:
         """The output of a kernel that the launcher has kept. Raises LinkError."""
         return await read_kept(self.streams, kernel_id, limit=self._settings.kept_output)
 
@@ -446,7 +446,7 @@ class Launcher:
             self._notice(payload)
         elif name == "PROBED":
             self.prober.message(payload)
-        elif name in ("STEPPED", "STEPS"):
+        elif name in ("STEPPED", "STEP_LIST"):
             self.steps.message(name, payload)
         else:
             kernel = self.kernels.get(str(payload.get("kernel_id")))

@@ -101,4 +101,4 @@ class WalltimeMonitor:
         self.log.info("job %s %s time: its time limit was changed, it ends at %s", allocation.jobid, change, clock)
         for launcher in allocation.launchers.values():
             launcher.end_time = end
-            launcher.send("UNTIL", end_time=end)
+            launcher.send("END_TIME", end_time=end)

@@ -19,7 +19,7 @@ from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LauncherFa
 from gateway_slurm.kernels.model import TRANSITIONS, KernelLaunch, Phase
 from gateway_slurm.kernels.transport import TransportSelector, checked_ports
 from gateway_slurm.link import wire
-from gateway_slurm.link.output import Kept
+from gateway_slurm.link.output import KeptOutput
 from gateway_slurm.link.tunnel import KernelTunnel
 from gateway_slurm.store.records import KernelRecord
 
@@ -325,7 +325,7 @@ class KernelProcess:
         if self.show_warning is not None:
             self.show_warning(line)
         elif self.phase is Phase.RUNNING:
-            self.launcher.send("TELL", kernel_id=self.kernel_id, line=line)
+            self.launcher.send("STDERR_LINE", kernel_id=self.kernel_id, line=line)
 
     # -- Kept output ------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ class KernelProcess:
         self._acked = msg_id, positions
         self.launcher.send("ACK", kernel_id=self.kernel_id, upto=msg_id, positions=positions)
 
-    async def read_kept(self) -> Kept:
+    async def read_kept(self) -> KeptOutput:
         """The output that the kernel published and no call has acknowledged; an exited kernel has it until ``close``.
 
         Clients subscribe first. They get output twice that the kernel publishes meanwhile, and recognise it by the

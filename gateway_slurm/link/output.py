@@ -20,7 +20,7 @@ _POSITION_LIMIT = 4096
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptOutput:
     """What a kernel has published that its clients were not known to have.
 
     ``messages`` are the frames of each, topic first, oldest first. ``dropped`` were before or between them and
@@ -80,14 +80,14 @@ class _Reader:
             self.over.set_exception(LinkError(f"the launcher sent {what} as a kernel's kept output"))
 
 
-async def read_kept(streams: Streams, kernel_id: str, *, limit: int) -> Kept:
+async def read_kept(streams: Streams, kernel_id: str, *, limit: int) -> KeptOutput:
     """Read what is kept, at most ``limit`` bytes of it.
 
     Raises LinkError when the launcher is gone, silent, or does not keep to that; nothing is lost then, and it
     may be read again.
     """
     reader = _Reader(streams, limit)
-    reader.number = streams.open(reader, kernel_id, wire.KEPT)
+    reader.number = streams.open(reader, kernel_id, wire.KEPT_OUTPUT)
     if reader.number is None:
         raise LinkError(f"the launcher of kernel {kernel_id} is gone, and with it what it had kept of its output")
     try:
@@ -107,7 +107,7 @@ async def _until_over(reader: _Reader, kernel_id: str) -> None:
     reader.over.result()
 
 
-def _parse(records: list[bytes]) -> Kept:
+def _parse(records: list[bytes]) -> KeptOutput:
     """The records of a stream; what a launcher says is checked here."""
     if not records:
         raise LinkError("the launcher knows no such kernel, or keeps no output")
@@ -116,7 +116,7 @@ def _parse(records: list[bytes]) -> Kept:
         fields = json.loads(header)
         messages = [wire.unpack(record) for record in rest]
         unreadable = messages.count([])
-        return Kept(
+        return KeptOutput(
             messages=[message for message in messages if message],
             dropped=max(0, int(fields.get("dropped", 0))) + unreadable,
             positions=_positions(fields.get("positions")),

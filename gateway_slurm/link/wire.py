@@ -45,13 +45,13 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
     "SIGNAL": (3, DOWN, JSON),  # signal a kernel's process group
     "STOP": (4, DOWN, JSON),  # end a kernel
     "RELEASE": (5, DOWN, JSON),  # end all kernels and exit
-    "UNTIL": (6, DOWN, JSON),  # the job's time limit was changed
-    "TELL": (7, DOWN, JSON),  # a line for a kernel's standard error
+    "END_TIME": (6, DOWN, JSON),  # the job's time limit was changed
+    "STDERR_LINE": (7, DOWN, JSON),  # a line for a kernel's standard error
     "REDIRECT": (8, DOWN, JSON),  # in place of WELCOME: another server owns this launcher
     "ACK": (9, DOWN, JSON),  # clients have a kernel's output up to here
     "STEP": (10, DOWN, JSON),  # start a job step from inside the job (steps.py)
     "STEP_END": (11, DOWN, JSON),  # end one
-    "STEP_SEEN": (12, DOWN, JSON),  # how one ended is known here
+    "STEP_ACK": (12, DOWN, JSON),  # how one ended is known here
     "LIST_STEPS": (13, DOWN, JSON),  # which steps run in the job
     "PROBE": (14, DOWN, JSON),  # listen for a moment where a direct kernel would
     "REPORT": (16, UP, JSON),  # after WELCOME: new token taken, kernels and streams as they are
@@ -60,10 +60,10 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
     "EXIT": (19, UP, JSON),  # a kernel that had come up is gone
     "NOTICE": (20, UP, JSON),  # SIGTERM or SIGUSR1 from Slurm; the walltime is near
     "STEPPED": (21, UP, JSON),  # a step is over
-    "STEPS": (22, UP, JSON),  # answer to LIST_STEPS
+    "STEP_LIST": (22, UP, JSON),  # answer to LIST_STEPS
     "PROBED": (23, UP, JSON),  # answer to PROBE
     "HEARTBEAT": (32, BOTH, JSON),
-    "OPEN": (33, DOWN, STREAM),  # payload: kernel id, NUL, channel (or KEPT)
+    "OPEN": (33, DOWN, STREAM),  # payload: kernel id, NUL, channel (or KEPT_OUTPUT)
     "DATA": (34, BOTH, STREAM),
     "CREDIT": (35, BOTH, STREAM),  # payload: 4-byte count of bytes taken
     "CLOSE": (36, BOTH, STREAM),
@@ -72,7 +72,7 @@ _BY_NUMBER = {number: (name, who, form) for name, (number, who, form) in MESSAGE
 
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 # A stream's channel that is none of the kernel's: what the launcher has kept of its output.
-KEPT = "kept"
+KEPT_OUTPUT = "kept"
 
 HELLO, COMPLAINT = 1, 2
 

@@ -14,7 +14,7 @@ from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.acks import STATE_KEY, OutputAcks, Position
 from gateway_slurm.gateway.channels.channels import KernelChannels
 from gateway_slurm.gateway.channels.replay import Replay
-from gateway_slurm.link.output import Kept
+from gateway_slurm.link.output import KeptOutput
 from gateway_slurm.provisioner import SlurmProvisioner
 
 # A session's id becomes a ZMQ identity: at most 255 bytes, not beginning with a NUL byte.
@@ -189,7 +189,7 @@ class Frontends:
         self._reconnect_timers[kernel_id] = loop.call_later(RECONNECT_SECONDS, self._end_reconnecting, kernel_id)
         return state
 
-    async def _read_first_kept(self, kernel_id: str) -> Kept | None:
+    async def _read_first_kept(self, kernel_id: str) -> KeptOutput | None:
         """Read what the launcher keeps, once it has a link; None for a kernel that ends before."""
         while kernel_id in self._positions and (provisioner := self._provisioner(kernel_id)) is not None:
             try:
@@ -200,7 +200,7 @@ class Frontends:
                     break
         return None
 
-    async def _read_kept(self, kernel_id: str) -> Kept:
+    async def _read_kept(self, kernel_id: str) -> KeptOutput:
         provisioner = self._provisioner(kernel_id)
         if provisioner is None:
             raise LinkError(f"kernel {kernel_id} has ended")
@@ -217,7 +217,7 @@ class Frontends:
             sessions.pop(session).close("its frontend did not come back")
 
 
-def _last_state(state: str, kept: Kept, tracks: Callable[[str | None], bool]) -> str:
+def _last_state(state: str, kept: KeptOutput, tracks: Callable[[str | None], bool]) -> str:
     """The kernel's execution state after the kept messages; ``state`` is the one before them."""
     for frames in reversed(kept.messages):
         parts = messages.parts_of(frames)

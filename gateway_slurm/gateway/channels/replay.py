@@ -19,7 +19,7 @@ from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.acks import OutputAcks, Position
 from gateway_slurm.gateway.channels.cells import Cells
 from gateway_slurm.gateway.channels.queue import QUEUE_LIMIT, QueuedMessage
-from gateway_slurm.link.output import Kept
+from gateway_slurm.link.output import KeptOutput
 
 # Seconds between a cell's end and a reply made here, in which the kernel's own reply may come.
 REPLY_GRACE = 1.0
@@ -53,7 +53,7 @@ class Replay:
     def __init__(
         self,
         acks: OutputAcks | None = None,
-        read_kept: Callable[[], Awaitable[Kept]] | None = None,
+        read_kept: Callable[[], Awaitable[KeptOutput]] | None = None,
         *,
         position: Position | None = None,
         may_be_ours: Callable[[dict[str, Any]], bool] = lambda _header: True,
@@ -175,7 +175,7 @@ class Replay:
         ]
         return missed
 
-    async def _try_read_kept(self, log: logging.Logger) -> Kept | None:
+    async def _try_read_kept(self, log: logging.Logger) -> KeptOutput | None:
         try:
             return await self._read_kept() if self._read_kept is not None else None
         except GatewaySlurmError as error:
@@ -184,7 +184,7 @@ class Replay:
 
     async def _select(
         self,
-        kept: Kept,
+        kept: KeptOutput,
         queued: set[str],
         sign: Callable[[list[bytes]], bytes],
         missed: Missed,

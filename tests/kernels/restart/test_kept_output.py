@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from gateway_slurm.kernels.model import Phase
-from gateway_slurm.link.output import Kept
+from gateway_slurm.link.output import KeptOutput
 from helpers.kernel_clients import (
     DROP_NOTHING,
     KERNEL_NAMES,
@@ -61,7 +61,7 @@ for number in range(40):
 """
 
 
-def ids_of(kept: Kept) -> list[str]:
+def ids_of(kept: KeptOutput) -> list[str]:
     """The messages' ids."""
     return [json.loads(header_of(frames))["msg_id"] for frames in kept.messages]
 
@@ -71,13 +71,13 @@ def header_of(frames: list[bytes]) -> bytes:
     return frames[frames.index(b"<IDS|MSG>") + 2]
 
 
-def printed(kept: Kept) -> str:
+def printed(kept: KeptOutput) -> str:
     """What the kept messages say on stdout."""
     contents = [json.loads(frames[frames.index(b"<IDS|MSG>") + 5]) for frames in kept.messages]
     return "".join(content["text"] for content in contents if content.get("name") == "stdout")
 
 
-def last_state(kept: Kept) -> str:
+def last_state(kept: KeptOutput) -> str:
     """The last status that the kernel published; empty where there is none."""
     states = [json.loads(frames[frames.index(b"<IDS|MSG>") + 5]).get("execution_state") for frames in kept.messages]
     return next((state for state in reversed(states) if state), "")
@@ -116,18 +116,18 @@ class Server:
         assert await poll_async(lambda: process.phase in (Phase.RUNNING, Phase.DEAD), timeout=READY)
 
 
-async def until_idle(provisioner: Any) -> Kept:
+async def until_idle(provisioner: Any) -> KeptOutput:
     """What is kept once the kernel is idle."""
     deadline = asyncio.get_running_loop().time() + READY
     while True:
-        kept: Kept = await provisioner.kept_output()
+        kept: KeptOutput = await provisioner.kept_output()
         if last_state(kept) == "idle":
             return kept
         assert asyncio.get_running_loop().time() < deadline, "the kernel is busy still"
         await asyncio.sleep(0.1)
 
 
-async def acknowledge_and_wait(provisioner: Any, msg_id: str, positions: dict[str, str]) -> Kept:
+async def acknowledge_and_wait(provisioner: Any, msg_id: str, positions: dict[str, str]) -> KeptOutput:
     """Acknowledge, and read what is left, which comes after it on the same link, once the node keeps anything."""
     provisioner.acknowledge(msg_id, positions)
     while not (kept := await asyncio.wait_for(provisioner.kept_output(), READY)).keeps:

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_slurm.link import flow, wire
-from launchers import output as kept_module
-from launchers.output import OVERHEAD, Keeper, Ring
+from launchers import output as output_module
+from launchers.output import OVERHEAD, MessageRing, OutputBuffer
 from launchers.reactor import Reactor
 from launchers.subscriber import DELIMITER, Message, encode_frame
-from launchers.tunnel import Channels
+from launchers.tunnel import Tunnel
 
 LIMIT = 2**20
 
@@ -31,7 +31,7 @@ def message(msg_id: str, size: int = 10) -> Message:
     return Message(msg_id, encode_frame(0, b"x" * size))
 
 
-def in_ring(ring: Ring) -> tuple[list[str], int]:
+def in_ring(ring: MessageRing) -> tuple[list[str], int]:
     """The ids of the messages that are there, and how many are not."""
     header, messages = ring.snapshot()
     return [message.msg_id for message in messages], header["dropped"]
@@ -42,7 +42,7 @@ def in_ring(ring: Ring) -> tuple[list[str], int]:
 
 def test_what_is_acknowledged_is_let_go():
     """Up to and including the message that is named; the positions are remembered."""
-    ring = Ring(LIMIT)
+    ring = MessageRing(LIMIT)
     for name in "abcd":
         ring.add(message(name))
     ring.acknowledge("b", {"session": "a"})
@@ -54,7 +54,7 @@ def test_what_is_acknowledged_is_let_go():
 
 def test_an_acknowledgement_may_come_before_the_message():
     """A client can be quicker than we are: what comes up to there is let go when it comes."""
-    ring = Ring(LIMIT)
+    ring = MessageRing(LIMIT)
     ring.add(message("a"))
     ring.acknowledge("c", {})
     for name in "bcd":
@@ -64,7 +64,7 @@ def test_an_acknowledgement_may_come_before_the_message():
 
 def test_the_oldest_go_where_there_are_too_many_and_are_counted():
     """An ACK for one that has gone tells which of these clients have."""
-    ring = Ring(10 * (OVERHEAD + 12))
+    ring = MessageRing(10 * (OVERHEAD + 12))
     for number in range(30):
         ring.add(message(str(number)))
     assert in_ring(ring) == ([str(number) for number in range(20, 30)], 20)
@@ -76,7 +76,7 @@ def test_the_oldest_go_where_there_are_too_many_and_are_counted():
 
 def test_what_is_missing_between_messages_is_counted_until_it_is_acknowledged():
     """A message that was too large, and an interruption, have their place in the order."""
-    ring = Ring(LIMIT)
+    ring = MessageRing(LIMIT)
     ring.add(message("a"))
     ring.add(Message("huge", None))
     ring.gap()
@@ -92,11 +92,11 @@ def test_what_is_missing_between_messages_is_counted_until_it_is_acknowledged():
 
 def test_many_small_messages_are_bounded_too():
     """Empty ones cost what they cost in memory; of those that went only so many are known by name."""
-    ring = Ring(100 * OVERHEAD)
+    ring = MessageRing(100 * OVERHEAD)
     for number in range(20_000):
         ring.add(message(str(number), 0))
     assert len(ring._messages) <= 100
-    assert len(ring._gone) == kept_module.GONE_KNOWN
+    assert len(ring._gone) == output_module.GONE_KNOWN
     assert in_ring(ring)[1] == 20_000 - len(ring._messages)
 
 
@@ -108,7 +108,7 @@ events = st.lists(st.tuples(st.sampled_from(["add", "ack", "huge"]), names, st.i
 @settings(deadline=None, max_examples=300)
 def test_nothing_that_was_published_is_neither_there_nor_acknowledged_nor_counted(steps):
     """Whatever comes in whatever order, also the same ids again, and never more than the bound."""
-    ring = Ring(2000)
+    ring = MessageRing(2000)
     added = 0
     for step, name, size in steps:
         if step == "ack":
@@ -138,7 +138,7 @@ class Kernel:
         self.linked = True
         self.over = False
         self.listen()
-        self.kept = Keeper(
+        self.output = OutputBuffer(
             self.reactor,
             connect=self.connect,
             linked=lambda: self.linked,
@@ -179,16 +179,16 @@ class Kernel:
         """Until all that was published so far has been read."""
         self.number += 1
         marker = f"marker-{self.number}"
-        if self.kept._wanted:
+        if self.output._wanted:
             self.publish(marker)
-            self.turn_until(lambda: marker in self.kept.ring._messages)
-            del self.kept.ring._messages[marker]
+            self.turn_until(lambda: marker in self.output.ring._messages)
+            del self.output.ring._messages[marker]
         else:
             self.turn_until_read(marker)
 
     def turn_until_read(self, marker: str) -> None:
         """Until a message that nobody wants has come through the socket, and been dropped."""
-        subscriber, data = self.kept._subscriber, bytearray()
+        subscriber, data = self.output._subscriber, bytearray()
         feed = subscriber.feed
 
         def feeding(more: bytes) -> Any:
@@ -201,10 +201,10 @@ class Kernel:
         subscriber.feed = feed
 
     def ids(self) -> list[str]:
-        return in_ring(self.kept.ring)[0]
+        return in_ring(self.output.ring)[0]
 
     def close(self) -> None:
-        self.kept.close()
+        self.output.close()
         self.context.destroy(linger=0)
 
 
@@ -219,42 +219,42 @@ def kernel(tmp_path) -> Iterator[Kernel]:
 
 def test_output_is_kept_until_it_is_acknowledged(kernel):
     """From the first ACK on, which may say nothing but that others will follow."""
-    kernel.kept.begin()
-    kernel.kept.acknowledged({"kernel_id": "k", "upto": "", "positions": {}})
+    kernel.output.begin()
+    kernel.output.acknowledged({"kernel_id": "k", "upto": "", "positions": {}})
     kernel.until_subscribed()
     kernel.publish("a", "b", "c")
     kernel.seen()
     assert kernel.ids() == ["a", "b", "c"]
-    kernel.kept.acknowledged({"upto": "b", "positions": {"s": "a", "t": 5, "": "x"}})
+    kernel.output.acknowledged({"upto": "b", "positions": {"s": "a", "t": 5, "": "x"}})
     assert kernel.ids() == ["c"]
-    assert kernel.kept.ring.positions == {"s": "a"}
+    assert kernel.output.ring.positions == {"s": "a"}
 
 
 @pytest.mark.parametrize("fields", [{}, {"upto": 5}, {"upto": "x" * 1000, "positions": []}, {"positions": {"a": {}}}])
 def test_an_acknowledgement_of_nonsense_lets_nothing_go(kernel, fields):
     """It is bounded, and checked."""
     kernel.linked = False
-    kernel.kept.begin()
+    kernel.output.begin()
     kernel.until_subscribed()
     kernel.publish("a")
     kernel.seen()
-    kernel.kept.acknowledged(fields)
+    kernel.output.acknowledged(fields)
     assert kernel.ids() == ["a"]
-    assert kernel.kept.ring.positions == {}
+    assert kernel.output.ring.positions == {}
 
 
 def test_a_server_that_never_acknowledges_wants_only_what_comes_while_it_is_away(kernel):
     """With the link nothing is kept; without it all is; and when the same server is back it has lost nothing."""
-    kernel.kept.begin()
+    kernel.output.begin()
     kernel.until_subscribed()
     kernel.publish("a")
     kernel.seen()
     assert kernel.ids() == []
-    kernel.kept.link_down()
+    kernel.output.link_down()
     kernel.publish("b")
     kernel.seen()
     assert kernel.ids() == ["b"]
-    kernel.kept.link_up(same_server=True, limit=LIMIT)
+    kernel.output.link_up(same_server=True, limit=LIMIT)
     assert kernel.ids() == []
     kernel.publish("c")
     kernel.seen()
@@ -263,16 +263,16 @@ def test_a_server_that_never_acknowledges_wants_only_what_comes_while_it_is_away
 
 def test_another_server_finds_what_came_before_it_was_there(kernel):
     """It is kept until it is read, and what comes after that it has by its own subscription."""
-    kernel.kept.begin()
-    kernel.kept.link_down()
+    kernel.output.begin()
+    kernel.output.link_down()
     kernel.until_subscribed()
     kernel.publish("a")
     kernel.seen()
-    kernel.kept.link_up(same_server=False, limit=LIMIT)
+    kernel.output.link_up(same_server=False, limit=LIMIT)
     kernel.publish("b")
     kernel.seen()
     assert kernel.ids() == ["a", "b"]
-    list(kernel.kept.read())
+    list(kernel.output.read())
     kernel.publish("c")
     kernel.seen()
     assert kernel.ids() == []
@@ -280,65 +280,65 @@ def test_another_server_finds_what_came_before_it_was_there(kernel):
 
 def test_a_client_is_welcomed_before_the_launcher_subscribes(kernel):
     """A kernel welcomes the first subscription only (JEP 65): clients that wait for it are not to wait for a nudge."""
-    kernel.kept.begin()
+    kernel.output.begin()
     client = kernel.context.socket(zmq.SUB)
     client.subscribe(b"")
     client.connect(f"ipc://{kernel.path}")
     kernel.until_subscribed()
-    kernel.turn_until(lambda: kernel.kept._subscriber is not None and kernel.kept._subscriber.subscribed)
+    kernel.turn_until(lambda: kernel.output._subscriber is not None and kernel.output._subscriber.subscribed)
     assert kernel.socket.poll(0) == 0
 
 
 def test_a_last_word_is_read_from_a_kernel_that_is_over(kernel):
     """What its socket still holds when somebody reads what is kept belongs to that."""
     kernel.linked = False
-    kernel.kept.begin()
+    kernel.output.begin()
     kernel.until_subscribed()
     kernel.publish("last")
     kernel.over = True
     kernel.context.destroy(linger=1000)
-    data = b"".join(kernel.kept.read())
+    data = b"".join(kernel.output.read())
     assert b'"last"' in data
-    kernel.turn_until(lambda: kernel.kept._socket is None)
-    assert kernel.kept.trouble == ""
+    kernel.turn_until(lambda: kernel.output._socket is None)
+    assert kernel.output.trouble == ""
     kernel.context = zmq.Context()
 
 
 def test_an_interruption_is_counted(kernel):
     """A kernel that closes our connection and lives is subscribed to again, and something may be missing."""
     kernel.linked = False
-    kernel.kept.begin()
+    kernel.output.begin()
     kernel.until_subscribed()
     kernel.publish("a")
     kernel.seen()
     kernel.socket.close(linger=0)
-    kernel.turn_until(lambda: kernel.kept._socket is None)
+    kernel.turn_until(lambda: kernel.output._socket is None)
     kernel.listen()
     kernel.until_subscribed()
     kernel.publish("b")
     kernel.seen()
-    assert in_ring(kernel.kept.ring) == (["a", "b"], 1)
+    assert in_ring(kernel.output.ring) == (["a", "b"], 1)
 
 
 def test_a_kernel_that_cannot_be_subscribed_to_is_given_up(kernel, monkeypatch):
     """After a number of tries; readers are told that nothing is kept."""
-    monkeypatch.setattr(kept_module, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(output_module, "LONGEST_PAUSE", 0.01)
     kernel.socket.close(linger=0)
     kernel.linked = False
-    kernel.kept.begin()
-    kernel.turn_until(lambda: kernel.kept.trouble)
-    header = json.loads(wire.FrameReader(LIMIT).feed(b"".join(kernel.kept.read()))[0])
+    kernel.output.begin()
+    kernel.turn_until(lambda: kernel.output.trouble)
+    header = json.loads(wire.FrameReader(LIMIT).feed(b"".join(kernel.output.read()))[0])
     assert header["keeps"] is False
 
 
 def test_keeping_can_be_switched_off(kernel):
     """Then no connection is made at all."""
-    kernel.kept.ring.limit = 0
+    kernel.output.ring.limit = 0
     kernel.linked = False
-    kernel.kept.begin()
-    kernel.kept.link_down()
-    assert kernel.kept._socket is None
-    assert "kept_output" in kernel.kept.trouble
+    kernel.output.begin()
+    kernel.output.link_down()
+    assert kernel.output._socket is None
+    assert "kept_output" in kernel.output.trouble
 
 
 # -- over the tunnel --------------------------------------------------------------------------------
@@ -352,8 +352,8 @@ class Reading:
         self.outbox.hold()
         uplink: Any = SimpleNamespace(outbox=self.outbox, flush=lambda: None)
         find: Any = {"k": kernel}.get
-        self.channels = Channels(kernel.reactor, uplink, find)
-        self.channels.link_up({"session": "one", "streams": {}})
+        self.tunnel = Tunnel(kernel.reactor, uplink, find)
+        self.tunnel.link_up({"session": "one", "streams": {}})
 
     def all(self, number: int) -> tuple[list[bytes], bool]:
         """The records of a stream, and whether it was closed; the server gives credit as it takes."""
@@ -362,54 +362,54 @@ class Reading:
             for name, (stream, payload) in [wire.decode(body, wire.UP) for body in wire.unpack(frame)]:
                 if name == "DATA" and stream == number:
                     records += reader.feed(payload)
-                    self.channels.credit(number, len(payload).to_bytes(4, "big"))
+                    self.tunnel.credit(number, len(payload).to_bytes(4, "big"))
                 closed |= name == "CLOSE" and stream == number
             assert self.outbox.waiting(number) < flow.BACKLOG + 2 * LIMIT
-            self.channels.read_on()
+            self.tunnel.read_on()
         return records, closed
 
 
 def test_what_is_kept_goes_over_a_stream_of_its_own(kernel):
     """A header, the messages' frames in their order, and the end; it can be read again."""
     kernel.linked = False
-    kernel.kept.begin()
-    kernel.kept.acknowledged({"upto": "", "positions": {"s": "x"}})
+    kernel.output.begin()
+    kernel.output.acknowledged({"upto": "", "positions": {"s": "x"}})
     kernel.until_subscribed()
     ids = [str(number) for number in range(100)]
     kernel.publish(*ids, content=b"x" * 5000)
     kernel.seen()
     reading = Reading(kernel)
     for number in (1, 2):
-        reading.channels.open(number, b"k\0kept")
+        reading.tunnel.open(number, b"k\0kept")
         (header, *messages), closed = reading.all(number)
         assert json.loads(header) == {"dropped": 0, "positions": {"s": "x"}, "acked": "", "keeps": True}
         frames = [wire.unpack(record) for record in messages]
         assert [json.loads(parts[3])["msg_id"] for parts in frames] == ids
         assert {len(parts[6]) for parts in frames} == {5000}
         assert closed
-        reading.channels.close(number)
-    assert reading.channels._readings == {}
+        reading.tunnel.close(number)
+    assert reading.tunnel._output_readings == {}
 
 
 def test_a_kernel_that_is_not_there_has_kept_nothing(kernel):
     """The stream is closed at once."""
     reading = Reading(kernel)
-    reading.channels.open(1, b"other\0kept")
+    reading.tunnel.open(1, b"other\0kept")
     assert reading.all(1) == ([], True)
 
 
 def test_one_reading_a_kernel_is_enough(kernel):
     """A second ends the first: what is read is held in memory."""
     kernel.linked = False
-    kernel.kept.begin()
+    kernel.output.begin()
     kernel.until_subscribed()
     kernel.publish(*map(str, range(9)), content=b"x" * 100_000)
     kernel.seen()
     reading = Reading(kernel)
-    reading.channels.open(1, b"k\0kept")
-    reading.channels.open(2, b"k\0kept")
-    assert list(reading.channels._readings) == [2]
+    reading.tunnel.open(1, b"k\0kept")
+    reading.tunnel.open(2, b"k\0kept")
+    assert list(reading.tunnel._output_readings) == [2]
     records, closed = reading.all(2)
     assert (len(records), closed) == (10, True)
-    reading.channels.link_up({"session": "two", "streams": {}})
-    assert reading.channels._readings == {}
+    reading.tunnel.link_up({"session": "two", "streams": {}})
+    assert reading.tunnel._output_readings == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launchers.steps import has_others, others_work
+from launchers.steps import job_is_shared, lists_foreign_steps
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from launchers.steps import has_others, others_work
 )
 def test_steps_beside_the_jobs_own_are_others(listed, others):
     """Ids are compared whole, and what is no step says nothing."""
-    assert has_others("12", listed) is others
+    assert lists_foreign_steps("12", listed) is others
 
 
 @pytest.mark.parametrize(("script", "answer"), [("echo 12.3", True), ("exit 1", None), ("echo", False), (None, False)])
@@ -30,4 +30,4 @@ def test_an_answer_that_fails_is_none(tmp_path, monkeypatch, script, answer):
     if script is not None:
         (tmp_path / "squeue").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "squeue").chmod(0o755)
-    assert others_work("12") is answer
+    assert job_is_shared("12") is answer

@@ -12,11 +12,11 @@ import pytest
 
 from gateway_slurm.link import flow, wire
 from launchers.reactor import Reactor
-from launchers.tunnel import Channels
+from launchers.tunnel import Tunnel
 
 
 class Node:
-    """Channels of a kernel whose ends are sockets of the test's; the uplink's outbox is the real one."""
+    """Tunnel of a kernel whose ends are sockets of the test's; the uplink's outbox is the real one."""
 
     def __init__(self) -> None:
         self.outbox = flow.Outbox(shared_backlog=4 * flow.WINDOW)
@@ -27,7 +27,7 @@ class Node:
         kernel = SimpleNamespace(connect=self.connect)
         uplink: Any = SimpleNamespace(outbox=self.outbox, flush=lambda: None)
         find: Any = {"k": kernel}.get
-        self.channels = Channels(self.reactor, uplink, find)
+        self.tunnel = Tunnel(self.reactor, uplink, find)
 
     def connect(self, _channel: str) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -55,7 +55,7 @@ class Node:
 
     def link_down(self) -> None:
         self.outbox.hold()
-        self.channels.read_on()
+        self.tunnel.read_on()
 
     def read_all(self, number: int = 0) -> bytes:
         """What the kernel's end of a connection gets, until it is closed."""
@@ -69,7 +69,7 @@ class Node:
 def node() -> Iterator[Node]:
     """A node with a link to a server that has opened nothing yet."""
     node = Node()
-    assert node.channels.link_up({"session": "one", "streams": {}}) == {"streams": {}, "opened": 0}
+    assert node.tunnel.link_up({"session": "one", "streams": {}}) == {"streams": {}, "opened": 0}
     yield node
     for sock in [*node.kernel_ends, *node.ours]:
         sock.close()
@@ -78,7 +78,7 @@ def node() -> Iterator[Node]:
 
 def test_a_kernel_connection_outlives_the_link(node):
     """What the kernel wrote without a link goes out on the next, behind what the server lacks."""
-    node.channels.open(5, b"k\0iopub")
+    node.tunnel.open(5, b"k\0iopub")
     node.kernel_ends[0].sendall(b"one")
     node.turn_until(lambda: node.outbox._streams[5].sending.size == 3)
     assert node.sent() == [("DATA", (5, b"one"))]
@@ -86,14 +86,14 @@ def test_a_kernel_connection_outlives_the_link(node):
     node.kernel_ends[0].sendall(b"two")
     node.turn_until(lambda: node.outbox._streams[5].sending.size == 3)
     assert node.sent() == []
-    report = node.channels.link_up({"session": "one", "streams": {"5": [1, 0]}})
+    report = node.tunnel.link_up({"session": "one", "streams": {"5": [1, 0]}})
     assert report == {"streams": {"5": [0, 0]}, "opened": 5}
     assert node.sent() == [("DATA", (5, b"ne")), ("DATA", (5, b"two"))]
 
 
 def test_without_a_link_output_is_read_on_to_a_bound(node):
     """A kernel can print more than a window into an outage, and is held up only where memory is to end."""
-    node.channels.open(1, b"k\0iopub")
+    node.tunnel.open(1, b"k\0iopub")
     kernel = node.kernel_ends[0]
     kernel.setblocking(False)
     node.link_down()
@@ -111,42 +111,42 @@ def test_without_a_link_output_is_read_on_to_a_bound(node):
 
 def test_a_new_server_process_gets_new_streams(node):
     """Connections for the clients of an earlier one are closed, and its numbers are free again."""
-    node.channels.open(5, b"k\0shell")
+    node.tunnel.open(5, b"k\0shell")
     node.link_down()
-    report = node.channels.link_up({"session": "two", "streams": {"5": [0, 0]}})
+    report = node.tunnel.link_up({"session": "two", "streams": {"5": [0, 0]}})
     assert report == {"streams": {}, "opened": 0}
     assert node.read_all() == b""
-    node.channels.open(1, b"k\0shell")
+    node.tunnel.open(1, b"k\0shell")
     assert node.outbox.may_read(1)
 
 
 def test_a_client_that_left_meanwhile_is_seen_to_leave(node):
     """What it had sent still reaches the kernel, then its connection is closed."""
-    node.channels.open(1, b"k\0shell")
-    node.channels.data(1, b"last request")
+    node.tunnel.open(1, b"k\0shell")
+    node.tunnel.data(1, b"last request")
     node.link_down()
-    node.channels.link_up({"session": "one", "streams": {}})
+    node.tunnel.link_up({"session": "one", "streams": {}})
     assert node.read_all() == b"last request"
     assert node.sent() == []
 
 
 def test_a_kernel_connection_that_ended_meanwhile_ends_at_the_server(node):
     """Its last words go first."""
-    node.channels.open(1, b"k\0iopub")
+    node.tunnel.open(1, b"k\0iopub")
     node.link_down()
     node.kernel_ends[0].sendall(b"last words")
     node.kernel_ends[0].close()
     node.turn_until(lambda: node.outbox._streams[1].closing)
-    node.channels.link_up({"session": "one", "streams": {"1": [0, 0]}})
+    node.tunnel.link_up({"session": "one", "streams": {"1": [0, 0]}})
     assert node.sent() == [("DATA", (1, b"last words")), ("CLOSE", (1, b""))]
-    node.channels.close(1)
+    node.tunnel.close(1)
     assert node.outbox._streams == {}
 
 
 def test_a_kernel_that_is_not_there_is_said_so_on_the_next_link_too(node):
     """The refusal of a connection is not lost with the link."""
-    node.channels.open(1, b"nobody\0shell")
+    node.tunnel.open(1, b"nobody\0shell")
     assert node.sent() == [("CLOSE", (1, b""))]
     node.link_down()
-    node.channels.link_up({"session": "one", "streams": {"1": [0, 0]}})
+    node.tunnel.link_up({"session": "one", "streams": {"1": [0, 0]}})
     assert node.sent() == [("CLOSE", (1, b""))]

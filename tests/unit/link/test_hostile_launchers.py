@@ -205,7 +205,7 @@ async def test_a_launcher_that_does_not_read_has_a_bounded_number_of_messages_wa
     assert link is not None
     sent = 0
     while owner.launcher.link is link:
-        owner.launcher.send("TELL", kernel_id="k", text="x" * (1 << 20))
+        owner.launcher.send("STDERR_LINE", kernel_id="k", text="x" * (1 << 20))
         sent += 1
         assert sent < 100
         await asyncio.sleep(0)
@@ -217,7 +217,7 @@ async def test_one_that_reads_may_be_told_much(owner: Owner) -> None:
     """As when a dozen kernels with large environments start at once."""
     peer = await owner.connect()
     for number in range(15):
-        owner.launcher.send("TELL", kernel_id=str(number), text="x" * (1 << 20))
+        owner.launcher.send("STDERR_LINE", kernel_id=str(number), text="x" * (1 << 20))
     assert [(await peer.message())[1]["kernel_id"] for _ in range(15)] == [str(number) for number in range(15)]
     assert owner.launcher.link is not None
     assert owner.launcher.link.outbox.messages_size == 0
@@ -232,8 +232,8 @@ async def test_ids_that_no_server_gives_are_not_repeated(owner: Owner) -> None:
     peer.say(wire.encode("STEPPED", step="s" * 101, **stepped), wire.encode("STEPPED", step="s2", **stepped))
     said = [await peer.message() for _ in range(4)]
     assert sorted(said, key=repr) == [
-        ("STEP_SEEN", {"step": "s1"}),
-        ("STEP_SEEN", {"step": "s2"}),
+        ("STEP_ACK", {"step": "s1"}),
+        ("STEP_ACK", {"step": "s2"}),
         ("STOP", {"kernel_id": "k"}),
         ("STOP", {"kernel_id": 7}),
     ]

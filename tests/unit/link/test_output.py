@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gateway_slurm.errors import LinkError
 from gateway_slurm.link import flow, wire
 from gateway_slurm.link import output as kept
-from gateway_slurm.link.output import Kept, read_kept
+from gateway_slurm.link.output import KeptOutput, read_kept
 from gateway_slurm.link.tunnel import Streams
 
 LIMIT = 100_000
@@ -31,7 +31,7 @@ class Launcher:
         self.streams.attach(self.link)
         self.streams.resume({"streams": {}, "opened": 0})
 
-    def read(self) -> asyncio.Task[Kept]:
+    def read(self) -> asyncio.Task[KeptOutput]:
         return asyncio.ensure_future(read_kept(self.streams, "k", limit=LIMIT))
 
     def sent(self) -> list[tuple[str, Any]]:
@@ -52,7 +52,7 @@ def records(header: dict[str, Any], *messages: list[bytes]) -> bytes:
     return b"".join(map(wire.frame, [json.dumps(header).encode(), *map(wire.pack, messages)]))
 
 
-async def reading(launcher: Launcher) -> asyncio.Task[Kept]:
+async def reading(launcher: Launcher) -> asyncio.Task[KeptOutput]:
     """A reading whose stream is open."""
     task = launcher.read()
     await asyncio.sleep(0)
@@ -65,7 +65,7 @@ async def test_what_the_launcher_kept_is_read_whole():
     launcher = Launcher()
     task = await reading(launcher)
     launcher.say(records(HEADER, [b"topic", b"x" * 50_000], [b"", b"y"]))
-    assert await task == Kept([[b"topic", b"x" * 50_000], [b"", b"y"]], 2, {"s": "a"}, "a", True)
+    assert await task == KeptOutput([[b"topic", b"x" * 50_000], [b"", b"y"]], 2, {"s": "a"}, "a", True)
     assert launcher.streams._clients == {}
     assert ("CLOSE", (1, b"")) in launcher.sent()
 
@@ -121,7 +121,7 @@ def test_whatever_a_launcher_sends_is_kept_output_or_an_error(data, cut):
         task = await reading(launcher)
         launcher.say(records(HEADER, [b"a"])[:cut] + data)
         with contextlib.suppress(LinkError):
-            assert isinstance(await task, Kept)
+            assert isinstance(await task, KeptOutput)
 
     asyncio.run(read())
 

@@ -57,7 +57,7 @@ class Ends:
             actions = {
                 "STEP": launcher.start,
                 "STEP_END": launcher.end,
-                "STEP_SEEN": launcher.forget,
+                "STEP_ACK": launcher.forget,
                 "LIST_STEPS": launcher.listing,
             }
             actions[name](payload)
