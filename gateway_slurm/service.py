@@ -203,7 +203,7 @@ class SlurmService(ServiceSettings):
             on_dropped=self._notify_dropped,
             log=self.log,
         )
-        self._socket = ResponseSocket(log=self.log, unknown=self._failover.resolve_unknown_launcher)
+        self._socket = ResponseSocket(log=self.log, resolve=self._failover.resolve_unknown_launcher)
 
     def _allocations_for(self, owner: str) -> Allocations:
         separate_users = self.run_as == "user"

@@ -1,8 +1,8 @@
 """One round of dialling: several addresses, of which some may never answer.
 
-As in RFC 8305 each address gets a short head start over the next one, and the first that takes the connection wins;
-what fails at once is not waited for. A name is looked up by a child process: a resolver that does not answer must
-not keep the launcher from its kernels. It is forked, not a thread, because kernels are forked, too.
+As in RFC 8305, each address gets a short head start over the next one, and the first connection wins. After a failure
+the next address follows at once. A child process looks up a host name, so that a resolver that does not answer does not
+block the launcher. It is a forked process and not a thread, because the launcher also forks kernels.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any
 from launchers.reactor import READ, WRITE, Reactor, Timer
 
 Address = tuple[str, int]
-# Seconds. RFC 8305, section 5, wants 0.25 for the first; a lost SYN is sent again after 1 s (RFC 6298).
+# Seconds. RFC 8305, section 5, recommends 0.25 for the first; a lost SYN is sent again after 1 s (RFC 6298).
 HEAD_START = 0.25
 CONNECT_TIMEOUT = 3.0
 RESOLVE_SECONDS = 10
-# Addresses of one name that are tried, and bytes of the answer.
-NAME_LIMIT, ANSWER_LIMIT = 8, 4096
+# Addresses of one name that are tried, and bytes of the child's answer.
+MAX_ADDRESSES, MAX_ANSWER = 8, 4096
 
 
 class Round:
     """Dials ``addresses``; its owner calls ``close``.
 
-    ``connected(address, socket, left)`` is called once, with the first that is there, which is the owner's then, and
-    the addresses of which nothing is known yet; or ``failed()`` when none is. ``told(address, why)`` hears of each that
-    did not work.
+    At the first connection it calls ``connected(address, socket, untried)``: the socket belongs to the owner then, and
+    ``untried`` are the addresses without a result. If no address connects it calls ``failed()``. Before that it calls
+    ``address_failed(address, reason)`` for each address that did not work.
     """
 
     def __init__(
@@ -42,19 +42,20 @@ class Round:
         *,
         connected: Callable[[Address, socket.socket, list[Address]], None],
         failed: Callable[[], None],
-        told: Callable[[Address, str], None],
+        address_failed: Callable[[Address, str], None],
     ) -> None:
-        self._reactor, self._connected, self._failed, self._told = reactor, connected, failed, told
+        self._reactor, self._connected, self._failed = reactor, connected, failed
+        self._address_failed = address_failed
         self._addresses = addresses
-        # With the host to be dialled: a name's address, once it is known.
+        # Each with the host to dial: first as given, and for a name then the addresses of the name.
         self._waiting = deque((address, address[0]) for address in addresses)
         self._sockets: dict[socket.socket, tuple[Address, Timer]] = {}
-        self._lookups: dict[int, tuple[Address, int]] = {}  # by the pipe's end: the child's process id, too
+        self._lookups: dict[int, tuple[Address, int]] = {}  # pipe -> address, process id of the child
         self._over = False
         self._planned = reactor.later(0.0, self._next)
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Close the connections that are being made, and end the look-ups."""
         self._over = True
         self._planned.cancel()
         for sock in list(self._sockets):
@@ -66,7 +67,7 @@ class Round:
             self._end_lookup(pipe)
 
     def _next(self) -> None:
-        """Begin with one more; the last that fails ends the round."""
+        """Try the next address; without one, and without a pending attempt, the round has failed."""
         self._planned.cancel()
         if self._over:
             return
@@ -78,22 +79,22 @@ class Round:
         address, host = self._waiting.popleft()
         self._planned = self._reactor.later(HEAD_START, self._next)
         try:
-            # A number needs no resolver; one with a scope (fe80::1%eth0) is a number, too.
-            found = socket.getaddrinfo(host, address[1], type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+            # A numeric address needs no resolver, also with a scope (fe80::1%eth0).
+            resolved = socket.getaddrinfo(host, address[1], type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         except OSError:
             self._look_up(address)
             return
-        self._connect(address, found[0])
+        self._connect(address, resolved[0])
 
-    def _fail(self, address: Address, why: str) -> None:
-        self._told(address, why)
+    def _fail(self, address: Address, reason: str) -> None:
+        self._address_failed(address, reason)
         self._planned.cancel()
         self._planned = self._reactor.later(0.0, self._next)
 
     # -- connecting -------------------------------------------------------------------------
 
-    def _connect(self, address: Address, found: tuple[Any, ...]) -> None:
-        family, kind, proto, _name, where = found
+    def _connect(self, address: Address, resolved: tuple[Any, ...]) -> None:
+        family, kind, proto, _name, target = resolved
         try:
             sock = socket.socket(family, kind, proto)
         except OSError as error:
@@ -102,7 +103,7 @@ class Round:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            status = sock.connect_ex(where)
+            status = sock.connect_ex(target)
         except OSError as error:
             sock.close()
             self._fail(address, str(error))
@@ -130,10 +131,10 @@ class Round:
             sock.close()
             self._fail(address, os.strerror(status))
             return
-        under_way = {each for each, _rest in [*self._sockets.values(), *self._lookups.values(), *self._waiting]}
-        left = [each for each in self._addresses if each in under_way and each != address]
+        pending = {other for other, _rest in [*self._sockets.values(), *self._lookups.values(), *self._waiting]}
+        untried = [other for other in self._addresses if other in pending and other != address]
         self.close()
-        self._connected(address, sock, left)
+        self._connected(address, sock, untried)
 
     # -- names ------------------------------------------------------------------------------
 
@@ -148,12 +149,12 @@ class Round:
         self._reactor.watch(pipe, READ, lambda _events: self._on_answer(address, pipe))
 
     def _on_answer(self, address: Address, pipe: int) -> None:
-        hosts = os.read(pipe, ANSWER_LIMIT).decode(errors="replace").split()[:NAME_LIMIT]
+        hosts = os.read(pipe, MAX_ANSWER).decode(errors="replace").split()[:MAX_ADDRESSES]
         self._end_lookup(pipe)
         if not hosts:
-            self._fail(address, "this name was not found")
+            self._fail(address, "the host name was not found")
             return
-        # Each address of the name has its turn, before what is behind the name.
+        # All addresses of the name are tried before the next entry of the list.
         self._waiting.extendleft((address, host) for host in reversed(hosts))
         self._next()
 
@@ -166,9 +167,9 @@ class Round:
 
 
 def _answer(end: int, host: str, port: int) -> None:
-    """In the child: look the name up, write what was found, one address a line, and end."""
+    """In the child: look the name up, write its addresses, one a line, and exit."""
     try:
-        # Connections and pipes end when the launcher closes them, also while this goes on; its handlers are its own.
+        # Close the launcher's files: its connections must end when the launcher closes them. Reset its signal handlers.
         os.closerange(3, end)
         os.closerange(end + 1, 1 << 16)
         signal.set_wakeup_fd(-1)
@@ -176,7 +177,7 @@ def _answer(end: int, host: str, port: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(RESOLVE_SECONDS)
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        hosts = dict.fromkeys(str(each[4][0]) for each in found[:NAME_LIMIT])
+        hosts = dict.fromkeys(str(target[0]) for *_kind, target in found[:MAX_ADDRESSES])
         os.write(end, "\n".join(hosts).encode())
     finally:
         os._exit(0)

@@ -1,8 +1,8 @@
-"""The guard: a small process that outlives the launcher by a moment and ends what it leaves.
+"""The guard: a small process that cleans up if the launcher is killed.
 
-PR_SET_PDEATHSIG reaches only the kernel's first process; a kernel behind a wrapper script would
-live on when the launcher is killed. The guard holds the other end of a pipe: when that closes
-without a farewell, it kills the kernels' process groups and removes the runtime directory.
+PR_SET_PDEATHSIG reaches only the first process of a kernel: a kernel behind a wrapper script would survive the
+launcher. The guard holds the other end of a pipe. When the pipe closes, the guard kills the process groups that are
+still registered, removes the runtime directory, and exits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 
 
 class Guard:
-    """The launcher's handle on its guard."""
+    """The launcher's handle of its guard."""
 
     def __init__(self, directory: str) -> None:
         read_end, self._write_end = os.pipe()
@@ -31,13 +31,13 @@ class Guard:
         os.write(self._write_end, f"-{pgid}\n".encode())
 
     def close(self) -> None:
-        """The launcher ends in good order: nothing is left for the guard to do but to go."""
+        """The launcher ends: close the pipe and wait for the guard's exit."""
         os.close(self._write_end)
         os.waitpid(self.pid, 0)
 
 
 def _watch(read_end: int, directory: str) -> None:
-    """Runs in the guard's process; never returns."""
+    """The guard's process; never returns."""
     try:
         os.setsid()
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):

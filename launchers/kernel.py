@@ -1,4 +1,4 @@
-"""One kernel on its node: connection file, process, log, and what became of it."""
+"""One kernel on its node: command line, connection file, process, log and end."""
 
 from __future__ import annotations
 
@@ -14,73 +14,37 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gateway_slurm.link import wire
-from launchers import ports as listening
-from launchers import stderr
+from launchers import ports, stderr
 from launchers.guard import Guard
 from launchers.reactor import READ, Reactor, Timer
 
 if TYPE_CHECKING:
     from launchers.output import OutputBuffer
 
-
 PR_SET_PDEATHSIG = 1
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
-
-def on_node(item: str, connection_file: str) -> str:
-    """An argv item as this node needs it: its connection file, and ``~`` as the shell would have it."""
-    item = item.replace("{connection_file}", connection_file)
-    return os.path.expanduser(item) if item.startswith("~") else item
-
-
-def die_with_launcher(launcher: int) -> Callable[[], None]:
-    """For a child between fork and exec: it ends when the launcher does (prctl(2), PR_SET_PDEATHSIG)."""
-
-    def in_child() -> None:
-        signal.set_wakeup_fd(-1)
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:
-            os._exit(125)
-
-    return in_child
-
-
-def cannot_run(argv: list[str], env: dict[str, str], error: Exception) -> str:
-    """Why ``argv`` could not be started, for the user."""
-    node = socket.gethostname()
-    if isinstance(error, FileNotFoundError):
-        where = "" if "/" in argv[0] else f" on PATH={env.get('PATH', '')}"
-        return (
-            f"kernel_argv cannot run on node {node}: there is no {argv[0]!r}{where}; "
-            "install the kernel where the compute nodes see it, or correct kernel_argv"
-        )
-    return f"kernel_argv cannot run on node {node}: {argv[0]!r}: {error}"
-
-
-# -- One kernel on its node: connection file, process, log, and what became of it. --
-
-
 TAIL_BYTES = 4096
-MESSAGE_LIMIT = 2000
-LOG_LIMIT = 32 * 1024 * 1024
-FIRST_LOOK, LOOK_AGAIN = 0.06, 0.003
+MAX_MESSAGE = 2000  # characters
+MAX_LOG = 32 * 1024 * 1024
+# Seconds until the launcher first checks whether the kernel listens, and at least between two checks.
+FIRST_CHECK, CHECK_INTERVAL = 0.06, 0.003
 PORT_ATTEMPTS = 4
-# A pipe that is full of the kernel's own output is tried this often, with this many seconds between.
-TELL_ATTEMPTS, TELL_AGAIN = 40, 0.25
-# Loopback TCP behind the tunnel is the second try of a kernel whose language is not one of these:
-# what is written in them is built on ipykernel and can use Unix sockets.
+# Attempts to write a line into a pipe that is full of the kernel's own output, and the seconds between them.
+LINE_ATTEMPTS, LINE_RETRY_DELAY = 40, 0.25
+# A kernel in another language that dies with Unix sockets is started again on loopback TCP. Kernels written in these
+# languages are built on ipykernel, which can use Unix sockets.
 IPC_LANGUAGES = ("python",)
 
 
 class StartRefused(Exception):
-    """The kernel cannot be started as asked; the message is for the user."""
+    """The kernel cannot be started as requested; the message is for the user."""
 
 
 class Kernel:
-    """A kernel from START to EXIT. ``say`` sends a message to the server, if ``linked``.
+    """A kernel from START to EXIT. ``send`` sends a message to the server, if ``linked``.
 
-    Of its output ``kept_output`` bytes are kept, beyond EXIT, until ``close``.
+    ``kept_output`` bytes of its output are kept, also after EXIT, until ``close``.
     """
 
     def __init__(
@@ -92,12 +56,12 @@ class Kernel:
         spec: dict[str, Any],
         ip: str,
         base_env: dict[str, str],
-        say: Callable[..., None],
+        send: Callable[..., None],
         linked: Callable[[], bool],
         kept_output: int,
     ) -> None:
         self._reactor, self._guard = reactor, guard
-        self.directory, self.spec, self._say = directory, spec, say
+        self.directory, self.spec, self._send = directory, spec, send
         self.kernel_id: str = spec["kernel_id"]
         self._base_env = base_env
         self.mode: str = spec["mode"]  # direct | ipc | tcp
@@ -111,7 +75,7 @@ class Kernel:
         self._log: Any | None = None
         self.log_path = ""
         self._pipe: int | None = None
-        self._look: Timer | None = None
+        self._check: Timer | None = None
         self._deadline = time.monotonic() + float(spec["start_timeout"])
         self._asked_to_stop = False
         self._linked, self._kept_output = linked, kept_output
@@ -125,25 +89,25 @@ class Kernel:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
             self._open_log()
             self._launch(self.spec.get("ports"))
-            _ = self.output  # made while the kernel comes up: its modules take 10 ms to load
+            _ = self.output  # created while the kernel starts, because its modules take 10 ms to load
         except (StartRefused, OSError) as error:
             self._fail("refused", str(error))
 
-    def _launch(self, ports: dict[str, int] | None) -> None:
+    def _launch(self, wanted_ports: dict[str, int] | None) -> None:
         self._attempt += 1
         self.ip = self._choose_address()
         if self.mode == "ipc":
             self.ports = {channel: number for number, channel in enumerate(wire.CHANNELS, 1)}
             self._remove_sockets()
         else:
-            self.ports = ports or listening.choose_ports(self.ip, self.spec.get("port_range"))
+            self.ports = wanted_ports or ports.choose_ports(self.ip, self.spec.get("port_range"))
         self._spawn(self._write_connection_file())
-        self._look = self._reactor.later(FIRST_LOOK, self._look_for_channels)
+        self._check = self._reactor.later(FIRST_CHECK, self._check_channels)
 
     def _choose_address(self) -> str:
         if self.mode == "ipc":
             prefix = os.path.join(self.directory, "c")
-            if not listening.reachable_path_length(prefix + "-1"):
+            if not ports.reachable_path_length(prefix + "-1"):
                 raise StartRefused(f"{self.directory} is too long for Unix sockets: shorten TMPDIR on the node")
             return prefix
         return "127.0.0.1" if self.mode == "tcp" else self._node_ip
@@ -195,39 +159,39 @@ class Kernel:
         self._pipe = read_end
         self._reactor.watch(read_end, READ, lambda _events: self._read_output())
 
-    def _look_for_channels(self) -> None:
+    def _check_channels(self) -> None:
         if self.state != "starting":
             return
         began = time.monotonic()
         if self._listens():
             self.state = "running"
-            self._say("STARTED", **self.report())
+            self._send("STARTED", **self.report())
             self.output.begin()
         elif time.monotonic() > self._deadline:
             seconds = self.spec["start_timeout"]
             self._fail("timeout", f"the kernel did not listen on its channels within {seconds:g} s")
         else:
-            # Looking must not take the time that the kernel needs to come up.
-            pause = max(LOOK_AGAIN, 4 * (time.monotonic() - began))
-            self._look = self._reactor.later(pause, self._look_for_channels)
+            # The checks must not take the CPU time that the kernel needs to start.
+            pause = max(CHECK_INTERVAL, 4 * (time.monotonic() - began))
+            self._check = self._reactor.later(pause, self._check_channels)
 
     def _listens(self) -> bool:
         if self.mode == "ipc":
             return None not in self._unix_paths().values()
-        return list(listening.tcp_listening(self.ports.values()).values()) == [os.getuid()] * len(self.ports)
+        return list(ports.tcp_listening(self.ports.values()).values()) == [os.getuid()] * len(self.ports)
 
     def _unix_paths(self) -> dict[str, str | None]:
-        found = listening.unix_listening(self.directory)
-        return {channel: listening.ipc_path(self.ip, port, found) for channel, port in self.ports.items()}
+        found = ports.unix_listening(self.directory)
+        return {channel: ports.ipc_path(self.ip, port, found) for channel, port in self.ports.items()}
 
     def _socket_inodes(self) -> set[int]:
         """The inodes of the sockets on which the kernel listens."""
         if self.mode == "ipc":
-            return set(listening.unix_listening(self.directory).values())
-        return listening.tcp_inodes(self.ports.values())
+            return set(ports.unix_listening(self.directory).values())
+        return ports.tcp_inodes(self.ports.values())
 
     def connect(self, channel: str) -> socket.socket:
-        """A non-blocking socket on its way to one of the kernel's channels; raises OSError."""
+        """A non-blocking socket that is connecting to one of the kernel's channels; raises OSError."""
         if self.mode == "ipc":
             path = self._unix_paths().get(channel)
             if self.state != "running" or path is None:
@@ -244,7 +208,7 @@ class Kernel:
 
     @property
     def output(self) -> OutputBuffer:
-        """What it publishes and nobody has acknowledged."""
+        """The output that clients have not acknowledged."""
         if self._output is None:
             from launchers.output import OutputBuffer
 
@@ -259,7 +223,7 @@ class Kernel:
         return self._output
 
     def report(self) -> dict[str, Any]:
-        """What a server needs to know of this kernel, at STARTED and in REPORT."""
+        """The state of this kernel, for STARTED, EXIT, FAILED and REPORT."""
         pid = self.process.pid if self.process else 0
         facts = {"kernel_id": self.kernel_id, "generation": self.spec["generation"], "state": self.state}
         facts["slot"] = self.spec["slot"]
@@ -274,8 +238,8 @@ class Kernel:
             self.log_path = os.path.join(directory, f"kernel-{self.kernel_id}.log")
             self._log = self._create_log()
         except OSError as error:
-            # A full or missing home must not keep a kernel from starting; the directory is private, too.
-            self._say("NOTICE", kind="log", kernel_id=self.kernel_id, message=f"no log in {directory}: {error}")
+            # A full or missing home must not prevent the start. The runtime directory is private, too.
+            self._send("NOTICE", kind="log", kernel_id=self.kernel_id, message=f"no log in {directory}: {error}")
             self.log_path = os.path.join(self.directory, "kernel.log")
             self._log = self._create_log()
 
@@ -299,7 +263,7 @@ class Kernel:
         if self._log is None:
             return
         try:
-            if self._log.tell() > LOG_LIMIT:
+            if self._log.tell() > MAX_LOG:
                 self._log.close()
                 os.replace(self.log_path, self.log_path + ".1")
                 self._log = self._create_log()
@@ -308,7 +272,7 @@ class Kernel:
             self._log.close()
             self._log = None
             message = f"the log {self.log_path} ends here: {error}"
-            self._say("NOTICE", kind="log", kernel_id=self.kernel_id, message=message)
+            self._send("NOTICE", kind="log", kernel_id=self.kernel_id, message=message)
 
     def _close_pipe(self) -> None:
         if self._pipe is not None:
@@ -316,29 +280,29 @@ class Kernel:
             os.close(self._pipe)
             self._pipe = None
 
-    def tell(self, line: str, attempts: int = TELL_ATTEMPTS) -> None:
-        """Write a line where the kernel captures its standard error; NOTICE says why if it cannot be."""
+    def write_stderr_line(self, line: str, attempts: int = LINE_ATTEMPTS) -> None:
+        """Write a line to the kernel's captured standard error; if that fails, NOTICE gives the reason."""
         if self.state != "running" or self.process is None or self._pipe is None:
             return
         try:
             stderr.write_line(line, self.process.pid, self._socket_inodes(), self._pipe)
         except BlockingIOError:
             if attempts > 1:
-                self._reactor.later(TELL_AGAIN, lambda: self.tell(line, attempts - 1))
+                self._reactor.later(LINE_RETRY_DELAY, lambda: self.write_stderr_line(line, attempts - 1))
         except (stderr.NotCapturedError, OSError) as error:
-            message = f"kernel {self.kernel_id} was not told {line.strip()!r}: {error}"
-            self._say("NOTICE", kind="untold", kernel_id=self.kernel_id, message=message)
+            message = f"kernel {self.kernel_id} does not show the line {line.strip()!r}: {error}"
+            self._send("NOTICE", kind="stderr_line", kernel_id=self.kernel_id, message=message)
 
     # -- end --------------------------------------------------------------------------------
 
     def signal(self, signum: int) -> None:
-        """Signal the kernel's process group; one that is gone already is no error."""
+        """Signal the kernel's process group; a group that has ended already is no error."""
         if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signum)
 
     def reaped(self) -> None:
-        """SIGCHLD came: see whether it was this kernel."""
+        """Check whether this kernel has ended; called after SIGCHLD."""
         if self.process is None or self.state in ("exited", "failed") or self.process.poll() is None:
             return
         self._read_output()
@@ -350,7 +314,7 @@ class Kernel:
             self._exited()
 
     def _end_group(self) -> None:
-        # The group may still hold children of the kernel; with the kernel gone nobody would end them.
+        # The group may still hold children of the kernel, which no other process would end.
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -360,7 +324,7 @@ class Kernel:
         assert self.process is not None
         self.state = "exited"
         self.exit = {"returncode": self.process.returncode, "output_tail": self.output_tail()}
-        self._say("EXIT", **self.report())
+        self._send("EXIT", **self.report())
 
     def _died_at_start(self) -> None:
         assert self.process is not None
@@ -381,18 +345,18 @@ class Kernel:
     def _lost_a_port(self) -> bool:
         if self.mode == "ipc":
             return False
-        taken = listening.tcp_listening(self.ports.values())
+        taken = ports.tcp_listening(self.ports.values())
         return bool(taken) or b"ddress already in use" in self._tail
 
     def _fail(self, kind: str, message: str) -> None:
         self.state = "failed"
-        # It may quote what the user gave, which may be long.
-        self.exit = {"kind": kind, "message": message[:MESSAGE_LIMIT], "output_tail": self.output_tail()}
+        # The message may quote text of the user, which may be long.
+        self.exit = {"kind": kind, "message": message[:MAX_MESSAGE], "output_tail": self.output_tail()}
         self.signal(signal.SIGKILL)
-        self._say("FAILED", **self.report(), argv=[item[:200] for item in self.spec["argv"][:20]])
+        self._send("FAILED", **self.report(), argv=[item[:200] for item in self.spec["argv"][:20]])
 
     def output_tail(self) -> str:
-        """The last lines of what the kernel printed, stdout and stderr together."""
+        """The last lines of the kernel's output, stdout and stderr together, without its secrets."""
         text = self._tail.decode(errors="replace").replace("\x00", "")
         secrets = [value for value in self.spec["connection"].values() if isinstance(value, str) and len(value) > 15]
         for secret in secrets:
@@ -405,11 +369,41 @@ class Kernel:
         self.signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """Let go of log, pipe, files and output; the process is gone or going."""
+        """Close the log and the pipe, and drop the output; the process has ended or is ending."""
         self.output.close()
-        if self._look:
-            self._look.cancel()
+        if self._check:
+            self._check.cancel()
         self._close_pipe()
         if self._log is not None:
             self._log.close()
             self._log = None
+
+
+def on_node(item: str, connection_file: str) -> str:
+    """An argv item for this node: with its connection file, and with ``~`` expanded."""
+    item = item.replace("{connection_file}", connection_file)
+    return os.path.expanduser(item) if item.startswith("~") else item
+
+
+def die_with_launcher(launcher: int) -> Callable[[], None]:
+    """A function for a child between fork and exec: it makes the child end with the launcher (PR_SET_PDEATHSIG)."""
+
+    def in_child() -> None:
+        signal.set_wakeup_fd(-1)
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != launcher:
+            os._exit(125)
+
+    return in_child
+
+
+def cannot_run(argv: list[str], env: dict[str, str], error: Exception) -> str:
+    """The error message for the user: why ``argv`` could not be started."""
+    node = socket.gethostname()
+    if isinstance(error, FileNotFoundError):
+        where = "" if "/" in argv[0] else f" on PATH={env.get('PATH', '')}"
+        return (
+            f"kernel_argv cannot run on node {node}: there is no {argv[0]!r}{where}; "
+            "install the kernel where the compute nodes see it, or correct kernel_argv"
+        )
+    return f"kernel_argv cannot run on node {node}: {argv[0]!r}: {error}"

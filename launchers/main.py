@@ -1,8 +1,8 @@
-"""The launcher's main program: what each message does, Slurm's signals, the end.
+"""The launcher's main program: the action for each message, Slurm's signals, and the end.
 
-Called as ``python -I - LAUNCHER_ID ADDRESS[,ADDRESS…] ORPHAN_TIMEOUT ROLE`` with this program on standard input, the
-launch token in GATEWAY_SLURM_TOKEN and Slurm's own variables in the environment. ROLE is ``step`` for a job step,
-``job`` for a job's own script, with which it ends, and ``keep`` for one that is to be kept.
+Its command is ``python -I - LAUNCHER_ID ADDRESS[,ADDRESS…] ORPHAN_TIMEOUT ROLE``, with this program on standard input,
+the launch token in GATEWAY_SLURM_TOKEN, and Slurm's own variables in the environment. ROLE is ``step`` in a job step,
+``job`` in the job's own script (the job ends with the launcher), and ``keep`` in a job that is kept without a server.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from launchers.guard import Guard
 from launchers.kernel import Kernel
 from launchers.node import Walltime, find_slurmd, is_slurmd, remove_old_logs
 from launchers.ports import Probes
-from launchers.reactor import Reactor
+from launchers.reactor import Backoff, Reactor
 from launchers.steps import Steps, job_is_shared
 from launchers.tunnel import Tunnel
 from launchers.uplink import Uplink
 
 TOKEN_VARIABLE = "GATEWAY_SLURM_TOKEN"  # noqa: S105 - a variable's name, not a token
-# Set by the server for Slurm's commands only, or for this program only: not the kernel's business.
+# The server sets these for Slurm's commands or for this program only.
 NOT_FOR_KERNELS = (TOKEN_VARIABLE, "LC_ALL", "SLURM_TIME_FORMAT")
 FIRST_ORPHAN_TIMEOUT = 900.0
-# Between SIGTERM and SIGKILL: shorter than the shortest KillWait that sites set (slurm.conf: 30 s).
+# Seconds between SIGTERM and SIGKILL: fewer than the shortest KillWait of sites (slurm.conf(5); default 30 s).
 TERM_GRACE = 3.0
-# When a launcher without a server looks for others in its job again, and how often in vain.
-OTHERS_FIRST, OTHERS_LONGEST, OTHERS_ATTEMPTS = 3.0, 30.0, 10
+# A launcher without a server checks for other steps in its job: seconds between checks, and failed checks in a row.
+SHARED_DELAY, MAX_SHARED_DELAY, MAX_FAILED_CHECKS = 3.0, 30.0, 10
 PR_SET_CHILD_SUBREAPER = 36
 
 
-class Launcher:
-    """Everything this process does, as reactions to the link, to signals and to time."""
+class NodeLauncher:
+    """The launcher's process: reactions to messages, to signals and to timers."""
 
     def __init__(self, launcher_id: str, addresses: str, orphan_timeout: float, role: str) -> None:
         self.directory = _runtime_directory()
@@ -49,18 +49,18 @@ class Launcher:
         self._kernels: dict[str, Kernel] = {}
         self._old: list[Kernel] = []
         self._heartbeat = 10.0
-        self._kept_output = 0  # bytes a kernel, until WELCOME says it
-        # Until WELCOME: a job whose server never answers must end, also where orphans may live for ever.
+        self._kept_output = 0  # bytes for each kernel; WELCOME sets it
+        # Until WELCOME: a job whose server never answers must end, even if later orphans have no time limit.
         self._orphan_timeout = orphan_timeout or FIRST_ORPHAN_TIMEOUT
         self._holds_job = role != "step"
-        self._keep = role == "keep"  # stay, and with it the job, when there is no server
+        self._keep = role == "keep"  # without a server the launcher stays, and the job with it
         self._orphaned = False
-        self._others_again = 0.0  # when to look for others in the job again, by the monotonic clock
-        self._others_pause = OTHERS_FIRST
-        self._unanswered = 0
+        self._next_check = 0.0  # for other steps in the job, by the monotonic clock
+        self._check_delay = Backoff(SHARED_DELAY, MAX_SHARED_DELAY)
+        self._failed_checks = 0
         self._leaving = False
         self._terminated = False
-        self._signalled = False  # Slurm's SIGUSR1 came, and the server has not heard of it
+        self._signalled = False  # Slurm's SIGUSR1 came while there was no link
         self._node = os.environ.get("SLURMD_NODENAME", "")
         self._slurmd = find_slurmd(self._node)
         self._slurmd_missing = False
@@ -77,7 +77,7 @@ class Launcher:
             on_down=self._on_down,
             on_writable=lambda: self._tunnel.read_on(),
         )
-        self._walltime = Walltime(self._reactor, say=self._uplink.send, is_linked=lambda: self._uplink.live)
+        self._walltime = Walltime(self._reactor, send=self._uplink.send, is_linked=lambda: self._uplink.live)
         self._tunnel = Tunnel(self._reactor, self._uplink, self._kernels.get)
         self._probes = Probes(self._reactor, self._uplink.send)
         self._steps = Steps(self._reactor, os.environ.get("SLURM_JOB_ID", ""), self._uplink.send)
@@ -88,7 +88,7 @@ class Launcher:
         self._reactor.on_signal(signal.SIGTERM, self._on_sigterm)
         self._reactor.on_signal(signal.SIGINT, lambda: None)
         self._reactor.on_signal(signal.SIGHUP, lambda: None)
-        # The job script ignores it until now; a signal with a handler is an exec'd kernel's default again.
+        # The job script ignores SIGUSR1. With a handler here, kernels get the default action after exec.
         self._reactor.on_signal(signal.SIGUSR1, self._on_sigusr1)
         self._uplink.dial()
         self._beat()
@@ -105,7 +105,7 @@ class Launcher:
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
             "ip": self._uplink.local_ip(),
-            "probes": True,  # PROBE is understood
+            "probes": True,  # this launcher understands PROBE
             "dialled": self._uplink.dialled(),
             "started": self._walltime.started,
             "end_time": self._walltime.end_time,
@@ -125,15 +125,15 @@ class Launcher:
             "START": self._start,
             "SIGNAL": self._signal,
             "STOP": self._stop,
-            "STDERR_LINE": self._tell,
+            "STDERR_LINE": self._write_stderr_line,
             "ACK": self._acknowledged,
             "RELEASE": self._release,
-            "END_TIME": self._walltime.until,
-            "HEARTBEAT": self._heard,
+            "END_TIME": self._walltime.set_end_time,
+            "HEARTBEAT": self._on_heartbeat,
             "STEP": self._steps.start,
             "STEP_END": self._steps.end,
-            "STEP_ACK": self._steps.forget,
-            "LIST_STEPS": self._steps.listing,
+            "STEP_ACK": self._steps.acknowledged,
+            "LIST_STEPS": self._steps.list_steps,
         }.get(name)
         if action:
             action(payload)
@@ -158,7 +158,7 @@ class Launcher:
             return
         self._heartbeat = float(fields["heartbeat"])
         self._orphan_timeout = float(fields["orphan_timeout"])
-        self._keep, self._orphaned, self._others_again = bool(fields["keep"]), False, 0.0
+        self._keep, self._orphaned, self._next_check = bool(fields["keep"]), False, 0.0
         same_server = self._tunnel.is_same_server(fields)
         self._kept_output = int(fields.get("kept_output", 0))
         streams = self._tunnel.link_up(fields)
@@ -166,7 +166,7 @@ class Launcher:
             kernel.output.link_up(same_server=same_server, limit=self._kept_output)
         kernels = [kernel.report() for kernel in self._kernels.values()]
         self._uplink.send("REPORT", kernels=kernels, steps=self._steps.report(), **streams)
-        self._next_beat.cancel()  # it was planned before the server's interval was known
+        self._next_beat.cancel()  # its interval was not yet the server's
         self._plan_beat()
         self._walltime.link_up(fields, same_server=same_server)
         if self._terminated:
@@ -176,14 +176,14 @@ class Launcher:
         if self._signalled:
             self._on_sigusr1()
 
-    def _heard(self, fields: dict[str, Any]) -> None:
+    def _on_heartbeat(self, fields: dict[str, Any]) -> None:
         self._keep = bool(fields.get("keep"))
         self._uplink.learn(fields)
 
     def _start(self, fields: dict[str, Any]) -> None:
         kernel_id = fields["kernel_id"]
         if not self._kernels:
-            # Once the kernel is up; a slow home must not keep it waiting.
+            # After the start, so that a slow home does not delay it.
             self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"]))
         self._probes.close(kernel_id)
         old = self._kernels.pop(kernel_id, None)
@@ -198,7 +198,7 @@ class Launcher:
             spec=fields,
             ip=self._address(fields),
             base_env=self._base_env,
-            say=self._uplink.send,
+            send=self._uplink.send,
             linked=lambda: self._uplink.live,
             kept_output=self._kept_output,
         )
@@ -206,7 +206,7 @@ class Launcher:
         kernel.start()
 
     def _address(self, fields: dict[str, Any]) -> str:
-        """Where a direct kernel is to listen: as before, where it is started again, whatever the link's address now."""
+        """The address for a direct kernel: on a restart the same as before, whatever the link's address is now."""
         return str(fields.get("ip") or self._uplink.local_ip())
 
     def _signal(self, fields: dict[str, Any]) -> None:
@@ -214,10 +214,10 @@ class Launcher:
         if kernel:
             kernel.signal(int(fields["signum"]))
 
-    def _tell(self, fields: dict[str, Any]) -> None:
+    def _write_stderr_line(self, fields: dict[str, Any]) -> None:
         kernel = self._kernels.get(fields["kernel_id"])
         if kernel:
-            kernel.tell(str(fields["line"]))
+            kernel.write_stderr_line(str(fields["line"]))
 
     def _stop(self, fields: dict[str, Any]) -> None:
         self._probes.close(fields["kernel_id"])
@@ -245,8 +245,8 @@ class Launcher:
             kernel.close()
             self._old.remove(kernel)
         self._steps.reaped()
-        ours = {kernel.process.pid for kernel in self._all() if kernel.process} | self._steps.pids()
-        _reap_strangers(ours | {self._guard.pid})
+        own = {kernel.process.pid for kernel in self._all() if kernel.process} | self._steps.pids()
+        _reap_orphans(own | {self._guard.pid})
         if self._leaving and not self._running():
             self._reactor.stop()
 
@@ -257,19 +257,19 @@ class Launcher:
         return [k for k in self._all() if k.process is not None and k.process.returncode is None]
 
     def _on_sigterm(self) -> None:
-        """Slurm ends the job (scancel, walltime, preemption): pass it on and say goodbye."""
+        """Slurm ends the job (scancel, time limit, preemption): end the kernels and tell the server."""
         if not self._terminated:
             self._terminated = True
             self._uplink.send("NOTICE", kind="sigterm")
             self._leave("SIGTERM")
 
     def _on_sigusr1(self) -> None:
-        """Slurm says that the end, as it is now, is near (sbatch(1), --signal): the server looks at it again."""
+        """Slurm signals that the job's end is near (sbatch(1), --signal): the server asks Slurm for the end time."""
         self._signalled = not self._uplink.live
         self._uplink.send("NOTICE", kind="signal")
 
     def _leave(self, reason: str) -> None:
-        print(f"launcher: leaving, {reason}", file=sys.stderr, flush=True)
+        print(f"launcher: exiting: {reason}", file=sys.stderr, flush=True)
         self._leaving = True
         if self._running():
             self._terminate_kernels(lambda: self._reactor.later(1.0, self._reactor.stop))
@@ -277,7 +277,7 @@ class Launcher:
             self._reactor.stop()
 
     def _terminate_kernels(self, then: Callable[[], object]) -> None:
-        """SIGTERM for all, later SIGKILL for those still there, and then what is to follow."""
+        """Send SIGTERM to all kernels, after TERM_GRACE SIGKILL to those that still run, and then call ``then``."""
         running = self._running()
         for kernel in running:
             kernel.signal(signal.SIGTERM)
@@ -295,7 +295,7 @@ class Launcher:
         if self._uplink.live:
             self._uplink.send("HEARTBEAT")
             if now - self._uplink.last_heard > 3 * self._heartbeat:
-                self._uplink.drop(f"nothing heard for {now - self._uplink.last_heard:.0f} s")
+                self._uplink.drop(f"no message from the server for {now - self._uplink.last_heard:.0f} s")
         elif self._orphan_timeout and now - self._uplink.last_live > self._orphan_timeout:
             reason = f"no server for {self._orphan_timeout:g} s"
             if not self._stays(now, reason):
@@ -304,7 +304,7 @@ class Launcher:
         self._plan_beat()
 
     def _stays(self, now: float, reason: str) -> bool:
-        """Whether the job lives on without a server; the kernels, which nobody reaches any more, do not."""
+        """Whether the launcher stays without a server. Its kernels end, because no client reaches them."""
         if not self._orphaned:
             self._orphaned = True
             self._terminate_kernels(lambda: None)
@@ -313,19 +313,18 @@ class Launcher:
         return self._keep or (self._holds_job and self._job_is_shared(now))
 
     def _job_is_shared(self, now: float) -> bool:
-        """Ask Slurm, now and then; while it does not say, a few times."""
-        if now < self._others_again:
+        """Ask Slurm at growing intervals; True also while a few checks in a row get no answer."""
+        if now < self._next_check:
             return True
-        self._others_again = now + self._others_pause
-        self._others_pause = min(2 * self._others_pause, OTHERS_LONGEST)
-        answer = job_is_shared(os.environ.get("SLURM_JOB_ID", ""))
-        self._unanswered = self._unanswered + 1 if answer is None else 0
-        if answer:
-            print("launcher: no server, but others work in the job", file=sys.stderr, flush=True)
-        return bool(answer) or 0 < self._unanswered < OTHERS_ATTEMPTS
+        self._next_check = now + self._check_delay.next()
+        shared = job_is_shared(os.environ.get("SLURM_JOB_ID", ""))
+        self._failed_checks = self._failed_checks + 1 if shared is None else 0
+        if shared:
+            print("launcher: there is no server, but other steps run in the job", file=sys.stderr, flush=True)
+        return bool(shared) or 0 < self._failed_checks < MAX_FAILED_CHECKS
 
     def _look_for_slurmd(self) -> None:
-        """Say when this node's slurmd is gone, and when there is one again."""
+        """Report when this node's slurmd is gone, and when it is back."""
         if self._slurmd is None or is_slurmd(self._slurmd):
             return
         other = find_slurmd(self._node)
@@ -348,15 +347,15 @@ class Launcher:
 
 
 def _runtime_directory() -> str:
-    """A new 0700 directory on the node, its path short enough for Unix sockets (unix(7): 108 bytes)."""
+    """A new 0700 directory on the node, with a path short enough for Unix sockets (unix(7): 108 bytes)."""
     for parent in (os.environ.get("TMPDIR", ""), "/tmp"):  # noqa: S108 - mkdtemp is made for it
         if parent and len(parent) < 64 and os.access(parent, os.W_OK | os.X_OK):
             return tempfile.mkdtemp(prefix="gs-", dir=parent)
     return tempfile.mkdtemp(prefix="gs-")
 
 
-def _reap_strangers(known: set[int]) -> None:
-    """Collect children that a kernel left to us, and leave ours to their owners."""
+def _reap_orphans(known: set[int]) -> None:
+    """Collect ended processes that kernels left behind; the children in ``known`` are collected elsewhere."""
     while True:
         try:
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -368,7 +367,7 @@ def _reap_strangers(known: set[int]) -> None:
 
 
 def _kill_children(except_pid: int) -> None:
-    """What kernels started and left behind has us as its parent now (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    """Kill the processes that kernels left behind: the launcher is their parent (prctl(2), PR_SET_CHILD_SUBREAPER)."""
     me = str(os.getpid())
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == except_pid:
@@ -378,11 +377,11 @@ def _kill_children(except_pid: int) -> None:
                 parent = stat.read().rpartition(")")[2].split()[1]
             if parent == me:
                 os.kill(int(entry), signal.SIGKILL)
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
 
 
 def main() -> None:
     """Run the launcher until it is released, orphaned or ended by Slurm."""
     launcher_id, addresses, orphan_timeout, role = sys.argv[1:5]
-    Launcher(launcher_id, addresses, float(orphan_timeout), role).run()
+    NodeLauncher(launcher_id, addresses, float(orphan_timeout), role).run()

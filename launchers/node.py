@@ -1,6 +1,7 @@
-"""Whether this node's slurmd is there: without it Slurm will take the job for lost (slurm.conf(5), SlurmdTimeout).
+"""The launcher's view of its node: Slurm's daemon there, old log files, and the time until the job ends.
 
-Nobody asks Slurm about a job whose link is up, so the launcher has to notice.
+The server does not ask Slurm about a job whose link is up. So the launcher reports a missing slurmd, without which
+Slurm declares the job lost (slurm.conf(5), SlurmdTimeout), and it plans the warnings before the time limit.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ from typing import Any
 
 from launchers.reactor import Reactor, Timer
 
+LOG_RETENTION_SECONDS = 30 * 86400
+# Directory entries that one cleaning looks at.
+MAX_ENTRIES = 10_000
+
+
+# -- slurmd --
+
 
 def find_slurmd(node: str) -> int | None:
-    """The process id of the node's slurmd; None where there is none to be seen."""
+    """The process id of the node's slurmd; None if there is none, or it is hidden."""
     found = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_slurmd(pid)]
     if len(found) > 1:
-        # Several on one host are told apart by -N (slurmd(8)).
+        # Several on one host have different node names, given by -N (slurmd(8)).
         found = [pid for pid in found if node in _arguments(pid)]
     return found[0] if found else None
 
 
 def is_slurmd(pid: int) -> bool:
-    """Whether the process is still there, and still slurmd."""
+    """Whether the process exists and is slurmd."""
     return _read(pid, "comm").strip() == "slurmd"
 
 
@@ -35,69 +43,68 @@ def _read(pid: int, name: str) -> str:
     try:
         with open(f"/proc/{pid}/{name}", errors="replace") as file:
             return file.read()
-    except OSError:  # it ended meanwhile, or is hidden (proc(5), hidepid)
+    except OSError:  # the process has ended, or is hidden (proc(5), hidepid)
         return ""
 
 
-# -- Old logs: a user's home is not to fill up with them. --
-
-
-KEPT_SECONDS = 30 * 86400
-AT_MOST = 10_000
+# -- Log files in the user's home --
 
 
 def remove_old_logs(directory: str, now: float | None = None) -> None:
-    """Remove logs of launchers and kernels that nobody has written to for KEPT_SECONDS."""
-    oldest = (time.time() if now is None else now) - KEPT_SECONDS
+    """Remove logs of launchers and kernels that have not changed for LOG_RETENTION_SECONDS."""
+    oldest = (time.time() if now is None else now) - LOG_RETENTION_SECONDS
     try:
         with os.scandir(os.path.expanduser(directory)) as entries:
-            for _count, entry in zip(range(AT_MOST), entries):
+            for _count, entry in zip(range(MAX_ENTRIES), entries):
                 named = entry.name.startswith(("launcher-", "kernel-")) and ".log" in entry.name
                 if named and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < oldest:
                     os.unlink(entry.path)
-    except OSError:  # another launcher was first, or the directory is gone: the next one tries again
+    except OSError:  # another launcher removed the file first, or the directory is gone: the next launcher tries again
         return
 
 
-# -- The job's end by this node's clock, and the warnings before it. --
+# -- The end of the job --
 
 
 class Walltime:
-    """Plans the warnings. ``say`` sends a message to the server, and does nothing while there is none."""
+    """Plans the warnings before the job's end, by this node's clock.
 
-    def __init__(self, reactor: Reactor, *, say: Callable[..., None], is_linked: Callable[[], bool]) -> None:
-        self._reactor, self._say, self._is_linked = reactor, say, is_linked
+    ``send`` sends a message to the server; without a link it does nothing.
+    """
+
+    def __init__(self, reactor: Reactor, *, send: Callable[..., None], is_linked: Callable[[], bool]) -> None:
+        self._reactor, self._send, self._is_linked = reactor, send, is_linked
         self.started = time.time()
         self.end_time: float | None = None
         self._minutes: list[float] = []
         self._timers: list[Timer] = []
-        self._is_due = False  # a warning was, for the end as it is now
-        self._unheard = False  # and no server was there
+        self._was_due = False  # a warning was due for the current end time
+        self._unsent = False  # the last warning was due while there was no server
 
     def link_up(self, fields: dict[str, Any], *, same_server: bool) -> None:
-        """WELCOME came, and REPORT has gone: plan, once; tell this server what was due before it came."""
+        """WELCOME came and REPORT was sent: plan, once, and repeat a warning that this server has not received."""
         if self.end_time is None:
             self._plan(fields)
-        if self._unheard or (self._is_due and not same_server):
+        if self._unsent or (self._was_due and not same_server):
             self._warn()
 
     def _plan(self, fields: dict[str, Any]) -> None:
         self._minutes = [float(minutes) for minutes in fields.get("warn_minutes", [])]
-        known = os.environ.get("SLURM_JOB_END_TIME", "")
+        end_by_slurm = os.environ.get("SLURM_JOB_END_TIME", "")
         if fields.get("end_time"):
             self.end_time = float(fields["end_time"])
-        elif known.isdigit():
-            self.end_time = float(known)
+        elif end_by_slurm.isdigit():
+            self.end_time = float(end_by_slurm)
         elif fields.get("minutes"):
             self.end_time = self.started + 60.0 * float(fields["minutes"])
         else:
             return
         self._set_timers()
 
-    def until(self, fields: dict[str, Any]) -> None:
-        """Slurm's own word on the end: somebody changed the time limit."""
+    def set_end_time(self, fields: dict[str, Any]) -> None:
+        """Take the end time from END_TIME: a user or an admin changed the time limit."""
         self.end_time = float(fields["end_time"])
-        self._is_due = self._unheard = False
+        self._was_due = self._unsent = False
         self._set_timers()
 
     def _set_timers(self) -> None:
@@ -109,5 +116,5 @@ class Walltime:
 
     def _warn(self) -> None:
         assert self.end_time is not None
-        self._is_due, self._unheard = True, not self._is_linked()
-        self._say("NOTICE", kind="walltime", end_time=self.end_time, remaining=self.end_time - time.time())
+        self._was_due, self._unsent = True, not self._is_linked()
+        self._send("NOTICE", kind="walltime", end_time=self.end_time, remaining=self.end_time - time.time())

@@ -1,7 +1,7 @@
-"""What a kernel publishes, kept on its node until its server says that every client has it.
+"""The output of a kernel behind the tunnel, kept on its node until the server says that every client has it.
 
-Messages are a ring: where they are more than its bound the oldest go, and are counted. So a cell that runs
-while no server is there, or while one is replaced by another, loses no output that fits.
+The messages are in a ring of a limited size: the oldest are dropped, and counted. So a cell that runs while there is no
+server, or while one server replaces another, loses no output that fits.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gateway_slurm.link import flow, wire
-from launchers.reactor import READ, WRITE, Reactor, Timer
+from launchers.reactor import READ, WRITE, Backoff, Reactor, Timer
 from launchers.subscriber import Message, ProtocolError, Subscriber
 
-# What a message costs beside its bytes, so that many small ones are bounded, too.
+# The cost of a message beside its bytes, so that the limit also holds for many small messages.
 OVERHEAD = 256
-# Messages whose going is remembered one by one: an ACK may still come for one of them.
-GONE_KNOWN = 10_000
-POSITIONS_KNOWN = 1024
-ID_LIMIT = 200
-# A position is the server's own text: an id, and what it knows of the session's cells.
-POSITION_LIMIT = 4096
+# Dropped messages that are remembered by their ids: an ACK may still name one of them.
+MAX_DROPPED_IDS = 10_000
+MAX_POSITIONS = 1024
+MAX_ID = 200  # characters
+# A position is the server's own text: a message id, and the progress of the session's cells.
+MAX_POSITION = 4096
 READ_SIZE = 256 * 1024
-# A kernel that is over has left at most what its socket's buffers hold; one that still publishes has no end.
-DRAIN_READS = 256
-# The first subscription to everything is answered by a welcome (JEP 65), for which clients wait: one of them is
-# to come first. It has by the first ACK, or by now (s); without a server there is nobody to wait for.
-SUBSCRIBE_AFTER = 1.0
-FIRST_PAUSE, LONGEST_PAUSE, ATTEMPTS = 0.05, 5.0, 20
+# The buffers of an ended kernel's socket hold less than this many reads; a living kernel may publish without end.
+MAX_DRAIN_READS = 256
+# A kernel welcomes its first subscriber only (JEP 65), and clients wait for the welcome. So a client subscribes first:
+# it has done so by the first ACK, or after this time (s). Without a server there is no client to wait for.
+SUBSCRIBE_DELAY = 1.0
+RETRY_DELAY, MAX_RETRY_DELAY, MAX_ATTEMPTS = 0.05, 5.0, 20
 
 
 class MessageRing:
@@ -42,36 +42,36 @@ class MessageRing:
         self.size = 0
         self.acked = ""
         self.positions: dict[str, str] = {}
-        self._messages: OrderedDict[str, Message | None] = OrderedDict()  # None for one that is missing here
-        self._gone: OrderedDict[str, None] = OrderedDict()
-        self._gone_before = 0  # these
-        self._awaited = ""  # acknowledged, and not arrived here yet
+        self._messages: OrderedDict[str, Message | None] = OrderedDict()  # None: the message is missing
+        self._dropped: OrderedDict[str, None] = OrderedDict()
+        self._dropped_before = 0  # messages dropped before the oldest of ``_dropped``
+        self._awaited = ""  # acknowledged, and not received here yet
         self._number = 0
 
     def add(self, message: Message) -> None:
         self._put(message.msg_id, message if message.is_whole else None)
 
-    def gap(self) -> None:
-        """Here something is missing, and nobody knows how much."""
+    def add_gap(self) -> None:
+        """Record that an unknown number of messages is missing here; it counts as one."""
         self._put("", None)
 
     def _put(self, msg_id: str, message: Message | None) -> None:
         self._number += 1
-        is_new = msg_id and msg_id not in self._messages and msg_id not in self._gone
+        is_new = msg_id and msg_id not in self._messages and msg_id not in self._dropped
         key = msg_id if is_new else f"#{self._number}"
         self._messages[key] = message
         self.size += _cost(message)
         if key == self._awaited:
-            self._let_go(key)
+            self._release_upto(key)
         self.shrink()
 
     def shrink(self) -> None:
-        """The oldest go where there are too many."""
+        """Drop the oldest messages until the rest fits the limit."""
         while self.size > self.limit and self._messages:
-            self._gone[self._pop()] = None
-        while len(self._gone) > GONE_KNOWN:
-            self._gone.popitem(last=False)
-            self._gone_before += 1
+            self._dropped[self._pop()] = None
+        while len(self._dropped) > MAX_DROPPED_IDS:
+            self._dropped.popitem(last=False)
+            self._dropped_before += 1
 
     def _pop(self) -> str:
         key, message = self._messages.popitem(last=False)
@@ -79,34 +79,34 @@ class MessageRing:
         return key
 
     def acknowledge(self, upto: str, positions: dict[str, str]) -> None:
-        """Clients have everything up to the message ``upto``; it may have gone already, or be still to come."""
+        """Clients have all messages up to ``upto``, which may have been dropped already, or may still come."""
         self.acked, self.positions = upto, positions
         self._awaited = ""
-        if upto in self._messages or upto in self._gone:
-            self._let_go(upto)
+        if upto in self._messages or upto in self._dropped:
+            self._release_upto(upto)
         else:
             self._awaited = upto
 
-    def _let_go(self, upto: str) -> None:
-        self._awaited, self._gone_before = "", 0
+    def _release_upto(self, upto: str) -> None:
+        self._awaited, self._dropped_before = "", 0
         if upto not in self._messages:
-            while self._gone.popitem(last=False)[0] != upto:
+            while self._dropped.popitem(last=False)[0] != upto:
                 pass
             return
-        self._gone.clear()
+        self._dropped.clear()
         while self._pop() != upto:
             pass
 
     def clear(self) -> None:
-        """Nobody wants what is here."""
+        """Remove all messages; none of them counts as dropped."""
         self._messages.clear()
-        self._gone.clear()
-        self.size = self._gone_before = 0
+        self._dropped.clear()
+        self.size = self._dropped_before = 0
 
     def snapshot(self) -> tuple[dict[str, Any], list[Message]]:
-        """What is to be known of it, and the messages."""
+        """The header for a reader (see ``OutputBuffer.read``), and the messages."""
         whole = [message for message in self._messages.values() if message is not None]
-        dropped = self._gone_before + len(self._gone) + len(self._messages) - len(whole)
+        dropped = self._dropped_before + len(self._dropped) + len(self._messages) - len(whole)
         return {"dropped": dropped, "positions": self.positions, "acked": self.acked}, whole
 
 
@@ -115,11 +115,11 @@ def _cost(message: Message | None) -> int:
 
 
 class OutputBuffer:
-    """Subscribes to one kernel's iopub and keeps what it says. ``close()`` ends it and forgets.
+    """Subscribes to one kernel's iopub and keeps its messages. ``close()`` ends the subscription and drops them.
 
-    ``connect`` returns a socket on its way to the channel or raises OSError. ``linked`` tells whether there is
-    a server: one that never acknowledges wants only what comes while it is away. ``is_over`` tells whether the
-    kernel has ended; what it said stays here. ``trouble`` is why nothing is kept from the start.
+    ``connect`` returns a socket that is connecting to the channel, or raises OSError. ``linked`` tells whether there is
+    a server. A server that never acknowledges gets only the messages that came while there was none. ``is_over`` tells
+    whether the kernel has ended; its messages stay. ``trouble`` is the reason if nothing is kept from the start.
     """
 
     def __init__(
@@ -136,40 +136,40 @@ class OutputBuffer:
         self._linked, self._is_over = linked, is_over
         self.ring = MessageRing(limit)
         self._begun = False  # the kernel listens
-        self._asked = False  # for the subscription
+        self._asked = False  # a subscription was tried
         self._closed = False
-        self._stands = False  # the subscription did, at least once
-        self._interrupted = False  # something was published that we did not get
-        self._acknowledges = False  # its server does
-        self._away = False  # there was no server, and the next has not read what came meanwhile
+        self._stands = False  # a subscription has succeeded at least once
+        self._interrupted = False  # the subscription was lost, and messages with it
+        self._acknowledges = False  # the server sends ACKs
+        self._away = False  # there was no server, and the next one has not read the messages since
         self._socket: socket.socket | None = None
         self._subscriber: Subscriber | None = None
         self._plan: Timer | None = None
         self._attempts = 0
-        self._pause = FIRST_PAUSE
+        self._retry = Backoff(RETRY_DELAY, MAX_RETRY_DELAY)
         self.trouble = trouble  # why nothing is kept
 
-    # -- when -------------------------------------------------------------------------------
+    # -- when messages are kept ------------------------------------------------------------
 
     def begin(self) -> None:
-        """The kernel's channels listen."""
+        """The kernel listens on its channels."""
         self._begun = True
         if self.trouble:
             return
         if self.ring.limit <= 0:
             self._give_up("SlurmService.kept_output is 0")
         elif self._linked():
-            self._plan = self._reactor.later(SUBSCRIBE_AFTER, self._subscribe)
+            self._plan = self._reactor.later(SUBSCRIBE_DELAY, self._subscribe)
         else:
             self.link_down()
 
     def link_down(self) -> None:
-        """The server is gone: what comes from now on is kept."""
+        """The server is gone: keep the messages from now on."""
         self._away = True
         self._update()
 
     def link_up(self, *, same_server: bool, limit: int) -> None:
-        """A server is there. Its streams have gone on where they were, if it is the same one."""
+        """A server is there. If it is the same one, its tunnel streams have lost nothing."""
         self.ring.limit = limit
         self.ring.shrink()
         if limit <= 0 and not self.trouble:
@@ -178,7 +178,7 @@ class OutputBuffer:
             self._no_longer_away()
 
     def acknowledged(self, fields: dict[str, Any]) -> None:
-        """ACK came: its server acknowledges, from now on."""
+        """ACK came; its server acknowledges from now on."""
         self._acknowledges = True
         self._update()
         self.ring.acknowledge(*_checked_ack(fields))
@@ -204,12 +204,13 @@ class OutputBuffer:
         self._hang_up()
         self.ring.clear()
 
-    # -- reading it -------------------------------------------------------------------------
+    # -- reading the messages --------------------------------------------------------------
 
     def read(self) -> Iterator[bytes]:
-        """What is kept, for the tunnel's stream: records, each behind its length.
+        """The kept messages for a tunnel stream: records, each behind its length.
 
-        The first is a header in JSON, each of the others a message's frames.
+        The first record is a header in JSON (``dropped``, ``positions``, ``acked``, ``keeps``). Each of the others
+        holds the frames of one message.
         """
         self._drain()
         header, messages = self.ring.snapshot()
@@ -218,11 +219,11 @@ class OutputBuffer:
         self._no_longer_away()
 
     def _drain(self) -> None:
-        for _ in range(DRAIN_READS):
+        for _ in range(MAX_DRAIN_READS):
             if not self._read():
                 return
 
-    # -- the connection ---------------------------------------------------------------------
+    # -- the subscription ------------------------------------------------------------------
 
     def _subscribe(self) -> None:
         if self._plan is not None:
@@ -233,10 +234,10 @@ class OutputBuffer:
         self._attempts += 1
         try:
             self._socket = self._connect()
-            self._subscriber = Subscriber(self.ring.limit)
         except OSError as error:
             self._lost(str(error))
             return
+        self._subscriber = Subscriber(self.ring.limit)
         self._subscriber.wanted = self._wanted
         self._reactor.watch(self._socket, READ | WRITE, self._on_ready)
 
@@ -261,13 +262,13 @@ class OutputBuffer:
         self._reactor.watch(self._socket, READ | WRITE if outgoing else READ, self._on_ready)
 
     def _read(self) -> bool:
-        """Read once; False when there was nothing, or there is no connection any more."""
+        """Read once; False if there was nothing to read, or there is no connection any more."""
         if self._socket is None or self._subscriber is None:
             return False
         try:
             data = self._socket.recv(READ_SIZE)
             if not data:
-                self._lost("the kernel closed it")
+                self._lost("the kernel closed the connection")
                 return False
             messages = self._subscriber.feed(data)
         except BlockingIOError:
@@ -284,20 +285,20 @@ class OutputBuffer:
         return True
 
     def _subscribed(self) -> None:
-        self._attempts, self._pause, self._stands = 0, FIRST_PAUSE, True
+        self._attempts, self._stands = 0, True
+        self._retry.reset()
         if self._interrupted and self._wanted:
-            self.ring.gap()
+            self.ring.add_gap()
         self._interrupted = False
 
     def _lost(self, reason: str) -> None:
-        """Subscribe again, a few times."""
+        """Subscribe again after a pause, MAX_ATTEMPTS times."""
         self._interrupted |= self._subscriber is not None and self._subscriber.subscribed
         self._hang_up()
-        if self._attempts >= ATTEMPTS and not self._is_over():
-            self._give_up(f"its iopub cannot be subscribed to: {reason}")
+        if self._attempts >= MAX_ATTEMPTS and not self._is_over():
+            self._give_up(f"the launcher cannot subscribe to its iopub: {reason}")
             return
-        self._plan = self._reactor.later(self._pause, self._subscribe)
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self._plan = self._reactor.later(self._retry.next(), self._subscribe)
 
     def _give_up(self, reason: str) -> None:
         self.trouble = reason
@@ -321,7 +322,7 @@ def _records(header: dict[str, Any], messages: list[Message]) -> Iterator[bytes]
 
 
 def _in_chunks(records: Iterator[bytes]) -> Iterator[bytes]:
-    """Small ones go together."""
+    """Small records together, in pieces of about flow.CHUNK bytes."""
     waiting = bytearray()
     for record in records:
         waiting += record
@@ -332,13 +333,13 @@ def _in_chunks(records: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _checked_ack(fields: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """ACK's message id and positions, as far as they are ones."""
-    told = fields.get("positions")
-    pairs = list(told.items())[:POSITIONS_KNOWN] if isinstance(told, dict) else []
-    positions = {key: value for key, value in pairs if _is_id(key) and _is_id(value, POSITION_LIMIT)}
+    """The message id and the positions of an ACK; invalid ones are left out."""
+    given = fields.get("positions")
+    pairs = list(given.items())[:MAX_POSITIONS] if isinstance(given, dict) else []
+    positions = {key: value for key, value in pairs if _is_text(key, MAX_ID) and _is_text(value, MAX_POSITION)}
     upto = fields.get("upto")
-    return (upto if isinstance(upto, str) and _is_id(upto) else ""), positions
+    return (upto if isinstance(upto, str) and _is_text(upto, MAX_ID) else ""), positions
 
 
-def _is_id(text: Any, limit: int = ID_LIMIT) -> bool:
-    return isinstance(text, str) and 0 < len(text) <= limit
+def _is_text(value: Any, limit: int) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= limit

@@ -1,4 +1,8 @@
-"""Ports on this node: choosing free ones, and reading from /proc who listens (never by connecting)."""
+"""Ports and sockets on this node: free ports, listeners, and probes of the way from the server to the node.
+
+The listeners are read from the operating system, without connecting to them. A probe listens briefly on the ports of a
+direct kernel, so that the server can test whether it reaches the node.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from functools import partial
 from typing import Any
 
 from gateway_slurm.link import wire
-from launchers import ports as listening
 from launchers.reactor import READ, Reactor
 
 _TCP_LISTEN = "0A"
@@ -25,16 +28,25 @@ _STATE_LISTEN = 10
 _UNIX_ACCEPTS = 0x10000  # __SO_ACCEPTCON in the flags column of /proc/net/unix
 ATTEMPTS = 200
 
+# A probe ends after this time, or at its kernel's START.
+PROBE_SECONDS = 5.0
+# Probes at a time; each has five listeners, and up to MAX_CONNECTIONS connections.
+MAX_PROBES = 64
+MAX_CONNECTIONS = 256
+MAX_WORD = 64  # bytes of the question and of the answer
+# Connections that wait to be accepted; beyond it a peer waits a second for its next attempt.
+BACKLOG = 128
+
 
 class NoPort(OSError):
-    """No free port in the range that the admin allows."""
+    """There is no free port in the range that the admin allows."""
 
 
 def choose_ports(ip: str, port_range: Sequence[int] | None) -> dict[str, int]:
-    """Five different ports that are free on ``ip`` now, one a channel.
+    """Five different ports that are free on ``ip`` now, one for each channel.
 
-    They are bound together, so that they differ, and let go together. Another process may take one
-    before the kernel does; whoever starts the kernel tries again then.
+    They are bound together, so that they differ, and closed together. Another process may take one before the kernel
+    does; the caller starts the kernel again then.
     """
     held = hold_ports(ip, port_range)
     ports = {channel: sock.getsockname()[1] for channel, sock in held.items()}
@@ -46,7 +58,7 @@ def choose_ports(ip: str, port_range: Sequence[int] | None) -> dict[str, int]:
 def hold_ports(
     ip: str, port_range: Sequence[int] | None, ports: Mapping[str, int] | None = None
 ) -> dict[str, socket.socket]:
-    """Bound sockets, one a channel: on ``ports``, if given, else on free ones. Raises OSError."""
+    """Bound sockets, one for each channel: on ``ports`` if given, else on free ones. Raises OSError."""
     held: dict[str, socket.socket] = {}
     try:
         for channel in wire.CHANNELS:
@@ -72,8 +84,8 @@ def _bind(ip: str, port: int, *, reuse: bool) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
     try:
         if reuse:
-            # As ZMQ does: the closed connections of a kernel that is over (tcp(7), TIME_WAIT) must block
-            # no port of a small range. Only listening then keeps it from being given twice (socket(7)).
+            # As ZMQ does: closed connections of an ended kernel (tcp(7), TIME_WAIT) must not block the ports of a
+            # small range. With this option only listening prevents a second bind of the port (socket(7)).
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((ip, port))
         if reuse:
@@ -85,24 +97,24 @@ def _bind(ip: str, port: int, *, reuse: bool) -> socket.socket:
 
 
 def tcp_listening(ports: Collection[int]) -> dict[int, int]:
-    """Which of ``ports`` are listened on, as port -> uid of the listener.
+    """The listeners on ``ports``, as port -> uid of the listener.
 
-    Asked of the kernel's socket diagnosis, which lists listeners only. /proc/net/tcp lists every
-    connection, and takes 12 ms where there are two thousand: too long to look at often.
+    The answer comes from Linux's socket diagnosis, which lists listeners only. /proc/net/tcp lists every connection,
+    which takes 12 ms with two thousand connections: too long for frequent checks.
     """
     wanted = set(ports)
     found: dict[int, int] = {}
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             listeners = _diagnose(family)
-        except OSError:  # no such netlink family here, as in some sandboxes
+        except OSError:  # some sandboxes lack this netlink family
             return _proc_listening(ports)
         found.update((port, uid) for port, uid in listeners if port in wanted)
     return found
 
 
 def _diagnose(family: int) -> list[tuple[int, int]]:
-    """All TCP listeners of a family, as (port, uid): sock_diag(7), one dump."""
+    """All TCP listeners of an address family, as (port, uid): one dump of sock_diag(7)."""
     header = struct.pack("=IHHII", 72, _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
     request = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, 1 << _STATE_LISTEN)
     listeners: list[tuple[int, int]] = []
@@ -118,7 +130,7 @@ def _diagnose(family: int) -> list[tuple[int, int]]:
                     return listeners
                 if kind == _ERROR:
                     raise OSError("socket diagnosis was refused")
-                # struct inet_diag_msg: the port is the first of its socket id, the uid its last but one.
+                # struct inet_diag_msg: the port is the first field of the socket id, the uid the last but one.
                 listeners.append(
                     (
                         int.from_bytes(data[start + 20 : start + 22], "big"),
@@ -129,12 +141,12 @@ def _diagnose(family: int) -> list[tuple[int, int]]:
 
 
 def _proc_listening(ports: Collection[int]) -> dict[int, int]:
-    """The same from proc(5), /proc/net/tcp."""
+    """The same by /proc/net/tcp (proc(5))."""
     return {port: int(fields[7]) for port, fields in _proc_listeners(ports)}
 
 
 def tcp_inodes(ports: Collection[int]) -> set[int]:
-    """The inodes of the sockets that listen on ``ports``; /proc/PID/fd names sockets by them."""
+    """The inodes of the sockets that listen on ``ports``, by which /proc/PID/fd names them."""
     return {int(fields[9]) for _port, fields in _proc_listeners(ports)}
 
 
@@ -169,10 +181,9 @@ def _lines(path: str) -> list[str]:
 
 
 def ipc_path(prefix: str, port: int, listening: Collection[str]) -> str | None:
-    """The socket of channel ``port`` under ``prefix``.
+    """The path of the Unix socket of channel ``port`` under ``prefix``; None if the kernel does not listen there.
 
-    ipykernel and xeus join address and port with a hyphen; IRkernel and IJulia, which paste
-    ``transport://ip:port``, with a colon.
+    ipykernel and xeus join address and port with a hyphen, IRkernel and IJulia with a colon (``transport://ip:port``).
     """
     for joint in "-:":
         path = f"{prefix}{joint}{port}"
@@ -186,25 +197,15 @@ def reachable_path_length(path: str) -> bool:
     return len(os.fsencode(path)) < 108
 
 
-# -- Listening for a moment where a direct kernel would, so that the server can try whether it gets there. --
-
-
-# A probe ends by itself after so many seconds, or with its kernel's START.
-PROBE_SECONDS = 5.0
-# At once; each has five listeners, and so many connections.
-PROBES_LIMIT = 64
-CONNECTIONS_LIMIT = 256
-WORD_LIMIT = 64
-# Of connections that wait to be accepted; one that overflows costs its peer a second.
-BACKLOG = 128
+# -- Probes --
 
 
 class Probe:
-    """The listeners of one kernel that is to be started. ``close`` ends them, and their connections."""
+    """Listeners on the ports of a kernel before its start. ``close`` ends them and their connections."""
 
     def __init__(self, reactor: Reactor, held: dict[str, socket.socket], question: bytes, answer: bytes) -> None:
         self._reactor, self._question, self._answer = reactor, question, answer
-        self._heard: dict[socket.socket, bytes] = {}  # by connection
+        self._received: dict[socket.socket, bytes] = {}  # by connection
         self._listeners = list(held.values())
         self.ports = {channel: sock.getsockname()[1] for channel, sock in held.items()}
         for sock in self._listeners:
@@ -216,84 +217,84 @@ class Probe:
     def _accept(self, listener: socket.socket, _events: int) -> None:
         try:
             sock, _peer = listener.accept()
-        except OSError:  # it went away again
+        except OSError:  # the peer has closed the connection already
             return
-        if len(self._heard) >= CONNECTIONS_LIMIT:
+        if len(self._received) >= MAX_CONNECTIONS:
             sock.close()
             return
         sock.setblocking(False)
-        self._heard[sock] = b""
+        self._received[sock] = b""
         self._reactor.watch(sock, READ, partial(self._read, sock))
 
     def _read(self, sock: socket.socket, _events: int) -> None:
         try:
-            data = sock.recv(WORD_LIMIT)
+            data = sock.recv(MAX_WORD)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        heard = self._heard[sock] = self._heard[sock] + data
-        if not data or not self._question.startswith(heard):
-            del self._heard[sock]
+        received = self._received[sock] = self._received[sock] + data
+        if not data or not self._question.startswith(received):
+            del self._received[sock]
             self._reset(sock)
-        elif heard == self._question:
+        elif received == self._question:
             with contextlib.suppress(OSError):
                 sock.send(self._answer)  # a few bytes into an empty buffer
 
     def _reset(self, sock: socket.socket) -> None:
-        """Close a connection so that nothing of it stays at the port, which its kernel binds next (socket(7))."""
+        """Close a connection by a reset, which leaves nothing at the port: the kernel binds it next (socket(7))."""
         self._reactor.forget(sock)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
 
     def close(self) -> None:
-        """The ports are free again."""
+        """Free the ports."""
         self._timer.cancel()
-        for sock in self._heard:
+        for sock in self._received:
             self._reset(sock)
         for sock in self._listeners:
             self._reactor.forget(sock)
             sock.close()
         self._listeners.clear()
-        self._heard.clear()
+        self._received.clear()
 
 
 class Probes:
-    """The launcher's probes, by kernel id; ``say`` sends a message to the server."""
+    """The launcher's probes, by kernel id; ``send`` sends a message to the server."""
 
-    def __init__(self, reactor: Reactor, say: Callable[..., None]) -> None:
-        self._reactor, self._say = reactor, say
+    def __init__(self, reactor: Reactor, send: Callable[..., None]) -> None:
+        self._reactor, self._send = reactor, send
         self._probes: dict[str, Probe] = {}
 
     def listen(self, fields: dict[str, Any], ip: str) -> None:
-        """PROBE: listen on ``ip``, on the ports that are named or on free ones; PROBED says on which, or why not."""
+        """Take PROBE: listen on ``ip``, on the given ports or on free ones; PROBED names the ports or the error."""
         kernel_id = str(fields["kernel_id"])
-        question, answer = (str(fields[name])[:WORD_LIMIT].encode() for name in ("question", "answer"))
+        question, answer = (str(fields[name])[:MAX_WORD].encode() for name in ("question", "answer"))
         self.close(kernel_id)
-        while len(self._probes) >= PROBES_LIMIT:
+        while len(self._probes) >= MAX_PROBES:
             self.close(next(iter(self._probes)))
         try:
             probe = Probe(self._reactor, self._hold(fields, ip), question, answer)
         except OSError as error:
-            self._say("PROBED", probe=fields["probe"], error=str(error))
+            self._send("PROBED", probe=fields["probe"], error=str(error))
             return
         self._probes[kernel_id] = probe
-        self._say("PROBED", probe=fields["probe"], ports=probe.ports)
+        self._send("PROBED", probe=fields["probe"], ports=probe.ports)
 
     @staticmethod
     def _hold(fields: dict[str, Any], ip: str) -> dict[str, socket.socket]:
         kept, port_range = fields.get("ports"), fields.get("port_range")
         try:
-            return listening.hold_ports(ip, port_range, kept)
+            return hold_ports(ip, port_range, kept)
         except OSError:
             if not kept:
                 raise
-        # Somebody else has taken one since the kernel's last process ended.
-        return listening.hold_ports(ip, port_range)
+        # Another process has taken one of the ports since the kernel's last process ended.
+        return hold_ports(ip, port_range)
 
     def close(self, kernel_id: str) -> None:
-        """The kernel's probe is over, if there is one."""
+        """End the kernel's probe, if there is one."""
         probe = self._probes.pop(kernel_id, None)
         if probe is not None:
             probe.close()

@@ -1,6 +1,6 @@
 """The launcher's event loop: sockets, pipes, timers and signals in one thread.
 
-Not asyncio: importing it would add 30 ms to every new allocation, and the launcher needs a tenth of it.
+It is not asyncio, whose import would add 30 ms to every new allocation, and of which the launcher needs a tenth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Timer:
-    """A callback that is due at ``when`` (seconds of the monotonic clock), once."""
+    """A callback that runs once, at ``when`` (seconds of the monotonic clock)."""
 
     def __init__(self, when: float, callback: Callback) -> None:
         self.when = when
@@ -33,8 +33,25 @@ class Timer:
         self.cancelled = True
 
 
+class Backoff:
+    """Seconds between attempts: each wait is twice the one before, up to ``longest``."""
+
+    def __init__(self, first: float, longest: float) -> None:
+        self._first, self.longest = first, longest
+        self._wait = first
+
+    def next(self) -> float:
+        """The wait before the next attempt."""
+        wait, self._wait = self._wait, min(2 * self._wait, self.longest)
+        return wait
+
+    def reset(self) -> None:
+        """An attempt succeeded: the next wait is the first one again."""
+        self._wait = self._first
+
+
 class Reactor:
-    """Runs callbacks one at a time. A callback that raises is reported and the rest goes on."""
+    """Runs callbacks one at a time. An exception in a callback is printed, and the others go on."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -42,7 +59,7 @@ class Reactor:
         self._order = itertools.count()
         self._signals: dict[int, Callback] = {}
         self._running = True
-        # Called before each wait: what the callbacks of one round have queued goes out together.
+        # Called before each wait, so that everything that the callbacks of one round queued is sent together.
         self.before_wait: Callback = lambda: None
         self._wake_read, self._wake_write = os.pipe()
         for fd in (self._wake_read, self._wake_write):
@@ -71,7 +88,7 @@ class Reactor:
         return timer
 
     def on_signal(self, signum: int, callback: Callback) -> None:
-        """Call ``callback`` from the loop, not from the handler, when the signal comes."""
+        """Call ``callback`` when the signal comes, from the loop and not from the signal handler."""
         self._signals[signum] = callback
         # A Python handler has to exist for set_wakeup_fd to report the signal.
         signal.signal(signum, lambda _signum, _stack: None)
@@ -84,13 +101,13 @@ class Reactor:
             self.run_once()
 
     def run_once(self) -> None:
-        """Wait for the next events and timers that are due, and call what they belong to."""
+        """Wait for events and due timers, and call their callbacks."""
         self._call(self.before_wait)
         wait = None
         if self._timers:
             wait = max(0.0, self._timers[0][0] - time.monotonic())
         for key, events in self._selector.select(wait):
-            # An earlier callback of this round may have closed this one, or opened another with its number.
+            # An earlier callback of this round may have closed this file, or opened another one with the same number.
             known = self._selector.get_map().get(key.fd)
             if known is not None and known.fileobj is key.fileobj:
                 self._call(key.data, events)
@@ -113,5 +130,5 @@ class Reactor:
     def _call(callback: Callable[..., None], *arguments: Any) -> None:
         try:
             callback(*arguments)
-        except Exception:  # noqa: BLE001 - one kernel's or stream's trouble must not end the others; it is in the log
+        except Exception:  # noqa: BLE001 - a fault of one kernel or stream must not end the others; the log has it
             traceback.print_exc(file=sys.stderr)

@@ -1,9 +1,9 @@
-"""A line into a running kernel's own standard error, as anything that it started could write one.
+"""Write a line to the standard error of a running kernel, as a child process of the kernel could do.
 
-ipykernel (``IPKernelApp.capture_fd_output``, the default since 6.0) makes its file descriptor 2 a pipe to
-itself and shows what comes out of it under the cell that runs, from threads of its own: it does not have to
-be idle, and no code is run in it. Any process of the same user can open that pipe (proc(5),
-/proc/PID/fd). What a kernel that captures nothing has there is the launcher's own pipe, or the user's file.
+ipykernel (``IPKernelApp.capture_fd_output``, the default since 6.0) replaces its file descriptor 2 by a pipe to itself,
+and shows what it reads there under the running cell. A thread of its own reads the pipe: the kernel need not be idle,
+and no code runs in it. Any process of the same user can open that pipe (proc(5), /proc/PID/fd). In a kernel that
+captures nothing, file descriptor 2 is the launcher's own pipe, or a file of the user.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ import os
 import stat
 from collections.abc import Collection
 
-# One write of this many bytes goes into a pipe as a whole, or not at all (pipe(7), PIPE_BUF).
-LINE_LIMIT = 4096
+# A write of up to this many bytes goes into a pipe as a whole, or not at all (pipe(7), PIPE_BUF).
+MAX_LINE = 4096
 
 
 class NotCapturedError(Exception):
-    """There is no pipe by which this kernel would show the line."""
+    """The kernel has no pipe by which it would show the line."""
 
 
 def write_line(line: str, session: int, sockets: Collection[int], own_pipe: int) -> None:
-    """Write ``line`` to the kernel in ``session`` that listens on ``sockets`` (inodes).
+    """Write ``line`` to the kernel that listens on ``sockets`` (inodes) and belongs to ``session`` (a session id).
 
-    Raises NotCapturedError, BlockingIOError while the pipe is full, and OSError when the kernel is gone.
-    ``own_pipe`` is the descriptor of the pipe from which we read what the kernel's session prints.
+    ``own_pipe`` is the descriptor of the pipe from which the launcher reads the output of that session. Raises
+    NotCapturedError, BlockingIOError while the pipe is full, and OSError if the kernel is gone.
     """
     path = f"/proc/{_kernel_in(session, sockets)}/fd/2"
-    # Only look at first: opening a user's FIFO, or a device, may have effects.
-    found, ours = os.stat(path), os.fstat(own_pipe)
-    if not stat.S_ISFIFO(found.st_mode) or (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+    # The file is checked before it is opened: opening a user's FIFO, or a device, may have effects.
+    target, launchers = os.stat(path), os.fstat(own_pipe)
+    if not stat.S_ISFIFO(target.st_mode) or (target.st_dev, target.st_ino) == (launchers.st_dev, launchers.st_ino):
         raise NotCapturedError("it does not capture its standard error")
     descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        os.write(descriptor, line.encode(errors="replace")[:LINE_LIMIT])
+        os.write(descriptor, line.encode(errors="replace")[:MAX_LINE])
     finally:
         os.close(descriptor)
 
 
 def _kernel_in(session: int, sockets: Collection[int]) -> int:
-    """The process in the session that has the sockets: not a wrapper around the kernel, nor a later fork."""
+    """The oldest process of the session that has the sockets: neither a wrapper of the kernel nor a fork of it."""
     wanted = {f"socket:[{inode}]" for inode in sockets}
     found = []
     for entry in os.listdir("/proc"):
@@ -50,7 +50,7 @@ def _kernel_in(session: int, sockets: Collection[int]) -> int:
             process_session, started = _session_and_start(entry)
             if process_session == session and wanted & _targets(entry):
                 found.append((started, int(entry)))
-        except OSError:  # it ended meanwhile, or is another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
     if not found:
         raise NotCapturedError("the process that listens on its channels was not found")
@@ -65,7 +65,7 @@ def _session_and_start(pid: str) -> tuple[int, int]:
 
 
 def _targets(pid: str) -> set[str]:
-    """What a process has open; what it closes meanwhile is left out."""
+    """The open files of a process; a file that it closes meanwhile is left out."""
     directory = f"/proc/{pid}/fd"
     found = set()
     for number in os.listdir(directory):

@@ -1,6 +1,9 @@
-"""Job steps that the server asks for: srun's, started here because the server cannot reach Slurm's commands.
+"""Job steps around the launcher: those that it starts for its server, and those of other users of the job.
 
-srun stays for as long as its step does. How a step ended is kept until a live link has carried it.
+A server that cannot run srun asks its launcher to start steps inside the job. srun runs for as long as its step. The
+launcher keeps the result of a step until the server has acknowledged it (STEP_ACK).
+
+A launcher without a server does not end a job in which other steps run; ``job_is_shared`` asks Slurm for them.
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ from typing import Any
 from gateway_slurm.link import steps, wire
 from launchers.reactor import Reactor
 
-TAIL_BYTES = 8192
-LISTED_LIMIT = 1024 * 1024
+MAX_STDERR = 8192  # bytes that are reported, of the end
+MAX_STDOUT = 1024 * 1024
+MAX_LISTINGS = 8  # squeue processes at a time
 SQUEUE_SECONDS = 20.0
-LISTINGS_LIMIT = 8
-# What of the environment Slurm's commands get: the launcher's own job step's variables would make a step like it.
-KEPT = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "KRB5CCNAME", "SLURM_CONF")
+# What Slurm's commands get of the environment. The variables of the launcher's own job step would change the new step.
+INHERITED_VARIABLES = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "KRB5CCNAME", "SLURM_CONF")
+# The steps that every batch job has.
+BATCH_STEPS = ("batch", "extern")
 
 
 class Command:
-    """One of Slurm's commands under way, with its input and output in files without names: nobody has to read."""
+    """A running Slurm command. Its input and output are unnamed files, so that it never waits for a reader."""
 
     def __init__(self, argv: list[str], env: dict[str, str], script: str = "") -> None:
         self.error = ""
@@ -56,7 +61,7 @@ class Command:
 
     @property
     def ended(self) -> bool:
-        """Whether it is over, or never began."""
+        """Whether the command has ended, or could not be started."""
         return self.process is None or self.process.poll() is not None
 
     def signal(self, number: int) -> None:
@@ -65,82 +70,13 @@ class Command:
                 os.killpg(self.process.pid, number)
 
     def result(self) -> tuple[int, str, str]:
-        """Exit status, output, and the end of its errors; to be called once, when it has ended."""
+        """Exit status, stdout and the end of stderr; the caller calls it once, after the end."""
         status = 127 if self.process is None else self.process.returncode
-        stderr = self.error or _tail(self._err, TAIL_BYTES)
-        stdout = _tail(self._out, LISTED_LIMIT)
+        stderr = self.error or _tail(self._err, MAX_STDERR)
+        stdout = _tail(self._out, MAX_STDOUT)
         self._out.close()
         self._err.close()
         return status, stdout, stderr
-
-
-class Steps:
-    """The steps of this launcher; ``say`` sends a message and returns whether there was a link for it."""
-
-    def __init__(self, reactor: Reactor, jobid: str, say: Callable[..., None]) -> None:
-        self._reactor, self._jobid, self._say = reactor, jobid, say
-        self._running: dict[str, Command] = {}
-        self._ended: dict[str, dict[str, Any]] = {}
-        self._listings: dict[str, Command] = {}
-        self._env = {name: os.environ[name] for name in KEPT if name in os.environ}
-
-    def start(self, fields: dict[str, Any]) -> None:
-        """Start a step; STEPPED follows when it is over. One that is not as it may be ends at once."""
-        try:
-            fields = steps.checked(fields)
-            step = fields["step"]
-            if step in self._running or step in self._ended:
-                return
-            if len(self._running) >= steps.STEPS_LIMIT:
-                raise wire.WireError(f"{len(self._running)} steps are under way, and no more are started")
-            command = Command(steps.srun_argv(self._jobid, fields), {**self._env, **fields["env"]}, fields["script"])
-        except wire.WireError as error:
-            self._say("STEPPED", step=str(fields.get("step"))[:64], status=2, stderr=f"refused: {error}")
-            return
-        self._running[step] = command
-        self.reaped()  # one that could not be run sends no SIGCHLD
-
-    def end(self, fields: dict[str, Any]) -> None:
-        """End a step: on SIGTERM srun has it killed at once; a SIGKILL of srun would leave it running."""
-        command = self._running.get(str(fields.get("step")))
-        if command is not None:
-            command.signal(signal.SIGTERM)
-
-    def listing(self, fields: dict[str, Any]) -> None:
-        """Ask Slurm which steps run in the job; STEP_LIST follows."""
-        asked = str(fields.get("asked"))[:64]
-        if asked in self._listings or len(self._listings) >= LISTINGS_LIMIT:
-            self._say("STEP_LIST", asked=asked, status=2, listed="", stderr="squeue is being asked already")
-            return
-        env = {**self._env, "LC_ALL": "C.UTF-8"}
-        command = self._listings[asked] = Command(steps.squeue_argv(self._jobid), env)
-        self._reactor.later(SQUEUE_SECONDS, lambda: command.signal(signal.SIGKILL))
-        self.reaped()
-
-    def reaped(self) -> None:
-        """SIGCHLD came: see what has ended, and say so."""
-        for step in [step for step, command in self._running.items() if command.ended]:
-            status, _out, stderr = self._running.pop(step).result()
-            # The server's next REPORT has it, if there is no link now.
-            self._ended[step] = {"step": step, "status": status, "stderr": stderr}
-            self._say("STEPPED", **self._ended[step])
-        for asked in [asked for asked, command in self._listings.items() if command.ended]:
-            status, listed, stderr = self._listings.pop(asked).result()
-            self._say("STEP_LIST", asked=asked, status=status, listed=listed, stderr=stderr)
-
-    def forget(self, fields: dict[str, Any]) -> None:
-        """The server has heard how a step ended."""
-        self._ended.pop(str(fields.get("step")), None)
-
-    def report(self) -> list[dict[str, Any]]:
-        """What the server needs to know of the steps, in REPORT; a status of None is one that runs."""
-        running = [{"step": step, "status": None, "stderr": ""} for step in self._running]
-        return running + list(self._ended.values())
-
-    def pids(self) -> set[int]:
-        """The processes that are this one's to collect."""
-        commands = [*self._running.values(), *self._listings.values()]
-        return {command.process.pid for command in commands if command.process is not None}
 
 
 def _tail(file: Any, size: int) -> str:
@@ -148,22 +84,88 @@ def _tail(file: Any, size: int) -> str:
     return os.pread(file.fileno(), size, max(0, end - size)).decode(errors="replace")
 
 
-# -- Whether others work in the job that this launcher holds: then its end would end what they do. --
+class Steps:
+    """The steps that this launcher runs; ``send`` sends a message, and does nothing while there is no link."""
+
+    def __init__(self, reactor: Reactor, jobid: str, send: Callable[..., None]) -> None:
+        self._reactor, self._jobid, self._send = reactor, jobid, send
+        self._running: dict[str, Command] = {}
+        self._ended: dict[str, dict[str, Any]] = {}
+        self._listings: dict[str, Command] = {}
+        self._env = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+
+    def start(self, fields: dict[str, Any]) -> None:
+        """Start a step; STEPPED follows at its end, or at once if the request is not allowed."""
+        try:
+            fields = steps.checked(fields)
+            step = fields["step"]
+            if step in self._running or step in self._ended:
+                return
+            if len(self._running) >= steps.MAX_STEPS:
+                raise wire.WireError(f"this launcher runs {len(self._running)} steps already, and starts no more")
+            command = Command(steps.srun_argv(self._jobid, fields), {**self._env, **fields["env"]}, fields["script"])
+        except wire.WireError as error:
+            self._send("STEPPED", step=str(fields.get("step"))[:64], status=2, stderr=f"refused: {error}")
+            return
+        self._running[step] = command
+        self.reaped()  # a command that could not be started causes no SIGCHLD
+
+    def end(self, fields: dict[str, Any]) -> None:
+        """End a step. On SIGTERM srun kills it at once; after a SIGKILL of srun the step would run on."""
+        command = self._running.get(str(fields.get("step")))
+        if command is not None:
+            command.signal(signal.SIGTERM)
+
+    def list_steps(self, fields: dict[str, Any]) -> None:
+        """Ask Slurm for the job's running steps; STEP_LIST follows."""
+        asked = str(fields.get("asked"))[:64]
+        if asked in self._listings or len(self._listings) >= MAX_LISTINGS:
+            self._send("STEP_LIST", asked=asked, status=2, listed="", stderr="squeue is running already")
+            return
+        env = {**self._env, "LC_ALL": "C.UTF-8"}
+        command = self._listings[asked] = Command(steps.squeue_argv(self._jobid), env)
+        self._reactor.later(SQUEUE_SECONDS, lambda: command.signal(signal.SIGKILL))
+        self.reaped()
+
+    def reaped(self) -> None:
+        """Report the commands that have ended; called after SIGCHLD."""
+        for step in [step for step, command in self._running.items() if command.ended]:
+            status, _out, stderr = self._running.pop(step).result()
+            # Without a link the message is dropped; the next REPORT holds the result.
+            self._ended[step] = {"step": step, "status": status, "stderr": stderr}
+            self._send("STEPPED", **self._ended[step])
+        for asked in [asked for asked, command in self._listings.items() if command.ended]:
+            status, listed, stderr = self._listings.pop(asked).result()
+            self._send("STEP_LIST", asked=asked, status=status, listed=listed, stderr=stderr)
+
+    def acknowledged(self, fields: dict[str, Any]) -> None:
+        """The server knows how the step ended."""
+        self._ended.pop(str(fields.get("step")), None)
+
+    def report(self) -> list[dict[str, Any]]:
+        """The steps as REPORT lists them; a running step has the status None."""
+        running = [{"step": step, "status": None, "stderr": ""} for step in self._running]
+        return running + list(self._ended.values())
+
+    def pids(self) -> set[int]:
+        """The processes that this object collects."""
+        commands = [*self._running.values(), *self._listings.values()]
+        return {command.process.pid for command in commands if command.process is not None}
 
 
-TIMEOUT = 20.0
-# The steps that every batch job has.
-OWN_STEPS = ("batch", "extern")
+# -- Steps of other users of the job --
 
 
 def job_is_shared(jobid: str) -> bool | None:
-    """Whether a job step runs beside the job's own; None while Slurm does not say."""
+    """Whether a job step runs beside the job's own ones; None if Slurm gives no answer."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
         argv = steps.squeue_argv(jobid, "%i")
-        done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, env=env, text=True, timeout=TIMEOUT)
+        done = subprocess.run(
+            argv, capture_output=True, stdin=subprocess.DEVNULL, env=env, text=True, timeout=SQUEUE_SECONDS
+        )
     except FileNotFoundError:
-        print("launcher: this node has no squeue: whether others work in the job is not known", file=sys.stderr)
+        print("launcher: this node has no squeue: other steps of the job cannot be seen", file=sys.stderr)
         return False
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
@@ -171,6 +173,6 @@ def job_is_shared(jobid: str) -> bool | None:
 
 
 def lists_foreign_steps(jobid: str, listed: str) -> bool:
-    """Read squeue's answer, one step a line: ``12.batch`` is the job's own, ``12.0`` somebody's."""
+    """Read squeue's output, one step a line: ``12.batch`` is the job's own step, ``12.0`` is another one."""
     found = re.findall(r"^\s*([0-9]+)\.(\S+)\s*$", listed, re.MULTILINE)
-    return any(job == jobid and step not in OWN_STEPS for job, step in found)
+    return any(job == jobid and step not in BATCH_STEPS for job, step in found)

@@ -1,6 +1,6 @@
-"""The launcher's end of the tunnel: one local socket a stream, between the link and a kernel's channel.
+"""The launcher's end of the tunnel: one local socket for each stream, between the link and a channel of a kernel.
 
-Streams belong to one server process, not to one link: they wait without one, and go on with the next.
+Streams belong to one server process, not to one link: without a link they wait, and continue on the next one.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ class Stream:
 
 
 class Tunnel:
-    """All streams of this launcher."""
+    """All tunnel streams of this launcher."""
 
     def __init__(self, reactor: Reactor, uplink: Uplink, find_kernel: Callable[[str], Kernel | None]) -> None:
         self._reactor, self._uplink, self._find_kernel = reactor, uplink, find_kernel
         self._streams: dict[int, Stream] = {}
-        # Kept output that is being read: one stream a kernel, which gets more as the link takes it.
+        # The streams on which a server reads kept output, at most one for each kernel.
         self._output_readings: dict[int, tuple[str, Iterator[bytes]]] = {}
-        self._session = ""  # the server's, whose streams these are
-        self._opened = 0  # the last number it opened
+        self._session = ""  # of the server process that opened the streams
+        self._opened = 0  # the last stream number that it opened
 
     def is_same_server(self, welcome: dict[str, Any]) -> bool:
-        """Whether it is the server process of the last link."""
+        """Whether this is the server process of the last link."""
         return bool(welcome["session"] == self._session)
 
     def link_up(self, welcome: dict[str, Any]) -> dict[str, Any]:
-        """Go on with the streams of this server; return what REPORT says of them.
+        """Continue the streams of this server; return the fields of REPORT that describe them.
 
-        Another server process knows none of ours. One that a client has left meanwhile is closed, and
-        one that is closed here already is told so.
+        Another server process knows none of the streams, so they are dropped. A stream whose client has gone is closed;
+        for a stream that is closed here already the server gets a CLOSE.
         """
         if not self.is_same_server(welcome):
             self._session, self._opened = welcome["session"], 0
@@ -57,7 +57,7 @@ class Tunnel:
         return report
 
     def open(self, number: int, payload: bytes) -> None:
-        """A client connected at the far end: connect to the kernel's channel here."""
+        """A client connected at the server: connect to the kernel's channel here."""
         self._opened = number
         kernel_id, _nul, channel = payload.partition(b"\0")
         kernel = self._find_kernel(kernel_id.decode(errors="replace"))
@@ -70,7 +70,7 @@ class Tunnel:
                 raise ConnectionRefusedError("no such channel")
             stream = Stream(number, kernel.connect(channel.decode()))
         except OSError:
-            # The far end closes its side, and its client tries again, as with any connection refused.
+            # The server closes the client's connection, and the client tries again, as after any refused connection.
             self._uplink.outbox.close(number)
             self._uplink.flush()
             return
@@ -85,7 +85,7 @@ class Tunnel:
         self._read_kept(number)
 
     def _read_kept(self, number: int) -> None:
-        """The next pieces, as many as the link is to have waiting."""
+        """Queue the next pieces, until flow.BACKLOG bytes wait for the link."""
         while number in self._output_readings and self._uplink.outbox.waiting(number) < flow.BACKLOG:
             piece = next(self._output_readings[number][1], None)
             if piece is None:
@@ -114,7 +114,7 @@ class Tunnel:
         self._uplink.outbox.credit(number, flow.credit_of(payload))
 
     def close(self, number: int) -> None:
-        """The client went: what it sent still goes to the kernel, then the socket closes."""
+        """The client has gone: its data still goes to the kernel, then the socket closes."""
         self._uplink.outbox.closed(number)
         self._finish(number)
 
@@ -132,7 +132,7 @@ class Tunnel:
         self._uplink.outbox.forget_streams()
 
     def read_on(self) -> None:
-        """The link took data, or went, when more may wait for it: read on where reading had stopped."""
+        """The link took data, or it broke and more data may wait: resume reading from paused sockets."""
         for stream in self._streams.values():
             if not stream.wanted & READ:
                 self._update(stream)
@@ -189,7 +189,7 @@ class Tunnel:
             self._reactor.watch(stream.sock, wanted, lambda events: self._on_ready(stream, events))
 
     def _end(self, stream: Stream) -> None:
-        """The kernel's side closed: what it sent goes first, then CLOSE."""
+        """The kernel closed the connection: CLOSE follows the data that is queued."""
         self._drop(stream)
         self._uplink.outbox.close(stream.number)
         self._uplink.flush()

@@ -1,10 +1,12 @@
-"""The launcher's end of the link: dial, prove who we are, carry frames, dial again.
+"""The launcher's end of the link: dial, authenticate, carry frames, dial again.
 
-Addresses are tried in rounds (dialling); between rounds the wait grows, with jitter, and is reset when the link
-is LIVE. Each server tells the addresses of the others that may take over; all are kept, the newest first.
-A server whose taking over of this launcher is older than the newest it has seen is refused: it slept
-through its lease. Messages that wait when a link breaks are dropped: REPORT tells the server the state of
-every kernel on the next link. Tunnel streams wait in the outbox and go on where they were.
+The launcher tries its addresses in rounds (``dial``). The wait between rounds grows, with jitter, and is reset when the
+link is live. Each server names the addresses of the other servers that may take over; the launcher keeps all, the
+newest first. Every takeover of this launcher has a number (epoch). The launcher refuses a server with a lower epoch
+than the highest it has seen: that server slept through its lease.
+
+Messages that wait when a link breaks are dropped: on the next link REPORT gives the server the state of every kernel.
+Tunnel streams wait in the outbox and continue where they were.
 """
 
 from __future__ import annotations
@@ -18,25 +20,25 @@ from typing import Any
 
 from gateway_slurm.link import endpoints, flow, wire
 from launchers.dial import Address, Round
-from launchers.reactor import READ, WRITE, Reactor, Timer
+from launchers.reactor import READ, WRITE, Backoff, Reactor, Timer
 
-FIRST_PAUSE = 0.05
-# For the first minute without a link, in which a server that was restarted is back, one dials often: at most
-# this pause (s) between rounds, and this wait for a server that says nothing. Later the second of each.
-SOON = 60.0
-LONGEST_PAUSES = 1.0, 3.0
+RETRY_DELAY = 0.05  # seconds
+# In the first minute without a link, in which a restarted server is back, the launcher dials often. Seconds of the
+# longest wait between rounds, and of the handshake: the first value in that minute, the second one later.
+FIRST_MINUTE = 60.0
+MAX_RETRY_DELAYS = 1.0, 3.0
 HANDSHAKE_TIMEOUTS = 3.0, 10.0
-# Addresses that are kept; those told first stay.
-ADDRESS_LIMIT = 32
-# Characters of what HELLO says of those that did not work, in all and of each: the frame is a small one.
-TOLD_IN_ALL, TOLD_OF_EACH = 2000, 100
-# Sealed bytes that may wait for the socket; what comes after stays in the outbox, where order is chosen.
+# The newest addresses stay.
+MAX_ADDRESSES = 32
+# Characters about failed addresses in HELLO, in total and for each: HELLO must fit a small frame.
+MAX_FAILURES, MAX_FAILURE = 2000, 100
+# Sealed bytes that may wait for the socket; the rest stays in the outbox, which chooses the order.
 SOCKET_BACKLOG = 512 * 1024
 READ_SIZE = 256 * 1024
 
 
 class Uplink:
-    """One launcher's link to its server; ``on_message(name, payload)`` gets what comes down."""
+    """One launcher's link to its server; ``on_message(name, payload)`` gets each message of the server."""
 
     def __init__(
         self,
@@ -54,15 +56,15 @@ class Uplink:
         self._reactor = reactor
         self._id, self._jobid, self.token = launcher_id, jobid, token
         self._addresses = addresses
-        self._left: list[Address] = []  # of this round, when one that answered turns out to be none of ours
+        self._untried: list[Address] = []  # of this round: the next ones if the server that answered is not ours
         self._dialled: Address | None = None
         self._round: Round | None = None
-        self._in_vain: dict[Address, str] = {}  # since the last link: addresses that did not work, and why
-        self._epoch = 0  # the highest that a server has said
-        self._waiting = False  # dropped, and the next dial is planned
+        self._failures: dict[Address, str] = {}  # since the last link: address -> why it did not work
+        self._epoch = 0  # the highest epoch of a server
+        self._waiting = False  # the link was dropped, and the next dial is planned
         self._hello = hello
         self._on_message, self._on_down, self._on_writable = on_message, on_down, on_writable
-        self._pause = FIRST_PAUSE
+        self._retry = Backoff(RETRY_DELAY, MAX_RETRY_DELAYS[0])
         self._due = False
         reactor.before_wait = self._flush_if_due
         self._socket: socket.socket | None = None
@@ -83,33 +85,33 @@ class Uplink:
     # -- dialling ---------------------------------------------------------------------------
 
     def dial(self) -> None:
-        """Try the addresses that are left of this round, or all of them."""
+        """Dial the untried addresses of this round, or all addresses."""
         self._waiting = False
         self._clear()
-        self._in_vain = {where: why for where, why in self._in_vain.items() if where in self._addresses}
+        self._failures = {address: why for address, why in self._failures.items() if address in self._addresses}
         self._round = Round(
             self._reactor,
-            self._left or self._addresses,
+            self._untried or self._addresses,
             connected=self._on_connected,
             failed=self._on_failed,
-            told=self._on_told,
+            address_failed=self._on_address_failed,
         )
 
     @property
     def _is_long(self) -> bool:
-        return time.monotonic() - self.last_live > SOON
+        return time.monotonic() - self.last_live > FIRST_MINUTE
 
-    def _on_told(self, address: Address, why: str) -> None:
-        self._in_vain[address] = why
-        print(f"link: {endpoints.format_endpoint(*address)}: {why}", file=sys.stderr, flush=True)
+    def _on_address_failed(self, address: Address, reason: str) -> None:
+        self._failures[address] = reason
+        print(f"link: {endpoints.format_endpoint(*address)}: {reason}", file=sys.stderr, flush=True)
 
     def _on_failed(self) -> None:
-        self._left = []
+        self._untried = []
         self.drop("no address could be reached")
 
-    def _on_connected(self, address: Address, sock: socket.socket, left: list[Address]) -> None:
+    def _on_connected(self, address: Address, sock: socket.socket, untried: list[Address]) -> None:
         self._round = None
-        self._socket, self._dialled, self._left = sock, address, left
+        self._socket, self._dialled, self._untried = sock, address, untried
         self._set_deadline(HANDSHAKE_TIMEOUTS[self._is_long], self._on_silence)
         self._reactor.watch(self._socket, READ, self._on_ready)
 
@@ -119,14 +121,14 @@ class Uplink:
         self._deadline = self._reactor.later(seconds, action)
 
     def _on_silence(self) -> None:
-        """A server that hangs takes connections and says nothing: its other addresses, of the same port, wait."""
+        """The server accepts connections and sends nothing: it hangs. Skip its other addresses (same port)."""
         assert self._dialled is not None
         port = self._dialled[1]
-        self._left = [each for each in self._left if each[1] != port] or self._left
+        self._untried = [address for address in self._untried if address[1] != port] or self._untried
         self.drop("the server did not finish the handshake")
 
     def drop(self, reason: str) -> None:
-        """Close this connection and dial again after a pause; once dropped, a second reason changes nothing."""
+        """Close this connection and dial again after a pause; a second call before that changes nothing."""
         if self._waiting:
             return
         self._waiting = True
@@ -138,12 +140,12 @@ class Uplink:
             self.last_live = time.monotonic()
             self._on_down()
         elif was_dialled is not None:
-            self._in_vain[was_dialled] = reason
-        # All addresses of a round follow one another at once; the pause is between rounds.
+            self._failures[was_dialled] = reason
+        # The pause is between rounds; within a round the next address follows at once.
         pause = 0.0
-        if not self._left:
-            pause = self._pause * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
-            self._pause = min(self._pause * 2, LONGEST_PAUSES[self._is_long])
+        if not self._untried:
+            self._retry.longest = MAX_RETRY_DELAYS[self._is_long]
+            pause = self._retry.next() * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
         self._reactor.later(pause, self.dial)
 
     def close(self) -> None:
@@ -159,9 +161,9 @@ class Uplink:
             self._socket = None
 
     def welcome(self, fields: dict[str, Any]) -> bool:
-        """The server knows us: the link is LIVE, and the token it sent is the one from now on.
+        """WELCOME came: the link is live, and its token is valid from now on.
 
-        False, and the link dropped, when another server has taken us over since it did.
+        Returns False, and drops the link, if another server has taken this launcher over in the meantime.
         """
         if not self._is_newest(fields):
             return False
@@ -169,46 +171,47 @@ class Uplink:
             self._deadline.cancel()
         self.token = bytes.fromhex(fields["token"])
         self.live = True
-        self._in_vain.clear()
-        self._pause = FIRST_PAUSE
+        self._failures.clear()
+        self._retry.reset()
         self.learn(fields)
         return True
 
     def redirected(self, fields: dict[str, Any]) -> None:
-        """Another server has taken us over: dial there next."""
+        """REDIRECT came: another server has taken this launcher over, and is dialled next."""
         if not self._is_newest(fields):
             return
         self._keep_addresses(_endpoints(fields))
-        self._left = []
+        self._untried = []
         self.drop("the server says that another one has taken over")
 
     def _is_newest(self, fields: dict[str, Any]) -> bool:
         epoch = int(fields.get("epoch", 0))
         if epoch < self._epoch:
-            self.drop(f"refused: the server has epoch {epoch}, and one with {self._epoch} has taken over since")
+            self.drop(f"refused: the server has epoch {epoch}, and another one has taken over with {self._epoch}")
             return False
         self._epoch = epoch
         return True
 
     def learn(self, fields: dict[str, Any]) -> None:
-        """Keep the addresses that WELCOME and HEARTBEAT tell, behind the one that works."""
-        told = _endpoints(fields)
+        """Keep the addresses in WELCOME and HEARTBEAT, after the one that works."""
         if self.live and self._dialled:
-            self._keep_addresses([self._dialled, *told])
-            self._left = []
+            self._keep_addresses([self._dialled, *_endpoints(fields)])
+            self._untried = []
 
     def _keep_addresses(self, first: list[Address]) -> None:
-        self._addresses = list(dict.fromkeys([*first, *self._addresses]))[:ADDRESS_LIMIT]
+        self._addresses = list(dict.fromkeys([*first, *self._addresses]))[:MAX_ADDRESSES]
 
     def dialled(self) -> dict[str, Any]:
-        """For the server: the address that worked, and those that did not since the last link, with the reasons."""
+        """For HELLO: the address that worked, and the failures since the last link."""
         assert self._dialled is not None
-        told: list[list[str]] = []
-        for where, why in self._in_vain.items():
-            one = [endpoints.format_endpoint(*where), why[:TOLD_OF_EACH]]
-            if where != self._dialled and sum(map(len, sum(told, one))) < TOLD_IN_ALL:
-                told.append(one)
-        return {"reached": endpoints.format_endpoint(*self._dialled), "in_vain": told}
+        failures: list[list[str]] = []
+        size = 0
+        for address, reason in self._failures.items():
+            failure = [endpoints.format_endpoint(*address), reason[:MAX_FAILURE]]
+            if address != self._dialled and size + sum(map(len, failure)) < MAX_FAILURES:
+                failures.append(failure)
+                size += sum(map(len, failure))
+        return {"reached": endpoints.format_endpoint(*self._dialled), "in_vain": failures}
 
     def local_ip(self) -> str:
         """The node's own address on the way to the server."""
@@ -250,11 +253,11 @@ class Uplink:
             self._greet(wire.parse_preamble(self._early[: wire.PREAMBLE_BYTES]))
             data = self._early[wire.PREAMBLE_BYTES :]
         for sealed in self._reader.feed(data):
-            if self._unseal is None:  # a message before it dropped the link
+            if self._unseal is None:  # an earlier message of this read dropped the link
                 return
             for body in wire.unpack(self._unseal(sealed)):
                 name, payload = wire.decode(body, wire.DOWN)
-                # Nothing is done for a server that was refused, or that has not let us in.
+                # Before WELCOME, and after a refusal, the server's other messages are ignored.
                 if self.live or name in ("WELCOME", "REDIRECT"):
                     self._on_message(name, payload)
 
@@ -277,18 +280,18 @@ class Uplink:
         raise SystemExit(3)
 
     def _send_all(self, data: bytes) -> None:
-        # A few hundred bytes into the empty buffer of a new connection: it does not block.
+        # A few hundred bytes fit the empty buffer of a new connection: this does not block.
         assert self._socket is not None
         self._socket.sendall(data)
 
     def send(self, name: str, **fields: Any) -> None:
-        """Queue a message; without a live link it is dropped (REPORT makes up for it)."""
+        """Queue a message; without a live link it is dropped (the next REPORT has the same information)."""
         if self.live:
             self.outbox.message(wire.encode(name, **fields))
             self.flush()
 
     def flush(self) -> None:
-        """Send soon: together with what else is queued until the reactor waits again."""
+        """Send soon, together with everything that is queued before the reactor waits again."""
         self._due = True
 
     def _flush_if_due(self) -> None:
@@ -337,7 +340,7 @@ class Uplink:
 
 
 def _endpoints(fields: dict[str, Any]) -> list[Address]:
-    """The addresses in a message; what is none is left out."""
-    told = fields.get("addresses")
-    texts = [text for text in told if isinstance(text, str)] if isinstance(told, list) else []
-    return [endpoint for endpoint in map(endpoints.parse_endpoint, texts[:ADDRESS_LIMIT]) if endpoint]
+    """The valid addresses in a message."""
+    given = fields.get("addresses")
+    texts = [text for text in given if isinstance(text, str)] if isinstance(given, list) else []
+    return [endpoint for endpoint in map(endpoints.parse_endpoint, texts[:MAX_ADDRESSES]) if endpoint]

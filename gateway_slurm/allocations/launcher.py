@@ -158,7 +158,7 @@ class LauncherSteps:
     def reported(self, reports: list[dict[str, Any]]) -> None:
         """Take REPORT's steps. Steps that it does not name were lost with an earlier link."""
         # An honest launcher has fewer: 256 that run, and those that have ended since the last link.
-        for fields in reports[: 4 * steps.STEPS_LIMIT]:
+        for fields in reports[: 4 * steps.MAX_STEPS]:
             if fields.get("status") is not None:
                 self._ended(fields)
         for step in self._doubtful - {str(fields.get("step")) for fields in reports}:

@@ -1,1 +1,1 @@
-"""Carry messages and bytes between the server and launchers, authenticated and encrypted. Knows no Slurm."""
+"""Carry messages and bytes between the server and its launchers, authenticated and encrypted."""

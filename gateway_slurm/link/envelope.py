@@ -1,13 +1,12 @@
-"""The encrypted envelope of a link: HPKE in PSK mode (RFC 9180). One source for both ends.
+"""The encryption of a link: HPKE in PSK mode (RFC 9180). Both ends use this file.
 
-Suite: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM. The server makes a receiver key for
-each connection; the launcher encapsulates to it with its launch token as PSK. Both sides are so
-authenticated by the token, an opening replayed on another connection cannot be opened, and old
-traffic stays sealed when a token leaks later.
+Suite: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM. The server makes a receiver key for each connection; the
+launcher encapsulates to it, with its launch token as PSK. So the token authenticates both sides, an opening that is
+replayed on another connection cannot be opened, and recorded traffic stays sealed if a token leaks later.
 
-Launcher to server frames are sealed by the HPKE context. Server to launcher frames are AES-256-GCM
-with counter nonces under a key that the launcher draws and sends inside the sealed hello
-(``export`` of the context would do as well; pycryptodome has it only since 4.0).
+The HPKE context seals frames from launcher to server. Frames from server to launcher are AES-256-GCM with counter
+nonces, under a key that the launcher draws and sends inside the sealed hello (``export`` of the context would also do,
+but pycryptodome has it only since 4.0).
 
 Needs pycryptodome >= 3.23.
 """
@@ -32,7 +31,7 @@ _SUITE = HPKE.AEAD.AES256_GCM
 
 
 class _CounterGcm:
-    """AES-256-GCM frames in order, the nonce being their count (SP 800-38D, 8.2.1)."""
+    """AES-256-GCM frames in order; the nonce is their count (SP 800-38D, 8.2.1)."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -54,28 +53,28 @@ class _CounterGcm:
 
 
 def checked(unseal: Sealing) -> Sealing:
-    """``unseal`` with every failure of the cipher as WireError: the frame is not the peer's."""
+    """``unseal`` that raises WireError for every failure of the cipher: the frame does not come from the peer."""
 
     def unseal_or_refuse(sealed: bytes) -> bytes:
         try:
             return unseal(sealed)
         except ValueError as error:
-            raise wire.WireError("a frame that the link's key does not open") from error
+            raise wire.WireError("the link's key does not open a frame") from error
 
     return unseal_or_refuse
 
 
 class ReceiverKey:
-    """The server's key of one connection."""
+    """The server's key for one connection."""
 
     def __init__(self) -> None:
         self._key = ECC.generate(curve="Curve25519")
         self.public: bytes = self._key.public_key().export_key(format="raw")
 
     def open_hello(self, opening: wire.Opening, tokens: Sequence[bytes]) -> tuple[dict[str, Any], Sealing, Sealing]:
-        """Return hello, seal and unseal of this link; raise WireError when no token opens it.
+        """Return hello, seal and unseal of this link; raise WireError if no token opens the hello.
 
-        ``tokens`` are those valid now: two while a replacement is not acknowledged.
+        ``tokens`` are the valid ones: two, until the launcher has confirmed the successor.
         """
         enc, sealed = opening.proof[: wire.KEY_BYTES], opening.proof[wire.KEY_BYTES :]
         info = wire.binding(opening.jobid, opening.launcher_id, self.public)
@@ -94,13 +93,13 @@ class ReceiverKey:
                 continue
             if len(down_key) == wire.KEY_BYTES:
                 return hello, _CounterGcm(down_key).seal, checked(context.unseal)
-        raise wire.WireError("a HELLO that none of the launcher's tokens opens")
+        raise wire.WireError("none of the launcher's tokens opens its HELLO")
 
 
 def seal_hello(
     public_key: bytes, token: bytes, launcher_id: str, jobid: str, hello: dict[str, Any]
 ) -> tuple[wire.Opening, Sealing, Sealing]:
-    """The launcher's side: return the opening to send, seal and unseal of this link."""
+    """The launcher's side: return the opening to send, and seal and unseal of this link."""
     context = HPKE.new(
         receiver_key=import_x25519_public_key(public_key),
         aead_id=_SUITE,

@@ -1,13 +1,11 @@
-"""What waits to go over a link, in the order in which it should go. One source for both ends.
+"""The outbox of a link: what waits to be sent, in its order. Both ends use this file.
 
-Messages go before tunnel data; tunnel streams take turns, each within the credit that its far end
-gave. So a full iopub delays neither an interrupt nor a heartbeat, and a slow reader fills at most
-one window at either end.
+Messages go before tunnel data. Tunnel streams take turns, each within the credit that the far end gave. So a full iopub
+delays neither an interrupt nor a heartbeat, and a slow reader fills at most one window at either end.
 
-Messages go with their link. Streams outlive it: what was sent is kept until the far end has taken
-it, and on the next link of the same launcher and server each end tells how many bytes of each
-stream it has received, from where the other goes on. Pure: no I/O. Standard library only,
-Python >= 3.9.
+Messages are lost with their link. Streams outlive it: sent data is kept until the far end has taken it. On the next
+link between the same launcher and server each end reports how many bytes of each stream it has received, and the other
+end continues from there. Pure: no I/O. Standard library only, Python >= 3.9.
 """
 
 from __future__ import annotations
@@ -18,61 +16,61 @@ from typing import Any
 
 from gateway_slurm.link import wire
 
-# Bytes a stream may send before its far end has taken them; as many are kept, to be sent again.
+# Bytes that a stream may send before its far end has taken them. As many are kept, because they may be sent again.
 WINDOW = 1024 * 1024
-# The far end gives credit back in steps of this many bytes.
+# Bytes after which the far end returns credit.
 CREDIT_STEP = WINDOW // 4
-# Bytes a stream may hold here before its local socket is read no further.
+# Bytes that may wait in a stream before reading from its local socket stops.
 BACKLOG = 256 * 1024
-# Bytes that all streams of a launcher may hold together. A kernel does not wait for readers, it drops
-# what it publishes once 1000 messages wait: this is 20 s without a link of a cell that prints 3 MB/s, or
-# 100 000 lines that are printed faster than a frontend reads, in memory that the job pays for.
+# Bytes that may wait in all streams of a launcher together. A kernel does not wait for readers: it drops messages once
+# 1000 of them wait. This limit covers 20 s without a link for a cell that prints 3 MB/s, or 100 000 lines that are
+# printed faster than a frontend reads them. The memory counts for the job.
 NODE_BACKLOG = 64 * 1024 * 1024
-# Streams that ended here and whose far end has not said that it knows: so many are kept, with so many
-# bytes in all. An honest far end says so at once; without a link only those are kept that it knew.
-CLOSING_STREAMS, CLOSING_BYTES = 1024, NODE_BACKLOG
-# Bytes of one DATA frame: large enough for the cipher to be fast, small enough to take turns.
+# Streams that are closed here and not yet confirmed by the far end: the number that is kept, and their bytes in total.
+# An honest far end confirms at once; without a link only streams that it knew are kept.
+MAX_CLOSING_STREAMS, MAX_CLOSING_BYTES = 1024, NODE_BACKLOG
+# Bytes of one DATA message: many enough for a fast cipher, few enough to take turns.
 CHUNK = 128 * 1024
 
 
 class ReceiveWindow:
-    """What came on one stream, and how much more may; positions count from the stream's start."""
+    """The bytes received on one stream, and the credit for more; positions count from the stream's start."""
 
     def __init__(self) -> None:
         self.received = 0
         self.taken = 0  # by our local socket
-        self.told = 0  # of these, what the far end knows of
+        self.reported = 0  # of these, the bytes that the far end knows of
 
     def arrived(self, count: int) -> None:
-        """Raise WireError when the far end sends more than its credit."""
+        """Raise WireError if the far end sends more than its credit."""
         self.received += count
-        if self.received - self.told > WINDOW:
+        if self.received - self.reported > WINDOW:
             raise wire.WireError("a stream sent more than its credit")
 
     def took(self, count: int) -> None:
         self.taken += count
 
-    def tell(self) -> int:
-        """What was taken since this was asked last; the far end is told."""
-        untold, self.told = self.taken - self.told, self.taken
-        return untold
+    def take_unreported(self) -> int:
+        """The bytes taken since the last call; the caller reports them to the far end."""
+        unreported, self.reported = self.taken - self.reported, self.taken
+        return unreported
 
 
 class _Sending:
-    """What goes to the far end on one stream; positions count from the stream's start."""
+    """The data for the far end on one stream; positions count from the stream's start."""
 
     def __init__(self) -> None:
         self.waiting: deque[bytes] = deque()
-        self.size = 0  # of what waits
+        self.size = 0  # bytes in ``waiting``
         self.sent = 0
         self.taken = 0  # by the far end
-        # Sent and not known to be received: a link that breaks may lose it.
+        # Sent, and perhaps not received: a broken link may have lost it.
         self._kept: deque[bytes] = deque()
         self._kept_from = 0
 
     @property
     def held(self) -> int:
-        """The most bytes that it has in memory, to a chunk."""
+        """The bytes in memory at most, to within a chunk."""
         return self.size + self.sent - self.taken
 
     @property
@@ -85,7 +83,7 @@ class _Sending:
         self.size += len(data)
 
     def next(self) -> bytes:
-        """The next chunk that goes; there must be one, and credit."""
+        """The next chunk to send; the caller checks that there is one, and credit."""
         chunk = self.waiting.popleft()
         if len(chunk) > self.credit:
             self.waiting.appendleft(chunk[self.credit :])
@@ -97,14 +95,14 @@ class _Sending:
 
     def took(self, count: int) -> None:
         self.taken = min(self.taken + count, self.sent)
-        self._let_go(self.taken)
+        self._discard_upto(self.taken)
 
     def rewind(self, received: int, taken: int) -> bool:
-        """Go on from what the far end has received; False, and nothing done, when it cannot have that."""
+        """Continue from the far end's positions; return False, and change nothing, if they are impossible."""
         possible = max(self.taken, self._kept_from) <= received <= self.sent
         if not possible or not max(self.taken, received - WINDOW) <= taken <= received:
             return False
-        self._let_go(received)
+        self._discard_upto(received)
         if self._kept:
             self._kept[0] = self._kept[0][received - self._kept_from :]
         self.size += sum(map(len, self._kept))
@@ -114,16 +112,16 @@ class _Sending:
         self.taken = taken
         return True
 
-    def _let_go(self, position: int) -> None:
+    def _discard_upto(self, position: int) -> None:
         while self._kept and self._kept_from + len(self._kept[0]) <= position:
             self._kept_from += len(self._kept.popleft())
 
 
 class _Stream:
-    """A stream at this end, from OPEN until both ends have said CLOSE."""
+    """A stream at this end, from OPEN until both ends have sent CLOSE."""
 
     def __init__(self, opening: bytes | None) -> None:
-        self.opening = opening  # what our OPEN says; None where the far end opened it
+        self.opening = opening  # the payload of this end's OPEN; None if the far end opened the stream
         self.opened = opening is None
         self.sending = _Sending()
         self.window = ReceiveWindow()
@@ -131,20 +129,20 @@ class _Stream:
         self.close_sent = False
         self.queued = False
 
-    def go_on(self, told: Any, *, opening_lost: bool) -> bool:
-        """Go on from the positions that the far end told; False when the stream is over."""
+    def resume(self, positions: Any, *, opening_lost: bool) -> bool:
+        """Continue from the far end's positions; return False if the stream has ended."""
         if opening_lost and self.closing:
-            return False  # the far end never heard of it, and need not now
+            return False  # the far end does not know the stream, and need not know it
         if opening_lost:
-            self.opened, told = False, [0, 0]
-        if not isinstance(told, list) or [type(count) for count in told] != [int, int]:
+            self.opened, positions = False, [0, 0]
+        if not isinstance(positions, list) or [type(count) for count in positions] != [int, int]:
             return False
         self.close_sent = self.queued = False
-        return self.sending.rewind(*told)
+        return self.sending.rewind(*positions)
 
 
 class Outbox:
-    """What waits for the link. ``shared_backlog``: bytes that may wait in all, where BACKLOG each is too little."""
+    """What waits for the link. Streams may exceed BACKLOG as long as all together hold less than ``shared_backlog``."""
 
     def __init__(self, shared_backlog: int = 0) -> None:
         self._messages: deque[bytes] = deque()
@@ -153,68 +151,68 @@ class Outbox:
         self._unopened: deque[int] = deque()
         self._ready: deque[int] = deque()
         self._shared_backlog = shared_backlog
-        # Whether the far end of this link was told our positions, and whether it told its own.
-        self._told = self._flowing = True
+        # Whether this end has reported its positions on this link, and whether the far end has.
+        self._reported = self._flowing = True
 
     # -- links come and go ------------------------------------------------------------------
 
     def hold(self) -> None:
-        """The link is gone, and its messages with it; streams wait for the next one's ``resume``."""
+        """The link is gone, and its messages with it; the streams wait for ``resume`` on the next link."""
         self._messages.clear()
         self.messages_size = 0
-        self._told = self._flowing = False
+        self._reported = self._flowing = False
 
     def positions(self) -> dict[str, list[int]]:
-        """For the far end's ``resume``: how many bytes of each stream have come here and were taken."""
-        self._told = True
+        """For the far end's ``resume``: the bytes of each stream that were received and taken here."""
+        self._reported = True
         for stream in self._streams.values():
-            stream.window.tell()
+            stream.window.take_unreported()
         return {str(number): [s.window.received, s.window.taken] for number, s in self._streams.items()}
 
     def resume(self, positions: Any, last_opened: Any = 0) -> list[int]:
-        """Go on from the far end's positions, which nobody has checked; return the streams that are over.
+        """Continue from the far end's positions, which are not trusted; return the streams that have ended.
 
-        Streams of ours after ``last_opened`` are opened again. What the far end does not know else is
-        over, and what it cannot have is closed there, too.
+        Streams that this end opened after ``last_opened`` are opened again. Other streams that the far end does not
+        know have ended. A stream with impossible positions has ended, too, and is closed at the far end.
         """
         if self._flowing:
             return []
-        told = positions if isinstance(positions, dict) else {}
-        over = []
+        reported = positions if isinstance(positions, dict) else {}
+        ended = []
         for number, stream in self._streams.items():
-            known = told.get(str(number))
+            known = reported.get(str(number))
             lost = known is None and stream.opening is not None and _is_before(last_opened, number)
-            if not stream.go_on(known, opening_lost=lost):
-                over.append(number)
+            if not stream.resume(known, opening_lost=lost):
+                ended.append(number)
                 if known is not None:
                     self.message(wire.encode_stream("CLOSE", number))
-        for number in over:
+        for number in ended:
             del self._streams[number]
         self._unopened = deque(sorted(number for number, stream in self._streams.items() if not stream.opened))
         self._ready = deque()
         self._flowing = True
         for number, stream in self._streams.items():
             self._queue(number, stream)
-        return over
+        return ended
 
     # -- messages and streams ---------------------------------------------------------------
 
     def message(self, body: bytes) -> None:
-        """Queue a message ahead of all data; how many is the caller's to bound, by ``messages_size``."""
+        """Queue a message ahead of all data; the caller limits the number by ``messages_size``."""
         self._messages.append(body)
         self.messages_size += len(body)
 
     def open(self, number: int, opening: bytes | None = None) -> None:
-        """Know a stream from now on, others are ignored; with ``opening``, the far end is told to open it.
+        """Add a stream; data of unknown streams is ignored. With ``opening``, send OPEN with this payload.
 
-        Numbers of streams that are opened here must grow.
+        The numbers of streams that this end opens must grow.
         """
         self._streams[number] = _Stream(opening)
         if opening is not None:
             self._unopened.append(number)
 
     def data(self, number: int, data: bytes) -> bool:
-        """Queue data; True while the stream may be read on (see ``may_read``)."""
+        """Queue data; return whether the stream may take more (see ``may_read``)."""
         stream = self._streams.get(number)
         if stream is None:
             return False
@@ -228,7 +226,7 @@ class Outbox:
         return stream.sending.size if stream is not None else 0
 
     def may_read(self, number: int) -> bool:
-        """Whether more may be queued for the stream now."""
+        """Whether the stream may take more data now."""
         stream = self._streams.get(number)
         if stream is None:
             return False
@@ -237,14 +235,14 @@ class Outbox:
         return bool(self._shared_backlog) and sum(s.sending.size for s in self._streams.values()) < self._shared_backlog
 
     def close(self, number: int) -> None:
-        """Our side ended: CLOSE follows what is queued, and the stream is kept until the far end knows."""
+        """Close this side: CLOSE follows the queued data, and the stream is kept until the far end confirms."""
         stream = self._streams.get(number)
         if stream is None:
             return
         if not stream.opened:
             del self._streams[number]
             return
-        # As the newest of those that end: where these are too many the oldest go.
+        # The stream becomes the newest closing one; _bound_closing drops the oldest.
         self._streams[number] = self._streams.pop(number)
         stream.closing = True
         self._queue(number, stream)
@@ -255,17 +253,17 @@ class Outbox:
         for number, stream in reversed(list(self._streams.items())):
             if stream.closing:
                 count, size = count + 1, size + stream.sending.held
-                if count > CLOSING_STREAMS or size > CLOSING_BYTES:
+                if count > MAX_CLOSING_STREAMS or size > MAX_CLOSING_BYTES:
                     del self._streams[number]
 
     def closed(self, number: int) -> None:
-        """The far end closed the stream: drop what was to go there, and let it know."""
+        """The far end closed the stream: drop the queued data, and confirm by CLOSE."""
         stream = self._streams.pop(number, None)
         if stream is not None and not stream.close_sent:
             self.message(wire.encode_stream("CLOSE", number))
 
     def forget_streams(self) -> None:
-        """The far end is another one, which knows none of them."""
+        """The far end is another process, which knows none of the streams."""
         for waiting in (self._streams, self._unopened, self._ready):
             waiting.clear()
 
@@ -277,26 +275,26 @@ class Outbox:
             self._queue(number, stream)
 
     def arrived(self, number: int, count: int) -> None:
-        """Bytes came on the stream; raises WireError when they are more than its credit."""
+        """Bytes came on the stream; raises WireError if they exceed its credit."""
         stream = self._streams.get(number)
         if stream is not None:
             stream.window.arrived(count)
 
     def took(self, number: int, count: int) -> None:
-        """Our side wrote ``count`` bytes of the stream to its socket: give credit back in steps."""
+        """Return credit, in steps, for ``count`` bytes that this side wrote to its socket."""
         stream = self._streams.get(number)
         if stream is None:
             return
         window = stream.window
         window.took(count)
-        # Before our positions are told a CREDIT would say part of them twice.
-        if self._told and window.taken - window.told >= CREDIT_STEP:
-            self.message(wire.encode_stream("CREDIT", number, struct.pack(">I", window.tell())))
+        # Before this end has reported its positions, a CREDIT would count some bytes twice.
+        if self._reported and window.taken - window.reported >= CREDIT_STEP:
+            self.message(wire.encode_stream("CREDIT", number, struct.pack(">I", window.take_unreported())))
 
     # -- frames -----------------------------------------------------------------------------
 
     def next_frame(self) -> bytes | None:
-        """What goes into the next frame, up to about a CHUNK; None when nothing can go now."""
+        """The content of the next frame, about a CHUNK at most; None if nothing can be sent now."""
         bodies = []
         size = 0
         while size < CHUNK:
@@ -342,7 +340,7 @@ class Outbox:
         return None
 
     def _queue(self, number: int, stream: _Stream) -> None:
-        """Let the stream take its turn, if it has something to send."""
+        """Put the stream in line, if it has something to send."""
         wanted = stream.sending.waiting or (stream.closing and not stream.close_sent)
         if wanted and self._flowing and stream.opened and not stream.queued:
             stream.queued = True
@@ -354,7 +352,7 @@ def _is_before(last: Any, number: int) -> bool:
 
 
 def credit_of(payload: bytes) -> int:
-    """The count in a CREDIT message."""
+    """The count in a CREDIT message; raises WireError for a malformed one."""
     if len(payload) != 4:
-        raise wire.WireError("a CREDIT that is not four bytes")
+        raise wire.WireError("the payload of CREDIT is not four bytes")
     return int.from_bytes(payload, "big")

@@ -1,4 +1,4 @@
-"""Reading what a launcher has kept of a kernel's output: one stream of the tunnel, on the service's loop."""
+"""Read the kept output of a kernel from its launcher: one stream of the tunnel, on the service's loop."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from gateway_slurm.errors import LinkError
 from gateway_slurm.link import wire
 from gateway_slurm.link.tunnel import Streams
 
-# Without a byte for so long, in seconds, it is given up: there is no link, or the launcher does nothing.
-SILENCE = 30.0
-# The header holds clients' positions, of which a launcher remembers 1024.
-HEADER_LIMIT = 8 * 1024 * 1024
-_ID_LIMIT = 200
-_POSITION_LIMIT = 4096
+# Reading fails after so many seconds without a byte: there is no link, or the launcher hangs.
+SILENCE_SECONDS = 30.0
+# The header holds the positions of up to 1024 sessions (launchers/output.py).
+MAX_HEADER = 8 * 1024 * 1024
+_MAX_ID = 200
+_MAX_POSITION = 4096
 
 
 @dataclass(frozen=True)
 class KeptOutput:
-    """What a kernel has published that its clients were not known to have.
+    """The messages of a kernel that clients have not acknowledged.
 
-    ``messages`` are the frames of each, topic first, oldest first. ``dropped`` were before or between them and
-    are lost; ``positions`` are what the last ACK said: for each session the message up to which it has all,
-    as ``acked`` is for every client (messages up to there are not kept). ``keeps`` is False where
-    the node keeps nothing, or not yet: it subscribes at the first ACK, a second after the start, or when
-    the link breaks.
+    ``messages`` holds the frames of each message, topic first, oldest message first. ``dropped`` is the number of lost
+    messages before or between them. ``positions`` comes from the last ACK: for each session the last message that it
+    has. ``acked`` is the last message that every client has. ``keeps`` is False if the node keeps nothing, or does not
+    yet: the launcher subscribes at the first ACK, a second after the start, or when the link breaks.
     """
 
     messages: list[list[bytes]]
@@ -38,24 +37,23 @@ class KeptOutput:
 
 
 class _Reader:
-    """The stream's end at the server; see ``tunnel.StreamEnd``."""
+    """The server's end of the stream; see ``tunnel.StreamEnd``."""
 
     def __init__(self, streams: Streams, limit: int) -> None:
         self._streams = streams
-        # A frame's length takes more here than on the kernel's own connection; a frame may be empty.
-        self._left = 2 * limit + HEADER_LIMIT
-        self._frames = wire.FrameReader(self._left)
+        # Twice the limit: the length of a frame takes more bytes here than on the kernel's own connection.
+        self._allowance = 2 * limit + MAX_HEADER
+        self._frames = wire.FrameReader(self._allowance)
         self.number: int | None = None
         self.paused = False
         self.records: list[bytes] = []
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.got = 0
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.received = 0  # bytes
 
     def from_kernel(self, data: bytes) -> None:
-        self.got += len(data)
-        self._left -= len(data)
-        if self._left < 0:
-            self._fail("more than was to be kept")
+        self.received += len(data)
+        if self.received > self._allowance:
+            self._fail("more bytes than the limit allows")
             return
         try:
             self.records += self._frames.feed(data)
@@ -66,51 +64,56 @@ class _Reader:
             self._streams.took(self.number, len(data))
 
     def read_on(self) -> None:
-        """Nothing is sent on this stream."""
+        """The server sends nothing on this stream."""
 
     def end(self) -> None:
-        if not self.over.done():
-            self.over.set_result(None)
+        if not self.ended.done():
+            self.ended.set_result(None)
 
     def abort(self) -> None:
-        self._fail("more than the stream's credit")
+        self._fail("more bytes than the stream's credit")
 
-    def _fail(self, what: str) -> None:
-        if not self.over.done():
-            self.over.set_exception(LinkError(f"the launcher sent {what} as a kernel's kept output"))
+    def _fail(self, fault: str) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(
+                LinkError(f"the kept output of a kernel is not readable; its launcher sent: {fault}")
+            )
 
 
 async def read_kept(streams: Streams, kernel_id: str, *, limit: int) -> KeptOutput:
-    """Read what is kept, at most ``limit`` bytes of it.
+    """Read the kept output, at most ``limit`` bytes.
 
-    Raises LinkError when the launcher is gone, silent, or does not keep to that; nothing is lost then, and it
-    may be read again.
+    Raises LinkError if the launcher is gone or silent, or sends more or something else. Nothing is lost then: the
+    output may be read again.
     """
     reader = _Reader(streams, limit)
     reader.number = streams.open(reader, kernel_id, wire.KEPT_OUTPUT)
     if reader.number is None:
-        raise LinkError(f"the launcher of kernel {kernel_id} is gone, and with it what it had kept of its output")
+        raise LinkError(f"the launcher of kernel {kernel_id} is gone, and the kept output with it")
     try:
-        await _until_over(reader, kernel_id)
+        await _until_ended(reader, kernel_id)
     finally:
         streams.close(reader.number)
     return _parse(reader.records)
 
 
-async def _until_over(reader: _Reader, kernel_id: str) -> None:
-    got = -1
-    while not reader.over.done():
-        if reader.got == got:
-            raise LinkError(f"kernel {kernel_id}'s kept output could not be read: nothing came for {SILENCE:g} s")
-        got = reader.got
-        await asyncio.wait([reader.over], timeout=SILENCE)
-    reader.over.result()
+async def _until_ended(reader: _Reader, kernel_id: str) -> None:
+    received = -1
+    while not reader.ended.done():
+        if reader.received == received:
+            raise LinkError(
+                f"the kept output of kernel {kernel_id} cannot be read: the launcher sent nothing for "
+                f"{SILENCE_SECONDS:g} s; try again when its link is up"
+            )
+        received = reader.received
+        await asyncio.wait([reader.ended], timeout=SILENCE_SECONDS)
+    reader.ended.result()
 
 
 def _parse(records: list[bytes]) -> KeptOutput:
-    """The records of a stream; what a launcher says is checked here."""
+    """Parse the records of a stream, which are not trusted."""
     if not records:
-        raise LinkError("the launcher knows no such kernel, or keeps no output")
+        raise LinkError("the launcher does not know the kernel, or keeps no output")
     header, *rest = records
     try:
         fields = json.loads(header)
@@ -120,13 +123,13 @@ def _parse(records: list[bytes]) -> KeptOutput:
             messages=[message for message in messages if message],
             dropped=max(0, int(fields.get("dropped", 0))) + unreadable,
             positions=_positions(fields.get("positions")),
-            acked=str(fields.get("acked", ""))[:_ID_LIMIT],
+            acked=str(fields.get("acked", ""))[:_MAX_ID],
             keeps=bool(fields.get("keeps")),
         )
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise LinkError(f"the launcher sent no kept output: {error}") from error
+        raise LinkError(f"the launcher did not send kept output: {error}") from error
 
 
-def _positions(told: Any) -> dict[str, str]:
-    pairs = told.items() if isinstance(told, dict) else ()
-    return {str(key)[:_ID_LIMIT]: str(value)[:_POSITION_LIMIT] for key, value in pairs}
+def _positions(given: Any) -> dict[str, str]:
+    pairs = given.items() if isinstance(given, dict) else ()
+    return {str(key)[:_MAX_ID]: str(value)[:_MAX_POSITION] for key, value in pairs}

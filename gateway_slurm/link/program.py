@@ -1,7 +1,7 @@
-"""The launcher as one program text, to be carried to a node inside a job script.
+"""The launcher as one program text, which the job script carries to the node.
 
-The modules are carried verbatim, each as a raw string, and registered under their own names before
-``launchers.main`` runs: what runs on the node is what the tests and the type checker saw.
+The text holds each module verbatim as a raw string, and registers it under its own name before ``launchers.main`` runs.
+So the node runs the same code as the tests and the type checker.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QUOTES = "'''"
 
 _LOADER = """\
 import importlib.abc, importlib.util, sys
-sys.modules["cffi"] = None  # pycryptodome then binds by ctypes, which is there: 20 ms sooner
+sys.modules["cffi"] = None  # pycryptodome then uses ctypes, which is loaded already: this saves 20 ms
 class Carried(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name in SOURCES:
@@ -45,12 +45,14 @@ main()
 
 
 def launchers_directory() -> Path:
-    """Where the launcher's sources are: in the wheel inside the package, in a checkout beside it."""
+    """The directory of the launcher's sources: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     for candidate in (package / "launchers", package.parent / "launchers"):
         if (candidate / "main.py").is_file():
             return candidate
-    raise FileNotFoundError(f"the launcher's sources are neither in {package} nor beside it: reinstall gateway-slurm")
+    raise FileNotFoundError(
+        f"the launcher's sources are neither in {package} nor in {package.parent}: reinstall gateway-slurm"
+    )
 
 
 @cache
@@ -66,5 +68,5 @@ def launcher_program() -> str:
 
 def _entry(name: str, source: str) -> str:
     if _QUOTES in source or source.endswith("\\"):
-        raise ValueError(f"{name} holds {_QUOTES}, which would end its quotation in the job script")
+        raise ValueError(f"{name} holds {_QUOTES}, which would end the quoted source in the job script")
     return f"{name!r}: r{_QUOTES}{source}{_QUOTES},\n"

@@ -1,8 +1,8 @@
-"""The response socket: where launchers dial in, prove who they are, and get a link.
+"""The response socket: launchers dial it, prove their identity, and get a link.
 
-An unauthenticated peer gets one small frame, a short deadline and a place among a bounded number;
-when all places are taken the oldest goes, so that silent peers cannot keep a launcher out. Every
-failure ends that one connection, never the listener.
+A peer that is not authenticated may send one small frame, has a short deadline, and takes one of a limited number of
+places. When all places are taken, the oldest such peer is closed, so that silent peers cannot keep a launcher out. A
+failure ends one connection, and never the listener.
 """
 
 from __future__ import annotations
@@ -10,28 +10,40 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from gateway_slurm.errors import HandshakeError
-
-if TYPE_CHECKING:
-    pass
-from collections import OrderedDict, deque
-
 from gateway_slurm.link import envelope, flow, wire
 
-# Launchers that are looked up at a time; more wait, for as long as somebody waits for them.
-LOOKUPS_AT_A_TIME = 8
+HANDSHAKE_SECONDS = 5.0
+# How long a peer may take to read the last message before its connection is closed.
+GOODBYE_SECONDS = 5.0
+UNAUTHENTICATED_PLACES = 128
+# Without a configured port the system chooses one for IPv4, which may be taken for IPv6 by another process.
+ANY_PORT_ATTEMPTS = 5
+# Sealed bytes that may wait in the transport; the rest stays in the outbox, which chooses the order.
+TRANSPORT_BACKLOG = 512 * 1024
+# Bytes of messages that may wait for a launcher: a dozen STARTs with environments of 1 MiB. A launcher for which more
+# wait does not read.
+MAX_WAITING_MESSAGES = 16 * 1024 * 1024
+# Frames and messages that a link handles before other links have their turn: a frame may hold 200,000 messages.
+LOOP_SLICE = 128
+# Look-ups at a time; more wait.
+MAX_LOOKUPS = 8
 _LAUNCHER_ID = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
+
+
+# -- Launchers that this server does not expect --
 
 
 @dataclass(frozen=True)
 class Redirect:
-    """What a launcher is told that belongs to another server.
+    """The answer to a launcher that belongs to another server.
 
-    Only one that proves one of ``tokens`` is told, and is of job ``jobid``, where that is known.
+    The launcher gets it only if it proves one of ``tokens``, and its job is ``jobid`` (if that is known).
     """
 
     tokens: Sequence[bytes] = field(repr=False)
@@ -40,13 +52,13 @@ class Redirect:
     epoch: int
 
 
-Unknown = Callable[[str], Awaitable["bool | Redirect"]]
-"""Asked of a launcher that is not expected: True once it is (``expect`` was called), or where it belongs."""
+Resolve = Callable[[str], Awaitable["bool | Redirect"]]
+"""Resolves the id of an unexpected launcher: True if it is expected now (``expect`` was called), or a Redirect."""
 
 
 @dataclass
 class _Lookup:
-    """A launcher that is looked up, for ``peers`` connections; once it has ``begun`` it goes on without them."""
+    """The look-up of one launcher for ``peers`` connections; once it has ``begun`` it continues without them."""
 
     peers: int = 0
     begun: bool = False
@@ -54,42 +66,43 @@ class _Lookup:
 
 
 class Lookups:
-    """Asks ``unknown``, which may raise anything, at most LOOKUPS_AT_A_TIME times at once; ``limit`` may wait.
+    """Calls ``resolve``, which may raise anything, at most MAX_LOOKUPS times at once; ``limit`` calls may wait.
 
-    Who asks has proved nothing yet. Made and used on one loop; whoever made it calls ``close``.
+    The peers are not authenticated yet. Used on one loop; its owner calls ``close``.
     """
 
-    def __init__(self, unknown: Unknown, *, limit: int, log: logging.Logger) -> None:
-        self._unknown, self._limit, self.log = unknown, limit, log
+    def __init__(self, resolve: Resolve, *, limit: int, log: logging.Logger) -> None:
+        self._resolve, self._limit, self.log = resolve, limit, log
         self._lookups: dict[str, _Lookup] = {}
-        self._places = asyncio.Semaphore(LOOKUPS_AT_A_TIME)
+        self._places = asyncio.Semaphore(MAX_LOOKUPS)
 
     def __len__(self) -> int:
         return len(self._lookups)
 
     def close(self) -> None:
-        """Ask no more."""
+        """Cancel all look-ups."""
         for lookup in self._lookups.values():
             lookup.task.cancel()
 
     async def ask(self, launcher_id: str, seconds: float) -> bool | Redirect:
-        """Ask once for all connections that say this id. Raises HandshakeError for what is no id, and for too many."""
+        """Look an id up, once for all connections that name it. Raises HandshakeError if too many look-ups wait."""
         if not _LAUNCHER_ID.fullmatch(launcher_id):
             return False
         lookup = self._lookups.get(launcher_id)
         if lookup is None:
             if len(self._lookups) >= self._limit:
-                raise HandshakeError("too many launchers that are not expected have come")
+                raise HandshakeError("too many unexpected launchers wait for their look-up")
             lookup = self._lookups[launcher_id] = _Lookup()
             lookup.task = asyncio.ensure_future(self._ask(launcher_id, lookup, seconds))
         lookup.peers += 1
         try:
-            # Cancelled with its connection, at the handshake's deadline at the latest; others may wait for the same.
+            # The connection may be closed meanwhile, at the handshake's deadline at the latest; the look-up goes on for
+            # other connections.
             return await asyncio.shield(lookup.task)
         finally:
             lookup.peers -= 1
             if not lookup.peers and not lookup.begun:
-                # Peers that came and went leave no queue behind.
+                # Peers that have gone leave no queue behind.
                 del self._lookups[launcher_id]
                 lookup.task.cancel()
 
@@ -97,94 +110,75 @@ class Lookups:
         async with self._places:
             lookup.begun = True
             try:
-                return await asyncio.wait_for(self._unknown(launcher_id), seconds)
-            except Exception as error:  # noqa: BLE001 - whatever the store's trouble is, this launcher dials again
+                return await asyncio.wait_for(self._resolve(launcher_id), seconds)
+            except Exception as error:  # noqa: BLE001 - whatever fails in the store, this launcher dials again
                 self.log.warning("response socket: launcher %s could not be looked up: %r", launcher_id, error)
                 return False
             finally:
                 del self._lookups[launcher_id]
 
 
-# -- What the response socket wants of whoever owns a launcher. --
+# -- Expected launchers and their links --
 
 
 class LinkHandler(Protocol):
-    """Who owns a launcher on the server's side; all methods are called on the service's loop."""
+    """The owner of a launcher at the server. All methods are called on the service's loop."""
 
     def link_up(self, link: Link, hello: dict[str, Any]) -> dict[str, Any]:
-        """A launcher is authenticated; return the WELCOME's fields (without the token).
+        """The launcher is authenticated. Return the fields of WELCOME, without the token.
 
-        The handler may set ``link.outbox`` to one of its own, which outlives the link.
+        The handler may set ``link.outbox`` to its own outbox, which outlives the link.
         """
 
     def link_message(self, link: Link, name: str, payload: Any) -> None:
         """A message other than HEARTBEAT arrived."""
 
     def link_down(self, link: Link, reason: str) -> None:
-        """The link is gone; it may be replaced by a new one."""
+        """The link is gone; the launcher may come back with a new one."""
 
     def forgotten(self) -> None:
-        """The launcher is let in no more."""
+        """The server does not expect the launcher any more."""
 
     def complained(self, reason: str) -> None:
-        """The launcher could not even say HELLO."""
+        """The launcher sent a complaint instead of HELLO."""
 
     def link_writable(self, link: Link) -> None:
-        """The link took data: tunnel streams may be read on."""
-
-
-# -- The response socket: where launchers dial in, prove who they are, and get a link. --
-
-
-HANDSHAKE_SECONDS = 5.0
-# How long a peer may take to read what it was told last.
-GOODBYE_SECONDS = 5.0
-UNAUTHENTICATED_PLACES = 128
-# Where any port will do, one that IPv4 was given may be taken for IPv6, or by somebody else meanwhile.
-ANY_PORT_ATTEMPTS = 5
-# Sealed bytes that may wait in the transport; what comes after stays in the outbox, where order is chosen.
-TRANSPORT_BACKLOG = 512 * 1024
-# Bytes of messages that may wait for a launcher: a dozen STARTs with environments of 1 MiB. One that lets more wait
-# does not read.
-MESSAGES_LIMIT = 16 * 1024 * 1024
-# Frames and messages that are taken at a time, before others have their turn: a frame may hold 200,000 messages.
-TAKEN_AT_A_TIME = 128
+        """The link took data: resume reading from tunnel clients."""
 
 
 @dataclass
 class Expected:
-    """A launcher that may dial in: its valid tokens, its job, its handler."""
+    """A launcher that may dial the response socket: its valid tokens, its job, its handler."""
 
     launcher_id: str
     tokens: list[bytes]
     jobid: asyncio.Future[str]
     handler: LinkHandler
     link: Link | None = field(default=None, repr=False)
-    refused: str = ""  # why the last that came under its name was not let in, unless it was
+    refused: str = ""  # why the last connection with its id was refused; "" after a success
 
 
 class ResponseSocket:
-    """The listeners and the launchers they expect. ``close()`` ends them and all links.
+    """The listeners and the launchers that they expect. ``close()`` ends them and all links.
 
-    ``unknown`` is awaited when a launcher dials that is not expected; it may raise anything, which ends
-    that one connection.
+    ``resolve`` is awaited when an unexpected launcher dials. It may raise anything; that ends one connection.
     """
 
-    def __init__(self, *, log: logging.Logger, unknown: Unknown | None = None) -> None:
+    def __init__(self, *, log: logging.Logger, resolve: Resolve | None = None) -> None:
         self.log = log
-        # As many as a few times the places: those that come in the place of others wait for the same answers.
+        # A few times the places: connections that replace closed ones wait for the same answers.
         limit = 4 * UNAUTHENTICATED_PLACES
-        self._lookups = Lookups(unknown, limit=limit, log=log) if unknown is not None else None
+        self._lookups = Lookups(resolve, limit=limit, log=log) if resolve is not None else None
         self._servers: list[asyncio.Server] = []
         self._expected: dict[str, Expected] = {}
-        self._strangers: OrderedDict[Link, None] = OrderedDict()
+        self._unauthenticated: OrderedDict[Link, None] = OrderedDict()
         self._links: set[Link] = set()
         self.port = 0
 
     async def listen(self, hosts: list[str] | None, ports: range) -> None:
-        """Listen on the first free port of ``ports`` (0: any); raise OSError when none is free."""
+        """Listen on the first free port of ``ports`` (0: any); raise OSError if none is free."""
         error: OSError | None = None
-        for port in [each for each in ports for _attempt in range(1 if each else ANY_PORT_ATTEMPTS)]:
+        for port in [wanted for wanted in ports for _attempt in range(1 if wanted else ANY_PORT_ATTEMPTS)]:
             try:
                 server = await self._listen_on(hosts, port)
             except OSError as failure:
@@ -196,29 +190,29 @@ class ResponseSocket:
         raise error or OSError("the port range is empty")
 
     async def also_listen(self, hosts: list[str] | None, port: int) -> None:
-        """Listen on one more port, as of a server that is gone; raise OSError when it is not free."""
+        """Listen on one more port, such as the port of an earlier server; raise OSError if it is not free."""
         self._servers.append(await self._listen_on(hosts, port))
 
     async def _listen_on(self, hosts: list[str] | None, port: int) -> asyncio.Server:
         server = await asyncio.get_running_loop().create_server(lambda: Link(self), hosts, port, backlog=1024)
-        given = [sock.getsockname()[1] for sock in server.sockets]
-        if len(set(given)) == 1:
+        chosen = [sock.getsockname()[1] for sock in server.sockets]
+        if len(set(chosen)) == 1:
             return server
-        # IPv4 and IPv6 were given different free ports: take the first for both.
+        # The system chose different free ports for IPv4 and IPv6: use the first for both.
         server.close()
-        return await self._listen_on(hosts, given[0])
+        return await self._listen_on(hosts, chosen[0])
 
     def connected(self, transport: asyncio.Transport) -> Link:
-        """A launcher has come by another way than a listener of ours; return what takes what it says."""
+        """A launcher has connected by another way (a relay) than the listeners; return its protocol object."""
         link = Link(self)
         link.connection_made(transport)
         return link
 
     def expect(self, launcher_id: str, tokens: Sequence[bytes], handler: LinkHandler) -> Expected:
-        """Let this launcher in; its ``jobid`` is to be set as soon as Slurm has told it.
+        """Expect this launcher from now on. The caller sets the result's ``jobid`` as soon as Slurm has assigned it.
 
-        ``tokens`` are its launch token and the successor, which the first WELCOME tells it; both were
-        drawn when the launcher was made, so that every server that has its record can let it in.
+        ``tokens`` are its launch token and the successor, which the launcher gets with its first WELCOME. Both were
+        drawn when the launcher was created, so that every server with its record can authenticate it.
         """
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         expected = Expected(launcher_id, list(tokens), future, handler)
@@ -226,7 +220,7 @@ class ResponseSocket:
         return expected
 
     def forget(self, launcher_id: str) -> None:
-        """Let this launcher in no more, and close its link."""
+        """Do not expect this launcher any more, and close its link."""
         expected = self._expected.pop(launcher_id, None)
         if expected is not None:
             expected.jobid.cancel()
@@ -235,54 +229,54 @@ class ResponseSocket:
             expected.handler.forgotten()
 
     async def close(self) -> None:
-        """Stop listening and close every link; what was sent before still goes out."""
+        """Stop listening and close every link; data that was written before still goes out."""
         for server in self._servers:
             server.close()
         if self._lookups is not None:
             self._lookups.close()
-        for link in [*self._strangers, *self._links]:
-            link.close("the server ends")
+        for link in [*self._unauthenticated, *self._links]:
+            link.close("the server is shutting down")
         for expected in self._expected.values():
             expected.handler.forgotten()
         self._expected.clear()
 
-    # -- what links call --------------------------------------------------------------------
+    # -- called by links --------------------------------------------------------------------
 
     def arrived(self, link: Link) -> None:
         # After a restart all launchers that are expected may dial at once.
-        while len(self._strangers) >= UNAUTHENTICATED_PLACES + len(self._expected):
-            oldest, _none = self._strangers.popitem(last=False)
-            oldest.close("too many peers that have not said who they are")
-        self._strangers[link] = None
+        while len(self._unauthenticated) >= UNAUTHENTICATED_PLACES + len(self._expected):
+            oldest, _none = self._unauthenticated.popitem(last=False)
+            oldest.close("too many peers that are not authenticated")
+        self._unauthenticated[link] = None
 
     def gone(self, link: Link) -> None:
-        self._strangers.pop(link, None)
+        self._unauthenticated.pop(link, None)
         self._links.discard(link)
 
     async def authenticate(
         self, link: Link, opening: wire.Opening, key: envelope.ReceiverKey
     ) -> tuple[Expected | Redirect, dict[str, Any], envelope.Sealing, envelope.Sealing]:
-        """Prove the opening; raise HandshakeError when it is not what its launcher would send."""
+        """Check an opening; raise HandshakeError if its launcher did not send it."""
         known = self._expected.get(opening.launcher_id) or await self._look_up(opening.launcher_id)
         if opening.kind == wire.COMPLAINT:
             self._take_complaint(known, opening, key)
-            raise HandshakeError(f"the launcher cannot say HELLO: {opening.reason}")
+            raise HandshakeError(f"the launcher cannot send HELLO: {opening.reason}")
         if isinstance(known, Expected):
-            known.refused = "what it said was no HELLO that its token opens"
+            known.refused = "none of its tokens opens its HELLO"
         hello, seal, unseal = key.open_hello(opening, known.tokens)
-        # The job may say HELLO before sbatch has told us its id; the handshake's deadline bounds the wait.
+        # HELLO may come before sbatch has returned the job id; the handshake's deadline limits the wait.
         jobid = known.jobid if isinstance(known, Redirect) else await asyncio.shield(known.jobid)
         if jobid and not wire.same(jobid.encode(), opening.jobid.encode()):
-            raise HandshakeError(f"launcher {opening.launcher_id} is of job {jobid}, not {opening.jobid}")
+            raise HandshakeError(f"launcher {opening.launcher_id} belongs to job {jobid}, not {opening.jobid}")
         return known, hello, seal, unseal
 
     async def _look_up(self, launcher_id: str) -> Expected | Redirect:
-        """Ask ``unknown``, once for all connections that say this id; raise HandshakeError when it does not know."""
+        """Resolve an unexpected id, once for all connections that name it; raise HandshakeError if it is unknown."""
         answer = self._lookups is not None and await self._lookups.ask(launcher_id, HANDSHAKE_SECONDS)
         if isinstance(answer, Redirect):
             return answer
         if launcher_id not in self._expected:
-            raise HandshakeError("an opening from a launcher that is not expected")
+            raise HandshakeError("an opening from an unexpected launcher")
         return self._expected[launcher_id]
 
     @staticmethod
@@ -294,18 +288,18 @@ class ResponseSocket:
             known.handler.complained(opening.reason)
 
     def admit(self, link: Link, expected: Expected) -> bytes:
-        """Make ``link`` the launcher's one link; return the token that is its own from now on."""
-        self._strangers.pop(link, None)
+        """Make ``link`` the launcher's only link; return its next token."""
+        self._unauthenticated.pop(link, None)
         self._links.add(link)
         older, expected.link = expected.link, link
         if older is not None:
             older.close("a newer link of the same launcher", at_once=True)
-        # Both stay valid until the launcher's next message says that it took the successor.
+        # Both tokens stay valid until the launcher's REPORT shows that it has the successor.
         return expected.tokens[-1]
 
 
 class Link(asyncio.Protocol):
-    """One connection: a stranger until its HELLO is opened, then a launcher's link."""
+    """One connection: of an unauthenticated peer until its HELLO is opened, then a launcher's link."""
 
     def __init__(self, socket: ResponseSocket) -> None:
         self._socket = socket
@@ -318,10 +312,10 @@ class Link(asyncio.Protocol):
         self._unseal: envelope.Sealing | None = None
         self._writable = True
         self._flush_due = False
-        # What has come and is not taken yet: frames, and the messages of the one before them.
+        # Received and not handled yet: the messages of one frame, and the frames after it.
         self._frames: deque[bytes] = deque()
         self._messages: deque[bytes] = deque()
-        self._taking = False  # more of them in the loop's next round, and nothing is read until then
+        self._handling = False  # the next slice is scheduled, and reading is paused until all is handled
         self._lost = ""  # how the connection ended
         self._reported = False
         self.outbox = flow.Outbox()
@@ -336,7 +330,7 @@ class Link(asyncio.Protocol):
 
     @property
     def peer(self) -> str:
-        """The address that it comes from; the relay's word for one that came by it. Empty where there is none."""
+        """The peer's address, as the relay reports it for a relayed connection; "" if there is none."""
         name = self._transport.get_extra_info("peername") if self._transport is not None else None
         return str(name[0]) if isinstance(name, tuple) else ""
 
@@ -358,13 +352,13 @@ class Link(asyncio.Protocol):
             self._frames.extend(self._reader.feed(data))
         except wire.WireError as error:
             self.close(str(error))
-        if not self._taking:
-            self._take_some()
+        if not self._handling:
+            self._handle_slice()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._deadline.cancel()
         self._lost = f"lost: {error}" if error else "the launcher closed it"
-        if not self._taking:
+        if not self._handling:
             self.close(self._lost)
 
     def pause_writing(self) -> None:
@@ -376,15 +370,15 @@ class Link(asyncio.Protocol):
 
     # -- handshake --------------------------------------------------------------------------
 
-    def _take_frame(self, frame: bytes) -> None:
+    def _handle_frame(self, frame: bytes) -> None:
         if self._unseal is not None:
             self._messages.extend(wire.unpack(self._unseal(frame)))
         elif self._task is None:
             opening = wire.Opening.decode(frame)
             self._task = self._loop.create_task(self._authenticate(opening))
         else:
-            # A launcher waits for WELCOME before it says more.
-            raise wire.WireError("a second frame before the first was answered")
+            # A launcher waits for WELCOME before it sends more.
+            raise wire.WireError("a second frame before the answer to the first")
 
     async def _authenticate(self, opening: wire.Opening) -> None:
         assert self._key is not None
@@ -401,48 +395,48 @@ class Link(asyncio.Protocol):
         self._reader.limit = wire.FRAME_LIMIT + 1024
         if isinstance(known, Redirect):
             self.send("REDIRECT", addresses=list(known.addresses), epoch=known.epoch)
-            self.close(f"launcher {opening.launcher_id} belongs to another server, and was told so")
+            self.close(f"launcher {opening.launcher_id} belongs to another server and was redirected")
             return
         token = self._socket.admit(self, known)
         self.expected = known
         try:
             welcome = known.handler.link_up(self, hello)
         except Exception:
-            # Nothing watches over a link that has not begun.
-            self.log.exception("launcher %s: its HELLO could not be taken", known.launcher_id)
-            self.close("its HELLO could not be taken")
+            # Without this close the connection would stay open, without a link.
+            self.log.exception("launcher %s: its HELLO could not be handled", known.launcher_id)
+            self.close("its HELLO could not be handled")
             return
         self.send("WELCOME", token=token.hex(), **welcome)
 
     # -- messages ---------------------------------------------------------------------------
 
-    def _take_some(self) -> None:
-        """Take what has come, in its order; of much the rest in the loop's next rounds, with nothing read meanwhile."""
+    def _handle_slice(self) -> None:
+        """Handle up to LOOP_SLICE frames and messages, in their order; pause reading while more wait."""
         assert self._transport is not None
-        was_taking, self._taking = self._taking, False
+        was_handling, self._handling = self._handling, False
         try:
-            for _each in range(TAKEN_AT_A_TIME):
+            for _ in range(LOOP_SLICE):
                 if self.closed:
                     return
                 if self._messages:
-                    self._take_message(*wire.decode(self._messages.popleft(), wire.UP))
+                    self._handle_message(*wire.decode(self._messages.popleft(), wire.UP))
                 elif self._frames:
-                    self._take_frame(self._frames.popleft())
+                    self._handle_frame(self._frames.popleft())
                 else:
                     break
         except wire.WireError as error:
             self.close(str(error))
             return
         if self._messages or self._frames:
-            self._taking = True
+            self._handling = True
             self._transport.pause_reading()
-            self._loop.call_soon(self._take_some)
+            self._loop.call_soon(self._handle_slice)
         elif self._lost:
             self.close(self._lost)
-        elif was_taking:
+        elif was_handling:
             self._transport.resume_reading()
 
-    def _take_message(self, name: str, payload: Any) -> None:
+    def _handle_message(self, name: str, payload: Any) -> None:
         assert self.expected is not None
         if name == "REPORT":
             if self._reported:
@@ -454,25 +448,25 @@ class Link(asyncio.Protocol):
         try:
             self.expected.handler.link_message(self, name, payload)
         except Exception:
-            # One bad message must not end the link that carries the others.
+            # One bad message must not end the link, which carries the messages of other kernels.
             self.log.exception("launcher %s: %s could not be handled", self.expected.launcher_id, name)
 
     def send(self, name: str, **fields: Any) -> None:
         """Queue a message."""
         self.outbox.message(wire.encode(name, **fields))
-        if self.outbox.messages_size > MESSAGES_LIMIT:
-            # Not within what its handler is doing with it.
-            self._loop.call_soon(lambda: self.close("it does not read what it is told", at_once=True))
+        if self.outbox.messages_size > MAX_WAITING_MESSAGES:
+            # Later: the caller is still using the link.
+            self._loop.call_soon(lambda: self.close("the launcher does not read its messages", at_once=True))
         self.flush()
 
     def flush(self) -> None:
-        """Write soon: together with what else is queued in this round of the loop."""
+        """Write soon, together with everything that is queued in this round of the loop."""
         if not self._flush_due and not self.closed:
             self._flush_due = True
             self._loop.call_soon(self._flush_now)
 
     def _flush_now(self) -> None:
-        """Seal and write while the transport takes it."""
+        """Seal and write frames while the transport takes them."""
         self._flush_due = False
         if self._seal is None or self.closed or self._transport is None:
             return
@@ -487,7 +481,7 @@ class Link(asyncio.Protocol):
             self.expected.handler.link_writable(self)
 
     def close(self, reason: str, *, at_once: bool = False) -> None:
-        """End this connection, once; what was written before still goes out, to a peer that takes it soon.
+        """End this connection, once. Data that was written before still goes out, for GOODBYE_SECONDS.
 
         With ``at_once`` it does not: the peer is gone, or does not read.
         """
@@ -496,7 +490,7 @@ class Link(asyncio.Protocol):
         if not at_once:
             self._flush_now()
         self.closed = True
-        # The handler's own serves the next link; what is still said to this one is lost.
+        # The handler's outbox serves the next link; messages that are still sent to this link are lost.
         self.outbox = flow.Outbox()
         self._deadline.cancel()
         self._socket.gone(self)

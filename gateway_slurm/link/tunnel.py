@@ -1,9 +1,9 @@
-"""The server's end of the tunnel: Unix sockets that stand for a kernel's channels.
+"""The server's end of the tunnel: Unix sockets that stand for the channels of a kernel.
 
-Clients connect to ``<prefix>-<n>`` (transport ``ipc``); each connection is a stream over the
-launcher's link to the same channel on the node. The sockets lie in a 0700 directory, and their
-paths stay the same for a kernel's life, restarts included. A connection outlives the link: without
-one it waits, and on the next it goes on where it was.
+Clients connect to ``<prefix>-<n>`` (transport ``ipc``). Each connection is a stream over the launcher's link to the
+same channel on the node. The sockets are in a 0700 directory, and their paths stay the same for the kernel's life,
+restarts included. A connection outlives the link: without a link it waits, and on the next one it continues where it
+was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DIRECTORY = re.compile(r"gs-server(\d+)-\w+")
 def make_socket_directory(parent: str) -> str:
     """A new 0700 directory for this process's sockets in ``parent`` ("": the temporary directory).
 
-    Those of the user's servers that are gone without a farewell are removed.
+    Directories of the user's servers that were killed are removed.
     """
     parent = parent or tempfile.gettempdir()
     for stale in stale_socket_directories(parent):
@@ -38,7 +38,7 @@ def make_socket_directory(parent: str) -> str:
 
 
 def stale_socket_directories(parent: str) -> list[str]:
-    """Those in ``parent`` ("": the temporary directory) of servers of this user's that are gone."""
+    """The directories in ``parent`` ("": the temporary directory) of this user's servers that no longer run."""
     with os.scandir(parent or tempfile.gettempdir()) as entries:
         return [
             entry.path
@@ -54,56 +54,56 @@ def _is_ours(entry: os.DirEntry[str]) -> bool:
 
 
 class StreamEnd(Protocol):
-    """Whose a stream is, at the server."""
+    """The server's end of a stream."""
 
     paused: bool
 
     def from_kernel(self, data: bytes) -> None:
-        """Bytes came; ``Streams.took`` gives credit for more."""
+        """Bytes came; the owner calls ``Streams.took`` to give credit for more."""
 
     def read_on(self) -> None:
-        """More may be sent again."""
+        """The link takes data again."""
 
     def end(self) -> None:
-        """The launcher's side closed."""
+        """The launcher closed the stream."""
 
     def abort(self) -> None:
-        """The launcher sent what it may not."""
+        """The launcher broke the protocol."""
 
 
 class Streams:
-    """All tunnel streams of one launcher, whatever link carries them. ``end()`` closes them for good."""
+    """All tunnel streams of one launcher, over all its links. ``end()`` closes them for good."""
 
     def __init__(self, link: Callable[[], Link | None]) -> None:
         self._link = link
         self._numbers = itertools.count(1)
         self._clients: dict[int, StreamEnd] = {}
         self._over = False
-        # By this the launcher knows that the numbers of its streams are ours, not those of an earlier server.
+        # By this id the launcher tells this server's stream numbers from those of an earlier server.
         self._session = secrets.token_hex(8)
         self._outbox = flow.Outbox()
 
     # -- links come and go ------------------------------------------------------------------
 
     def attach(self, link: Link) -> dict[str, Any]:
-        """Let ``link`` carry the streams once REPORT is there; return what WELCOME says of them."""
+        """Let ``link`` carry the streams after its REPORT; return the fields of WELCOME that describe them."""
         self.hold()
         link.outbox = self._outbox
         return {"session": self._session, "streams": self._outbox.positions()}
 
     def resume(self, report: dict[str, Any]) -> None:
-        """Go on from where the launcher is; what it says is checked here."""
+        """Continue from the positions in a REPORT, which are not trusted."""
         for number in self._outbox.resume(report.get("streams"), report.get("opened")):
             self._end(number)
         self._flush()
         self.read_on()
 
     def hold(self) -> None:
-        """The link is gone: streams wait, and their clients once they have sent a little more."""
+        """The link is gone: the streams wait. A client waits once it has sent a little more."""
         self._outbox.hold()
 
     def end(self) -> None:
-        """The launcher is gone for good, and what its kernels were."""
+        """The launcher and its kernels are gone for good."""
         self._over = True
         for number in list(self._clients):
             self._end(number)
@@ -114,7 +114,7 @@ class Streams:
         if link is not None:
             link.flush()
 
-    # -- what the launcher says -------------------------------------------------------------
+    # -- messages of the launcher -----------------------------------------------------------
 
     def message(self, name: str, number: int, payload: bytes) -> None:
         """DATA, CREDIT or CLOSE from the launcher."""
@@ -144,10 +144,10 @@ class Streams:
         if client is not None:
             client.end()
 
-    # -- what clients do --------------------------------------------------------------------
+    # -- clients ---------------------------------------------------------------------------
 
     def open(self, client: StreamEnd, kernel_id: str, channel: str) -> int | None:
-        """Open a stream for ``client``; None when the launcher is gone for good."""
+        """Open a stream for ``client``; return its number, or None if the launcher is gone for good."""
         if self._over:
             return None
         number = next(self._numbers)
@@ -157,24 +157,24 @@ class Streams:
         return number
 
     def send(self, number: int, data: bytes) -> bool:
-        """Queue what a client wrote; True while it may be read on."""
+        """Queue data of a client; return whether the caller may read more from the client."""
         more = self._outbox.data(number, data)
         self._flush()
         return more
 
     def took(self, number: int, count: int) -> None:
-        """The client's socket took what came for it."""
+        """The client's socket took ``count`` bytes."""
         self._outbox.took(number, count)
         self._flush()
 
     def close(self, number: int) -> None:
-        """The client went."""
+        """The client has gone."""
         self._clients.pop(number, None)
         self._outbox.close(number)
         self._flush()
 
     def read_on(self) -> None:
-        """The link took data: read on where reading had stopped."""
+        """The link took data: resume reading from paused clients."""
         for number, client in list(self._clients.items()):
             if client.paused and self._outbox.may_read(number):
                 client.read_on()
@@ -229,16 +229,16 @@ class Client(asyncio.Protocol):
             self._tunnel.streams.took(self._number, taken)
 
     def end(self) -> None:
-        """The kernel's side closed; what it sent before still reaches the client."""
+        """The kernel closed the connection; its earlier data still reaches the client."""
         self._number = None
         self._transport.close()
 
     def abort(self) -> None:
-        """The kernel's side sent what it may not."""
+        """The launcher broke the protocol."""
         self._transport.abort()
 
-    def leave(self) -> None:
-        """Our side closes; what came before still reaches the client, and what it sent the kernel."""
+    def close(self) -> None:
+        """The server closes the connection; earlier data still reaches the client and the kernel."""
         self._close_stream()
         self._transport.close()
 
@@ -268,9 +268,9 @@ class KernelTunnel:
         return {channel: number for number, channel in enumerate(wire.CHANNELS, 1)}
 
     async def listen(self) -> None:
-        """Listen (again) on all five paths: the kernel manager unlinks them on a restart."""
+        """Listen on all five paths. After a restart call it again: the kernel manager has unlinked them."""
         if len(os.fsencode(self.prefix)) > 100:
-            raise LinkError(f"{self.prefix} is too long for Unix sockets: shorten SlurmService.tunnel_directory")
+            raise LinkError(f"{self.prefix} is too long for Unix sockets: set a shorter SlurmService.tunnel_directory")
         self._close_servers()
         for channel, number in self.ports.items():
             self._servers.append(await self._listen(channel, f"{self.prefix}-{number}"))
@@ -284,9 +284,9 @@ class KernelTunnel:
     def close(self) -> None:
         self._close_servers()
         for client in list(self.clients):
-            client.leave()
+            client.close()
         for number in self.ports.values():
-            with contextlib.suppress(FileNotFoundError):  # the kernel manager may have been first
+            with contextlib.suppress(FileNotFoundError):  # the kernel manager may have removed it already
                 os.unlink(f"{self.prefix}-{number}")
 
     def _close_servers(self) -> None:

@@ -1,15 +1,15 @@
-"""Frames and messages between server and launcher: one source for both ends.
+"""Frames and messages between server and launcher. Both ends use this file.
 
-The job script carries this file to the compute node, so it needs Python >= 3.9 and the
-standard library only. It does no I/O and knows no cryptography (see ``envelope``).
+The job script carries it to the compute node, so it needs Python >= 3.9 and the standard library only. It does no I/O,
+and contains no cryptography (see ``envelope``).
 
 On a connection the server speaks first::
 
-    server    PREAMBLE      magic, version, X25519 public key made for this connection
+    server    PREAMBLE      magic, version, X25519 public key for this connection
     launcher  OPENING       a frame: its kind, a clear header, and either
                               HELLO      encapsulated key + sealed hello
-                              COMPLAINT  HMAC-SHA256 under the launch token: what keeps it from HELLO
-    both      frames        each sealed, each holding one or more messages of MESSAGES
+                              COMPLAINT  HMAC-SHA256 under the launch token: why it cannot send HELLO
+    both      frames        each sealed, with one or more messages of MESSAGES
 
 A frame is a 4-byte big-endian length and that many bytes.
 """
@@ -29,7 +29,7 @@ KEY_BYTES = 32
 TAG_BYTES = 16
 PREAMBLE_BYTES = len(MAGIC) + 1 + KEY_BYTES
 
-# Until a peer has proved who it is it may send one frame of this size, and no more.
+# An unauthenticated peer may send one frame of this size, and no more.
 OPENING_LIMIT = 8 * 1024
 # The largest message is START: an environment (at most 1 MiB) and an argv.
 FRAME_LIMIT = 4 * 1024 * 1024
@@ -45,21 +45,21 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
     "SIGNAL": (3, DOWN, JSON),  # signal a kernel's process group
     "STOP": (4, DOWN, JSON),  # end a kernel
     "RELEASE": (5, DOWN, JSON),  # end all kernels and exit
-    "END_TIME": (6, DOWN, JSON),  # the job's time limit was changed
+    "END_TIME": (6, DOWN, JSON),  # the end of the job, after a change of its time limit
     "STDERR_LINE": (7, DOWN, JSON),  # a line for a kernel's standard error
-    "REDIRECT": (8, DOWN, JSON),  # in place of WELCOME: another server owns this launcher
-    "ACK": (9, DOWN, JSON),  # clients have a kernel's output up to here
+    "REDIRECT": (8, DOWN, JSON),  # instead of WELCOME: another server owns this launcher
+    "ACK": (9, DOWN, JSON),  # clients have a kernel's output up to this message
     "STEP": (10, DOWN, JSON),  # start a job step from inside the job (steps.py)
-    "STEP_END": (11, DOWN, JSON),  # end one
-    "STEP_ACK": (12, DOWN, JSON),  # how one ended is known here
-    "LIST_STEPS": (13, DOWN, JSON),  # which steps run in the job
-    "PROBE": (14, DOWN, JSON),  # listen for a moment where a direct kernel would
-    "REPORT": (16, UP, JSON),  # after WELCOME: new token taken, kernels and streams as they are
+    "STEP_END": (11, DOWN, JSON),  # end a job step
+    "STEP_ACK": (12, DOWN, JSON),  # the server knows how a step ended
+    "LIST_STEPS": (13, DOWN, JSON),  # ask for the job's running steps
+    "PROBE": (14, DOWN, JSON),  # listen briefly on the ports of a direct kernel
+    "REPORT": (16, UP, JSON),  # after WELCOME: new token taken, state of kernels, steps and streams
     "STARTED": (17, UP, JSON),  # the kernel listens on all channels
-    "FAILED": (18, UP, JSON),  # the kernel did not come up
-    "EXIT": (19, UP, JSON),  # a kernel that had come up is gone
-    "NOTICE": (20, UP, JSON),  # SIGTERM or SIGUSR1 from Slurm; the walltime is near
-    "STEPPED": (21, UP, JSON),  # a step is over
+    "FAILED": (18, UP, JSON),  # the kernel did not start
+    "EXIT": (19, UP, JSON),  # a started kernel has ended
+    "NOTICE": (20, UP, JSON),  # SIGTERM or SIGUSR1 from Slurm; the time limit is near; other events on the node
+    "STEPPED": (21, UP, JSON),  # a step has ended
     "STEP_LIST": (22, UP, JSON),  # answer to LIST_STEPS
     "PROBED": (23, UP, JSON),  # answer to PROBE
     "HEARTBEAT": (32, BOTH, JSON),
@@ -71,32 +71,32 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
 _BY_NUMBER = {number: (name, who, form) for name, (number, who, form) in MESSAGES.items()}
 
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
-# A stream's channel that is none of the kernel's: what the launcher has kept of its output.
+# The channel of a stream that reads kept output; it is not a channel of the kernel.
 KEPT_OUTPUT = "kept"
 
 HELLO, COMPLAINT = 1, 2
 
 
 class WireError(ValueError):
-    """What arrived is not of this protocol."""
+    """The received bytes do not follow this protocol."""
 
 
 def preamble(public_key: bytes) -> bytes:
-    """What the server sends on accept."""
+    """The first bytes of the server on a new connection."""
     return MAGIC + bytes([VERSION]) + public_key
 
 
 def parse_preamble(data: bytes) -> bytes:
     """Return the server's public key for this connection."""
     if len(data) != PREAMBLE_BYTES or not data.startswith(MAGIC):
-        raise WireError("that is not a gateway_slurm response socket")
+        raise WireError("the peer is not a gateway_slurm response socket")
     if data[len(MAGIC)] != VERSION:
         raise WireError(f"the server speaks version {data[len(MAGIC)]} of the link, this launcher {VERSION}")
     return bytes(data[len(MAGIC) + 1 :])
 
 
 def binding(jobid: str, launcher_id: str, public_key: bytes) -> bytes:
-    """The envelope's ``info``: an opening fits this version, job, launcher and connection only."""
+    """The ``info`` of HPKE: an opening is valid for this version, job, launcher and connection only."""
     fields = (bytes([VERSION]), jobid.encode(), launcher_id.encode(), public_key)
     return b"".join(struct.pack(">H", len(field)) + field for field in fields)
 
@@ -107,12 +107,12 @@ def frame(body: bytes) -> bytes:
 
 
 def pack(bodies: list[bytes]) -> bytes:
-    """Messages that go in one frame: sealing costs more than most messages are long."""
+    """Put messages into one frame, because sealing a frame costs more than most messages are long."""
     return b"".join([part for body in bodies for part in (struct.pack(">I", len(body)), body)])
 
 
 def unpack(plain: bytes) -> list[bytes]:
-    """The messages of one frame; raise WireError when they do not fill it exactly."""
+    """The messages of one frame; raise WireError if they do not fill it exactly."""
     bodies = []
     start = 0
     while start < len(plain):
@@ -120,19 +120,19 @@ def unpack(plain: bytes) -> list[bytes]:
         bodies.append(plain[start + 4 : end])
         start = end
     if start != len(plain):
-        raise WireError("a frame that ends inside a message")
+        raise WireError("a frame ends inside a message")
     return bodies
 
 
 class FrameReader:
-    """Cut a byte stream into frames, none longer than ``limit`` bytes."""
+    """Cut a byte stream into frames of at most ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take what arrived and return the frames that are complete; raise WireError past the limit."""
+        """Take received bytes and return the complete frames; raise WireError for a frame over the limit."""
         buffer = self._buffer
         buffer += data
         frames: list[bytes] = []
@@ -140,7 +140,7 @@ class FrameReader:
         while len(buffer) - start >= 4:
             length = int.from_bytes(buffer[start : start + 4], "big")
             if length > self.limit:
-                raise WireError(f"a frame of {length} bytes, where {self.limit} are allowed")
+                raise WireError(f"a frame has {length} bytes, and the limit is {self.limit}")
             if len(buffer) - start - 4 < length:
                 break
             with memoryview(buffer) as view:
@@ -165,10 +165,10 @@ def decode(body: bytes, sender: str) -> tuple[str, Any]:
     """Return ``(name, fields)`` or ``(name, (stream, payload))``; raise WireError for anything else."""
     name, who, form = _BY_NUMBER.get(body[0] if body else -1, ("", "", ""))
     if who not in (sender, BOTH):
-        raise WireError(f"no message that the {sender} side may send begins with {bytes(body[:1])!r}")
+        raise WireError(f"the {sender} side may not send a message that begins with {bytes(body[:1])!r}")
     if form == STREAM:
         if len(body) < 5:
-            raise WireError(f"{name} without a stream id")
+            raise WireError(f"{name} has no stream id")
         return name, (int.from_bytes(body[1:5], "big"), body[5:])
     return name, _json_object(body[1:], name)
 
@@ -184,7 +184,7 @@ def _json_object(text: bytes, name: str) -> dict[str, Any]:
 
 
 class Opening:
-    """A launcher's first frame: ``kind``, who it says it is, and what proves it."""
+    """A launcher's first frame: ``kind``, the claimed launcher id and job id, and their proof."""
 
     def __init__(self, kind: int, launcher_id: str, jobid: str, proof: bytes, reason: str = "") -> None:
         self.kind = kind
@@ -199,7 +199,7 @@ class Opening:
 
     @classmethod
     def decode(cls, body: bytes) -> Opening:
-        """Parse an opening; raise WireError when it is not one."""
+        """Parse an opening; raise WireError if it is malformed."""
         if len(body) < 3 or body[0] not in (HELLO, COMPLAINT):
             raise WireError("the first frame is neither HELLO nor COMPLAINT")
         end = 3 + int.from_bytes(body[1:3], "big")
@@ -219,14 +219,14 @@ def opening_header(launcher_id: str, jobid: str, reason: str = "") -> bytes:
 
 
 def complaint_tag(token: bytes, public_key: bytes, launcher_id: str, jobid: str, reason: str) -> bytes:
-    """Prove a complaint by the launch token, for this connection only (RFC 2104)."""
+    """The proof of a complaint: an HMAC under the launch token, for this connection only (RFC 2104)."""
     bound = binding(jobid, launcher_id, public_key) + opening_header(launcher_id, jobid, reason)
     return hmac.new(token, b"complaint" + bound, hashlib.sha256).digest()
 
 
-def same(one: bytes, other: bytes) -> bool:
+def same(first: bytes, second: bytes) -> bool:
     """Compare secrets in constant time."""
-    return hmac.compare_digest(one, other)
+    return hmac.compare_digest(first, second)
 
 
 def describe_exit(returncode: int) -> str:

@@ -44,7 +44,7 @@ async def store() -> Store:
 @pytest.fixture
 async def socket(store) -> AsyncIterator[server.ResponseSocket]:
     """A listening response socket."""
-    response_socket = server.ResponseSocket(log=LOG, unknown=store.look_up)
+    response_socket = server.ResponseSocket(log=LOG, resolve=store.look_up)
     await response_socket.listen(["127.0.0.1"], range(1))
     yield response_socket
     await response_socket.close()
@@ -147,7 +147,7 @@ async def test_500_silent_connections_do_not_keep_a_launcher_out(socket):
     _handler, token = expect(socket)
     crowd = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", socket.port) for _ in range(500)))
     await asyncio.wait_for(connect(socket, token), 10)
-    assert len(socket._strangers) <= server.UNAUTHENTICATED_PLACES
+    assert len(socket._unauthenticated) <= server.UNAUTHENTICATED_PLACES
     for _reader, writer in crowd:
         writer.close()
 
@@ -285,7 +285,7 @@ async def test_a_store_that_does_not_answer_holds_a_bounded_number_of_lookups(so
     for number, peer in enumerate(peers):
         peer.writer.write(peer.hello(f"L-{number}", os.urandom(32), "12"))
     await connect(socket, token)
-    assert await poll_async(lambda: len(store.asked) == lookups.LOOKUPS_AT_A_TIME, timeout=10)
+    assert await poll_async(lambda: len(store.asked) == lookups.MAX_LOOKUPS, timeout=10)
     assert all([await peer.is_closed() for peer in peers])
     store.may_answer.set()
     assert await poll_async(lambda: len(socket._lookups) == 0, timeout=10)
@@ -300,15 +300,13 @@ async def test_peers_that_are_gone_leave_no_lookups_behind(socket, store):
     assert await poll_async(lambda: len(socket._lookups) == 40, timeout=10)
     for peer in peers:
         peer.writer.close()
-    assert await poll_async(
-        lambda: len(socket._lookups) == lookups.LOOKUPS_AT_A_TIME, timeout=server.HANDSHAKE_SECONDS - 2
-    )
+    assert await poll_async(lambda: len(socket._lookups) == lookups.MAX_LOOKUPS, timeout=server.HANDSHAKE_SECONDS - 2)
     late = await Peer.dial(socket.port)
     late.writer.write(late.hello("late", os.urandom(32), "12"))
     store.may_answer.set()
     assert await poll_async(lambda: len(socket._lookups) == 0, timeout=10)
     assert await late.is_closed()
-    assert store.asked[lookups.LOOKUPS_AT_A_TIME :] == ["late"]
+    assert store.asked[lookups.MAX_LOOKUPS :] == ["late"]
 
 
 async def test_one_of_two_peers_that_goes_takes_no_answer_from_the_other(socket, store):
@@ -332,7 +330,7 @@ async def test_a_bounded_number_of_launchers_is_looked_up(socket, store):
     peers = [await Peer.dial(socket.port) for _ in range(11)]
     for number, peer in enumerate(peers):
         peer.writer.write(peer.hello(f"L-{number}", os.urandom(32), "12"))
-    assert await poll_async(lambda: len(socket._strangers) == 10, timeout=server.HANDSHAKE_SECONDS - 2)
+    assert await poll_async(lambda: len(socket._unauthenticated) == 10, timeout=server.HANDSHAKE_SECONDS - 2)
     assert len(socket._lookups) == 10
     store.may_answer.set()
 

@@ -50,7 +50,7 @@ def test_the_owner_goes_first(cluster, sharer):
         owner.stop_kernel()
         assert job_state(owner.jobid) == "RUNNING"
         owner.end("in good order")
-        assert launcher_said(owner.jobid, "others work in the job")
+        assert launcher_said(owner.jobid, "other steps run in the job")
         assert execute(client, "print('still here')") == "still here"
     assert nothing_left(cluster)
 
@@ -60,7 +60,7 @@ def test_the_owner_is_killed(cluster, sharer):
     with server() as owner, joined(sharer, owner.jobid) as client:
         owner.end("SIGKILL")
         assert poll(lambda: not psutil.pid_exists(owner.kernel), timeout=READY)
-        assert launcher_said(owner.jobid, "others work in the job")
+        assert launcher_said(owner.jobid, "other steps run in the job")
         assert execute(client, "print('still here')") == "still here"
     assert nothing_left(cluster)
 

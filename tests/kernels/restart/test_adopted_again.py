@@ -93,7 +93,7 @@ async def test_a_job_of_ours_of_which_the_record_is_lost_is_adopted_by_its_jobid
         assert [(record.jobid, record.ours) for _server, record in on_record()] == [(one.jobid, False)]
         launcher.resume()
         assert await poll_async(lambda: not psutil.pid_exists(one.kernel), timeout=READY)
-        assert await asyncio.to_thread(launcher_said, one.jobid, "no server, but others work in the job")
+        assert await asyncio.to_thread(launcher_said, one.jobid, "there is no server, but other steps run in the job")
         assert job_state(one.jobid) == "RUNNING"
         assert await async_execute(client, JOB) == one.jobid
     assert await asyncio.to_thread(nothing_left, cluster)

@@ -45,7 +45,7 @@ def test_a_job_that_was_there_before_stays_without_its_kernel(admin_settings, ke
         assert one.jobid == adopted
         one.end("SIGKILL")
     assert poll(lambda: not psutil.pid_exists(one.kernel), timeout=READY)
-    assert launcher_said(adopted, "leaving, no server for 1 s")
+    assert launcher_said(adopted, "exiting: no server for 1 s")
     assert job_state(adopted) == "RUNNING"
 
 

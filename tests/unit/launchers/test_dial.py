@@ -32,7 +32,7 @@ class Dialled:
             list(addresses),
             connected=self._connected,
             failed=self._failed,
-            told=self.why.__setitem__,
+            address_failed=self.why.__setitem__,
         )
         while self.reached is None and not self.failed:
             assert time.monotonic() - began < 20
@@ -130,7 +130,7 @@ def test_a_name_that_is_not_found_is_told_of_and_the_next_address_is_tried(close
     resolver(monkeypatch, nothing)
     dialled = Dialled(("no-such-host", 1), closed)
     assert dialled.failed
-    assert dialled.why == {("no-such-host", 1): "this name was not found", closed: "Connection refused"}
+    assert dialled.why == {("no-such-host", 1): "the host name was not found", closed: "Connection refused"}
     assert Dialled(("no-such-host", 1), server).reached == server
 
 

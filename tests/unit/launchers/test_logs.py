@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from launchers.node import KEPT_SECONDS, remove_old_logs
+from launchers.node import LOG_RETENTION_SECONDS, remove_old_logs
 
 
 def test_only_old_logs_of_ours_are_removed(tmp_path):
@@ -15,6 +15,6 @@ def test_only_old_logs_of_ours_are_removed(tmp_path):
     (tmp_path / "registry").mkdir()
     remove_old_logs(str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 6
-    remove_old_logs(str(tmp_path), now=time.time() + KEPT_SECONDS + 60)
+    remove_old_logs(str(tmp_path), now=time.time() + LOG_RETENTION_SECONDS + 60)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel-plan.txt", "notes.log", "registry"]
     remove_old_logs(str(tmp_path / "nowhere"))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from gateway_slurm.link import flow, wire
 from launchers import output as output_module
 from launchers.output import OVERHEAD, MessageRing, OutputBuffer
-from launchers.reactor import Reactor
+from launchers.reactor import Backoff, Reactor
 from launchers.subscriber import DELIMITER, Message, encode_frame
 from launchers.tunnel import Tunnel
 
@@ -79,7 +79,7 @@ def test_what_is_missing_between_messages_is_counted_until_it_is_acknowledged():
     ring = MessageRing(LIMIT)
     ring.add(message("a"))
     ring.add(Message("huge", None))
-    ring.gap()
+    ring.add_gap()
     ring.add(message("b"))
     assert in_ring(ring) == (["a", "b"], 2)
     ring.acknowledge("a", {})
@@ -96,7 +96,7 @@ def test_many_small_messages_are_bounded_too():
     for number in range(20_000):
         ring.add(message(str(number), 0))
     assert len(ring._messages) <= 100
-    assert len(ring._gone) == output_module.GONE_KNOWN
+    assert len(ring._dropped) == output_module.MAX_DROPPED_IDS
     assert in_ring(ring)[1] == 20_000 - len(ring._messages)
 
 
@@ -112,9 +112,9 @@ def test_nothing_that_was_published_is_neither_there_nor_acknowledged_nor_counte
     added = 0
     for step, name, size in steps:
         if step == "ack":
-            before = len(ring._messages) + len(ring._gone)
+            before = len(ring._messages) + len(ring._dropped)
             ring.acknowledge(name, {})
-            added -= before - len(ring._messages) - len(ring._gone)
+            added -= before - len(ring._messages) - len(ring._dropped)
         else:
             before, awaited = added, ring._awaited
             ring.add(message(name, size) if step == "add" else Message(name, None))
@@ -322,7 +322,7 @@ def test_an_interruption_is_counted(kernel):
 
 def test_a_kernel_that_cannot_be_subscribed_to_is_given_up(kernel, monkeypatch):
     """After a number of tries; readers are told that nothing is kept."""
-    monkeypatch.setattr(output_module, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(kernel.output, "_retry", Backoff(0.01, 0.01))
     kernel.socket.close(linger=0)
     kernel.linked = False
     kernel.output.begin()

@@ -152,7 +152,7 @@ def test_a_question_in_pieces_is_a_question(launcher, reactor, said):
         for letter in QUESTION.encode():
             sock.send(bytes([letter]))
             turn_until(reactor, lambda: True)
-        turn_until(reactor, lambda: QUESTION.encode() in launcher._probes["k"]._heard.values())
+        turn_until(reactor, lambda: QUESTION.encode() in launcher._probes["k"]._received.values())
         assert sock.recv(100).decode() == WORD
 
 
@@ -204,7 +204,7 @@ def test_a_range_without_free_ports_is_said(launcher, said):
 
 def test_there_are_only_so_many(launcher, said, monkeypatch):
     """The oldest goes."""
-    monkeypatch.setattr(probes, "PROBES_LIMIT", 2)
+    monkeypatch.setattr(probes, "MAX_PROBES", 2)
     for number in range(3):
         launcher.listen(asked(f"k{number}"), HERE)
     first, _second, third = ([*fields["ports"].values()] for _name, fields in said)
@@ -214,7 +214,7 @@ def test_there_are_only_so_many(launcher, said, monkeypatch):
 
 def test_who_connects_too_often_is_sent_away(launcher, reactor, said, monkeypatch):
     """Connections that stay are bounded, and nobody who stays keeps the server's dialling from its answer for ever."""
-    monkeypatch.setattr(probes, "CONNECTIONS_LIMIT", 2)
+    monkeypatch.setattr(probes, "MAX_CONNECTIONS", 2)
     launcher.listen(asked(), HERE)
     port = said[0][1]["ports"]["shell"]
     staying = [socket.create_connection((HERE, port), timeout=10) for _ in range(3)]
@@ -229,6 +229,6 @@ def test_who_connects_too_often_is_sent_away(launcher, reactor, said, monkeypatc
     turn_until(reactor, sent_away)
     staying.pop().close()
     staying.pop().close()
-    turn_until(reactor, lambda: len(launcher._probes["k"]._heard) == 1)
+    turn_until(reactor, lambda: len(launcher._probes["k"]._received) == 1)
     assert dial(reactor, port) == WORD
     staying.pop().close()

@@ -155,7 +155,7 @@ def test_the_address_that_works_is_dialled_first_and_none_is_forgotten(servers):
         launcher.turn_until(lambda: launcher.messages)
         if told != many:
             assert launcher.known() == [first.name, third.name, second.name]
-    assert launcher.known() == [first.name, *many][: uplink_module.ADDRESS_LIMIT]
+    assert launcher.known() == [first.name, *many][: uplink_module.MAX_ADDRESSES]
 
 
 def test_a_server_that_slept_through_its_lease_is_refused(servers):
@@ -195,7 +195,7 @@ def test_servers_that_send_a_launcher_to_each_other_are_not_flooded(servers):
     for here, other in [(first, second), (second, first)] * 2:
         link(launcher, here, wire.encode("REDIRECT", addresses=[other.name], epoch=0))
         launcher.turn_until(lambda: launcher.uplink._socket is None)
-    assert launcher.uplink._pause == uplink_module.FIRST_PAUSE * 2**4
+    assert launcher.uplink._retry._wait == uplink_module.RETRY_DELAY * 2**4
 
 
 def test_in_the_first_minute_without_a_server_it_is_looked_for_often(servers, monkeypatch):
@@ -204,9 +204,9 @@ def test_in_the_first_minute_without_a_server_it_is_looked_for_often(servers, mo
         server.close()
     launcher = Launcher(servers[0].name)
     monkeypatch.setattr("random.uniform", lambda _low, _high: 0.0)
-    launcher.turn_until(lambda: launcher.uplink._pause == uplink_module.LONGEST_PAUSES[0])
-    launcher.uplink.last_live -= uplink_module.SOON
-    launcher.turn_until(lambda: launcher.uplink._pause == uplink_module.LONGEST_PAUSES[1])
+    launcher.turn_until(lambda: launcher.uplink._retry._wait == uplink_module.MAX_RETRY_DELAYS[0])
+    launcher.uplink.last_live -= uplink_module.FIRST_MINUTE
+    launcher.turn_until(lambda: launcher.uplink._retry._wait == uplink_module.MAX_RETRY_DELAYS[1])
 
 
 def test_of_a_server_that_hangs_only_one_address_is_waited_for(servers, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_slow_server_is_tried_again_when_the_fast_one_is_none_of_ours(servers)
     launcher = Launcher("127.0.0.1:9", stranger.name, ours.name)
     launcher.turn_until(stranger.accepts)
     launcher.turn_until(lambda: launcher.uplink._dialled is not None)
-    assert launcher.uplink._left == [("127.0.0.1", int(ours.name.rpartition(":")[2]))]
+    assert launcher.uplink._untried == [("127.0.0.1", int(ours.name.rpartition(":")[2]))]
     stranger.connection.close()
     link(launcher, ours, welcome())
     launcher.turn_until(lambda: launcher.uplink.live)
@@ -242,8 +242,8 @@ def test_what_hello_says_of_addresses_is_bounded(servers):
     launcher = Launcher(servers[0].name)
     launcher.turn_until(servers[0].accepts)
     launcher.turn_until(lambda: launcher.uplink._dialled is not None)
-    launcher.uplink._in_vain = {("x" * 250, port): "why " * 100 for port in range(1, 100)}
+    launcher.uplink._failures = {("x" * 250, port): "why " * 100 for port in range(1, 100)}
     told = launcher.uplink.dialled()
     assert told["reached"] == servers[0].name
-    assert 0 < sum(len(text) for pair in told["in_vain"] for text in pair) < uplink_module.TOLD_IN_ALL
+    assert 0 < sum(len(text) for pair in told["in_vain"] for text in pair) < uplink_module.MAX_FAILURES
     launcher.uplink.close()

@@ -19,7 +19,7 @@ class Node:
         self.reactor = Reactor()
         self.linked = True
         self.said: list[float] = []
-        self.walltime = Walltime(self.reactor, say=self.say, is_linked=lambda: self.linked)
+        self.walltime = Walltime(self.reactor, send=self.say, is_linked=lambda: self.linked)
 
     def say(self, name: str, *, kind: str, end_time: float, remaining: float) -> None:
         assert (name, kind) == ("NOTICE", "walltime")
@@ -33,7 +33,7 @@ class Node:
 
     def until_due(self) -> None:
         deadline = time.monotonic() + 10
-        while not self.walltime._is_due:
+        while not self.walltime._was_due:
             assert time.monotonic() < deadline
             self.reactor.later(0.01, lambda: None)
             self.reactor.run_once()
@@ -75,6 +75,6 @@ def test_nothing_is_due_any_more_once_the_end_was_moved(node):
     node.plan(time.time() + 60.1)
     node.until_due()
     node.said.clear()
-    node.walltime.until({"end_time": time.time() + 3600})
+    node.walltime.set_end_time({"end_time": time.time() + 3600})
     node.walltime.link_up({}, same_server=False)
     assert node.said == []

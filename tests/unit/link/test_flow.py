@@ -486,7 +486,7 @@ def test_a_far_end_that_never_says_that_it_knows_of_an_end_costs_a_bounded_memor
     kept = list(outbox._streams)
     assert kept[0] == 1
     assert kept[-1] == streams + 1
-    assert len(kept) - 1 == min(flow.CLOSING_STREAMS, flow.CLOSING_BYTES // size)
+    assert len(kept) - 1 == min(flow.MAX_CLOSING_STREAMS, flow.MAX_CLOSING_BYTES // size)
 
 
 def test_without_a_link_more_may_wait_up_to_a_bound_of_all_streams():

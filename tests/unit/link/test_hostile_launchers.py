@@ -152,7 +152,7 @@ async def test_a_hello_that_its_owner_cannot_take_ends_the_link(socket: server.R
     peer = await Peer.dial(socket.port)
     peer.writer.write(peer.hello("L1", tokens[0], "12"))
     assert await peer.is_closed()
-    assert handler.events == [("down", "its HELLO could not be taken")]
+    assert handler.events == [("down", "its HELLO could not be handled")]
 
 
 # -- how much it says -----------------------------------------------------------------------------
@@ -192,7 +192,7 @@ async def test_others_have_their_turn_between_a_launchers_messages(socket: serve
     assert await handler.until("down") == ("down", "the launcher closed it")
     assert [number for _round, number in taken] == list(range(3000))
     each_round = [at for at, _number in taken]
-    assert max(map(each_round.count, set(each_round))) <= server.TAKEN_AT_A_TIME
+    assert max(map(each_round.count, set(each_round))) <= server.LOOP_SLICE
 
 
 # -- what it does not read ------------------------------------------------------------------------
@@ -209,7 +209,7 @@ async def test_a_launcher_that_does_not_read_has_a_bounded_number_of_messages_wa
         sent += 1
         assert sent < 100
         await asyncio.sleep(0)
-    assert await owner.until_lost() == "it does not read what it is told"
+    assert await owner.until_lost() == "the launcher does not read its messages"
     assert owner.launcher.streams._outbox.messages_size == 0
 
 

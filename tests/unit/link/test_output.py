@@ -97,7 +97,7 @@ async def test_credit_is_given_for_what_was_read():
         wire.frame(b'{"dropped": "many"}'),
         records(HEADER) + wire.frame(b"\0\0\0\x09x"),
         (2**31).to_bytes(4, "big"),
-        b"\0" * (2 * LIMIT + kept.HEADER_LIMIT + 4),
+        b"\0" * (2 * LIMIT + kept.MAX_HEADER + 4),
     ],
     ids=["nothing", "no json", "no object", "no number", "half a frame", "a huge record", "more than was kept"],
 )
@@ -128,11 +128,11 @@ def test_whatever_a_launcher_sends_is_kept_output_or_an_error(data, cut):
 
 async def test_without_a_word_it_is_given_up(monkeypatch):
     """A launcher that is silent, or out of reach, does not hold the reader for ever."""
-    monkeypatch.setattr(kept, "SILENCE", 0.05)
+    monkeypatch.setattr(kept, "SILENCE_SECONDS", 0.05)
     launcher = Launcher()
     task = await reading(launcher)
     launcher.say(b"\0", closed=False)
-    with pytest.raises(LinkError, match="nothing came"):
+    with pytest.raises(LinkError, match="sent nothing"):
         await task
     assert launcher.streams._clients == {}
 

@@ -57,8 +57,8 @@ class Ends:
             actions = {
                 "STEP": launcher.start,
                 "STEP_END": launcher.end,
-                "STEP_ACK": launcher.forget,
-                "LIST_STEPS": launcher.listing,
+                "STEP_ACK": launcher.acknowledged,
+                "LIST_STEPS": launcher.list_steps,
             }
             actions[name](payload)
         return self.linked
@@ -148,7 +148,7 @@ def test_the_step_is_the_one_that_srun_from_outside_makes(exact: bool) -> None:
 def test_what_is_on_no_list_is_refused_by_the_launcher(ends: Ends, changed: dict[str, Any]) -> None:
     """An option, a variable, a value that is not as it may be: nothing runs, and the server hears why."""
     said: list[dict[str, Any]] = []
-    ends.launcher._say = lambda _name, **fields: said.append(fields)
+    ends.launcher._send = lambda _name, **fields: said.append(fields)
     ends.launcher.start({**step_fields("s1", SPEC), **changed})
     assert said[0]["status"] == 2
     assert said[0]["stderr"].startswith("refused: ")
@@ -157,9 +157,9 @@ def test_what_is_on_no_list_is_refused_by_the_launcher(ends: Ends, changed: dict
 
 async def test_what_is_on_no_list_is_not_sent(ends: Ends) -> None:
     """The server looks first."""
-    with pytest.raises(AllocationError, match="no option of srun's"):
+    with pytest.raises(AllocationError, match="this srun option is not permitted"):
         await ends.inside.start(StepSpec(jobid="12", name="n", script="", node="c1;x"))
-    with pytest.raises(AllocationError, match="no variable"):
+    with pytest.raises(AllocationError, match="this variable is not permitted"):
         await ends.inside.start(StepSpec(jobid="12", name="n", script="", env={"PATH": "/x"}))
 
 
@@ -289,11 +289,11 @@ async def test_a_launcher_that_is_gone_takes_its_steps_with_it(ends: Ends, progr
 
 async def test_steps_are_bounded(ends: Ends, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher has only so many under way."""
-    monkeypatch.setattr(steps, "STEPS_LIMIT", 1)
+    monkeypatch.setattr(steps, "MAX_STEPS", 1)
     install(programs, "srun", "exec sleep 600")
     first = await ends.inside.start(SPEC)
     second = await ends.inside.start(SPEC)
-    with pytest.raises(AllocationError, match="no more are started"):
+    with pytest.raises(AllocationError, match="starts no more"):
         await ends.until(second.wait())
     first.kill()
     await ends.collected()
