@@ -119,7 +119,7 @@ def test_a_job_that_no_row_knows_is_cancelled_once_a_server_would_have_come_back
     job = submit(cluster, new_launcher_id(store_id))
     (found,) = findings("--fix", status=1)
     assert "has no record of the job" in str(found["what"])
-    assert "may come back" in str(found["fix"])
+    assert "may take it over" in str(found["fix"])
     assert job_state(job) == "RUNNING"
     admin_settings(orphan_timeout=0.1)
     (found,) = findings(status=1)
