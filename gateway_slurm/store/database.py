@@ -1,5 +1,6 @@
-"""The store: one database, its rows, and the queries on them. This module imports SQLAlchemy: import it late, off the
-loop.
+"""The store: one database, its rows, and the queries on them.
+
+This module imports SQLAlchemy: import it late, off the loop.
 """
 
 from __future__ import annotations

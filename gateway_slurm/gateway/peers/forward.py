@@ -135,7 +135,7 @@ class Forwarder:
     async def find_holder(
         self, handler: RequestHandler, collection: str, key: str, *, fresh: bool = False
     ) -> tuple[bool, Peer | None]:
-        """``settled`` for a kernel, a session or an allocation by its id."""
+        """``wait_for_holder`` for a kernel, session or allocation by its id."""
         return await self.wait_for_holder(
             lambda: is_here(handler, collection, key),
             lambda again: self.find(handler, collection, key, fresh=fresh or again),
