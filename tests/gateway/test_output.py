@@ -35,7 +35,8 @@ BESIDE = FLUSH_BYTES + RECEIVE_MARK * PIECE + len(CHANNELS) * WINDOW + (32 << 20
 @pytest.fixture
 def gateway(gateway_environment, kernelspecs, tmp_path):
     """A gateway of the test's own: what an earlier one took and keeps of memory hides what is taken now."""
-    with running_gateway(tmp_path / "output") as gateway:
+    # As the systemd unit in etc/ sets it.
+    with running_gateway(tmp_path / "output", environment={"MALLOC_MMAP_THRESHOLD_": "262144"}) as gateway:
         yield gateway
 
 
