@@ -133,8 +133,8 @@ c = get_config()  # noqa: F821
 # c.SlurmService.orphan_jobs = "leave"
 
 ## MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no server or no
-## client reads it. Beyond that the oldest output is dropped, and clients are told how much. Busy kernels may
-## need twice that for a moment. The output of a direct kernel is not kept. 0: no output is kept.
+## client reads it. Beyond that the oldest output is dropped, and clients see how much. Busy kernels may need
+## twice that for a moment. The output of a direct kernel is not kept. 0: no output is kept.
 # c.SlurmService.kept_output = 64
 
 ## Seconds between heartbeats on a link. After three missing ones the link counts as broken, as when a node has

@@ -220,7 +220,7 @@ class ServiceSettings(LoggingConfigurable):
         max=1024,
         config=True,
         help="""MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no server
-        or no client reads it. Beyond that the oldest output is dropped, and clients are told how much. Busy kernels
+        or no client reads it. Beyond that the oldest output is dropped, and clients see how much. Busy kernels
         may need twice that for a moment. The output of a direct kernel is not kept. 0: no output is kept.""",
     )
     heartbeat = CFloat(
