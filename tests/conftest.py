@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one private Slurm for the session, and nobody leaves a job behind."""
+"""Fixtures for all tests: one private Slurm for the session, and a check that no test leaves a job behind."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from helpers import kernel_clients
 from helpers.postgres import PrivatePostgres, private_postgres
 from helpers.private_slurm import jobs_of, poll, private_cluster, slurm
 
-# Two cores are shared with a whole Slurm: how long an example takes says nothing.
-# Where a submission is judged the examples are the same each time; everywhere else new ones are looked for.
+# The tests share two cores with a whole Slurm, so an example's duration means nothing. In CI the examples are the same
+# in each run; elsewhere hypothesis looks for new ones.
 hypothesis.settings.register_profile("shared", deadline=None, derandomize=os.environ.get("CI") == "true")
 hypothesis.settings.load_profile("shared")
 
-# They make Unix users and what serves these, a firewall or networks of their own, or mount something: root only.
+# These tests create Unix users, firewall rules, network namespaces or mounts, and so need root.
 _ROOT_ONLY = [
     "gateway/test_as_user.py",
     "kernels/test_rest_users.py",
@@ -39,20 +39,20 @@ _ROOT_ONLY = [
 ]
 collect_ignore = [] if os.geteuid() == 0 else _ROOT_ONLY
 
-# Seconds since the epoch after which no slow test begins, where the time for a run is bounded (.ci/run).
+# Seconds since the epoch after which no slow test starts; .ci/run sets it.
 _SLOW_UNTIL = float(os.environ.get("SLOW_UNTIL", "inf"))
 
 _JOBS_GONE_WITHIN = 10.0  # seconds: KillWait is 5
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave out slow tests for which no time is left; the summary says so."""
+    """Skip slow tests after SLOW_UNTIL; the summary reports them."""
     if item.get_closest_marker("slow") is not None and time.time() > _SLOW_UNTIL:
         pytest.skip("no time is left for slow tests (SLOW_UNTIL)")
 
 
 def _encodable(value: Any) -> Any:
-    """The same with every text one that can be sent."""
+    """The value with texts that can be encoded as UTF-8."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
@@ -64,13 +64,13 @@ def _encodable(value: Any) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Iterator[Any]:
-    """A worker's report goes to the one that collects them: a log with half a surrogate pair in it, too."""
+    """Make the report of a test worker encodable, even if a log in it has half a surrogate pair."""
     return _encodable((yield))
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[PrivateCluster]:
-    """A private cluster for all tests; SLURM_CONF points to it."""
+    """A private cluster for all tests; SLURM_CONF names it."""
     before = os.environ.get("SLURM_CONF")
     with private_cluster() as private:
         os.environ.update(private.environment())
@@ -85,9 +85,9 @@ def cluster() -> Iterator[PrivateCluster]:
 
 @pytest.fixture(autouse=True)
 def no_job_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test that used the session's cluster its jobs are gone, or the test has failed.
+    """Fail a test that leaves jobs in the session's cluster.
 
-    A job that was there before, as of a kernel that a class's tests share, is the class's to end.
+    Jobs that existed before the test do not count, such as a kernel that the tests of a class share.
     """
     used = "cluster" in request.fixturenames
     private: PrivateCluster | None = request.getfixturevalue("cluster") if used else None
@@ -109,7 +109,7 @@ def no_job_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_control_socket_left() -> Iterator[None]:
-    """A manager whose kernel a test leaves to the next server has one: collected with its context it waits for ever."""
+    """Close the control sockets of kernel managers that a test abandons; otherwise their ZMQ context blocks."""
     connected: list[KernelManager] = []
     connect = KernelManager._connect_control_socket
 
@@ -126,20 +126,20 @@ def no_control_socket_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PrivatePostgres]:
-    """A real PostgreSQL of the test run's own; tests take a database of their own from it."""
+    """A private PostgreSQL for the test run; each test takes its own database from it."""
     with private_postgres() as server:
         yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest) -> str:
-    """An empty store of each kind, as ``SlurmService.store_url`` names it; SQLite's is in the state directory."""
+    """An empty store of each kind, as a value for ``SlurmService.store_url``; SQLite's is in the state directory."""
     return "" if request.param == "sqlite" else str(request.getfixturevalue("postgres").new_database())
 
 
 @pytest.fixture(scope="session")
 def jupyter_base() -> Iterator[Path]:
-    """A short directory for HOME and all of Jupyter's directories, for tests that ask for kernels."""
+    """A directory with a short path for HOME and Jupyter's directories, for tests that start kernels."""
     base = Path(tempfile.mkdtemp(prefix="gsj-", dir="/tmp"))
     yield base
     shutil.rmtree(base, ignore_errors=True)
@@ -154,7 +154,7 @@ def gateway_environment(cluster: PrivateCluster, jupyter_base: Path) -> Iterator
 
 @pytest.fixture
 def kernelspecs(jupyter_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An entry of JUPYTER_PATH with ``slurm`` (tunnel) and ``slurm-direct``, and nothing else; add to it."""
+    """A directory of JUPYTER_PATH with the kernelspecs ``slurm`` (tunnel) and ``slurm-direct``; tests may add more."""
     for name, value in kernel_clients.jupyter_environment(jupyter_base).items():
         monkeypatch.setenv(name, value)
     directory = jupyter_base / "path"
@@ -165,7 +165,7 @@ def kernelspecs(jupyter_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.fixture
 def service(cluster: PrivateCluster, kernelspecs: Path) -> Iterator[SlurmService]:
-    """The process's service, new; closed after the test, whichever it is by then."""
+    """A new service of this process; the service that exists after the test is closed."""
     kernel_clients.forget_service()
     kernel_clients.forget_dead_servers()
     yield SlurmService.instance()
@@ -174,7 +174,7 @@ def service(cluster: PrivateCluster, kernelspecs: Path) -> Iterator[SlurmService
 
 @pytest.fixture
 def admin_settings(service: SlurmService) -> Iterator[Callable[..., SlurmService]]:
-    """Write ``jupyter_slurm_config.py``: ``admin_settings(connect="tunnel")`` returns the service with it."""
+    """Write ``jupyter_slurm_config.py``: ``admin_settings(connect="tunnel")`` returns a service with that setting."""
     written: list[Path] = []
 
     def write(**traits: object) -> SlurmService:
@@ -189,7 +189,7 @@ def admin_settings(service: SlurmService) -> Iterator[Callable[..., SlurmService
 
 @pytest.fixture(params=["tunnel", "direct"])
 def mode(request: pytest.FixtureRequest) -> str:
-    """How clients reach kernels: each test that asks for it runs in both ways."""
+    """How clients reach kernels; tests with this fixture run with both values."""
     return str(request.param)
 
 

@@ -14,7 +14,7 @@ import pytest
 from gateway_slurm.store import AllocationRecord, Registry
 from gateway_slurm.testing.processes import free_port
 from helpers.doctor_cli import REQUEST, STEPS, check_path, command, failed_at
-from helpers.failing_starts import filled, jobs_of_ours, nothing_left, spec
+from helpers.failing_starts import all_nodes_taken, jobs_of_ours, nothing_left, spec
 from helpers.kernel_clients import IPYKERNEL, READY, install_kernelspec, write_admin_settings
 from helpers.login_node import LoginNode, login_node, make_key
 from helpers.private_slurm import poll
@@ -193,7 +193,7 @@ def test_an_unknown_partition_is_reported_in_slurms_words(service, cluster):
 
 def test_a_job_that_waits_too_long_is_reported_with_its_reason_and_cancelled(service, cluster):
     """After the seconds that ``--wait`` gives."""
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         assert failed_at(output := check_path(*REQUEST, "--wait", "1.5"), "run", "(Resources)", "1.5 s", "--wait")
         assert output.steps["end"]["ok"]
         assert jobs_of_ours(cluster) == []
@@ -213,7 +213,7 @@ def test_a_check_whose_output_is_closed_ends_its_job(service, cluster):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_check_that_is_interrupted_ends_its_job(service, cluster, signum):
     """By Ctrl-C or SIGTERM while the job waits; the findings follow nevertheless."""
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         process = subprocess.Popen(command(*REQUEST), stdout=subprocess.PIPE, text=True)
         assert any("Slurm accepts a job" in line for line in process.stdout)
         process.send_signal(signum)

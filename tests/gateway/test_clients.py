@@ -13,7 +13,7 @@ from jupyter_server.gateway.gateway_client import GatewayClient
 from jupyter_server.gateway.managers import GatewayKernelManager
 from nbclient import NotebookClient
 
-from helpers.full_cluster import all_nodes_taken
+from helpers.failing_starts import all_nodes_taken
 from helpers.gateway_process import running_gateway, start, stop, write_project
 from helpers.kernel_clients import JOB, READY, jupyter_files_in, poll_async
 from helpers.notebook_server import Frontend, HTTPClientError, running_server

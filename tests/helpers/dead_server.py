@@ -1,4 +1,4 @@
-"""What a server that died has left in the store."""
+"""Records that a dead server has left in the store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway_slurm.store.database import open_store
 
 
 def leave_behind(directory: Path, *records: AllocationRecord) -> None:
-    """What a server that died had on record."""
+    """Write the records of a dead server into the store."""
     opened = open_store("", directory / store.this_process().host)
     dead = store.ServerRecord(server_id="dead", process=replace(store.this_process(), start="1"))
     opened.register(dead)

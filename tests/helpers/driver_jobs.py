@@ -1,4 +1,4 @@
-"""Jobs that a test of a driver submits."""
+"""Jobs for tests of the drivers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 
 
 async def until(ask: Callable[[], Awaitable[Answer]], accept: Callable[[Answer], bool]) -> Answer:
-    """Ask again and again until the answer is accepted."""
+    """Repeat a question until its answer is accepted; return the answer."""
     deadline = asyncio.get_running_loop().time() + WITHIN
     while not accept(answer := await ask()):
         assert asyncio.get_running_loop().time() < deadline, f"still {answer}"
@@ -29,25 +29,25 @@ async def until(ask: Callable[[], Awaitable[Answer]], accept: Callable[[Answer],
 
 
 class Jobs:
-    """Submits jobs, and cancels them at the test's end."""
+    """Submits jobs and remembers their ids."""
 
     def __init__(self, driver: SlurmDriver) -> None:
         self.driver = driver
         self.ids: list[str] = []
 
     async def submit(self, script: str = SLEEP, **spec: object) -> str:
-        """Submit a job of the test's."""
+        """Submit a job; return its id."""
         options = {"name": "test", "time": 5, "memory": "50M", **spec}
         jobid = await self.driver.submit(JobSpec(script=script, **options))  # type: ignore[arg-type]
         self.ids.append(jobid)
         return jobid
 
     async def reaches(self, jobid: str, *meanings: Meaning) -> JobInfo:
-        """Wait for a state of that meaning."""
+        """Wait until the job's state has one of these meanings; return the job."""
         return await until(lambda: self.driver.describe(jobid), lambda info: info.meaning in meanings)
 
     async def running(self, **spec: object) -> str:
-        """Submit a job and wait until it runs."""
+        """Submit a job, and return its id when it runs."""
         jobid = await self.submit(**spec)  # type: ignore[arg-type]
         await self.reaches(jobid, Meaning.USABLE)
         return jobid
@@ -55,7 +55,7 @@ class Jobs:
 
 @asynccontextmanager
 async def submitting(driver: SlurmDriver) -> AsyncIterator[Jobs]:
-    """Jobs that end with this."""
+    """Jobs that are cancelled at the end of the block."""
     jobs = Jobs(driver)
     try:
         yield jobs
@@ -65,7 +65,7 @@ async def submitting(driver: SlurmDriver) -> AsyncIterator[Jobs]:
 
 
 async def failure(awaitable: Awaitable[object]) -> GatewaySlurmError:
-    """The error of ours that it ends with."""
+    """The GatewaySlurmError that it raises."""
     with pytest.raises(GatewaySlurmError) as caught:
         await awaitable
     return caught.value

@@ -1,4 +1,4 @@
-"""Servers in processes of their own, which start kernels and die, and managers for the kernels that are restored."""
+"""Servers in their own processes, which start kernels and are killed, and managers for the restored kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gateway_slurm.store import LauncherRecord
 from helpers import HELPERS
 from helpers.kernel_clients import READY
 
-# Reads commands from its standard input, one a line in JSON, and answers each with a line.
+# Reads one command in JSON from each line of its standard input, and answers each with a line.
 SERVER = """
 import asyncio, json, sys
 from jupyter_client import AsyncKernelManager
@@ -86,13 +86,13 @@ asyncio.run(serve())
 
 
 @dataclass
-class Server:
-    """A process with a service of its own."""
+class DrivenServer:
+    """A process with its own service, which the test drives by commands."""
 
     process: subprocess.Popen[str] = field(repr=False)
 
     def call(self, command: str, /, **options: Any) -> Any:
-        """Have it do something and return what it says."""
+        """Run a command in the server; return its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([command, options]) + "\n")
@@ -102,26 +102,26 @@ class Server:
         return json.loads(answer)
 
     def signal(self, signum: int) -> None:
-        """Send it a signal, and wait for its end where that is what the signal does."""
+        """Send a signal to the server; after SIGKILL wait for its end."""
         self.process.send_signal(signum)
         if signum == signal.SIGKILL:
             self.process.wait(READY)
 
     def end(self) -> None:
-        """Let it come to its end as a process that has nothing more to do."""
+        """Close its standard input, after which it ends normally."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(READY)
 
 
 @contextmanager
-def server() -> Iterator[Server]:
-    """A server process, killed at the end if it is still there."""
+def driven_server() -> Iterator[DrivenServer]:
+    """A server process; it is killed at the end of the block."""
     environment = {**os.environ, "PYTHONPATH": str(HELPERS.parent)}
     argv = [sys.executable, "-c", SERVER]
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        yield Server(process)
+        yield DrivenServer(process)
     finally:
         process.kill()
         process.wait(READY)
@@ -131,7 +131,7 @@ def server() -> Iterator[Server]:
 
 
 async def answer_of(port: int, record: LauncherRecord) -> tuple[str, Any]:
-    """What a server says first to this launcher, dialled on this machine."""
+    """Dial a server on this machine as this launcher; return the server's first message."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         public_key = wire.parse_preamble(await reader.readexactly(wire.PREAMBLE_BYTES))
@@ -148,13 +148,13 @@ async def answer_of(port: int, record: LauncherRecord) -> tuple[str, Any]:
         writer.close()
 
 
-async def call(one: Server, command: str, /, **options: Any) -> Any:
-    """``Server.call`` for a test whose loop is to run on."""
-    return await asyncio.to_thread(lambda: one.call(command, **options))
+async def call(driven: DrivenServer, command: str, /, **options: Any) -> Any:
+    """``DrivenServer.call`` without blocking the test's event loop."""
+    return await asyncio.to_thread(lambda: driven.call(command, **options))
 
 
 def adopt(restored: RestoredKernel, kernel_name: str) -> AsyncKernelManager:
-    """A kernel manager for a kernel of an earlier process, as if it had started the kernel."""
+    """A kernel manager for a restored kernel, as if it had started the kernel."""
     manager = AsyncKernelManager(kernel_name=kernel_name)
     manager.kernel_id = restored.record.kernel_id
     factory = KernelProvisionerFactory.instance()

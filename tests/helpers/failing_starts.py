@@ -1,4 +1,4 @@
-"""What the tests of failures share: starts that are to fail, jobs that fill the cluster, what is left over."""
+"""Helpers for tests of failures: failing starts, a job that fills the cluster, leftovers, broken links."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from gateway_slurm.testing.processes import job_processes
 from helpers.kernel_clients import install_kernelspec
 from helpers.private_slurm import jobs_of, poll, slurm
 
-SOON = 2.0  # seconds: what a user waits for the answer to a wrong request
+SOON = 2.0  # seconds that a wrong request may take
 
 
 def start_error(name: str, **start: Any) -> tuple[GatewaySlurmError, float]:
-    """The error with which a kernel does not start, and how many seconds it took to come."""
+    """The error of a kernel's start, and the seconds until it was raised."""
     manager = KernelManager(kernel_name=name)
     began = time.monotonic()
     with pytest.raises(GatewaySlurmError) as caught:
@@ -38,20 +38,20 @@ def start_error(name: str, **start: Any) -> tuple[GatewaySlurmError, float]:
 
 
 def spec(kernelspecs: Path, **fields: object) -> str:
-    """Install one more kernelspec with these request fields; return its name."""
+    """Install a kernelspec with these request fields; return its name."""
     install_kernelspec(kernelspecs, "asked", config_overrides=fields)
     return "asked"
 
 
 def nothing_left(cluster: PrivateCluster, *, timeout: float = 15) -> bool:
-    """Whether soon no job, and no process that a job has started, is there."""
+    """Whether all jobs and their processes end within ``timeout`` seconds."""
     return poll(lambda: not jobs_of(cluster) and not job_processes(cluster.slurm_conf), timeout=timeout)
 
 
 @contextmanager
-def filled(cluster: PrivateCluster, *options: str) -> Iterator[str]:
-    """Jobs of somebody who needs every node, for as long as it takes; gives the job's id."""
-    argv = ["sbatch", "--parsable", "--output=/dev/null", *(options or ("--nodes=4", "--exclusive"))]
+def all_nodes_taken(cluster: PrivateCluster, *options: str, nodes: int = 4) -> Iterator[str]:
+    """A job that occupies all nodes of the cluster, so that jobs submitted in the block wait; gives its id."""
+    argv = ["sbatch", "--parsable", "--output=/dev/null", f"--nodes={nodes}", "--exclusive", *options]
     jobid = slurm(*argv, "--wrap=sleep 600", cluster=cluster).stdout.strip()
     try:
         assert poll(lambda: f"{jobid} RUNNING wrap" in jobs_of(cluster), timeout=20)
@@ -61,12 +61,12 @@ def filled(cluster: PrivateCluster, *options: str) -> Iterator[str]:
 
 
 def jobs_of_ours(cluster: PrivateCluster) -> list[str]:
-    """Ids of the jobs that a service has submitted."""
+    """The ids of jobs that this package has submitted."""
     return [line.split()[0] for line in jobs_of(cluster) if line.endswith(" gateway_slurm")]
 
 
 def on_loop(function: Callable[[], Any]) -> Any:
-    """Call a function on the service's loop, where links and kernels live."""
+    """Call a function on the service's event loop, to which links and kernels belong."""
 
     async def call() -> Any:
         return function()
@@ -75,7 +75,7 @@ def on_loop(function: Callable[[], Any]) -> Any:
 
 
 def cut_links() -> int:
-    """Break every link of the process's service as a network does; how many there were."""
+    """Break all links of this process's service, as a network failure does; return their number."""
 
     def cut() -> int:
         links = list(SlurmService.instance()._socket._links)
@@ -87,19 +87,19 @@ def cut_links() -> int:
 
 
 def script(path: Path, text: str) -> str:
-    """Write an executable; return its path."""
+    """Write an executable file; return its path."""
     path.write_text(text)
     path.chmod(0o755)
     return str(path)
 
 
 def python_script(path: Path, text: str) -> str:
-    """Write an executable for this Python."""
+    """Write an executable script for this Python; return its path."""
     return script(path, f"#!{sys.executable}\n{text}")
 
 
 def wrapped_command(directory: Path, name: str, first: str) -> str:
-    """A directory for ``slurm_path`` whose ``name`` runs the shell lines ``first`` before Slurm's own one."""
+    """A ``slurm_path`` whose command ``name`` runs the shell lines ``first``, and then Slurm's command."""
     directory.mkdir(exist_ok=True)
     path = os.environ["PATH"]
     script(directory / name, f'#!/bin/sh\nPATH={shlex.quote(path)}\n{first}\nexec {name} "$@"\n')

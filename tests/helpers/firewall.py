@@ -1,4 +1,4 @@
-"""A firewall before the nodes' ports for direct kernels: nftables on this machine, whose nodes they are. Root only."""
+"""A firewall in front of the ports of direct kernels: nftables on this machine, where all nodes are. It needs root."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Below the ports that Linux gives to clients (32768 and up) and the private Slurm takes (10000 and up), which the rules
-# must not touch; nor those of another run, beside this one.
+# The rules must not affect the ports of clients (from 32768 on), of the private Slurm (from 10000 on), or of other test
+# runs at the same time.
 LOW = 2000 + 100 * (os.getpid() % 80)
 HIGH = LOW + 99
 KERNEL_PORTS = f"{LOW}-{HIGH}"
 
 
 class Firewall:
-    """What happens to connections to the kernels' ports; ``open`` takes the rules away."""
+    """Rules for connections to the kernels' ports; ``open`` removes them."""
 
     def __init__(self) -> None:
         self._table = f"gateway_slurm_test_{os.getpid()}"
 
     def drop(self) -> None:
-        """Nothing comes back."""
+        """Drop packets, so that a client gets no answer."""
         self._rule("drop")
 
     def reject(self, words: str) -> None:
-        """It says no; ``words`` as in ``reject with …``."""
+        """Reject packets; ``words`` as in nft's ``reject with …``."""
         self._rule(f"reject with {words}")
 
     def redirect(self, port: int) -> None:
-        """Somebody else answers, on this port."""
+        """Redirect connections to another port."""
         rule = f"tcp dport {KERNEL_PORTS} redirect to :{port}"
         self._load(f"chain other {{\ntype nat hook output priority -100\n{rule}\n}}")
 
@@ -44,14 +44,14 @@ class Firewall:
         _nft(f"table inet {self._table} {{\n{chain}\n}}\n")
 
     def open(self) -> None:
-        """Everything goes through."""
+        """Let everything through."""
         _nft(f"table inet {self._table}\ndelete table inet {self._table}\n")
 
     @property
     def packets(self) -> int:
-        """How many the rule has met."""
+        """The number of packets that matched the rule."""
         listed = _nft("", "-j", "list", "table", "inet", self._table)
-        rules: list[dict[str, Any]] = [each["rule"] for each in json.loads(listed)["nftables"] if "rule" in each]
+        rules: list[dict[str, Any]] = [item["rule"] for item in json.loads(listed)["nftables"] if "rule" in item]
         return sum(part["counter"]["packets"] for rule in rules for part in rule["expr"] if "counter" in part)
 
 
@@ -65,7 +65,7 @@ def _nft(script: str, *arguments: str) -> str:
 
 @contextmanager
 def firewall() -> Iterator[Firewall]:
-    """One that lets everything through, until it is told otherwise; nothing of it is left."""
+    """A firewall that at first lets everything through; its rules are removed at the end."""
     made = Firewall()
     try:
         yield made

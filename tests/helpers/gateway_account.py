@@ -1,6 +1,6 @@
-"""A program that plays the gateway, to be run as its account: kernels of many owners by one service.
+"""A program that acts as the gateway under the gateway's account: one service with kernels of many owners.
 
-Reads one JSON object a line, ``{"do": NAME, "number": N, …}``, and answers each with one, in whatever order:
+It reads a JSON object from each line, ``{"do": NAME, "number": N, …}``, and answers each with an object, in any order:
 ``{"number": N, "answer": …}`` or ``{"number": N, "error": CLASS, "message": TEXT}``.
 """
 
@@ -21,8 +21,8 @@ READY = 60
 LONG_CELL = "import time; print('begun', flush=True); time.sleep(600)"
 
 
-class Gateway:
-    """Its methods are what can be asked for."""
+class GatewayAccount:
+    """Its methods are the commands."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, tuple[AsyncKernelManager, Any]] = {}
@@ -38,7 +38,7 @@ class Gateway:
         return {"jobid": manager.provisioner.jobid, "kernel_id": manager.provisioner.kernel_id}
 
     async def execute(self, kernel: str, code: str) -> str:
-        """What the code printed; an error's name and value where it raised."""
+        """Run code; return its output, or the name and value of its error."""
         _manager, client = self.kernels[kernel]
         printed: list[str] = []
 
@@ -84,16 +84,16 @@ class Gateway:
         await service.run(service.cancel_allocation(owner, jobid))
 
     async def commands(self) -> dict[str, int]:
-        """How often each of Slurm's commands was run."""
+        """How often each Slurm command was run."""
         return dict(SlurmService.instance().runner.counts)
 
     async def tokens(self) -> list[str]:
-        """Every launch token that was made."""
+        """All launch tokens that were made."""
         return self.seen
 
 
-def note_tokens(gateway: Gateway) -> None:
-    """Let the gateway tell its tokens: what must be seen nowhere has to be known to the test."""
+def note_tokens(gateway: GatewayAccount) -> None:
+    """Record launch tokens, so that the test can check that no token is visible anywhere."""
     expect = ResponseSocket.expect
 
     def expecting(self: ResponseSocket, launcher_id: str, tokens: Sequence[bytes], handler: Any) -> Any:
@@ -103,19 +103,19 @@ def note_tokens(gateway: Gateway) -> None:
     ResponseSocket.expect = expecting  # type: ignore[method-assign]
 
 
-async def answer(gateway: Gateway, *, do: str, number: int, **what: Any) -> None:
-    """Do one thing and print what came of it."""
-    told: dict[str, Any] = {"number": number}
+async def answer(gateway: GatewayAccount, *, do: str, number: int, **what: Any) -> None:
+    """Run a command and print its result."""
+    result: dict[str, Any] = {"number": number}
     try:
-        told["answer"] = await getattr(gateway, do)(**what)
+        result["answer"] = await getattr(gateway, do)(**what)
     except Exception as error:  # noqa: BLE001 - the test judges it
-        told.update(error=type(error).__name__, message=str(error))
-    print(json.dumps(told), flush=True)  # noqa: T201 - it is the answer
+        result.update(error=type(error).__name__, message=str(error))
+    print(json.dumps(result), flush=True)  # noqa: T201 - it is the answer
 
 
 async def main() -> None:
-    """Answer until standard input ends."""
-    gateway = Gateway()
+    """Answer commands until standard input ends."""
+    gateway = GatewayAccount()
     note_tokens(gateway)
     tasks = set()
     while line := await asyncio.to_thread(sys.stdin.readline):

@@ -1,4 +1,4 @@
-"""Several gateways on one store, as processes, and what the store says of them."""
+"""Several gateways on one store, as processes, and the store's records of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers.private_slurm import poll
 
 @dataclass
 class Deployment:
-    """Gateways by name on one store; ``start`` starts one more."""
+    """Gateways on one store, by name; ``start`` adds one."""
 
     base: Path
     store: sa.Engine
@@ -36,7 +36,7 @@ class Deployment:
         return gateway
 
     def owner_of(self, kernel_id: str) -> str:
-        """The server on record as the kernel's: there is one, or none."""
+        """The id of the server that owns the kernel on record; empty for none."""
         question = sa.text("SELECT server_id FROM kernels WHERE kernel_id = :kernel_id")
         with self.store.connect() as connection:
             owners = list(connection.execute(question, {"kernel_id": kernel_id}).scalars())
@@ -44,19 +44,19 @@ class Deployment:
         return owners[0] if owners else ""
 
     def server_of(self, gateway: Gateway) -> str:
-        """The id under which a gateway is on record."""
+        """The server id of a gateway on record."""
         question = sa.text("SELECT server_id FROM servers WHERE pid = :pid")
         with self.store.connect() as connection:
             return str(connection.execute(question, {"pid": gateway.process.pid}).scalar_one())
 
     async def know_each_other(self) -> None:
-        """Wait until each tells its launchers of the others, of whom there is at least one."""
+        """Wait until each gateway has given its launchers the addresses of another gateway."""
         for gateway in self.gateways.values():
             told = await poll_async(lambda log=gateway.log: "launchers may also dial" in log.read_text(), timeout=READY)
             assert told, gateway.log.read_text()
 
     async def holders(self, kernel_id: str, user: str = "alice") -> list[str]:
-        """The gateways that say that they have the kernel themselves."""
+        """The names of the gateways that own the kernel by their own word."""
         found = []
         for name, gateway in self.gateways.items():
             if gateway.process.poll() is None and await has_itself(gateway.of(user), kernel_id):
@@ -65,7 +65,7 @@ class Deployment:
 
 
 def is_ready(gateway: Gateway) -> bool:
-    """Whether a load balancer would send requests there."""
+    """Whether a load balancer would send requests to the gateway."""
     scheme, _slashes, host = gateway.url.partition("://")
     tls = ssl._create_unverified_context()  # noqa: S323 - whether it is up is all that is asked
     connection = (
@@ -83,14 +83,14 @@ def is_ready(gateway: Gateway) -> bool:
 
 
 async def has_itself(server: Server, kernel_id: str) -> bool:
-    """Whether the gateway, asked as another gateway asks it, has the kernel."""
+    """Whether the gateway itself owns the kernel, asked as another gateway asks."""
     path = f"/api/kernels/{kernel_id}"
     return (await server.request("GET", path, headers={FORWARDED_BY: "test"}, raise_error=False)).code == 200
 
 
 @contextmanager
 def deployment(base: Path, url: str) -> Iterator[Deployment]:
-    """A store, and settings for gateways on it."""
+    """A store and the settings for gateways on it."""
     with ExitStack() as stack:
         settings = write_admin_settings(store_url=url, orphan_timeout=120)
         engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
@@ -103,5 +103,5 @@ def deployment(base: Path, url: str) -> Iterator[Deployment]:
 
 
 async def ids(server: Server, path: str) -> list[str]:
-    """Those in a list."""
-    return sorted(one["id"] for one in await server.json("GET", path))
+    """The ids in a list of the REST API, sorted."""
+    return sorted(item["id"] for item in await server.json("GET", path))

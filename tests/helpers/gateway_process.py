@@ -1,4 +1,4 @@
-"""A running gateway as its users have it: a process of its own, a token file, and a directory of projects."""
+"""A gateway in its own process, with a token file and a directory of projects."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from helpers.kernel_clients import IPYKERNEL, PROVISIONER, READY
 from helpers.notebook_server import Frontend, HTTPClientError, Server, running_process
 
 JUPYTER_SLURM = [sys.executable, "-m", "gateway_slurm.cli.app"]
-# Users' names, and what ``jupyter slurm token add`` is told of them.
+# The users' names, and their options of ``jupyter slurm token add``.
 USERS: Mapping[str, tuple[str, ...]] = {"alice": (), "bob": (), "carol": ("--admin",), "portal": ("--service",)}
 PROJECT = {"title": "Physics", "limits": {"max_runtime": 30}}
 
 
 @dataclass
 class Gateway:
-    """Where it listens, and everybody's token."""
+    """A running gateway, its URL and the users' tokens."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -38,13 +38,13 @@ class Gateway:
 
     @property
     def anyone(self) -> Server:
-        """The gateway for somebody with a token that is none."""
+        """The gateway as a client with an unknown token reaches it."""
         return Server(self.process, self.url, "gws_000000000000_" + "A" * 43, self.log)
 
 
 @functools.cache
 def made_tokens() -> tuple[bytes, dict[str, str]]:
-    """A token file with everybody in it, made once a run, and their tokens."""
+    """A token file with all users, made once a run, and their tokens."""
     with tempfile.TemporaryDirectory(prefix="gst-", dir="/tmp") as directory:
         tokens = Path(directory) / "tokens.json"
         made = {user: make_token(tokens, user, *kind) for user, kind in USERS.items()}
@@ -52,13 +52,13 @@ def made_tokens() -> tuple[bytes, dict[str, str]]:
 
 
 def make_token(tokens: Path, user: str, *options: str) -> str:
-    """``jupyter slurm token add``: the token."""
+    """Run ``jupyter slurm token add``; return the token."""
     argv = [*JUPYTER_SLURM, "token", "add", user, *options, f"--tokens={tokens}"]
     return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=READY).stdout.strip()
 
 
 def write_project(projects: Path, name: str = "physics", **keys: object) -> None:
-    """``<name>/project.json``, and its kernelspec ``<name>.python``."""
+    """Write ``<name>/project.json`` and its kernelspec ``<name>.python``."""
     folder = projects / name / "python"
     folder.mkdir(parents=True, exist_ok=True)
     (projects / name / "project.json").write_text(json.dumps({**PROJECT, **keys}))
@@ -69,7 +69,7 @@ def write_project(projects: Path, name: str = "physics", **keys: object) -> None
 
 
 def gateway_argv(directory: Path, *options: str) -> list[str]:
-    """``jupyter slurm gateway`` with its files in ``directory``, which are made; without a port."""
+    """Write a gateway's files into ``directory``; return its command line without a port."""
     directory.mkdir(parents=True, exist_ok=True)
     write_project(directory / "projects")
     content, _made = made_tokens()
@@ -82,25 +82,25 @@ def gateway_argv(directory: Path, *options: str) -> list[str]:
 
 @contextmanager
 def running_gateway(directory: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Gateway]:
-    """``jupyter slurm gateway`` with its files in ``directory``; SIGTERM at the end, which it has to obey.
+    """Run ``jupyter slurm gateway`` with its files in ``directory``; it must end on SIGTERM at the end of the block.
 
-    Kernels outlive it: whoever starts some ends them.
+    Kernels outlive it: a test that starts kernels ends them.
     """
     argv, log = gateway_argv(directory, *options), directory / "gateway.log"
     with running_process(argv, "--port={}", log, environment or {}) as (process, url):
         yield Gateway(process, url, log, made_tokens()[1])
 
 
-# -- what users do --------------------------------------------------------------------------------
+# -- users' requests --------------------------------------------------------------------------------
 
 
 async def start(server: Server, name: str = "slurm", **body: Any) -> str:
-    """POST /api/kernels; the kernel's id."""
+    """Start a kernel by POST /api/kernels; return its id."""
     return str((await server.json("POST", "/api/kernels", {"name": name, **body}))["id"])
 
 
 async def stop(server: Server, *kernel_ids: str) -> None:
-    """DELETE each that is still there."""
+    """Delete the kernels that still exist."""
     for kernel_id in kernel_ids:
         try:
             await server.request("DELETE", f"/api/kernels/{kernel_id}")
@@ -110,7 +110,7 @@ async def stop(server: Server, *kernel_ids: str) -> None:
 
 
 async def ask(server: Server, kernel_id: str, code: str) -> str:
-    """What the code prints in the kernel, by a websocket of its own."""
+    """Run code in the kernel over a new websocket; return its output."""
     frontend = await Frontend.connect(server, kernel_id)
     try:
         reply, printed = await frontend.execute(code)
@@ -121,12 +121,12 @@ async def ask(server: Server, kernel_id: str, code: str) -> str:
 
 
 async def stop_all(server: Server) -> None:
-    """DELETE every kernel that this user sees."""
+    """Delete all kernels that this user can see."""
     await stop(server, *[kernel["id"] for kernel in await server.json("GET", "/api/kernels")])
 
 
 async def until_dead(server: Server, kernel_id: str) -> dict[str, Any]:
-    """Poll the kernel's model until it says ``dead``; return it."""
+    """Poll the kernel's model until its state is ``dead``; return the model."""
     for _ in range(300):
         model: dict[str, Any] = await server.json("GET", f"/api/kernels/{kernel_id}")
         if model["execution_state"] == "dead":

@@ -1,4 +1,4 @@
-"""Kernelspecs as users keep them, kernels started from them, and what to ask of a kernel."""
+"""Kernelspecs as users have them, kernels started from them, and questions to a kernel."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gateway_slurm.config import FILE_NAME
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store import Registry
 
-READY = 60  # seconds: two busy CPUs may be shared by many tests
+READY = 60  # seconds: many tests may share two busy CPUs
 IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-# What the kernelspecs of the fixture are called, by the way that clients reach their kernels.
+# The names of the fixture's kernelspecs, by the way clients reach their kernels.
 KERNEL_NAMES = {"tunnel": "slurm", "direct": "slurm-direct"}
 PROVISIONER = "slurm-provisioner"
 
@@ -94,7 +94,7 @@ def jupyter_environment(base: Path) -> dict[str, str]:
 
 @contextmanager
 def jupyter_files_in(base: Path) -> Iterator[Path]:
-    """``jupyter_environment`` for this process and for what it starts, until the end of the block."""
+    """Set ``jupyter_environment`` for this process and its children, until the end of the block."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in jupyter_environment(base).items():
             patch.setenv(name, value)
@@ -110,16 +110,16 @@ def write_admin_settings(**traits: object) -> Path:
 
 
 def forget_service() -> None:
-    """Close this process's service; whoever asks for one next gets a new one."""
+    """Close this process's service; the next ``SlurmService.instance()`` makes a new one."""
     if SlurmService._instance is not None:
         SlurmService._instance.close()
     SlurmService._instance = None
 
 
 def forget_dead_servers() -> None:
-    """Take what earlier tests' servers left on record away, such as an sbatch without an answer.
+    """Remove the records of earlier tests' servers, such as one of an sbatch without an answer.
 
-    The next service would look for its job for a minute, and tests count Slurm's commands.
+    The next service would look for that job for a minute, and tests count Slurm's commands.
     """
     with closing(Registry.default()) as registry:
         registry.drop([found for found in registry.all_allocations() if found[0].is_gone])
@@ -130,7 +130,7 @@ def forget_dead_servers() -> None:
 
 @contextmanager
 def running_kernel(name: str, **start: Any) -> Iterator[tuple[KernelManager, Any]]:
-    """A kernel by the blocking manager and a client that is ready; shut down at the end, if there."""
+    """A kernel of a blocking manager, and a ready client; the kernel is shut down at the end."""
     manager = KernelManager(kernel_name=name)
     manager.start_kernel(**start)
     client = manager.client()
@@ -146,7 +146,7 @@ def running_kernel(name: str, **start: Any) -> Iterator[tuple[KernelManager, Any
 
 @asynccontextmanager
 async def async_kernel(name: str, **start: Any) -> AsyncIterator[tuple[AsyncKernelManager, Any]]:
-    """A kernel by the asynchronous manager and a client that is ready; shut down at the end, if there."""
+    """A kernel of an asynchronous manager, and a ready client; the kernel is shut down at the end."""
     manager = AsyncKernelManager(kernel_name=name)
     await manager.start_kernel(**start)
     client = manager.client()
@@ -240,12 +240,12 @@ def jobid_of(manager: Any) -> str:
 
 
 def commands_run(service: SlurmService) -> int:
-    """How often any Slurm command was run by the service."""
+    """The number of Slurm commands that the service has run."""
     return sum(service.runner.counts.values())
 
 
 async def poll_async(condition: Any, *, timeout: float, interval: float = 0.05) -> bool:
-    """Whether the condition came true within ``timeout`` seconds; loops run on meanwhile."""
+    """Whether the condition becomes true within ``timeout`` seconds, without blocking the event loop."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -255,7 +255,7 @@ async def poll_async(condition: Any, *, timeout: float, interval: float = 0.05) 
 
 
 def processes_of_job(jobid: str) -> list[psutil.Process]:
-    """Processes on this machine (which is every node) that have this job in their environment."""
+    """Processes with this job in their environment; all nodes are on this machine."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -267,7 +267,7 @@ def processes_of_job(jobid: str) -> list[psutil.Process]:
 
 
 def job_state(jobid: str) -> str:
-    """What squeue says of the job; empty for one that it does not show (any more)."""
+    """The job's state as squeue shows it; empty for a job that squeue does not list."""
     argv = ["squeue", "--noheader", "--format=%i %T"]
     lines = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
     return dict(line.split() for line in lines).get(jobid, "")

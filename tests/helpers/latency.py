@@ -1,4 +1,4 @@
-"""``python latency.py PORT``: ask ``GET /api`` again and again until stdin ends; print the seconds of each."""
+"""``python latency.py PORT``: repeat ``GET /api`` until stdin ends; print the seconds of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 
 def main() -> None:
-    """Ask by one connection, as whoever watches a server does."""
+    """Repeat the request over one connection, as a monitoring system does."""
     connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=60)
     seconds = []
     while not select.select([sys.stdin], [], [], 0.02)[0]:

@@ -1,4 +1,4 @@
-"""The login node of the tests, and a line to it that can be cut."""
+"""The tests' login node, and a proxy to it that can be cut."""
 
 import psutil
 
@@ -9,6 +9,7 @@ __all__ = ["USER", "LoginNode", "TcpProxy", "login_node", "make_key", "sessions"
 
 
 def sessions(node: LoginNode) -> list[psutil.Process]:
-    """What runs on the login node for those who have logged in."""
+    """The processes of logged-in users on the login node."""
     assert node._process is not None
-    return [one for one in psutil.Process(node._process.pid).children(recursive=True) if one.is_running()]
+    children = psutil.Process(node._process.pid).children(recursive=True)
+    return [process for process in children if process.is_running()]

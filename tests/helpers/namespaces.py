@@ -1,6 +1,6 @@
-"""A network of the tests' own beside this machine's: a namespace that nothing leads into but what a test lets through.
+"""A network namespace beside this machine's network, which only a test's own forwarding connects.
 
-Root only. See ip-netns(8), setns(2).
+It needs root. See ip-netns(8), setns(2).
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _CLONE_NEWNET = 0x40000000
-# Changes what passes towards the server, or returns it as it is.
+# Changes data on its way to the server, or returns it unchanged.
 Change = Callable[[bytes], bytes]
 
 
 def run(*argv: str) -> None:
-    """Run a command that must not fail."""
+    """Run a command; raise CalledProcessError if it fails."""
     subprocess.run(argv, check=True, capture_output=True, timeout=30)
 
 
-class Apart:
-    """A namespace with loopback alone, until a test gives it more; ``inside`` begins commands that run in it."""
+class IsolatedNetwork:
+    """A namespace with a loopback interface only; ``inside`` is the prefix of commands that run in it."""
 
     def __init__(self) -> None:
         self.name = f"gs-apart-{os.getpid()}"
         self.inside = ("ip", "netns", "exec", self.name)
 
     def up(self) -> None:
-        """Make it."""
+        """Make the namespace."""
         run("ip", "netns", "add", self.name)
         self.ip("link", "set", "lo", "up")
 
     def down(self) -> None:
-        """Remove it, with what was joined to it."""
+        """Remove the namespace and its cables."""
         run("ip", "netns", "del", self.name)
 
     def ip(self, *arguments: str) -> None:
-        """Have the namespace's links and addresses changed."""
+        """Change links and addresses of the namespace."""
         run("ip", "-n", self.name, *arguments)
 
     @contextmanager
-    def joined(self, here: str, there: str) -> Iterator[str]:
-        """A cable between this machine and it, with an address at each end (``address/length``); gives its interface.
+    def joined(self, near_address: str, far_address: str) -> Iterator[str]:
+        """A cable from this machine to the namespace, with an ``address/length`` at each end; gives the far interface.
 
-        Nothing is forwarded, on either side.
+        Neither side forwards packets.
         """
         near, far = (f"gs-{end}-{os.getpid()}" for end in ("h", "t"))
         run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", self.name)
         try:
-            run("ip", "address", "add", here, "dev", near, "nodad")
-            self.ip("address", "add", there, "dev", far, "nodad")
+            run("ip", "address", "add", near_address, "dev", near, "nodad")
+            self.ip("address", "add", far_address, "dev", far, "nodad")
             run("ip", "link", "set", near, "up")
             self.ip("link", "set", far, "up")
             yield far
@@ -66,7 +66,7 @@ class Apart:
             run("ip", "link", "del", near)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call it in the namespace: sockets that it makes are there."""
+        """Call a function in the namespace; sockets that it makes belong to the namespace."""
 
         def within() -> T:
             _enter(f"/run/netns/{self.name}")
@@ -87,9 +87,9 @@ def _enter(path: str) -> None:
 
 
 @contextmanager
-def apart() -> Iterator[Apart]:
-    """One, up."""
-    made = Apart()
+def isolated_network() -> Iterator[IsolatedNetwork]:
+    """A namespace that exists during the block."""
+    made = IsolatedNetwork()
     made.up()
     try:
         yield made
@@ -97,8 +97,8 @@ def apart() -> Iterator[Apart]:
         made.down()
 
 
-class Forwarder:
-    """Passes connections that are made to ``listener`` on by ``connect``, as a NAT does; ``change`` may spoil them."""
+class NatForwarder:
+    """Forwards connections from ``listener`` by ``connect``, as a NAT does; ``change`` may alter the data."""
 
     def __init__(self, listener: socket.socket, connect: Callable[[], socket.socket], change: Change) -> None:
         self.port = int(listener.getsockname()[1])
@@ -107,7 +107,7 @@ class Forwarder:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Take no more."""
+        """Accept no more connections."""
         # Closing alone would leave accept() waiting.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -139,11 +139,11 @@ def _carry(source: socket.socket, sink: socket.socket, change: Change) -> None:
 
 
 @contextmanager
-def into(
-    network: Apart, port: int, *, at: tuple[str, int] = ("127.0.0.1", 0), change: Change = bytes
-) -> Iterator[Forwarder]:
-    """From this machine to a port of the namespace's own loopback."""
-    forwarder = Forwarder(
+def forward_into(
+    network: IsolatedNetwork, port: int, *, at: tuple[str, int] = ("127.0.0.1", 0), change: Change = bytes
+) -> Iterator[NatForwarder]:
+    """Forward from this machine to a port of the namespace's loopback."""
+    forwarder = NatForwarder(
         _listen(at), lambda: network.call(lambda: socket.create_connection(("127.0.0.1", port), 5)), change
     )
     try:
@@ -153,10 +153,10 @@ def into(
 
 
 @contextmanager
-def out_of(network: Apart, port: int) -> Iterator[Forwarder]:
-    """From the namespace's loopback to a port of this machine's."""
+def forward_out(network: IsolatedNetwork, port: int) -> Iterator[NatForwarder]:
+    """Forward from the namespace's loopback to a port of this machine."""
     listener = network.call(lambda: _listen(("127.0.0.1", 0)))
-    forwarder = Forwarder(listener, lambda: socket.create_connection(("127.0.0.1", port), 5), bytes)
+    forwarder = NatForwarder(listener, lambda: socket.create_connection(("127.0.0.1", port), 5), bytes)
     try:
         yield forwarder
     finally:
@@ -169,14 +169,14 @@ def _listen(where: tuple[str, int]) -> socket.socket:
 
 @contextmanager
 def silent_port() -> Iterator[int]:
-    """A port of this machine's loopback whose queue is full: whoever dials hears nothing (listen(2))."""
+    """A port of this machine's loopback with a full queue: a client gets no answer (listen(2))."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
         waiting = [socket.socket() for _ in range(4)]
-        for one in waiting:
-            one.setblocking(False)
-            one.connect_ex(listener.getsockname())
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
         yield int(listener.getsockname()[1])
-        for one in waiting:
-            one.close()
+        for client in waiting:
+            client.close()

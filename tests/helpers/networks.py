@@ -1,6 +1,6 @@
-"""Networks of the tests' own: hosts that are network namespaces, and between them a firewall. Root only.
+"""Test networks: hosts that are network namespaces, with a firewall between them. They need root.
 
-Each host has one interface, to the firewall, which forwards what it is told to and nothing else (ip-netns(8), nft(8)).
+Each host has one interface, to the firewall, which forwards only the allowed connections (ip-netns(8), nft(8)).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PREFIX = "gsnet"
 
 @dataclass(frozen=True)
 class Flow:
-    """TCP connections that one host may make to another one's ports, such as ``"22"`` or ``"5000-5009"``."""
+    """TCP connections from one host to ports of another, such as ``"22"`` or ``"5000-5009"``."""
 
     source: str
     target: str
@@ -34,14 +34,14 @@ class Flow:
 class Network:
     """``hosts`` and the firewall between them. ``up`` makes them, ``down`` removes them.
 
-    The names of the namespaces hold our process id: those of a run that was killed are removed by the next one.
+    The namespaces' names contain this process's id. The next run removes the namespaces of a killed run.
     """
 
     def __init__(self, *hosts: str) -> None:
         self.hosts = {name: f"10.77.{number}.2" for number, name in enumerate(hosts, 1)}
 
     def up(self) -> None:
-        """Make it; nothing is let through yet. Raises AssertionError with the command's words, as without root."""
+        """Make the hosts; the firewall lets nothing through. Raises AssertionError with the command's error."""
         _remove_abandoned()
         _ip("netns", "add", self._namespace("firewall"))
         with self.entered("firewall"):
@@ -51,23 +51,23 @@ class Network:
             self._join(name, f"10.77.{number}")
 
     def down(self) -> None:
-        """Remove it, whatever of it is there."""
+        """Remove the namespaces that exist."""
         for name in [*self.hosts, "firewall"]:
             if (_NAMESPACES / self._namespace(name)).exists():
                 _ip("netns", "delete", self._namespace(name))
 
     def host(self, name: str) -> Host:
-        """For what is to run there."""
+        """The host as an argument for PrivateCluster and LoginNode."""
         return Host(self.hosts[name], self._prefix(name))
 
     def pids(self, name: str) -> set[int]:
-        """The processes that are there, but zombies."""
+        """The processes on the host, without zombies."""
         namespace = (_NAMESPACES / self._namespace(name)).stat()
         return {int(path.name) for path in Path("/proc").glob("[0-9]*") if _is_in(path, namespace)}
 
     def allow(self, *flows: Flow) -> None:
-        """Let these through, with what belongs to them, and no others."""
-        rules = "\n".join(f"{_match(one)} accept" for one in flows)
+        """Allow these connections and no others."""
+        rules = "\n".join(f"{_match(flow)} accept" for flow in flows)
         self._nft(f"""
             flush ruleset
             table inet site {{
@@ -85,8 +85,10 @@ class Network:
 
     @contextmanager
     def cut(self, *flows: Flow) -> Iterator[None]:
-        """Inside, every packet of these is lost, also of connections that stand."""
-        both = [f"add rule inet site cut {_match(one, at)} counter drop" for one in flows for at in ("dport", "sport")]
+        """In the block all packets of these connections are lost, including those of open connections."""
+        both = [
+            f"add rule inet site cut {_match(flow, at)} counter drop" for flow in flows for at in ("dport", "sport")
+        ]
         self._nft("\n".join(both))
         try:
             yield
@@ -95,7 +97,7 @@ class Network:
 
     @contextmanager
     def away(self, host: str) -> Iterator[None]:
-        """Inside, the host is as one that has lost its power: nothing comes from it, and nothing gets there."""
+        """In the block no packet reaches or leaves the host, as if it had lost power."""
         rules = [f'add rule inet site cut {way} "{host}" counter drop' for way in ("iifname", "oifname")]
         self._nft("\n".join(rules))
         try:
@@ -104,7 +106,7 @@ class Network:
             self._nft("flush chain inet site cut")
 
     def dropped(self) -> int:
-        """Packets that were not let through since ``allow``, and those of cuts that go on."""
+        """The number of packets dropped since ``allow``, including those of current cuts."""
         listing = json.loads(self._in("firewall", "nft", "--json", "list", "ruleset"))
         expressions = [part for item in listing["nftables"] for part in item.get("rule", {}).get("expr", ())]
         return sum(part["counter"]["packets"] for part in expressions if isinstance(part.get("counter"), dict))
@@ -118,14 +120,14 @@ class Network:
         _ip("-n", namespace, "address", "add", f"{subnet}.2/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", namespace, "link", "set", "dev", device, "up")
-        # Nothing else has a route, so that whoever asks a name server is told at once that there is none.
+        # There is no other route, so that a query to a name server fails at once.
         _ip("-n", namespace, "route", "add", "10.77.0.0/16", "via", f"{subnet}.1")
 
     def _namespace(self, name: str) -> str:
         return f"{_PREFIX}-{os.getpid()}-{name}"
 
     def _prefix(self, name: str) -> tuple[str, ...]:
-        # Not `ip netns exec`, which would mount a /sys of its own.
+        # Not `ip netns exec`, which mounts another /sys.
         return ("nsenter", f"--net={_NAMESPACES / self._namespace(name)}", "--")
 
     def _in(self, name: str, *argv: str, text: str = "") -> str:
@@ -136,7 +138,7 @@ class Network:
 
     @contextmanager
     def entered(self, name: str) -> Iterator[None]:
-        """Inside, this thread is on that host, and so are the threads and processes that it starts."""
+        """In the block this thread, and the threads and processes that it starts, are on that host."""
         before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
             _enter(_NAMESPACES / self._namespace(name))
@@ -150,21 +152,21 @@ class Network:
 
 @contextmanager
 def network(*hosts: str) -> Iterator[Network]:
-    """Hosts that reach nothing yet; removed at the end."""
-    one = Network(*hosts)
+    """Hosts without any allowed connection; they are removed at the end."""
+    made = Network(*hosts)
     try:
-        one.up()
-        yield one
+        made.up()
+        yield made
     finally:
-        one.down()
+        made.down()
 
 
 def _is_in(process: Path, namespace: os.stat_result) -> bool:
     try:
-        there = (process / "ns" / "net").stat()
-    except OSError:  # it has ended
+        status = (process / "ns" / "net").stat()
+    except OSError:  # the process has ended
         return False
-    return (there.st_dev, there.st_ino) == (namespace.st_dev, namespace.st_ino)
+    return (status.st_dev, status.st_ino) == (namespace.st_dev, namespace.st_ino)
 
 
 def _match(flow: Flow, at: str = "dport") -> str:
@@ -177,10 +179,10 @@ def _ip(*argv: str) -> str:
 
 
 def _run(argv: Iterable[str], text: str = "") -> str:
-    environment = {**os.environ, "PATH": search_path()}  # nft is a system's program
+    environment = {**os.environ, "PATH": search_path()}  # nft is in a system directory
     done = subprocess.run(list(argv), input=text, capture_output=True, text=True, timeout=30, env=environment)
     if done.returncode != 0:
-        raise AssertionError(f"{' '.join(argv)} said: {done.stderr.strip()} (networks of the tests' own need root)")
+        raise AssertionError(f"{' '.join(argv)} said: {done.stderr.strip()} (test networks need root)")
     return done.stdout
 
 
@@ -202,5 +204,5 @@ def _remove_abandoned() -> None:
         return
     for path in _NAMESPACES.glob(f"{_PREFIX}-*"):
         if not Path("/proc", path.name.split("-")[1]).exists():
-            with suppress(AssertionError):  # another run is at it, too
+            with suppress(AssertionError):  # another run may remove it at the same time
                 _ip("netns", "delete", path.name)

@@ -1,4 +1,4 @@
-"""A jupyter_server of this environment as a process of its own, and a frontend's session with one kernel."""
+"""A jupyter_server of this environment in its own process, and a frontend's session with a kernel."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ V1 = "v1.kernel.websocket.jupyter.org"
 
 @dataclass
 class Server:
-    """Where a server listens and who may use it."""
+    """A running server, its URL and a token for it."""
 
     process: subprocess.Popen[bytes]
     url: str
     token: str
     log: Path
-    ca: str | None = None  # file of the certificate that it has for HTTPS
+    ca: str | None = None  # file of the server's certificate for HTTPS
 
     async def request(
         self,
@@ -57,29 +57,29 @@ class Server:
         return await AsyncHTTPClient().fetch(request, raise_error=raise_error)
 
     async def json(self, method: str, path: str, body: object = None) -> Any:
-        """The answer's JSON; None for an empty one."""
+        """The JSON of the answer; None for an empty answer."""
         answer = (await self.request(method, path, body)).body
         return json.loads(answer) if answer else None
 
     async def status(self, method: str, path: str, body: object = None, *, token: str | None = None) -> int:
-        """The status of a REST call, whichever it is."""
+        """The status of a REST call, also of a failed one."""
         return (await self.refusal(method, path, body, token=token))[0]
 
     async def refusal(
         self, method: str, path: str, body: object = None, *, token: str | None = None
     ) -> tuple[int, str]:
-        """Status and body of a REST call, whichever it is."""
+        """Status and body of a REST call, also of a failed one."""
         answer = await self.request(method, path, body, token=token, raise_error=False)
         return answer.code, answer.body.decode(errors="replace")
 
 
 @contextmanager
 def running_server(directory: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """``jupyter server`` with its files in ``directory``; SIGTERM at the end, which it has to obey."""
+    """Run ``jupyter server`` with its files in ``directory``; it must end on SIGTERM at the end of the block."""
     token = secrets.token_hex(16)
     argv = [sys.executable, "-m", "jupyter_server", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
     argv += ["--allow-root", f"--ServerApp.root_dir={directory}", *options]
-    # The token goes by the environment, as JupyterHub does it.
+    # The token is in the environment, as JupyterHub passes it.
     environment = {"JUPYTER_TOKEN": token, **(environment or {})}
     with running_process(argv, "--ServerApp.port={}", directory / "server.log", environment) as (process, url):
         yield Server(process, url, token, directory / "server.log")
@@ -89,7 +89,7 @@ def running_server(directory: Path, *options: str, environment: Mapping[str, str
 def running_process(
     argv: list[str], port_option: str, log: Path, environment: Mapping[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server as a process that listens, and its URL; SIGTERM at the end, which it has to obey."""
+    """Run a server until the end of the block, when it must end on SIGTERM; give the process and its URL."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -111,14 +111,14 @@ def running_process(
 
 
 def until_listening(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Wait until the process listens; one that ends, or takes too long, is the test's failure."""
+    """Wait until the process listens. Raises AssertionError if it ends or takes too long."""
     deadline = time.monotonic() + READY
     while process.poll() is None and time.monotonic() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    raise AssertionError(f"the server did not come up:\n{log.read_text()}")
+    raise AssertionError(f"the server did not start:\n{log.read_text()}")
 
 
 class Frontend:
@@ -132,7 +132,7 @@ class Frontend:
     async def connect(
         cls, server: Server, kernel_id: str, protocol: str = "", *, session_id: str = "", token_in_url: bool = False
     ) -> Frontend:
-        """A new session's websocket, or with ``session_id`` an earlier one's."""
+        """Open the websocket of a new session, or with ``session_id`` of an earlier one."""
         session_id = session_id or uuid.uuid4().hex
         url = server.url.replace("http", "ws") + f"/api/kernels/{kernel_id}/channels?session_id={session_id}"
         headers = {} if token_in_url else {"Authorization": f"token {server.token}"}
@@ -164,7 +164,7 @@ class Frontend:
         return message
 
     async def receive_or_none(self) -> dict[str, Any] | None:
-        """The same; None once the websocket is closed."""
+        """The next message; None after the websocket is closed."""
         data = await self._connection.read_message()
         if data is None:
             return None
@@ -187,9 +187,9 @@ class Frontend:
             pass
 
     async def until_ready(self) -> None:
-        """Ask until an answer came by shell and by iopub, as frontends do after a restart.
+        """Repeat a request until answers have come by shell and by iopub, as frontends do after a restart.
 
-        ZMQ reconnects each channel in its own time, and what iopub says meanwhile is heard by nobody.
+        ZMQ reconnects each channel separately, and iopub messages before that are lost.
         """
         while True:
             msg_id = await self.send("shell", "kernel_info_request", {})
@@ -204,7 +204,7 @@ class Frontend:
         return await self.send("shell", "execute_request", _execute(code))
 
     async def execute(self, code: str) -> tuple[dict[str, Any], str]:
-        """Run code; return the reply's content and what was printed."""
+        """Run code; return the content of the reply, and the printed text."""
         msg_id = await self.run(code)
         return await self.result(msg_id)
 
@@ -216,7 +216,7 @@ class Frontend:
         return msg_id
 
     async def result(self, msg_id: str) -> tuple[dict[str, Any], str]:
-        """The reply to ``msg_id`` and what it printed, once the kernel is idle again."""
+        """Wait until the kernel is idle again; return the reply to ``msg_id`` and the printed text."""
         reply, printed, idle = None, "", False
         while reply is None or not idle:
             message = await self.receive()
@@ -232,7 +232,7 @@ class Frontend:
 
     @property
     def close_code(self) -> int | None:
-        """The server's, once it has closed the websocket."""
+        """The code with which the server closed the websocket."""
         return self._connection.close_code
 
     def close(self) -> None:

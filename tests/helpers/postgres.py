@@ -1,4 +1,4 @@
-"""A private PostgreSQL: its own data directory and port, an unprivileged user, nothing left afterwards."""
+"""A private PostgreSQL: its own data directory and port, an unprivileged user, and no files left afterwards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from gateway_slurm.testing.processes import free_port
 
 READY = 30.0  # seconds
-USER, PASSWORD = "gateway", "open-sesame"  # of databases that live for a test run
+USER, PASSWORD = "gateway", "open-sesame"  # of the databases of a test run
 
 
 def _program(name: str) -> str:
-    """Debian keeps a server's programs off PATH; the newest version's."""
+    """The path of a PostgreSQL program of the newest version, which Debian does not put into PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: float(path.parts[4]))
     program = str(found[-1]) if found else shutil.which(name)
     assert program, f"{name} is not installed: make setup"
@@ -28,7 +28,7 @@ def _program(name: str) -> str:
 
 
 class PrivatePostgres:
-    """A server on 127.0.0.1; ``up`` and ``down``, ``restart`` and ``kill`` as often as a test wants."""
+    """A server on 127.0.0.1, which a test may start and stop repeatedly."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -40,23 +40,23 @@ class PrivatePostgres:
         self._made = 0
 
     def url(self, database: str = "postgres", password: str = PASSWORD) -> str:
-        """As an admin writes it in ``store_url``."""
+        """The value for ``store_url``."""
         return f"postgresql://{USER}:{password}@127.0.0.1:{self.port}/{database}"
 
     def new_database(self) -> str:
-        """The URL of an empty one."""
+        """Make an empty database; return its URL."""
         self._made += 1
         name = f"store{self._made}"
         self.sql(f"CREATE DATABASE {name}")
         return self.url(name)
 
     def sql(self, statement: str, database: str = "postgres") -> str:
-        """Run a statement as an admin would; what psql prints."""
+        """Run an SQL statement; return the output of psql."""
         argv = [_program("psql"), "-qAtX", "-v", "ON_ERROR_STOP=1", "-c", statement, self.url(database)]
         return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=READY).stdout.strip()
 
     def make(self) -> None:
-        """The data directory."""
+        """Make the data directory."""
         self.directory.mkdir(mode=0o700, exist_ok=True)
         secret = self.directory / "password"
         secret.write_text(PASSWORD)
@@ -67,7 +67,7 @@ class PrivatePostgres:
         self._run([*argv, "--no-sync", "--locale=C", f"--pwfile={secret}"])
 
     def up(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         settings = (
             "listen_addresses=127.0.0.1",
             f"unix_socket_directories={self.directory}",
@@ -84,14 +84,14 @@ class PrivatePostgres:
             time.sleep(0.02)
 
     def down(self, how: int = signal.SIGINT) -> None:
-        """Stop it: SIGINT ends the sessions; SIGQUIT is a crash."""
+        """Stop the server: SIGINT ends the sessions, SIGQUIT is a crash."""
         if self._process is not None:
             self._process.send_signal(how)
             self._process.wait(READY)
             self._process = None
 
     def restart(self, how: int = signal.SIGINT) -> None:
-        """Stop it and start it again on the same port."""
+        """Stop the server and start it again on the same port."""
         self.down(how)
         self.up()
 

@@ -11,7 +11,7 @@ from gateway_slurm.allocations.launcher import LauncherSettings
 from gateway_slurm.link import envelope, server, wire
 
 
-class Handler:
+class RecordingHandler:
     """A LinkHandler that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Handler:
             await asyncio.wait_for(self.changed.wait(), 10)
 
 
-class Peer:
+class LauncherEnd:
     """A launcher's end of a connection, made by hand so that it can misbehave."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -61,7 +61,7 @@ class Peer:
         self.public_key = b""
 
     @classmethod
-    async def dial(cls, port: int) -> Peer:
+    async def dial(cls, port: int) -> LauncherEnd:
         peer = cls(*await asyncio.open_connection("127.0.0.1", port))
         peer.public_key = wire.parse_preamble(await peer.reader.readexactly(wire.PREAMBLE_BYTES))
         return peer
@@ -102,9 +102,9 @@ def draw_tokens() -> tuple[bytes, bytes]:
 
 async def connect(
     socket: server.ResponseSocket, token: bytes, launcher_id: str = "L1", jobid: str = "12", **hello: Any
-) -> Peer:
+) -> LauncherEnd:
     """A launcher that does everything right; returns after WELCOME."""
-    peer = await Peer.dial(socket.port)
+    peer = await LauncherEnd.dial(socket.port)
     peer.writer.write(peer.hello(launcher_id, token, jobid, **hello))
     name, fields = await peer.message()
     assert name == "WELCOME"

@@ -1,4 +1,4 @@
-"""A TCP proxy that keeps every byte it passes on, in either direction."""
+"""A TCP proxy that records all bytes of both directions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.private_slurm import poll
 
 
 class RecordingProxy:
-    """Listens on the loopback and forwards to ``target``. Whoever made it calls ``close``."""
+    """Listens on the loopback and forwards to ``target``. The creator calls ``close``."""
 
     def __init__(self, target: tuple[str, int]) -> None:
         self.target = target
@@ -27,7 +27,7 @@ class RecordingProxy:
 
     @property
     def seen(self) -> bytes:
-        """Everything, of both directions."""
+        """All bytes of both directions."""
         return bytes(self.up) + b"\0" + bytes(self.down)
 
     def _run(self) -> None:

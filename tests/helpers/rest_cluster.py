@@ -1,4 +1,4 @@
-"""A private cluster with slurmrestd, and settings by which it is reached by nothing else; for modules of tests."""
+"""A private cluster with slurmrestd, and settings by which a service reaches it only there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.private_slurm import private_cluster
 
 USER = "root" if os.geteuid() == 0 else os.environ.get("USER", "")
 
-# Prints a token as scontrol does, and adds a line to a file: so that tests see how often it ran.
+# Prints a token as scontrol does, and appends a line to a file, by which tests count the calls.
 _MINT = """\
 import os, subprocess, sys
 counted, conf, lifespan, user = sys.argv[1:]
@@ -26,7 +26,7 @@ sys.exit(subprocess.run(["scontrol", "token", f"username={user}", f"lifespan={li
 
 @contextmanager
 def cluster_by_rest() -> Iterator[PrivateCluster]:
-    """A cluster with slurmrestd. SLURM_CONF does not point to it: commands of this process's find no Slurm."""
+    """A cluster with slurmrestd. SLURM_CONF is not set, so that Slurm's commands in this process find no Slurm."""
     before = os.environ.pop("SLURM_CONF", None)
     try:
         with private_cluster(rest=True) as private:
@@ -42,7 +42,7 @@ def mint_command(cluster: PrivateCluster, counted: Path, *, lifespan: int = 600)
 
 
 def write_token(path: Path, token: str) -> Path:
-    """Replace a token file as a whole, for its owner only."""
+    """Replace a token file atomically, with mode 0600."""
     temporary = path.with_suffix(".new")
     temporary.touch(mode=0o600)
     temporary.write_text(token + "\n")

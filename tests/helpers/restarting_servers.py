@@ -1,4 +1,4 @@
-"""Servers that are ended and started again on the same port, and frontends that come back as JupyterLab's do."""
+"""Servers that end and start again on the same port, and frontends that reconnect as JupyterLab's do."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from helpers.kernel_clients import READY
 from helpers.notebook_server import Frontend, Server
 from helpers.private_slurm import poll
 
-# Seconds between two tries to connect; JupyterLab begins with one, and gives up after some 31.
+# Seconds between two attempts to connect; JupyterLab begins with 1 s and gives up after about 31 s.
 RETRY_SECONDS = 0.2
 
 
 class LastingServer:
-    """One server after the other, with the same command line, port and log. ``end`` is the last one's."""
+    """Servers that run one after the other with the same command line, port and log; ``end`` ends the current one."""
 
     def __init__(self, argv: list[str], log: Path, environment: dict[str, str], tokens: dict[str, str]) -> None:
         self.port = free_port()
@@ -40,7 +40,7 @@ class LastingServer:
         self.begin()
 
     def begin(self) -> None:
-        """Start the next one; returns at once."""
+        """Start the next server; return at once."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 self._argv,
@@ -51,7 +51,7 @@ class LastingServer:
             )
 
     def until_listening(self) -> None:
-        """Wait until somebody could connect."""
+        """Wait until the server listens."""
 
         def listens() -> bool:
             assert self.process.poll() is None, self.log.read_text()
@@ -66,7 +66,7 @@ class LastingServer:
         return self.process.wait(timeout=30)
 
     def restart(self, signum: int) -> None:
-        """End it by this signal and start the next one."""
+        """End the server by this signal and start the next one."""
         self.signal(signum)
         self.begin()
         self.until_listening()
@@ -76,7 +76,7 @@ class LastingServer:
         return Server(self.process, self.url, self._tokens[user], self.log)
 
     def end(self) -> None:
-        """SIGTERM, which it has to obey."""
+        """Send SIGTERM, on which the server must end."""
         try:
             if self.process.poll() is None:
                 self.signal(signal.SIGTERM)
@@ -87,7 +87,7 @@ class LastingServer:
 
 @contextmanager
 def lasting_gateway(directory: Path, *options: str) -> Iterator[LastingServer]:
-    """A gateway that listens."""
+    """A running gateway that can be restarted."""
     argv = [*gateway_argv(directory, *options), "--port={port}"]
     yield from _lasting(LastingServer(argv, directory / "gateway.log", {}, made_tokens()[1]))
 
@@ -96,7 +96,7 @@ def lasting_gateway(directory: Path, *options: str) -> Iterator[LastingServer]:
 def lasting_server(
     directory: Path, *options: str, environment: dict[str, str] | None = None
 ) -> Iterator[LastingServer]:
-    """A Jupyter server that listens; its user is ``me``."""
+    """A running Jupyter server that can be restarted; its user is ``me``."""
     directory.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(16)
     argv = [sys.executable, "-m", "jupyter_server", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
@@ -114,9 +114,9 @@ def _lasting(server: LastingServer) -> Iterator[LastingServer]:
 
 
 class LastingFrontend:
-    """One session's websocket, which is opened again whenever it breaks. ``close`` ends it.
+    """The websocket of a session, which reconnects whenever it breaks. ``close`` ends it.
 
-    ``messages`` has all that came, in order.
+    ``messages`` has all received messages, in order.
     """
 
     def __init__(self, server: Server, kernel_id: str) -> None:
@@ -139,7 +139,7 @@ class LastingFrontend:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def until(self, condition: Any, timeout: float = READY) -> None:
-        """Wait until the condition, of this frontend, is true."""
+        """Wait until the condition holds for this frontend."""
         deadline = time.monotonic() + timeout
         while not condition(self):
             assert not self._task.done(), self._task.exception()
@@ -147,7 +147,7 @@ class LastingFrontend:
             await asyncio.sleep(0.02)
 
     async def send(self, code: str) -> str:
-        """Send a cell, once there is a connection; return its id."""
+        """Send a cell when there is a connection; return its id."""
         content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False, "stop_on_error": True}
         while True:
             await self.until(lambda one: one._frontend is not None)
@@ -155,16 +155,16 @@ class LastingFrontend:
                 return await self._frontend.send("shell", "execute_request", content)
 
     async def result(self, msg_id: str, timeout: float = READY) -> tuple[dict[str, Any], str]:
-        """The reply's content, and what was printed, once the cell is over."""
+        """Wait for the end of the cell; return the content of its reply, and the printed text."""
         await self.until(lambda one: one.reply(msg_id) is not None and one.is_idle(msg_id), timeout)
         return self.reply(msg_id), self.printed(msg_id)
 
     async def execute(self, code: str, timeout: float = READY) -> tuple[dict[str, Any], str]:
-        """Run code; the reply's content, and what was printed."""
+        """Run code; return the content of its reply, and the printed text."""
         return await self.result(await self.send(code), timeout)
 
     def of(self, msg_id: str) -> list[dict[str, Any]]:
-        """What came for this cell."""
+        """The messages of this cell."""
         return [one for one in self.messages if one["parent_header"].get("msg_id") == msg_id]
 
     def replies(self, msg_id: str) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ class LastingFrontend:
         return "".join(one["content"]["text"] for one in self.of(msg_id) if one["msg_type"] == "stream")
 
     async def close(self) -> None:
-        """The frontend is closed."""
+        """Close the websocket and stop reconnecting."""
         self._task.cancel()
         await asyncio.wait({self._task})
         if self._frontend is not None:

@@ -1,6 +1,6 @@
-"""Slurm's releases say and do some things in different ways: where tests look at these, one table of them.
+"""A table of the differences between Slurm releases that tests depend on.
 
-docs/admins/versions.md tells which of them a user may notice.
+docs/admins/versions.md explains those that a user may notice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Final
 
 from gateway_slurm.testing.packages import slurm_version
 
-# Each release from which it is so, the oldest first.
+# The behaviour from each release on, the oldest first.
 _TABLE: Final[dict[str, dict[tuple[int, int], str]]] = {
     "a step with more GPUs than its job": {
         (22, 5): "gres_per_node=gpu:2 is more than the job's",
@@ -17,7 +17,7 @@ _TABLE: Final[dict[str, dict[tuple[int, int], str]]] = {
     },
     "a job with more nodes than there are": {(22, 5): "waits", (24, 11): "refused", (26, 5): "waits"},
     "scontrol's TresPerNode of one GPU": {(22, 5): "gres:gpu:1", (24, 11): "gres/gpu:1"},
-    # slurmrestd of 22.05 has no word for it; ours are then for either cause.
+    # slurmrestd of 22.05 does not report the cause, so this package's message names both causes.
     "a token that has expired": {
         (22, 5): "token has expired or is not valid",
         (24, 11): "refuses root's token",
@@ -26,6 +26,6 @@ _TABLE: Final[dict[str, dict[tuple[int, int], str]]] = {
 
 
 def slurm_says(what: str) -> str:
-    """What the Slurm that runs the tests says or does."""
+    """The behaviour of the installed Slurm release."""
     release = slurm_version()
-    return [said for since, said in _TABLE[what].items() if since <= release][-1]
+    return [behaviour for since, behaviour in _TABLE[what].items() if since <= release][-1]

@@ -1,4 +1,4 @@
-"""Logging in to a login node of the tests, and as whom."""
+"""Log in to a test login node, and find the user of the login."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def logged_in(
     config: Path | str = "/nonexistent",
     password_file: Path | str = "",
 ) -> str:
-    """Log in and say as whom a command there is run."""
+    """Log in; return the name of the user who runs commands there."""
     destination = resolve_destination(
         parse_cluster_url(url),
         config_file=str(config),

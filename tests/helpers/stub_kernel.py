@@ -1,6 +1,6 @@
-"""A kernel of 20 MB for tests that need many: it speaks Jupyter's protocol and runs Python, one cell after the other.
+"""A kernel of 20 MB for tests that need many: it speaks Jupyter's protocol and runs Python cells one after the other.
 
-Run as ``python stub_kernel.py -f CONNECTION_FILE``. What a cell prints is published line by line, as it comes.
+Run as ``python stub_kernel.py -f CONNECTION_FILE``. It publishes each printed line at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import zmq
 DELIMITER = b"<IDS|MSG>"
 
 
-class Kernel:
-    """All sockets are the main thread's, but iopub, which has a lock: cells print from a thread of theirs."""
+class StubKernel:
+    """The main thread uses all sockets. Only iopub has a lock, since cells print from another thread."""
 
     def __init__(self, connection: dict[str, Any]) -> None:
         self._key, self._session = connection["key"].encode(), uuid.uuid4().hex
@@ -80,7 +80,7 @@ class Kernel:
         self._status("busy", parent)
         if kind == "execute_request":
             self._cells.put((identities, parent, content["code"]))
-            return True  # idle once it has run
+            return True  # the kernel becomes idle after the cell
         answers = {"kernel_info_request": _INFO, "shutdown_request": {"status": "ok", "restart": False}}
         content = answers.get(kind, {"status": "ok"})
         self._send(channel, kind.replace("_request", "_reply"), content, parent, identities)
@@ -95,8 +95,8 @@ class Kernel:
             self._publish("execute_input", {"code": code, "execution_count": self._count}, parent)
             self._names["print"] = lambda *what, parent=parent, **_how: self._print(what, parent)
             try:
-                exec(code, self._names)  # noqa: S102 - that is what a kernel does
-            except BaseException as error:  # noqa: BLE001 - and this, too
+                exec(code, self._names)  # noqa: S102 - a kernel runs code
+            except BaseException as error:  # noqa: BLE001 - and reports every error
                 words = {"ename": type(error).__name__, "evalue": str(error), "traceback": traceback.format_exc()}
                 reply = {"status": "error", "execution_count": self._count, **words}
                 self._publish("error", words, parent)
@@ -128,7 +128,7 @@ class Kernel:
         self._sockets[channel].send_multipart([*identities, DELIMITER, signature, *parts])
 
     def close(self) -> None:
-        """Let what was sent leave."""
+        """Close the sockets after their messages are sent."""
         self._context.destroy(linger=500)
 
 
@@ -143,13 +143,13 @@ _INFO = {
 
 
 def main() -> None:
-    """Run until the end."""
+    """Run the kernel until shutdown_request."""
     with open(sys.argv[sys.argv.index("-f") + 1]) as file:
-        kernel = Kernel(json.load(file))
+        kernel = StubKernel(json.load(file))
     with contextlib.suppress(KeyboardInterrupt):
         kernel.run()
     kernel.close()
-    os._exit(0)  # a cell that still runs is not waited for
+    os._exit(0)  # without waiting for a running cell
 
 
 if __name__ == "__main__":

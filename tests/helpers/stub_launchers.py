@@ -1,7 +1,7 @@
-"""Many launchers in one process, each with one kernel that runs: ``stublaunchers.py PORT`` with their secrets on stdin.
+"""Many launchers in one process, each with one running kernel: ``stub_launchers.py PORT``.
 
-A line of standard input is a launcher in JSON: id, job, token, kernel id. They dial for as long as nobody lets them
-in, as launchers do; once one is, it says how its kernel is, and stays until the server goes.
+Each line of standard input describes a launcher in JSON: id, job, token, kernel id. As real launchers do, they dial
+until the server accepts them. Then each reports its kernel, and stays connected until the server ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gateway_slurm.link import envelope, wire
 
 
 async def dial(port: int, stub: dict[str, Any]) -> None:
-    """One launcher, until it was let in and the server is gone."""
+    """Run one launcher until the server that accepted it is gone."""
     while True:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -28,7 +28,7 @@ async def dial(port: int, stub: dict[str, Any]) -> None:
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stub: dict[str, Any]) -> bool:
-    """Whether it was let in."""
+    """Serve one connection; return whether the server accepted the launcher."""
     public_key = wire.parse_preamble(await reader.readexactly(wire.PREAMBLE_BYTES))
     hello = {"slurmd_nodename": "c1", "slurm_step_id": "4294967291"}
     token = bytes.fromhex(stub["token"])
@@ -47,14 +47,14 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stub
 
 
 def report(stub: dict[str, Any]) -> bytes:
-    """Its kernel runs."""
+    """A REPORT of the running kernel."""
     kernel = {"kernel_id": stub["kernel_id"], "generation": 1, "state": "running", "pid": 1, "mode": "ipc"}
     kernel |= {"ip": "/tmp/x", "ports": {channel: 1 + n for n, channel in enumerate(wire.CHANNELS)}}
     return wire.encode("REPORT", kernels=[kernel], streams={}, opened=0)
 
 
 async def main() -> None:
-    """All of them at once."""
+    """Run all launchers at the same time."""
     await asyncio.gather(*(dial(int(sys.argv[1]), json.loads(line)) for line in sys.stdin))
 
 

@@ -13,7 +13,7 @@ from jupyter_client import AsyncKernelManager
 
 from gateway_slurm.errors import AllocationEnded, AllocationError
 from gateway_slurm.kernels.model import Phase
-from helpers.failing_starts import filled, jobs_of_ours, script
+from helpers.failing_starts import all_nodes_taken, jobs_of_ours, script
 from helpers.kernel_clients import (
     JOB,
     READY,
@@ -221,7 +221,7 @@ async def test_a_pending_job_is_adopted_and_waited_for(service, kernelspecs, clu
 
 async def test_a_job_of_salloc_is_adopted_while_it_waits(service, kernelspecs, cluster):
     """Somebody's salloc that still waits for its nodes is good, too."""
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         waiting = await asyncio.create_subprocess_exec("salloc", "--no-shell", "-N2", "-t5", "-J", "mine")
         await until(lambda: any(line.endswith("PENDING mine") for line in jobs_of(cluster)))
         (jobid,) = [line.split()[0] for line in jobs_of(cluster) if line.endswith("mine")]
@@ -239,7 +239,7 @@ async def test_a_job_of_salloc_is_adopted_while_it_waits(service, kernelspecs, c
 async def test_a_job_that_is_held_in_the_queue_waits_and_says_so(service, kernelspecs, cluster):
     """``scontrol hold`` of a start's own job is no end of it: the start goes on when the job is released."""
     manager = AsyncKernelManager(kernel_name="slurm", kernel_id="held")
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         start = asyncio.ensure_future(manager.start_kernel())
         await until(lambda: jobs_of_ours(cluster))
         (jobid,) = jobs_of_ours(cluster)

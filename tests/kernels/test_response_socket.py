@@ -15,7 +15,7 @@ import pytest
 from gateway_slurm.link import server, wire
 from gateway_slurm.link import server as lookups
 from helpers.kernel_clients import poll_async
-from helpers.raw_links import Handler, Peer, connect, draw_tokens
+from helpers.raw_links import LauncherEnd, RecordingHandler, connect, draw_tokens
 
 LOG = logging.getLogger("test.link")
 
@@ -50,9 +50,9 @@ async def socket(store) -> AsyncIterator[server.ResponseSocket]:
     await response_socket.close()
 
 
-def expect(socket: server.ResponseSocket, launcher_id: str = "L1", jobid: str = "12") -> tuple[Handler, bytes]:
+def expect(socket: server.ResponseSocket, launcher_id: str = "L1", jobid: str = "12") -> tuple[RecordingHandler, bytes]:
     """Let a launcher in; return its launch token."""
-    handler, tokens = Handler(), draw_tokens()
+    handler, tokens = RecordingHandler(), draw_tokens()
     socket.expect(launcher_id, tokens, handler).jobid.set_result(jobid)
     return handler, tokens[0]
 
@@ -74,7 +74,7 @@ async def test_both_tokens_open_the_door_until_the_new_one_is_acknowledged(socke
     second = await connect(socket, token)
     second.writer.write(wire.frame(second.report()))
     await handler.until("message")
-    late = await Peer.dial(socket.port)
+    late = await LauncherEnd.dial(socket.port)
     late.writer.write(late.hello("L1", token, "12"))
     assert await late.is_closed()
     await connect(socket, second.token)
@@ -83,11 +83,11 @@ async def test_both_tokens_open_the_door_until_the_new_one_is_acknowledged(socke
 async def test_a_replayed_hello_is_answered_by_nothing(socket):
     """The bytes of a good HELLO on another connection open nothing: each connection has its own key."""
     _handler, token = expect(socket)
-    good = await Peer.dial(socket.port)
+    good = await LauncherEnd.dial(socket.port)
     recorded = good.hello("L1", token, "12")
     good.writer.write(recorded)
     assert (await good.message())[0] == "WELCOME"
-    replay = await Peer.dial(socket.port)
+    replay = await LauncherEnd.dial(socket.port)
     replay.writer.write(recorded)
     assert await replay.is_closed()
     # The live link did not notice.
@@ -103,7 +103,7 @@ async def test_a_replayed_hello_is_answered_by_nothing(socket):
 async def test_who_cannot_prove_itself_is_closed_without_a_word(socket, launcher_id, right_token, jobid):
     """A wrong token, or the right one with another job's id, gets no answer, and the launcher itself still gets in."""
     _handler, token = expect(socket)
-    liar = await Peer.dial(socket.port)
+    liar = await LauncherEnd.dial(socket.port)
     liar.writer.write(liar.hello(launcher_id, token if right_token else os.urandom(32), jobid))
     assert await liar.is_closed()
     await connect(socket, token)
@@ -126,7 +126,7 @@ async def test_garbage_ends_its_own_connection_only(socket, noise):
     """Whatever a stranger sends, it is cut off, and a launcher's link beside it works on."""
     handler, token = expect(socket)
     good = await connect(socket, token)
-    stranger = await Peer.dial(socket.port)
+    stranger = await LauncherEnd.dial(socket.port)
     with contextlib.suppress(ConnectionError):
         stranger.writer.write(noise)
         await stranger.writer.drain()
@@ -138,7 +138,7 @@ async def test_garbage_ends_its_own_connection_only(socket, noise):
 async def test_a_silent_peer_is_cut_off_at_the_deadline(socket, monkeypatch):
     """Saying nothing is no way to keep a place."""
     monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.3)
-    silent = await Peer.dial(socket.port)
+    silent = await LauncherEnd.dial(socket.port)
     assert await silent.is_closed()
 
 
@@ -154,9 +154,9 @@ async def test_500_silent_connections_do_not_keep_a_launcher_out(socket):
 
 async def test_a_hello_before_sbatch_has_answered_waits_for_the_jobid(socket):
     """A job may start before its id is known here."""
-    handler, tokens = Handler(), draw_tokens()
+    handler, tokens = RecordingHandler(), draw_tokens()
     expected = socket.expect("L1", tokens, handler)
-    peer = await Peer.dial(socket.port)
+    peer = await LauncherEnd.dial(socket.port)
     peer.writer.write(peer.hello("L1", tokens[0], "12"))
     await asyncio.wait({asyncio.ensure_future(peer.reader.read(1))}, timeout=0.1)
     assert handler.events == []
@@ -167,7 +167,7 @@ async def test_a_hello_before_sbatch_has_answered_waits_for_the_jobid(socket):
 async def test_a_hello_cut_anywhere_and_continued_is_still_a_hello(socket):
     """TCP may deliver the opening in any pieces."""
     handler, token = expect(socket)
-    peer = await Peer.dial(socket.port)
+    peer = await LauncherEnd.dial(socket.port)
     for byte in peer.hello("L1", token, "12"):
         peer.writer.write(bytes([byte]))
         await peer.writer.drain()
@@ -199,7 +199,7 @@ async def test_a_complaint_under_the_token_is_believed_and_one_without_is_not(so
     """A launcher without pycryptodome can still say so, and nobody else can in its name."""
     handler, token = expect(socket)
     for key in (os.urandom(32), token):
-        peer = await Peer.dial(socket.port)
+        peer = await LauncherEnd.dial(socket.port)
         tag = wire.complaint_tag(key, peer.public_key, "L1", "12", "no pycryptodome")
         peer.writer.write(wire.frame(wire.Opening(wire.COMPLAINT, "L1", "12", tag, "no pycryptodome").encode()))
         assert await peer.is_closed()
@@ -208,7 +208,7 @@ async def test_a_complaint_under_the_token_is_believed_and_one_without_is_not(so
 
 async def test_the_successor_is_the_same_at_every_link(socket):
     """A launcher's tokens are those that were drawn with it, so that any server with its record can let it in."""
-    handler, tokens = Handler(), draw_tokens()
+    handler, tokens = RecordingHandler(), draw_tokens()
     socket.expect("L1", tokens, handler).jobid.set_result("12")
     first = await connect(socket, tokens[0])
     first.writer.write(wire.frame(first.report()))
@@ -218,8 +218,8 @@ async def test_the_successor_is_the_same_at_every_link(socket):
 
 
 def claimed_at_leisure(socket, store):
-    """Handler and tokens of L1, which nobody expects: it is ours once it was looked up and ``may_answer`` is set."""
-    handler, tokens = Handler(), draw_tokens()
+    """Handler and tokens of L1, which no start expects: it is ours once it was looked up and ``may_answer`` is set."""
+    handler, tokens = RecordingHandler(), draw_tokens()
 
     def claim() -> bool:
         socket.expect("L1", tokens, handler).jobid.set_result("12")
@@ -233,7 +233,7 @@ def claimed_at_leisure(socket, store):
 async def test_another_server_lets_the_launcher_in_by_its_record(socket, store):
     """One that nobody expects is looked up once, however many connections it has, and served if it is ours now."""
     handler, tokens = claimed_at_leisure(socket, store)
-    peers = [await Peer.dial(socket.port) for _ in range(3)]
+    peers = [await LauncherEnd.dial(socket.port) for _ in range(3)]
     for peer in peers:
         peer.writer.write(peer.hello("L1", tokens[1], "12"))
     assert await poll_async(lambda: store.asked, timeout=10)
@@ -246,7 +246,7 @@ async def test_a_launcher_of_another_server_is_told_where_that_is(socket, store)
     """It gets the owner's addresses in place of WELCOME, and this connection ends."""
     tokens = draw_tokens()
     store.answer = server.Redirect(tokens, "12", ["192.0.2.1:77"], 3)
-    peer = await Peer.dial(socket.port)
+    peer = await LauncherEnd.dial(socket.port)
     peer.writer.write(peer.hello("L1", tokens[1], "12"))
     assert await peer.message() == ("REDIRECT", {"addresses": ["192.0.2.1:77"], "epoch": 3})
     assert await peer.is_closed()
@@ -257,7 +257,7 @@ async def test_only_the_launcher_itself_is_told(socket, store, jobid):
     """Somebody without its tokens, or of another job, learns nothing."""
     tokens = draw_tokens()
     store.answer = server.Redirect(tokens, "12", ["192.0.2.1:77"], 3)
-    peer = await Peer.dial(socket.port)
+    peer = await LauncherEnd.dial(socket.port)
     peer.writer.write(peer.hello("L1", os.urandom(32) if jobid == "12" else tokens[0], jobid))
     assert await peer.is_closed()
 
@@ -270,7 +270,7 @@ async def test_a_store_that_fails_ends_that_connection_only(socket, store):
 
     _handler, token = expect(socket)
     store.answer = fail
-    peer = await Peer.dial(socket.port)
+    peer = await LauncherEnd.dial(socket.port)
     peer.writer.write(peer.hello("L2", os.urandom(32), "12"))
     assert await peer.is_closed()
     await connect(socket, token)
@@ -281,7 +281,7 @@ async def test_a_store_that_does_not_answer_holds_a_bounded_number_of_lookups(so
     monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 1.0)
     _handler, token = expect(socket)
     store.may_answer.clear()
-    peers = [await Peer.dial(socket.port) for _ in range(40)]
+    peers = [await LauncherEnd.dial(socket.port) for _ in range(40)]
     for number, peer in enumerate(peers):
         peer.writer.write(peer.hello(f"L-{number}", os.urandom(32), "12"))
     await connect(socket, token)
@@ -294,14 +294,14 @@ async def test_a_store_that_does_not_answer_holds_a_bounded_number_of_lookups(so
 async def test_peers_that_are_gone_leave_no_lookups_behind(socket, store):
     """Only what has begun goes on; a launcher that dials then is asked about next."""
     store.may_answer.clear()
-    peers = [await Peer.dial(socket.port) for _ in range(40)]
+    peers = [await LauncherEnd.dial(socket.port) for _ in range(40)]
     for number, peer in enumerate(peers):
         peer.writer.write(peer.hello(f"L-{number}", os.urandom(32), "12"))
     assert await poll_async(lambda: len(socket._lookups) == 40, timeout=10)
     for peer in peers:
         peer.writer.close()
     assert await poll_async(lambda: len(socket._lookups) == lookups.MAX_LOOKUPS, timeout=server.HANDSHAKE_SECONDS - 2)
-    late = await Peer.dial(socket.port)
+    late = await LauncherEnd.dial(socket.port)
     late.writer.write(late.hello("late", os.urandom(32), "12"))
     store.may_answer.set()
     assert await poll_async(lambda: len(socket._lookups) == 0, timeout=10)
@@ -312,7 +312,7 @@ async def test_peers_that_are_gone_leave_no_lookups_behind(socket, store):
 async def test_one_of_two_peers_that_goes_takes_no_answer_from_the_other(socket, store):
     """Two connections may say the same id."""
     _handler, tokens = claimed_at_leisure(socket, store)
-    gone, stays = [await Peer.dial(socket.port) for _ in range(2)]
+    gone, stays = [await LauncherEnd.dial(socket.port) for _ in range(2)]
     for peer in (gone, stays):
         peer.writer.write(peer.hello("L1", tokens[0], "12"))
     assert await poll_async(lambda: [each.peers for each in socket._lookups._lookups.values()] == [2], timeout=10)
@@ -327,7 +327,7 @@ async def test_a_bounded_number_of_launchers_is_looked_up(socket, store):
     """Whoever comes when so many are waited for is turned away, and dials again."""
     socket._lookups._limit = 10
     store.may_answer.clear()
-    peers = [await Peer.dial(socket.port) for _ in range(11)]
+    peers = [await LauncherEnd.dial(socket.port) for _ in range(11)]
     for number, peer in enumerate(peers):
         peer.writer.write(peer.hello(f"L-{number}", os.urandom(32), "12"))
     assert await poll_async(lambda: len(socket._unauthenticated) == 10, timeout=server.HANDSHAKE_SECONDS - 2)
@@ -337,7 +337,7 @@ async def test_a_bounded_number_of_launchers_is_looked_up(socket, store):
 
 async def test_a_name_that_is_no_launchers_is_not_looked_up(socket, store):
     """What a stranger writes there reaches no store."""
-    peer = await Peer.dial(socket.port)
+    peer = await LauncherEnd.dial(socket.port)
     peer.writer.write(peer.hello("'; drop table launchers", os.urandom(32), "12"))
     assert await peer.is_closed()
     assert store.asked == []
@@ -351,7 +351,7 @@ async def test_a_server_takes_over_the_port_of_one_that_is_gone(socket, store):
     await old.close()
     await socket.also_listen(["127.0.0.1"], port)
     _handler, token = expect(socket)
-    peer = await Peer.dial(port)
+    peer = await LauncherEnd.dial(port)
     peer.writer.write(peer.hello("L1", token, "12"))
     assert (await peer.message())[0] == "WELCOME"
     with pytest.raises(OSError, match="in use"):

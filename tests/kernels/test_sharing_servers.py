@@ -16,7 +16,7 @@ from jupyter_client import KernelManager
 
 from gateway_slurm.store import Registry
 from helpers.dead_server import leave_behind
-from helpers.failing_starts import filled, jobs_of_ours, nothing_left, spec
+from helpers.failing_starts import all_nodes_taken, jobs_of_ours, nothing_left, spec
 from helpers.kernel_clients import JOB, READY, execute, job_state, jobid_of, running_kernel
 from helpers.private_slurm import jobs_of, poll, slurm
 from helpers.server_processes import allocations, launcher_said, on_record, server
@@ -114,7 +114,10 @@ def test_a_waiting_job_is_joined_and_left_to_who_still_waits(admin_settings, clu
     admin_settings(orphan_timeout=60.0)
     guest = KernelManager(kernel_name=sharer)
     start = threading.Thread(target=guest.start_kernel)
-    with filled(cluster), subprocess.Popen([sys.executable, "-c", textwrap.dedent(GIVEN_UP)], stdin=PIPE) as owner:
+    with (
+        all_nodes_taken(cluster),
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(GIVEN_UP)], stdin=PIPE) as owner,
+    ):
         assert poll(lambda: jobs_of_ours(cluster), timeout=READY)
         (jobid,) = jobs_of_ours(cluster)
         assert poll(lambda: len(users_of(jobid)) == 1, timeout=READY)

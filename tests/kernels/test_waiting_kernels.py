@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from helpers.full_cluster import all_nodes_taken
+from helpers.failing_starts import all_nodes_taken
 from helpers.gateway_process import running_gateway
 from helpers.kernel_clients import JOB, install_kernelspec, jupyter_files_in, poll_async
 from helpers.large_output import relay_small_and_large

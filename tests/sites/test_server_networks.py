@@ -19,7 +19,7 @@ from helpers.doctor_cli import REQUEST, PathCheckOutput, check_path, failed_at
 from helpers.failing_starts import nothing_left, start_error
 from helpers.kernel_clients import execute, running_kernel, write_admin_settings
 from helpers.login_node import LoginNode, login_node
-from helpers.namespaces import Apart, apart, into, out_of, silent_port
+from helpers.namespaces import IsolatedNetwork, forward_into, forward_out, isolated_network, silent_port
 from launchers.dial import HEAD_START
 
 Settings = Callable[..., SlurmService]
@@ -33,9 +33,9 @@ def node() -> Iterator[LoginNode]:
 
 
 @pytest.fixture(scope="module")
-def network() -> Iterator[Apart]:
+def network() -> Iterator[IsolatedNetwork]:
     """Where the server stands: nothing leads there, and nothing out."""
-    with apart() as network:
+    with isolated_network() as network:
         yield network
 
 
@@ -49,7 +49,7 @@ def state(tmp_path, monkeypatch) -> None:
 def check_apart(network, node, cluster, service) -> Iterator[Callable[..., PathCheckOutput]]:
     """Run the path check in that network, with these settings; only the login node can be reached from it."""
     written: list[Path] = []
-    with out_of(network, node.port) as way_out:
+    with forward_out(network, node.port) as way_out:
 
         def check_there(*, arguments: tuple[str, ...] = REQUEST, **settings: object) -> PathCheckOutput:
             # The nodes try the server's port at addresses of their own, too: here, nobody else is to have it.
@@ -86,7 +86,7 @@ def test_nodes_that_reach_only_the_relay_take_it_and_what_failed_before_is_told(
 def test_behind_a_nat_the_announced_address_is_not_the_bound_one(check_apart, network, cluster):
     """A port of another machine leads to the server's; it is the only way."""
     bound = network.call(free_port)
-    with into(network, bound) as nat:
+    with forward_into(network, bound) as nat:
         assert nat.port != bound
         address = f"127.0.0.1:{nat.port}"
         output = check_apart(relay="never", response_address=address, response_port=str(bound))
@@ -98,7 +98,7 @@ def test_behind_a_nat_the_announced_address_is_not_the_bound_one(check_apart, ne
 def test_a_host_name_and_a_port_will_do(check_apart, network, cluster):
     """Where the nodes' resolver knows the server by a name, and each of its own addresses is another network's."""
     bound = network.call(free_port)
-    with into(network, bound) as nat:
+    with forward_into(network, bound) as nat:
         output = check_apart(relay="never", response_address=f"localhost:{nat.port}", response_port=str(bound))
     assert output.is_good, output.steps
     assert f"to localhost:{nat.port}" in output.said("dial")
@@ -111,7 +111,7 @@ def test_something_on_the_way_that_changes_bytes_is_told(check_apart, network, c
         return data[:-1] + bytes([data[-1] ^ 1])
 
     bound = network.call(free_port)
-    with into(network, bound, change=spoil) as nat:
+    with forward_into(network, bound, change=spoil) as nat:
         address = f"127.0.0.1:{nat.port}"
         output = check_apart(relay="never", response_address=address, response_port=str(bound))
     assert failed_at(output, "crypto", "was not accepted", "response_address")

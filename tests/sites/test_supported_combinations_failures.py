@@ -30,7 +30,7 @@ from gateway_slurm.errors import (
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
 from helpers import kernel_clients, sites
-from helpers.failing_starts import SOON, filled, jobs_of_ours, start_error
+from helpers.failing_starts import SOON, all_nodes_taken, jobs_of_ours, start_error
 from helpers.kernel_clients import KERNEL_NAMES, PID, READY, execute, jobid_of, poll_async, process_of, running_kernel
 from helpers.private_slurm import jobs_of, poll, slurm
 from helpers.sites import MODES, WAYS, Site
@@ -127,7 +127,7 @@ def test_no_job_is_left_where_slurm_is_down(site, mode):
 
 async def test_a_start_that_is_cancelled_in_the_queue_takes_its_job_along(site, mode):
     """And one that has waited too long; each time ``ready`` has the reason."""
-    with filled(site.cluster, "--nodes=2", "--exclusive"):
+    with all_nodes_taken(site.cluster, nodes=2):
         manager = AsyncKernelManager(kernel_name=KERNEL_NAMES[mode])
         starting = asyncio.ensure_future(manager.start_kernel())
         assert await poll_async(lambda: jobs_of_ours(site.cluster), timeout=20)
@@ -142,7 +142,7 @@ async def test_a_start_that_is_cancelled_in_the_queue_takes_its_job_along(site, 
 def test_a_job_that_waits_too_long_is_given_up(site, mode, admin_settings):
     """After queue_timeout, with Slurm's reason."""
     admin_settings(queue_timeout=1.0)
-    with filled(site.cluster, "--nodes=2", "--exclusive"):
+    with all_nodes_taken(site.cluster, nodes=2):
         error, _seconds = start_error(KERNEL_NAMES[mode])
         assert isinstance(error, QueueTimeout)
         assert poll(lambda: not jobs_of_ours(site.cluster), timeout=20)

@@ -14,7 +14,7 @@ from jupyter_client.ioloop import AsyncIOLoopKernelManager
 from traitlets.config import Config
 
 from gateway_slurm.errors import AllocationEnded
-from helpers.failing_starts import filled, jobs_of_ours, nothing_left, spec
+from helpers.failing_starts import all_nodes_taken, jobs_of_ours, nothing_left, spec
 from helpers.kernel_clients import poll_async, running_kernel, write_admin_settings
 from helpers.private_slurm import jobs_of, poll
 
@@ -152,7 +152,7 @@ def test_a_process_that_ends_while_its_job_waits_takes_the_job_along(service, cl
         thread = threading.Thread(target=KernelManager(kernel_name="slurm").start_kernel, daemon=True)
         thread.start()
     """
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         process = child("sys.stdin.readline()", start)
         try:
             assert poll(lambda: jobs_of_ours(cluster), timeout=20)

@@ -14,7 +14,7 @@ from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 
 from gateway_slurm.errors import QueueTimeout
 from gateway_slurm.kernels.held import KernelHandle
-from helpers.failing_starts import filled, jobs_of_ours, nothing_left, spec, start_error, wrapped_command
+from helpers.failing_starts import all_nodes_taken, jobs_of_ours, nothing_left, spec, start_error, wrapped_command
 from helpers.kernel_clients import execute, poll_async, running_kernel
 from helpers.private_slurm import jobs_of, poll, slurm
 
@@ -30,7 +30,7 @@ async def cancel(task):
 
 async def test_a_start_that_is_cancelled_in_the_queue_takes_its_job_along(service, cluster):
     """Cancelling a start whose job is pending leaves no job, and ``ready`` resolves with the reason."""
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         manager = AsyncKernelManager(kernel_name="slurm")
         task = asyncio.ensure_future(manager.start_kernel())
         assert await poll_async(lambda: jobs_of_ours(cluster), timeout=10)
@@ -45,7 +45,7 @@ async def test_a_start_that_is_cancelled_in_the_queue_takes_its_job_along(servic
 async def test_a_cancelled_manager_can_start_again(service, cluster):
     """After a cancelled start the same manager starts a kernel."""
     manager = AsyncKernelManager(kernel_name="slurm")
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         task = asyncio.ensure_future(manager.start_kernel())
         assert await poll_async(lambda: jobs_of_ours(cluster), timeout=10)
         await cancel(task)
@@ -122,7 +122,7 @@ def sleepers():
 
 async def test_a_pending_kernel_of_a_server_can_be_given_up(service, cluster):
     """A multi-kernel manager that drops a pending start leaves no job."""
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         managers = AsyncMultiKernelManager()
         managers.use_pending_kernels = True
         kernel_id = await managers.start_kernel(kernel_name="slurm")
@@ -136,7 +136,7 @@ async def test_a_pending_kernel_of_a_server_can_be_given_up(service, cluster):
 def test_a_job_that_waits_too_long_is_given_up(admin_settings, cluster):
     """After queue_timeout the start fails with Slurm's reason for the wait, and the job is cancelled."""
     admin_settings(queue_timeout=1.5, watch_interval=0.3)
-    with filled(cluster) as other:
+    with all_nodes_taken(cluster) as other:
         error, seconds = start_error("slurm")
         assert poll(lambda: [line.split()[0] for line in jobs_of(cluster)] == [other], timeout=10)
     assert isinstance(error, QueueTimeout)
@@ -148,7 +148,7 @@ def test_a_job_that_waits_too_long_is_given_up(admin_settings, cluster):
 def test_a_job_that_is_cancelled_in_the_queue_is_told(service, cluster):
     """scancel of a pending job by somebody else is a start error that says CANCELLED."""
     errors = []
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         thread = threading.Thread(target=lambda: errors.append(start_error("slurm")))
         thread.start()
         assert poll(lambda: jobs_of_ours(cluster), timeout=10)
@@ -160,7 +160,7 @@ def test_a_job_that_is_cancelled_in_the_queue_is_told(service, cluster):
 
 def test_a_job_that_waits_starts_when_there_is_room(service, cluster):
     """A start whose job is pending for a while succeeds as soon as the nodes are free."""
-    with filled(cluster):
+    with all_nodes_taken(cluster):
         manager = KernelManager(kernel_name="slurm")
         thread = threading.Thread(target=manager.start_kernel)
         thread.start()

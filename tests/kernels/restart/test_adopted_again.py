@@ -12,7 +12,7 @@ import pytest
 
 from gateway_slurm.kernels.model import Phase
 from helpers.dying_servers import adopt, call
-from helpers.dying_servers import server as deployed_server
+from helpers.dying_servers import driven_server as deployed_server
 from helpers.failing_starts import cut_links, nothing_left, spec
 from helpers.kernel_clients import JOB, PID, READY, async_execute, async_kernel, job_state, jobid_of, poll_async
 from helpers.private_slurm import poll, slurm

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from jupyter_client import BlockingKernelClient
 
-from helpers.dying_servers import server
+from helpers.dying_servers import driven_server
 from helpers.kernel_clients import PID, READY, execute, job_state
 from helpers.private_slurm import poll
 
@@ -24,7 +24,7 @@ from helpers.private_slurm import poll
 def abandoned(service, kernel_name, tmp_path, monkeypatch):
     """A kernel whose plain process was killed."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with server() as first:
+    with driven_server() as first:
         known = first.call("start", name=kernel_name)
         assert first.call("execute", kernel_id=known["kernel_id"], code="x = 41") == "ok"
         first.signal(signal.SIGKILL)
@@ -104,7 +104,7 @@ def test_a_kernel_that_ended_while_it_is_attached_is_told(abandoned):
 def test_only_kernels_without_a_server_can_be_attached(service, kernelspecs, tmp_path, monkeypatch):
     """One whose server lives is nobody else's, and neither is one that there is not."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with server() as first:
+    with driven_server() as first:
         known = first.call("start", name="slurm")
         refused = attach(known["kernel_id"])
         assert refused.returncode == 1

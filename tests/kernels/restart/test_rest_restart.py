@@ -18,7 +18,7 @@ from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
 from gateway_slurm.testing.processes import job_processes
 from helpers import rest_cluster
-from helpers.dying_servers import adopt, call, server
+from helpers.dying_servers import adopt, call, driven_server
 from helpers.kernel_clients import (
     PID,
     READY,
@@ -83,7 +83,7 @@ async def is_over(cluster: PrivateCluster) -> bool:
 async def test_the_next_server_has_the_kernels_again_with_the_steps_of_its_jobs(by_rest, cluster):
     """After a kill: the job's own kernel, and one that its launcher started by srun; the job ends with the last."""
     service = by_rest()
-    with server() as first:
+    with driven_server() as first:
         one = await call(first, "start", name="slurm", slurm_fields={"cpus": 2, "memory": "500M"})
         isolated = {"jobid": one["jobid"], "isolate": True, "cpus": 1, "memory": "200M"}
         two = await call(first, "start", name="slurm", slurm_fields=isolated)
@@ -121,7 +121,7 @@ async def _start(service, fields):
 async def test_a_kernel_whose_job_ended_meanwhile_is_dead_with_slurms_word(by_rest, cluster):
     """No launcher comes: slurmrestd is asked, and says that the job is over."""
     service = by_rest()
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name="slurm")
         first.signal(signal.SIGKILL)
     slurm("scancel", known["jobid"], cluster=cluster)
@@ -139,7 +139,7 @@ async def test_a_start_that_was_under_way_is_given_up_with_its_job(by_rest, clus
     filler = slurm(*argv, cluster=cluster).stdout.strip()
     assert await poll_async(lambda: states(cluster) == {filler: "RUNNING"}, timeout=READY)
     try:
-        with server() as first:
+        with driven_server() as first:
             await call(first, "begin", name="slurm")
             assert await poll_async(lambda: "PENDING" in states(cluster).values(), timeout=READY)
             first.signal(signal.SIGKILL)

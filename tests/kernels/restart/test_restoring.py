@@ -14,7 +14,7 @@ from gateway_slurm.errors import AllocationEnded
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.link.server import ResponseSocket
 from gateway_slurm.testing.processes import job_processes
-from helpers.dying_servers import adopt, answer_of, call, server
+from helpers.dying_servers import adopt, answer_of, call, driven_server
 from helpers.kernel_clients import PID, READY, async_execute, install_kernelspec, job_state, poll_async
 from helpers.private_slurm import poll, slurm
 
@@ -50,7 +50,7 @@ async def is_over(jobid):
 @pytest.mark.parametrize("how", ["killed", "left"])
 async def test_the_next_process_has_the_kernels_again(deployment, kernel_name, how):
     """It executes, interrupts, restarts where the kernel was, and shuts it down, as if it had started the kernel."""
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name=kernel_name, slurm_fields={"cpus": 1})
         assert await call(first, "execute", kernel_id=known["kernel_id"], code="x = 41") == "ok"
         if how == "killed":
@@ -89,7 +89,7 @@ async def test_a_direct_kernel_is_restarted_where_its_clients_are_connected(depl
     monkeypatch.setattr(
         ResponseSocket, "also_listen", lambda self, _hosts, port: also_listen(self, ["127.0.0.1"], port)
     )
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name="slurm-direct")
         first.signal(signal.SIGKILL)
     (restored,) = await restored_by(deployment)
@@ -109,7 +109,7 @@ async def test_a_direct_kernel_is_restarted_where_its_clients_are_connected(depl
 
 async def test_a_server_that_dies_before_a_launcher_came_to_it_costs_nothing(deployment, kernelspecs):
     """Launchers know the address of the one before: the next listens there, too."""
-    with server() as first, server() as second:
+    with driven_server() as first, driven_server() as second:
         known = await call(first, "start", name="slurm")
         launcher = psutil.Process(known["pid"]).parent()
         launcher.suspend()
@@ -136,7 +136,7 @@ def die():
     os._exit(7)
 threading.Thread(target=die).start()
 """
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name=kernel_name)
         await call(first, "execute", kernel_id=known["kernel_id"], code=dying)
         first.signal(signal.SIGKILL)
@@ -158,7 +158,7 @@ threading.Thread(target=die).start()
 
 async def test_a_kernel_whose_job_ended_meanwhile_is_dead_with_slurms_word(deployment, kernel_name, cluster):
     """No launcher comes: Slurm is asked, and says that the job is over."""
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name=kernel_name)
         first.signal(signal.SIGKILL)
     slurm("scancel", known["jobid"], cluster=cluster)
@@ -176,7 +176,7 @@ async def test_a_kernel_whose_job_ended_meanwhile_is_dead_with_slurms_word(deplo
 
 async def test_several_kernels_of_one_job_are_back_together(deployment, cluster):
     """A further kernel of the owner's shares the job, too, and the job ends with the last of them."""
-    with server() as first:
+    with driven_server() as first:
         shared = {"slurm_fields": {"share": True}, "slurm_owner": "ada"}
         one = await call(first, "start", name="slurm", **shared)
         two = await call(first, "start", name="slurm-direct", **shared)
@@ -213,7 +213,7 @@ async def test_a_start_that_waits_in_the_queue_is_given_up_with_its_job(deployme
         found = slurm("squeue", "--noheader", "--name=gateway_slurm", "--format=%i", cluster=cluster).stdout.split()
         return len(found) == 1
 
-    with server() as first:
+    with driven_server() as first:
         await call(first, "begin", name="slurm")
         assert await asyncio.to_thread(poll, waiting, timeout=READY)
         if how == "killed":
@@ -230,7 +230,7 @@ async def test_a_start_that_waits_in_the_queue_is_given_up_with_its_job(deployme
 
 async def test_a_kept_job_without_kernels_is_back_too(deployment, kernelspecs):
     """It is listed, and ends when it is released."""
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name="slurm", slurm_fields={"keep_allocation": True})
         await call(first, "shutdown", kernel_id=known["kernel_id"])
         first.signal(signal.SIGKILL)
@@ -246,7 +246,7 @@ async def test_another_server_of_the_deployment_takes_over_while_it_runs(deploym
     claimed = []
     deployment.on_claimed = claimed.extend
     assert await restored_by(deployment) == []
-    with server() as first:
+    with driven_server() as first:
         assert await call(first, "restore") == []
         known = await call(first, "start", name=kernel_name)
         first.signal(signal.SIGKILL)
@@ -265,7 +265,7 @@ async def test_a_server_that_slept_through_its_lease_ends_nothing(deployment, ad
     claimed = []
     deployment.on_claimed = claimed.extend
     assert await restored_by(deployment) == []
-    with server() as sleeper:
+    with driven_server() as sleeper:
         assert await call(sleeper, "restore") == []
         known = await call(sleeper, "start", name="slurm")
         sleeper.signal(signal.SIGSTOP)
@@ -291,7 +291,7 @@ async def test_a_launcher_that_dials_the_wrong_server_is_told_the_right_one(depl
     """Its server lives: the other one knows from the store who it is, and where it belongs."""
     assert await restored_by(deployment) == []
     registry = deployment.registry
-    with server() as first:
+    with driven_server() as first:
         assert await call(first, "restore") == []
         known = await call(first, "start", name="slurm")
         (kernel,) = [one for _server, one in await asyncio.to_thread(registry.all_kernels)]
@@ -307,7 +307,7 @@ async def test_a_launcher_that_dials_the_wrong_server_is_told_the_right_one(depl
 
 async def test_a_server_of_another_deployment_takes_nothing(deployment, kernelspecs, admin_settings):
     """Kernels of a plain process are left to their user, who can attach."""
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name="slurm")
         first.signal(signal.SIGKILL)
     other = admin_settings(deployment="another")
@@ -321,7 +321,7 @@ async def test_a_server_of_another_deployment_takes_nothing(deployment, kernelsp
 def test_a_restored_kernels_spec_may_be_gone(deployment, kernelspecs):
     """Whoever cannot make a manager for it can still end it."""
     install_kernelspec(kernelspecs, "short-lived")
-    with server() as first:
+    with driven_server() as first:
         known = first.call("start", name="short-lived")
         first.signal(signal.SIGKILL)
     (restored,) = deployment.submit(deployment.restore()).result(READY)

@@ -14,7 +14,7 @@ import pytest
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing.processes import free_port
-from helpers.dying_servers import adopt, call, server
+from helpers.dying_servers import adopt, call, driven_server
 from helpers.kernel_clients import PID, READY, async_execute, job_state, poll_async, write_admin_settings
 from helpers.login_node import LoginNode, login_node, sessions, tcp_proxy_to
 from helpers.private_slurm import jobs_of, poll
@@ -109,7 +109,7 @@ async def test_a_cell_runs_through_the_servers_restart_with_all_of_its_output(
 async def test_a_relay_that_does_not_know_that_its_server_died_is_ended_by_the_next_ones(by_ssh, node):
     """sshd may not have noticed, as when the server's machine went down: it has the port that launchers dial."""
     service = by_ssh()
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name="slurm")
         (old,) = relays(node)
         sshd = old.parent()
@@ -126,7 +126,7 @@ async def test_a_relay_that_does_not_know_that_its_server_died_is_ended_by_the_n
 async def test_a_port_that_is_set_is_had_again_from_a_relay_that_does_not_know(by_ssh, node):
     """The same with one port only, which nothing else can take the place of."""
     service = by_ssh(relay_port=str(free_port()))
-    with server() as first:
+    with driven_server() as first:
         known = await call(first, "start", name="slurm")
         sshd = relays(node)[0].parent()
         assert sshd is not None
@@ -147,7 +147,7 @@ async def test_another_server_that_is_there_answers_at_the_dead_ones_port(by_ssh
     await service.run(service.access.wait_ready())
     relay = service.access.relay
     own = relay.port
-    with server() as first:
+    with driven_server() as first:
         assert await call(first, "restore") == []
         known = await call(first, "start", name="slurm")
         first.signal(signal.SIGKILL)
@@ -169,7 +169,7 @@ async def test_nothing_of_a_server_that_is_gone_stays_on_the_login_node(by_ssh, 
     """Killed, or unplugged so that nobody is told: its programs end, and so does srun after ``orphan_timeout``."""
     with tcp_proxy_to(node.port) as line:
         by_ssh(heartbeat=1.0, orphan_timeout=4, **node.settings(line.port))
-        with server() as first:
+        with driven_server() as first:
             known = await call(first, "start", name="slurm")
             isolated = {"jobid": known["jobid"], "isolate": True, "cpus": 1}
             await call(first, "start", name="slurm", slurm_fields=isolated)

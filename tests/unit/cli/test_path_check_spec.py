@@ -54,7 +54,7 @@ def test_a_time_limit_that_is_given_is_used(kernels, option, value):
 
 
 def test_without_a_kernelspec_ipykernel_of_the_launchers_python_starts_in_the_default_partition():
-    """The default partition is filled in when Slurm has named it."""
+    """The default partition is all_nodes_taken in when Slurm has named it."""
     specs = CheckedKernelSpecs(CheckOptions(fields={"project": "p"}), ["~/env/bin/python", "python3"])
     assert specs.fields["kernel_argv"][-2:] == ["~/env/bin/python", "python3"]
     specs.complete(CLUSTER)

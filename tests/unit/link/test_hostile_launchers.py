@@ -22,7 +22,7 @@ from gateway_slurm.link import server, wire
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo
 from helpers.kernel_clients import poll_async
-from helpers.raw_links import Handler, Peer, connect, draw_tokens, launcher_settings
+from helpers.raw_links import LauncherEnd, RecordingHandler, connect, draw_tokens, launcher_settings
 
 LOG = logging.getLogger("test.hostile")
 
@@ -51,7 +51,7 @@ class Owner:
     def end_reported(self, _launcher: Launcher, end_time: float | None, *, due: bool) -> None:
         self.told.append(("walltime", end_time, due))
 
-    async def connect(self, **hello: Any) -> Peer:
+    async def connect(self, **hello: Any) -> LauncherEnd:
         """The launcher's end, after WELCOME."""
         return await connect(self.socket, self.launcher.tokens[0], **hello)
 
@@ -60,7 +60,7 @@ class Owner:
         assert await poll_async(lambda: [each for each in self.told if each[0] == "lost"], timeout=10)
         return next(each[1] for each in self.told if each[0] == "lost")
 
-    async def until_taken(self, peer: Peer) -> None:
+    async def until_taken(self, peer: LauncherEnd) -> None:
         """Wait until all that the peer has said so far is taken."""
         before = len(self.told)
         peer.say(wire.encode("NOTICE", kind="walltime", end_time=None))
@@ -143,13 +143,13 @@ async def test_an_end_that_a_job_may_have_is_believed(owner: Owner) -> None:
 async def test_a_hello_that_its_owner_cannot_take_ends_the_link(socket: server.ResponseSocket) -> None:
     """Nobody would watch over it."""
 
-    class Failing(Handler):
+    class Failing(RecordingHandler):
         def link_up(self, link: server.Link, hello: dict[str, Any]) -> dict[str, Any]:
             raise KeyError("our own fault")
 
     handler, tokens = Failing(), draw_tokens()
     socket.expect("L1", tokens, handler).jobid.set_result("12")
-    peer = await Peer.dial(socket.port)
+    peer = await LauncherEnd.dial(socket.port)
     peer.writer.write(peer.hello("L1", tokens[0], "12"))
     assert await peer.is_closed()
     assert handler.events == [("down", "its HELLO could not be handled")]
@@ -170,7 +170,7 @@ async def test_a_second_report_on_one_link_ends_it(owner: Owner) -> None:
 @pytest.mark.parametrize("frames", [1, 3000])
 async def test_others_have_their_turn_between_a_launchers_messages(socket: server.ResponseSocket, frames: int) -> None:
     """However many come at once, in one frame or in many; all are taken, in their order, before the end is."""
-    handler, tokens, rounds = Handler(), draw_tokens(), [0]
+    handler, tokens, rounds = RecordingHandler(), draw_tokens(), [0]
     taken: list[tuple[int, int]] = []
     handler.link_message = lambda _link, _name, fields: taken.append((rounds[0], fields["n"]))  # type: ignore[method-assign]
     socket.expect("L1", tokens, handler).jobid.set_result("12")
@@ -242,7 +242,7 @@ async def test_ids_that_no_server_gives_are_not_repeated(owner: Owner) -> None:
 async def test_a_report_of_very_many_kernels_is_answered_for_some(
     owner: Owner, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither the log nor the link is filled by it."""
+    """Neither the log nor the link is all_nodes_taken by it."""
     peer = await owner.connect()
     caplog.clear()
     peer.say(wire.encode("REPORT", kernels=[{"kernel_id": f"k{number}"} for number in range(20_000)]))
