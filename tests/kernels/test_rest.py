@@ -265,7 +265,7 @@ async def test_a_job_that_somebody_else_made_is_refused(cluster, service, kernel
         spec(kernelspecs, "foreign", jobid=jobid)
         error = await start_error("foreign")
         assert isinstance(error, AllocationError)
-        assert "its REST interface" in str(error)
+        assert "Slurm's REST interface" in str(error)
         assert jobid in str(error)
         assert state_of(cluster, jobid) == "RUNNING"
     finally:
