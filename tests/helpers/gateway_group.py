@@ -52,7 +52,9 @@ class Deployment:
     async def know_each_other(self) -> None:
         """Wait until each gateway has given its launchers the addresses of another gateway."""
         for gateway in self.gateways.values():
-            told = await poll_async(lambda log=gateway.log: "launchers may also dial" in log.read_text(), timeout=READY)
+            told = await poll_async(
+                lambda log=gateway.log: "other servers that launchers may dial" in log.read_text(), timeout=READY
+            )
             assert told, gateway.log.read_text()
 
     async def holders(self, kernel_id: str, user: str = "alice") -> list[str]:
