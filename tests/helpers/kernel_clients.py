@@ -26,6 +26,8 @@ READY = 60  # seconds: many tests may share two busy CPUs
 IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 # The names of the fixture's kernelspecs, by the way clients reach their kernels.
 KERNEL_NAMES = {"tunnel": "slurm", "direct": "slurm-direct"}
+AUTO_KERNEL = "slurm-auto"  # that of ``install_auto``
+CURVE = {"metadata": {"supported_encryption": ["curve"]}}
 PROVISIONER = "slurm-provisioner"
 
 
@@ -73,8 +75,12 @@ def install_both(directory: Path) -> None:
     With ``connect = auto`` a kernel of the gateway is behind the tunnel, where its output is kept.
     """
     install_kernelspec(directory, KERNEL_NAMES["tunnel"])
-    curve = {"metadata": {"supported_encryption": ["curve"]}}
-    install_kernelspec(directory, KERNEL_NAMES["direct"], config_overrides={"connect": "direct"}, spec_overrides=curve)
+    install_kernelspec(directory, KERNEL_NAMES["direct"], config_overrides={"connect": "direct"}, spec_overrides=CURVE)
+
+
+def install_auto(directory: Path) -> None:
+    """Install ``slurm-auto``: where no output is kept, its kernels are direct if their node can be dialled."""
+    install_kernelspec(directory, AUTO_KERNEL, spec_overrides=CURVE)
 
 
 def jupyter_environment(base: Path) -> dict[str, str]:

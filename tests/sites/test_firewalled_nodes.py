@@ -20,12 +20,15 @@ from gateway_slurm.testing.processes import job_processes
 from helpers.firewall import HIGH, KERNEL_PORTS, LOW, firewall
 from helpers.gateway_process import start, stop
 from helpers.kernel_clients import (
+    AUTO_KERNEL,
+    CURVE,
     PID,
     READY,
     async_execute,
     async_kernel,
     execute,
     forget_service,
+    install_auto,
     install_kernelspec,
     poll_async,
     running_kernel,
@@ -39,6 +42,12 @@ GATEWAY_KERNELS = "--ServerApp.kernel_manager_class=gateway_slurm.SlurmMappingKe
 REJECTIONS = {"tcp reset": "Connection refused", "icmpx admin-prohibited": "No route to host"}
 
 
+@pytest.fixture(autouse=True)
+def auto_kernel(kernelspecs):
+    """``slurm-auto``, beside those that force a way."""
+    install_auto(kernelspecs)
+
+
 @pytest.fixture
 def network(admin_settings):
     """A firewall before the ports of direct kernels; the service uses these."""
@@ -50,8 +59,7 @@ def network(admin_settings):
 @pytest.fixture
 def must_be_direct(kernelspecs):
     """A kernelspec that asks for ``connect = direct``."""
-    curve = {"metadata": {"supported_encryption": ["curve"]}}
-    install_kernelspec(kernelspecs, "must", config_overrides={"connect": "direct"}, spec_overrides=curve)
+    install_kernelspec(kernelspecs, "must", config_overrides={"connect": "direct"}, spec_overrides=CURVE)
     return "must"
 
 
@@ -80,7 +88,7 @@ def way(manager):
 async def test_a_node_that_can_be_dialled_is(network, caplog):
     """The kernel is direct, on ports of the range; the log and what the provisioner tells say why."""
     caplog.set_level("INFO")
-    async with async_kernel("slurm-direct") as (manager, client):
+    async with async_kernel(AUTO_KERNEL) as (manager, client):
         info = manager.get_connection_info()
         assert way(manager) == ("direct", f"node c1 can be dialled at {info['ip']}")
         assert all(LOW <= info[f"{channel}_port"] <= HIGH for channel in ("shell", "iopub", "hb"))
@@ -94,7 +102,7 @@ def test_a_node_that_refuses_is_reached_through_the_tunnel(network, caplog, word
     """The firewall's answer is the reason."""
     caplog.set_level("INFO")
     network.reject(words)
-    with running_kernel("slurm-direct") as (manager, client):
+    with running_kernel(AUTO_KERNEL) as (manager, client):
         mode, why = way(manager)
         assert mode == "tunnel"
         assert re.fullmatch(rf"node c1 could not be dialled at [\d.]+:\d{{4}}: {REJECTIONS[words]}", why)
@@ -106,27 +114,27 @@ def test_a_node_that_refuses_is_reached_through_the_tunnel(network, caplog, word
 def test_a_node_that_swallows_packets_costs_one_start_a_second(network):
     """The tunnel is used once the dialling timed out; the next start does not dial, and says when it will."""
     network.drop()
-    with running_kernel("slurm-direct") as (manager, client):
+    with running_kernel(AUTO_KERNEL) as (manager, client):
         mode, why = way(manager)
         assert mode == "tunnel"
         assert re.fullmatch(r"node c1 could not be dialled at [\d.]+:\d{4}: timed out", why)
         assert execute(client, "print(6 * 7)") == "42"
         seen = network.packets
         assert seen >= 5
-        with running_kernel("slurm-direct") as (other, _client):
+        with running_kernel(AUTO_KERNEL) as (other, _client):
             mode, again = way(other)
             assert mode == "tunnel"
             assert again.startswith(why)
-            assert re.search(r"tried again in \d+ s", again)
+            assert re.search(r"next attempt is possible in \d+ s", again)
         assert network.packets == seen
 
 
 def test_another_service_at_that_address_is_not_taken_for_the_node(network, another_service):
     """Something that accepts connections, and speaks, and does not know the word, is no kernel."""
     network.redirect(another_service)
-    with running_kernel("slurm-direct") as (manager, client):
+    with running_kernel(AUTO_KERNEL) as (manager, client):
         mode, why = way(manager)
-        assert (mode, "something else than its launcher listens there" in why) == ("tunnel", True)
+        assert (mode, "the process that listens there is not its launcher" in why) == ("tunnel", True)
         assert execute(client, "print(6 * 7)") == "42"
 
 
@@ -142,7 +150,7 @@ def test_the_network_of_each_start_counts(network):
     """A node that stops accepting, and accepts again: each start falls to what is there."""
     for change, mode in ((network.open, "direct"), (lambda: network.reject("tcp reset"), "tunnel")) * 2:
         change()
-        with running_kernel("slurm-direct") as (manager, client):
+        with running_kernel(AUTO_KERNEL) as (manager, client):
             assert way(manager)[0] == mode
             assert execute(client, "print(6 * 7)") == "42"
 
@@ -173,7 +181,7 @@ def test_direct_and_to_be_dialled_is_direct(network, must_be_direct):
 
 async def test_a_restart_keeps_a_direct_kernels_ports(network):
     """It is tried at the same ports, and clients that are connected go on."""
-    async with async_kernel("slurm-direct") as (manager, client):
+    async with async_kernel(AUTO_KERNEL) as (manager, client):
         before = manager.get_connection_info()
         pid = await async_execute(client, PID)
         await manager.restart_kernel()
@@ -185,7 +193,7 @@ async def test_a_restart_keeps_a_direct_kernels_ports(network):
 @pytest.mark.parametrize("now", [False, True], ids=["restart", "restart-now"])
 async def test_a_restart_falls_back_where_the_node_can_no_longer_be_dialled(network, now):
     """A client that is made after it reaches the kernel by the tunnel, and a later restart stays there."""
-    async with async_kernel("slurm-direct") as (manager, _client):
+    async with async_kernel(AUTO_KERNEL) as (manager, _client):
         jobid = manager.provisioner.jobid
         network.drop()
         await manager.restart_kernel(now=now)
@@ -217,9 +225,9 @@ async def test_a_restart_that_must_be_direct_says_why_it_is_not(admin_settings, 
 @pytest.mark.parametrize("how", ["asked for", "died"])
 async def test_frontends_go_on_when_a_restart_falls_back(network, jupyter_base, how):
     """Through our kernel manager's websockets a restart that changes the way is as any other, by itself too."""
-    write_admin_settings(kernel_ports=KERNEL_PORTS)
+    write_admin_settings(kernel_ports=KERNEL_PORTS, kept_output=0)  # which would need the tunnel
     with running_server(jupyter_base, GATEWAY_KERNELS) as server:
-        kernel_id = await start(server, "slurm-direct")
+        kernel_id = await start(server, AUTO_KERNEL)
         frontend = await Frontend.connect(server, kernel_id)
         _reply, pid = await frontend.execute(PID)
         assert (await server.json("GET", f"/api/kernels/{kernel_id}"))["slurm"]["connect"]["mode"] == "direct"
@@ -257,7 +265,7 @@ def test_a_launcher_of_an_older_version_is_not_asked(network, monkeypatch, must_
     assert all(program.count(each) == 1 for each in news)
     older = program.replace(news[0], "").replace(news[1], "    # ")
     monkeypatch.setattr(gateway_slurm.allocations.start, "launcher_program", lambda: older)
-    with running_kernel("slurm-direct") as (manager, client):
+    with running_kernel(AUTO_KERNEL) as (manager, client):
         mode, why = way(manager)
         assert (mode, "of an older version" in why) == ("tunnel", True)
         assert execute(client, "print(6 * 7)") == "42"
@@ -274,7 +282,7 @@ def test_by_way_of_a_login_node_it_is_tried_as_well(admin_settings, mode):
         admin_settings(kernel_ports=KERNEL_PORTS, relay="always", **node.settings(node.port))
         if mode == "tunnel":
             network.drop()
-        with running_kernel("slurm-direct") as (manager, client):
+        with running_kernel(AUTO_KERNEL) as (manager, client):
             assert way(manager)[0] == mode
             assert execute(client, "print(6 * 7)") == "42"
         forget_service()
@@ -283,7 +291,7 @@ def test_by_way_of_a_login_node_it_is_tried_as_well(admin_settings, mode):
 def test_nothing_listens_after_a_start_that_used_the_tunnel(network, cluster):
     """The launcher's listeners are gone when its kernel runs."""
     network.reject("tcp reset")
-    with running_kernel("slurm-direct"):
+    with running_kernel(AUTO_KERNEL):
         assert poll(lambda: _listening(cluster) == [], timeout=READY)
 
 

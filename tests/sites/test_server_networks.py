@@ -17,7 +17,7 @@ from gateway_slurm.service import SlurmService
 from gateway_slurm.testing.processes import free_port
 from helpers.doctor_cli import REQUEST, PathCheckOutput, check_path, failed_at
 from helpers.failing_starts import nothing_left, start_error
-from helpers.kernel_clients import execute, running_kernel, write_admin_settings
+from helpers.kernel_clients import AUTO_KERNEL, execute, install_auto, running_kernel, write_admin_settings
 from helpers.login_node import LoginNode, login_node
 from helpers.namespaces import IsolatedNetwork, forward_into, forward_out, isolated_network, silent_port
 from launchers.dial import HEAD_START
@@ -121,10 +121,11 @@ def test_something_on_the_way_that_changes_bytes_is_told(check_apart, network, c
 # -- addresses --------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_reached_by_ipv6_only_is_dialled_there(check_apart, network, cluster):
+def test_a_server_that_is_reached_by_ipv6_only_is_dialled_there(check_apart, network, kernelspecs, cluster):
     """By its interface's unique local address (RFC 4193), in brackets; the link-local one is not announced."""
     with network.joined("fd00:6773::1/64", "fd00:6773::2/64") as interface:
-        spec = ("--kernelspec", "slurm-direct")  # which clients cannot dial there
+        install_auto(kernelspecs)
+        spec = ("--kernelspec", AUTO_KERNEL)  # which clients cannot dial there
         output = check_apart(arguments=spec, relay="never", response_interface=interface)
         assert output.is_good, output.steps
         assert "to [fd00:6773::2]:" in output.said("dial")
