@@ -261,7 +261,7 @@ async def until_tunnelled(server, kernel_id):
 def test_a_launcher_of_an_older_version_is_not_asked(network, monkeypatch, must_be_direct):
     """One that would break its link for a message that it does not know: the tunnel, or direct as it was before."""
     program = launcher_program()
-    news = ['            "probes": True,  # PROBE is understood\n', '    "PROBE": (14, DOWN, JSON)']
+    news = ['            "probes": True,  # this launcher understands PROBE\n', '    "PROBE": (14, DOWN, JSON)']
     assert all(program.count(each) == 1 for each in news)
     older = program.replace(news[0], "").replace(news[1], "    # ")
     monkeypatch.setattr(gateway_slurm.allocations.start, "launcher_program", lambda: older)
