@@ -192,11 +192,6 @@ class SrunStep:
         self._process = process
         self._jobid = jobid
 
-    @property
-    def pid(self) -> int:
-        """The process id of srun."""
-        return self._process.pid
-
     async def wait(self) -> None:
         """Return when the step has ended with status 0; else raise the error from ``commands.parse_step_failure``."""
         status = await self._process.wait()

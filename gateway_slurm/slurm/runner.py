@@ -8,11 +8,10 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable, Unanswered
 
@@ -32,12 +31,11 @@ _DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/
 
 @dataclass(frozen=True)
 class CommandResult:
-    """The result of one command; ``seconds`` is its running time."""
+    """The result of one command."""
 
     exit_status: int
     stdout: str
     stderr: str
-    seconds: float
 
 
 class Runner:
@@ -67,13 +65,8 @@ class Runner:
         env["PATH"] = self._search_path or env.get("PATH", _DEFAULT_PATH)
         if self._slurm_conf:
             env["SLURM_CONF"] = self._slurm_conf
-        env.update(FIXED_VARIABLES)
-        for name, value in (extra_env or {}).items():
-            if value is None:
-                env.pop(name, None)
-            else:
-                env[name] = value
-        return env
+        variables = {**env, **FIXED_VARIABLES, **(extra_env or {})}
+        return {name: value for name, value in variables.items() if value is not None}
 
     def find(self, argv: Sequence[str]) -> str:
         """Return the path of a command's program. Raises SlurmNotInstalled."""
@@ -92,7 +85,7 @@ class Runner:
         self,
         argv: Sequence[str],
         *,
-        input: bytes | None = None,  # noqa: A002 - subprocess's word for it
+        input: bytes = b"",  # noqa: A002 - subprocess's word for it
         extra_env: Mapping[str, str | None] | None = None,
         timeout: float | None = None,
     ) -> CommandResult:
@@ -102,23 +95,16 @@ class Runner:
         SlurmNotInstalled, and Unanswered for a command that does not end in time or prints too much.
         """
         limit = self._timeout if timeout is None else timeout
-        began = time.monotonic()
-        process = await self._spawn(
-            argv,
-            extra_env,
-            stdin=asyncio.subprocess.DEVNULL if input is None else asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
+        pipe = asyncio.subprocess.PIPE
+        stdin = pipe if input else asyncio.subprocess.DEVNULL
+        process = await self._spawn(argv, extra_env, stdin=stdin, stdout=pipe, stderr=pipe)
         try:
             stdout, stderr = await asyncio.wait_for(self._communicate(process, input, argv), limit)
         except asyncio.TimeoutError as error:
-            raise Unanswered(
-                f"{argv[0]} did not end within {limit:g} s; nothing is known about the jobs", argv=argv
-            ) from error
+            raise timed_out(argv, limit) from error
         finally:
             await _end(process)
-        return CommandResult(process.returncode or 0, stdout, stderr, time.monotonic() - began)
+        return CommandResult(process.returncode or 0, stdout, stderr)
 
     async def start(
         self,
@@ -139,32 +125,16 @@ class Runner:
         return DetachedProcess(process, stderr)
 
     async def _spawn(
-        self,
-        argv: Sequence[str],
-        extra_env: Mapping[str, str | None] | None,
-        *,
-        stdin: int | IO[bytes],
-        stdout: int,
-        stderr: int | IO[bytes],
+        self, argv: Sequence[str], extra_env: Mapping[str, str | None] | None, **pipes: int | IO[bytes]
     ) -> asyncio.subprocess.Process:
-        env = self.environment(extra_env)
         program = self.find(argv)
         self.counts[argv[0]] += 1
-        return await self._execute([program, *argv[1:]], env, stdin=stdin, stdout=stdout, stderr=stderr)
+        return await self._execute([program, *argv[1:]], self.environment(extra_env), **pipes)
 
     @staticmethod
-    async def _execute(
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        *,
-        stdin: int | IO[bytes],
-        stdout: int,
-        stderr: int | IO[bytes],
-    ) -> asyncio.subprocess.Process:
+    async def _execute(argv: Sequence[str], env: Mapping[str, str], **pipes: Any) -> asyncio.subprocess.Process:
         starting = asyncio.ensure_future(
-            asyncio.create_subprocess_exec(
-                *argv, stdin=stdin, stdout=stdout, stderr=stderr, env=env, cwd="/", start_new_session=True
-            )
+            asyncio.create_subprocess_exec(*argv, env=env, cwd="/", start_new_session=True, **pipes)
         )
         try:
             return await asyncio.shield(starting)
@@ -178,25 +148,15 @@ class Runner:
             raise SlurmUnavailable(f"{argv[0]} could not be run: {error}", argv=argv) from error
 
     async def _communicate(
-        self,
-        process: asyncio.subprocess.Process,
-        data: bytes | None,
-        argv: Sequence[str],
-        *,
-        keep_stdin_open: bool = False,
+        self, process: asyncio.subprocess.Process, data: bytes, argv: Sequence[str], *, keep_stdin_open: bool = False
     ) -> tuple[str, str]:
         """Write ``data`` and return stdout and stderr; ``keep_stdin_open`` closes stdin only after both have ended."""
-        assert process.stdout is not None
-        assert process.stderr is not None
-        readers = [
-            asyncio.ensure_future(self._read(process.stdout, argv)),
-            asyncio.ensure_future(self._read(process.stderr, argv)),
-        ]
+        readers = [asyncio.ensure_future(self._read(stream, argv)) for stream in (process.stdout, process.stderr)]
         try:
             if process.stdin is not None:
                 # A command may fail without reading its input.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    process.stdin.write(data or b"")
+                    process.stdin.write(data)
                     await process.stdin.drain()
                 if not keep_stdin_open:
                     process.stdin.close()
@@ -210,15 +170,14 @@ class Runner:
             await asyncio.gather(*readers, return_exceptions=True)
         return stdout, stderr
 
-    async def _read(self, stream: asyncio.StreamReader, argv: Sequence[str]) -> str:
-        chunks: list[bytes] = []
-        size = 0
+    async def _read(self, stream: asyncio.StreamReader | None, argv: Sequence[str]) -> str:
+        assert stream is not None
+        data = bytearray()
         while chunk := await stream.read(1 << 16):
-            size += len(chunk)
-            if size > self._max_output:
+            data += chunk
+            if len(data) > self._max_output:
                 raise Unanswered(f"{argv[0]} printed more than {self._max_output} bytes", argv=argv)
-            chunks.append(chunk)
-        return b"".join(chunks).decode(errors="replace")
+        return data.decode(errors="replace")
 
 
 class DetachedProcess:
@@ -228,16 +187,6 @@ class DetachedProcess:
         self._process = process
         self._stderr = stderr
         self._tail = ""
-
-    @property
-    def pid(self) -> int:
-        """The process id of the command, which is also its process group's id."""
-        return self._process.pid
-
-    @property
-    def exit_status(self) -> int | None:
-        """The command's exit status; None while it runs."""
-        return self._process.returncode
 
     async def wait(self) -> int:
         """Wait until the command ends and return its exit status; cancellation leaves the command running."""
@@ -260,6 +209,11 @@ class DetachedProcess:
             _signal_group(self._process.pid, signal.SIGTERM)
 
 
+def timed_out(argv: Sequence[str], limit: float) -> Unanswered:
+    """Return the error for a command that was killed after ``limit`` seconds."""
+    return Unanswered(f"{argv[0]} did not end within {limit:g} s; nothing is known about the jobs", argv=argv)
+
+
 def _files(data: bytes) -> tuple[IO[bytes], IO[bytes]]:
     """Return two files without names: stdin with ``data``, and an empty one for stderr.
 
@@ -276,18 +230,19 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     # Children of a command that has ended may hold our pipes. The kernel does not reuse a process group's id while the
     # group has a member, and not soon afterwards.
     _signal_group(process.pid, signal.SIGKILL)
-    if process.stdin is not None:
-        process.stdin.close()
-    if process.returncode is None:
-        await asyncio.shield(reap(process))
+    await asyncio.shield(reap(process))
 
 
 async def reap(process: asyncio.subprocess.Process) -> None:
-    """Wait for a killed command, for a few seconds at most.
+    """Close the command's stdin and wait for the end of a killed command, for a few seconds at most.
 
     For asyncio a process has ended only when its pipes have, and asyncio stops reading a pipe whose buffer is full.
     So the rest of both pipes is read and discarded. A child that left the process group may keep a pipe open longer.
     """
+    if process.stdin is not None:
+        process.stdin.close()
+    if process.returncode is not None:
+        return
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(asyncio.gather(*map(_drain, (process.stdout, process.stderr))), _REAP_TIMEOUT)
         await asyncio.wait_for(process.wait(), _REAP_TIMEOUT)

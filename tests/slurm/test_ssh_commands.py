@@ -223,7 +223,7 @@ async def test_a_process_that_was_started_outlives_the_connection(node: LoginNod
     with tcp_proxy_to(node.port) as line:
         async with runner_for(node, port=line.port) as runner:
             started = await runner.start(["sh", "-c", "sleep 14.1421; true"])
-            process = psutil.Process(started.pid)
+            process = psutil.Process(started._remote["pid"])
             waiting = asyncio.ensure_future(started.wait())
             line.cut()
             assert await poll_async(lambda: runner._program is not None and runner._program.ended, timeout=10)

@@ -18,20 +18,7 @@ from gateway_slurm._util import Backoff, TaskSet
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, SshError
 from gateway_slurm.slurm.access import AcceptLauncher, LauncherLink
 from gateway_slurm.slurm.ssh.connection import SshConnection
-from gateway_slurm.slurm.ssh.login_node.common import (
-    CLOSE,
-    CREDIT,
-    DATA,
-    FAILED,
-    LENGTH,
-    LISTEN,
-    LISTENING,
-    OPEN,
-    WINDOW,
-    count_of,
-    pack,
-    unpack,
-)
+from gateway_slurm.slurm.ssh.login_node import protocol
 from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
 from gateway_slurm.slurm.url import host_and_port
 
@@ -159,18 +146,18 @@ class SshRelay:
         ports = list(self._ports)
         predecessors = [*([self._process] if self._process is not None else []), *self._former_ports.values()]
         kind, _number, payload = await self._listen(program, [self.port] if self.port else ports, predecessors)
-        if kind == FAILED and self.port and ports != [self.port]:
+        if kind == protocol.FAILED and self.port and ports != [self.port]:
             # Another process has the port and may free it. New launchers get another port meanwhile.
             self._former_ports = dict(list({self.port: {}, **self._former_ports}.items())[: MAX_PORTS - 1])
             kind, _number, payload = await self._listen(program, ports, [])
-        if kind == FAILED:
+        if kind == protocol.FAILED:
             program.close()
             raise SshError(
                 f"the relay cannot listen on the login node {program.info['host']}, port {_range(ports)}: "
                 f"{payload.decode(errors='replace')}; see SlurmService.relay_port"
             )
         try:
-            self._now_listening(program, unpack(payload)[0])
+            self._now_listening(program, protocol.unpack(payload)[0])
         except (ValueError, KeyError, TypeError) as error:
             program.close()
             raise SshError(f"the relay on the login node did not report its address: {error!r}") from error
@@ -184,7 +171,7 @@ class SshRelay:
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         on_this_host = [process for process in predecessors if process.get("boot") == program.info["boot"]]
-        program.send(LISTEN, number, pack({"ports": ports, "end": on_this_host}))
+        program.send(protocol.LISTEN, number, protocol.pack({"ports": ports, "end": on_this_host}))
         try:
             return await asyncio.wait_for(answer, LISTEN_TIMEOUT)
         except asyncio.TimeoutError:
@@ -211,7 +198,7 @@ class SshRelay:
                 kind, _number, payload = await self._listen(program, [port], [process])
             except SshError:  # the next program tries again
                 return
-            if kind == LISTENING:
+            if kind == protocol.LISTENING:
                 self._former_ports[port] = {}  # this relay has the port now
                 self._changed()
                 self.log.info("relay: listening on former port %d of the login node, too", port)
@@ -251,11 +238,11 @@ class SshRelay:
     def _received(self, frames: list[Frame]) -> None:
         for received in frames:
             kind, number, payload = received
-            if kind in (LISTENING, FAILED):
+            if kind in (protocol.LISTENING, protocol.FAILED):
                 answer = self._answers.get(number)
                 if answer is not None and not answer.done():
                     answer.set_result(received)
-            elif kind == OPEN and self._program is not None:
+            elif kind == protocol.OPEN and self._program is not None:
                 peer = payload.decode(errors="replace")
                 connection = self._connections[number] = RelayedConnection(self, self._program, number, peer)
                 connection.begin(self._accept)
@@ -276,7 +263,7 @@ class RelayedConnection(asyncio.Transport):
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[bytes] = deque()
         self._size = 0
-        self._credit = WINDOW
+        self._credit = protocol.WINDOW
         self._owed = 0
         self._high = _HIGH_WATER
         self._paused = self._closing = self._closed = False
@@ -291,12 +278,12 @@ class RelayedConnection(asyncio.Transport):
 
     def received(self, kind: int, payload: bytes) -> None:
         """Handle one frame of this connection."""
-        if kind == DATA:
+        if kind == protocol.DATA:
             self._data(payload)
-        elif kind == CREDIT:
-            self._credit += count_of(payload)
+        elif kind == protocol.CREDIT:
+            self._credit += protocol.count_of(payload)
             self._pump()
-        elif kind == CLOSE:
+        elif kind == protocol.CLOSE:
             self._relay.forget(self._number)
             self.lost(None)
 
@@ -311,8 +298,8 @@ class RelayedConnection(asyncio.Transport):
         self._give_credit()
 
     def _give_credit(self) -> None:
-        if self._owed >= WINDOW // 4 and (self._reading or self._closing) and not self._closed:
-            self._program.send(CREDIT, self._number, LENGTH.pack(self._owed))
+        if self._owed >= protocol.WINDOW // 4 and (self._reading or self._closing) and not self._closed:
+            self._program.send(protocol.CREDIT, self._number, protocol.LENGTH.pack(self._owed))
             self._owed = 0
 
     def lost(self, error: Exception | None) -> None:
@@ -371,9 +358,9 @@ class RelayedConnection(asyncio.Transport):
             payload = self._waiting.popleft()
             self._size -= len(payload)
             self._credit -= len(payload)
-            self._program.send(DATA, self._number, payload)
+            self._program.send(protocol.DATA, self._number, payload)
         if self._closing and not self._waiting and not self._closed:
-            self._program.send(CLOSE, self._number)
+            self._program.send(protocol.CLOSE, self._number)
             self._relay.forget(self._number)
             self.lost(None)
         elif self._link is not None and not self._closing and self._paused != (self._size > self._high):

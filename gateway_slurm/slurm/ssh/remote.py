@@ -17,12 +17,11 @@ from typing import Any, Final
 import paramiko
 
 from gateway_slurm.errors import SshError, SshLost
-from gateway_slurm.slurm.ssh.login_node import common
-from gateway_slurm.slurm.ssh.login_node.common import Frames, frame, unpack
+from gateway_slurm.slurm.ssh.login_node import protocol
 
 Frame = tuple[int, int, bytes]
 
-MODULES: Final = ("common", "commands", "relay", "main")
+MODULES: Final = ("protocol", "commands", "relay", "main")
 CHANNEL_WINDOW: Final = 8 << 20  # bytes that the login node may send before this process acknowledges some
 MAX_PACKET: Final = 128 << 10  # bytes; the cost of a packet in Python does not depend on its length
 MAX_SHELL_OUTPUT: Final = 256 << 10  # bytes that a login shell may print before the program begins
@@ -43,7 +42,7 @@ for name, source in SOURCES.items():
 def program_text() -> str:
     """Return the modules as one text, which registers them under their own names."""
     package = "gateway_slurm.slurm.ssh.login_node"
-    directory = Path(common.__file__).parent
+    directory = Path(protocol.__file__).parent
     sources = {"gateway_slurm": "", "gateway_slurm.slurm.ssh": "", package: ""}
     sources |= {f"{package}.{name}": (directory / f"{name}.py").read_text() for name in MODULES}
     return f"SOURCES = {sources!r}\n{_LOADER}"
@@ -73,7 +72,7 @@ class RemoteProgram:
     ) -> None:
         self._transport, self._on_frames, self._on_end, self._log = transport, on_frames, on_end, log
         self._loop = asyncio.get_running_loop()
-        self._frames = Frames()
+        self._frames = protocol.Frames()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._early: list[Frame] = []  # frames that arrived before ``start``
         self._ended = False
@@ -135,7 +134,7 @@ class RemoteProgram:
             if not data:
                 raise EOFError("it ended at once")
             self._early = list(self._frames.feed(data))
-        self.info = unpack(self._early.pop(0)[2])[0]
+        self.info = protocol.unpack(self._early.pop(0)[2])[0]
 
     def _read_stderr(self) -> str:
         assert self.channel is not None
@@ -200,7 +199,7 @@ class RemoteProgram:
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
         """Queue one frame; the caller limits the queue."""
-        self._outgoing.put(frame(kind, number, payload))
+        self._outgoing.put(protocol.frame(kind, number, payload))
 
     def close(self) -> None:
         """Send the queued frames; then the program ends and ``on_end`` is called."""
@@ -208,7 +207,7 @@ class RemoteProgram:
 
     def _received(self, frames: list[Frame]) -> None:
         self._last_received = self._loop.time()
-        rest = [received for received in frames if received[0] != common.PONG]
+        rest = [received for received in frames if received[0] != protocol.PONG]
         if rest and not self._ended:
             self._on_frames(rest)
 
@@ -224,7 +223,7 @@ class RemoteProgram:
             # The whole connection is dead, not only this channel. Closing it waits for paramiko's thread.
             threading.Thread(target=self._transport.close, daemon=True).start()
             return
-        self.send(common.PING, 0)
+        self.send(protocol.PING, 0)
         self._schedule_heartbeat(heartbeat)
 
     def _end(self, reason: str) -> None:

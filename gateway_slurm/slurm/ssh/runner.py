@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -17,27 +16,17 @@ from gateway_slurm.slurm.runner import (
     CommandResult,
     DetachedProcess,
     Runner,
+    timed_out,
 )
 from gateway_slurm.slurm.ssh.connection import SshConnection
-from gateway_slurm.slurm.ssh.login_node.common import (
-    ENDED,
-    FAILED,
-    KILL,
-    RESULT,
-    RUN,
-    START,
-    STARTED,
-    TERM,
-    WATCH,
-    pack,
-    unpack,
-)
+from gateway_slurm.slurm.ssh.login_node import protocol
 from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
 
 MAX_CONCURRENT: Final = 32
 """Commands that run at a time; further ones wait."""
 MAX_INPUT: Final = 8 << 20
 """Bytes of a command's standard input."""
+_ANSWERS: Final = (protocol.RESULT, protocol.STARTED, protocol.ENDED, protocol.FAILED)
 _TIMEOUT_MARGIN: Final = 5.0  # seconds by which the login node's own timeout is longer than this process's
 _RETRY_DELAY, _MAX_RETRY_DELAY = 1.0, 15.0  # seconds
 _TERMINATE_DELAYS: Final = (1.0, 5.0, 15.0, 30.0)  # seconds
@@ -62,11 +51,6 @@ class SshRunner(Runner):
         self._last_number = 0
         self._slots = asyncio.Semaphore(MAX_CONCURRENT)
 
-    @property
-    def user(self) -> str:
-        """The user of the login."""
-        return self.connection.destination.user
-
     def find(self, argv: Sequence[str]) -> str:
         """Return the program's name; the login node finds its path. Raises the error of the last failed login."""
         if self.connection.last_error is not None:
@@ -77,7 +61,7 @@ class SshRunner(Runner):
         self,
         argv: Sequence[str],
         *,
-        input: bytes | None = None,  # noqa: A002 - as in Runner
+        input: bytes = b"",  # noqa: A002 - as in Runner
         extra_env: Mapping[str, str | None] | None = None,
         timeout: float | None = None,
     ) -> CommandResult:
@@ -89,26 +73,25 @@ class SshRunner(Runner):
         async with self._slots:
             program = await self._running_program()
             self.counts[argv[0]] += 1
-            began = time.monotonic()
-            request = self._request(argv, extra_env, input or b"", timeout=limit + _TIMEOUT_MARGIN)
-            number, answer = self._send(program, RUN, request)
+            request = self._request(argv, extra_env, input, timeout=limit + _TIMEOUT_MARGIN)
+            number, answer = self._send(program, protocol.RUN, request)
             try:
                 _kind, _number, payload = await asyncio.wait_for(answer, limit)
             except asyncio.TimeoutError as error:
-                raise _timed_out(argv, limit) from error
+                raise timed_out(argv, limit) from error
             finally:
                 self._answers.pop(number, None)
                 if answer.cancelled():
-                    program.send(KILL, number)
+                    program.send(protocol.KILL, number)
         fields, outputs = _unpack_answer(payload)
         if "error" in fields:
             raise _not_run(argv, str(fields["error"]))
         if fields["fault"] == "flood":
             raise Unanswered(f"{argv[0]} printed more than {MAX_OUTPUT} bytes", argv=argv)
         if fields["fault"]:
-            raise _timed_out(argv, limit)
+            raise timed_out(argv, limit)
         stdout, stderr = (output.decode(errors="replace") for output in outputs)
-        return CommandResult(int(fields["status"]), stdout, stderr, time.monotonic() - began)
+        return CommandResult(int(fields["status"]), stdout, stderr)
 
     async def start(
         self,
@@ -120,16 +103,16 @@ class SshRunner(Runner):
         """Start a command on the login node that outlives this call, this process and the connection."""
         program = await self._running_program()
         self.counts[argv[0]] += 1
-        number, answer = self._send(program, START, self._request(argv, extra_env, input, timeout=0))
+        number, answer = self._send(program, protocol.START, self._request(argv, extra_env, input, timeout=0))
         end = self._ends[number] = asyncio.get_running_loop().create_future()
         try:
             kind, _number, payload = await asyncio.wait_for(answer, self._timeout)
             fields = _unpack_answer(payload)[0]
-            if kind != STARTED:
+            if kind != protocol.STARTED:
                 raise _not_run(argv, str(fields["error"]))
         except BaseException as error:
             # The command may have started, and the caller gets no handle to end it.
-            program.send(KILL, number)
+            program.send(protocol.KILL, number)
             self._ends.pop(number, None)
             if isinstance(error, asyncio.TimeoutError):
                 raise SlurmUnavailable(f"{argv[0]} was not started within {self._timeout:g} s", argv=argv) from error
@@ -183,13 +166,13 @@ class SshRunner(Runner):
             "limit": self._max_output,
             "timeout": timeout,
         }
-        return pack(fields, data)
+        return protocol.pack(fields, data)
 
     def _received(self, frames: list[Frame]) -> None:
         for received in frames:
             kind, number, _payload = received
-            waiting = self._ends.pop(number, None) if kind == ENDED else self._answers.get(number)
-            if kind in (RESULT, STARTED, ENDED, FAILED) and waiting is not None and not waiting.done():
+            waiting = self._ends.pop(number, None) if kind == protocol.ENDED else self._answers.get(number)
+            if kind in _ANSWERS and waiting is not None and not waiting.done():
                 waiting.set_result(received)
 
     def _lost(self, error: SshError) -> None:
@@ -211,20 +194,20 @@ class SshRunner(Runner):
             return None
         number = self._next_number()
         end = self._ends[number] = asyncio.get_running_loop().create_future()
-        program.send(WATCH, number, pack(process))
+        program.send(protocol.WATCH, number, protocol.pack(process))
         return end
 
     async def send_term(self, process: dict[str, Any]) -> None:
         """Send SIGTERM to a process group. Raises SshError."""
         program = await self._running_program()
         if program.info["boot"] == process["boot"]:
-            program.send(TERM, 0, pack(process))
+            program.send(protocol.TERM, 0, protocol.pack(process))
 
 
 def _unpack_answer(payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
     """Return the fields and the data of an answer. Raises SshError if it cannot be read."""
     try:
-        return unpack(payload)
+        return protocol.unpack(payload)
     except ValueError as error:
         raise SshError(f"the login node's answer cannot be read: {error}") from error
 
@@ -241,18 +224,11 @@ class RemoteProcess(DetachedProcess):
         self._status: int | None = None
         self._terminating: asyncio.Task[None] | None = None
 
-    @property
-    def pid(self) -> int:
-        """The process id on the login node, which is also the process group's id."""
-        return int(self._remote["pid"])
-
-    @property
-    def exit_status(self) -> int | None:
-        """The command's exit status: None while it runs, -1 if it ended while the connection was down."""
-        return self._status
-
     async def wait(self) -> int:
-        """Wait until the command ends, across any number of connections, and return its exit status."""
+        """Wait until the command ends, across any number of connections, and return its exit status.
+
+        The status is -1 if the command ended while the connection was down.
+        """
         while self._status is None:
             try:
                 _kind, _number, payload = await asyncio.shield(self._end)
@@ -273,14 +249,13 @@ class RemoteProcess(DetachedProcess):
         while True:
             try:
                 end = await self._runner.watch(self._remote)
+                break
             except GatewaySlurmError:
                 await backoff.sleep()
-                continue
-            if end is None:
-                self._end_unknown()
-            else:
-                self._end = end
-            return
+        if end is None:
+            self._end_unknown()
+        else:
+            self._end = end
 
     def _end_unknown(self) -> None:
         self._status = -1
@@ -301,10 +276,6 @@ class RemoteProcess(DetachedProcess):
                 await self._runner.send_term(self._remote)
                 return
             await asyncio.sleep(delay)
-
-
-def _timed_out(argv: Sequence[str], limit: float) -> Unanswered:
-    return Unanswered(f"{argv[0]} did not end within {limit:g} s; nothing is known about the jobs", argv=argv)
 
 
 def _not_run(argv: Sequence[str], reason: str) -> SlurmUnavailable | SlurmNotInstalled:

@@ -9,13 +9,12 @@ import os
 import pwd
 import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, Final
 
-from gateway_slurm.errors import NotAllowed, SlurmUnavailable, Unanswered
-from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, Runner, reap
+from gateway_slurm.errors import NotAllowed, SlurmUnavailable
+from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, Runner, reap, timed_out
 from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY_UID, READY, VARIABLES
 
 # Seconds by which the helper's timeout is longer than this process's. The helper's matters only if this process dies.
@@ -41,29 +40,27 @@ class SudoRunner(Runner):
         self,
         argv: Sequence[str],
         *,
-        input: bytes | None = None,  # noqa: A002 - as in Runner
+        input: bytes = b"",  # noqa: A002 - as in Runner
         extra_env: Mapping[str, str | None] | None = None,
         timeout: float | None = None,
     ) -> CommandResult:
         """Run a command to its end as the user; on timeout and on cancellation the helper kills it."""
         limit = self._timeout if timeout is None else timeout
-        request = self._request(argv, extra_env, input or b"", limit + _TIMEOUT_MARGIN)
-        began = time.monotonic()
+        request = self._request(argv, extra_env, input, limit + _TIMEOUT_MARGIN)
         self.counts[argv[0]] += 1
         process = await self._start_helper(stderr=asyncio.subprocess.PIPE)
         try:
             communication = self._communicate(process, request, argv, keep_stdin_open=True)
             stdout, stderr = await asyncio.wait_for(communication, limit)
         except asyncio.TimeoutError as error:
-            raise Unanswered(
-                f"{argv[0]} did not end within {limit:g} s; nothing is known about the jobs", argv=argv
-            ) from error
+            raise timed_out(argv, limit) from error
         finally:
-            await asyncio.shield(_end_helper(process))
+            # This ends the helper's standard input, so the helper kills a command that is not detached.
+            await asyncio.shield(reap(process))
         ready, stdout = stdout[: len(READY)], stdout[len(READY) :]
         if ready.encode() != READY:
             raise self._not_run(argv, process, stderr)
-        return CommandResult(process.returncode or 0, stdout, stderr, time.monotonic() - began)
+        return CommandResult(process.returncode or 0, stdout, stderr)
 
     async def start(
         self,
@@ -89,7 +86,7 @@ class SudoRunner(Runner):
                 raise self._not_run(argv, process, started.stderr_tail())
         except BaseException as error:
             started.terminate()
-            await asyncio.shield(_end_helper(process))
+            await asyncio.shield(reap(process))
             stderr.close()
             if isinstance(error, asyncio.TimeoutError):
                 raise SlurmUnavailable(f"{argv[0]} was not started within {self._timeout:g} s", argv=argv) from error
@@ -153,14 +150,6 @@ async def _until_ready(process: asyncio.subprocess.Process, request: bytes) -> b
         return await process.stdout.readexactly(len(READY)) == READY
     except asyncio.IncompleteReadError:
         return False
-
-
-async def _end_helper(process: asyncio.subprocess.Process) -> None:
-    """Close the helper's standard input and reap the helper, which kills a command that is not detached."""
-    if process.stdin is not None:
-        process.stdin.close()
-    if process.returncode is None:
-        await reap(process)
 
 
 # -- Unix users --

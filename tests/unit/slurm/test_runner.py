@@ -38,11 +38,10 @@ def read_pid(path: Path) -> int:
 
 
 async def test_result() -> None:
-    """The result has status, output, errors and time, and the command is counted."""
+    """The result has status, output and errors, and the command is counted."""
     runner = Runner()
     result = await runner.run(["sh", "-c", "cat; echo oops >&2; exit 3"], input="é".encode() * 100_000)
     assert (result.exit_status, result.stdout, result.stderr) == (3, "é" * 100_000, "oops\n")
-    assert 0 < result.seconds < 10
     assert runner.counts == {"sh": 1}
 
 
@@ -173,8 +172,8 @@ async def test_detached(tmp_path: Path) -> None:
 async def test_detached_session() -> None:
     """A started command is not in this process's session, so it does not end with the terminal."""
     process = await Runner().start(["sleep", "1000"])
-    assert os.getsid(process.pid) == process.pid
-    assert process.exit_status is None
+    assert os.getsid(process._process.pid) == process._process.pid
+    assert process._process.returncode is None
     process.terminate()
     assert await process.wait() == -signal.SIGTERM
     process.terminate()  # nothing is there to end
@@ -188,6 +187,6 @@ async def test_cancelled_wait_leaves_it_running() -> None:
     waiter.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiter
-    assert alive(process.pid)
+    assert alive(process._process.pid)
     process.terminate()
     await process.wait()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from gateway_slurm.slurm.ssh.login_node.common import HEAD, MAX_FRAME, Frames, count_of, frame, pack, unpack
+from gateway_slurm.slurm.ssh.login_node.protocol import HEAD, MAX_FRAME, Frames, count_of, frame, pack, unpack
 
 FRAME = some.tuples(some.integers(0, 255), some.integers(0, 2**32 - 1), some.binary(max_size=300))
 FIELDS = some.dictionaries(some.text(), some.none() | some.integers() | some.text(), max_size=4)

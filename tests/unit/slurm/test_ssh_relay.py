@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gateway_slurm.link import server
-from gateway_slurm.slurm.ssh.login_node.common import (
+from gateway_slurm.slurm.ssh.login_node.protocol import (
     CLOSE,
     CREDIT,
     DATA,

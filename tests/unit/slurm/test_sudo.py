@@ -336,10 +336,10 @@ async def test_a_detached_command_outlives_its_requester(runner, tmp_path):
     step._process.stdin.close()
     step._process._transport.get_pipe_transport(1).close()
     await until(lambda: (tmp_path / "script").exists() and (tmp_path / "script").read_text() == "echo hello")
-    assert step.exit_status is None
+    assert step._process.returncode is None
     go.touch()
     await until(done.exists)
-    await until(lambda: not alive(step.pid))
+    await until(lambda: not alive(step._process.pid))
 
 
 async def test_terminate_ends_a_detached_command(runner, tmp_path):

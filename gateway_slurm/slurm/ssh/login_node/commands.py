@@ -20,25 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gateway_slurm.slurm.ssh.login_node.common import (
-    ENDED,
-    KILL,
-    MAX_TAIL,
-    PING,
-    PONG,
-    READ_SIZE,
-    RESULT,
-    RUN,
-    START,
-    STARTED,
-    TERM,
-    WATCH,
-    Frames,
-    frame,
-    pack,
-    start_ticks,
-    unpack,
-)
+from gateway_slurm.slurm.ssh.login_node import protocol
 
 MAX_RUNNING = 64  # commands at a time
 
@@ -60,29 +42,29 @@ class Commands:
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
         """Write one complete frame."""
-        data = memoryview(frame(kind, number, payload))
+        data = memoryview(protocol.frame(kind, number, payload))
         with self._writing:
             while data:
                 data = data[os.write(1, data) :]
 
     def handle(self, kind: int, number: int, payload: bytes) -> None:
         """Carry out one frame's request."""
-        if kind == PING:
-            self.send(PONG, number)
-        elif kind == KILL:
+        if kind == protocol.PING:
+            self.send(protocol.PONG, number)
+        elif kind == protocol.KILL:
             with self._lock:
                 child, started = self._children.get(number), self._started.get(number)
             if child is not None:
                 signal_group(child.pid, signal.SIGKILL)
             if started is not None:
                 signal_group(started.pid, signal.SIGTERM)  # srun then ends its step
-        elif kind == TERM:
-            fields = unpack(payload)[0]
-            if start_ticks(fields["pid"]) == fields["ticks"]:
+        elif kind == protocol.TERM:
+            fields = protocol.unpack(payload)[0]
+            if protocol.start_ticks(fields["pid"]) == fields["ticks"]:
                 signal_group(fields["pid"], signal.SIGTERM)
         else:
-            work = {RUN: self._run, START: self._start, WATCH: self._watch}[kind]
-            threading.Thread(target=self._guarded, args=(work, number, *unpack(payload)), daemon=True).start()
+            work = {protocol.RUN: self._run, protocol.START: self._start, protocol.WATCH: self._watch}[kind]
+            threading.Thread(target=self._guarded, args=(work, number, *protocol.unpack(payload)), daemon=True).start()
 
     def end(self) -> None:
         """Kill the commands from ``RUN``."""
@@ -100,7 +82,7 @@ class Commands:
                 self._children[number] = None
             work(number, fields, data[0] if data else b"")
         except OSError as error:
-            self.send(RESULT, number, pack({"error": str(error)}, b"", b""))
+            self.send(protocol.RESULT, number, protocol.pack({"error": str(error)}, b"", b""))
         finally:
             with self._lock:
                 self._children.pop(number, None)
@@ -141,24 +123,26 @@ class Commands:
             # Children of a command that has ended may hold the pipes.
             signal_group(child.pid, signal.SIGKILL)
             status = child.wait()
-        self.send(RESULT, number, pack({"status": status, "fault": fault}, *outputs))
+        self.send(protocol.RESULT, number, protocol.pack({"status": status, "fault": fault}, *outputs))
 
     def _start(self, number: int, fields: dict[str, Any], data: bytes) -> None:
         with tempfile.TemporaryFile() as stderr:
             child = self._spawn(fields, data, stdout=subprocess.DEVNULL, stderr=stderr)
             with self._lock:
                 self._started[number] = child
-            self.send(STARTED, number, pack({"pid": child.pid, "ticks": start_ticks(child.pid)}))
+            self.send(
+                protocol.STARTED, number, protocol.pack({"pid": child.pid, "ticks": protocol.start_ticks(child.pid)})
+            )
             status = child.wait()
             size = os.fstat(stderr.fileno()).st_size
-            tail = os.pread(stderr.fileno(), MAX_TAIL, max(0, size - MAX_TAIL))
-        self.send(ENDED, number, pack({"status": status}, tail))
+            tail = os.pread(stderr.fileno(), protocol.MAX_TAIL, max(0, size - protocol.MAX_TAIL))
+        self.send(protocol.ENDED, number, protocol.pack({"status": status}, tail))
 
     def _watch(self, number: int, fields: dict[str, Any], _data: bytes) -> None:
         """Wait for a command that was started over another channel; its exit status is not known."""
-        while start_ticks(fields["pid"]) == fields["ticks"]:
+        while protocol.start_ticks(fields["pid"]) == fields["ticks"]:
             time.sleep(0.5)
-        self.send(ENDED, number, pack({"status": None}, b""))
+        self.send(protocol.ENDED, number, protocol.pack({"status": None}, b""))
 
 
 def environment(fields: dict[str, Any]) -> dict[str, str]:
@@ -208,10 +192,10 @@ def ends_in_time(pid: int, deadline: float) -> bool:
 def serve_commands(silence: float) -> None:
     """Serve until the channel ends, or until no frame has come for ``silence`` seconds."""
     commands = Commands()
-    frames = Frames()
+    frames = protocol.Frames()
     try:
         while select.select([0], [], [], silence)[0]:
-            data = os.read(0, READ_SIZE)
+            data = os.read(0, protocol.READ_SIZE)
             if not data:
                 break
             for received in frames.feed(data):

@@ -8,8 +8,8 @@ import signal
 import socket
 import sys
 
+from gateway_slurm.slurm.ssh.login_node import protocol
 from gateway_slurm.slurm.ssh.login_node.commands import serve_commands
-from gateway_slurm.slurm.ssh.login_node.common import INFO, frame, pack, start_ticks
 from gateway_slurm.slurm.ssh.login_node.relay import RelayProgram
 
 
@@ -25,10 +25,10 @@ def main(marker: str, mode: str, silence: float) -> None:
         "user": pwd.getpwuid(os.getuid()).pw_name,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "ticks": start_ticks(os.getpid()),
+        "ticks": protocol.start_ticks(os.getpid()),
         "boot": boot,
     }
-    sys.stdout.buffer.write(f"\n{marker}\n".encode() + frame(INFO, 0, pack(info)))
+    sys.stdout.buffer.write(f"\n{marker}\n".encode() + protocol.frame(protocol.INFO, 0, protocol.pack(info)))
     sys.stdout.buffer.flush()
     if mode == "relay":
         RelayProgram().run(silence)

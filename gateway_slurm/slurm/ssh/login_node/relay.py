@@ -15,26 +15,7 @@ import socket
 import time
 from typing import Any
 
-from gateway_slurm.slurm.ssh.login_node.common import (
-    CLOSE,
-    CREDIT,
-    DATA,
-    FAILED,
-    LENGTH,
-    LISTEN,
-    LISTENING,
-    OPEN,
-    PING,
-    PONG,
-    READ_SIZE,
-    WINDOW,
-    Frames,
-    count_of,
-    frame,
-    pack,
-    start_ticks,
-    unpack,
-)
+from gateway_slurm.slurm.ssh.login_node import protocol
 
 MAX_CONNECTIONS = 900  # below the usual limit of 1024 open files
 MAX_STDOUT_BACKLOG = 1 << 20  # bytes that may wait for the channel before the relay stops reading
@@ -48,7 +29,7 @@ class Connection:
     def __init__(self, number: int, sock: socket.socket) -> None:
         self.number, self.sock = number, sock
         self.out = bytearray()
-        self.credit = WINDOW  # bytes that may still be sent to the server
+        self.credit = protocol.WINDOW  # bytes that may still be sent to the server
         self.owed = 0  # bytes that were written to the node and not credited yet
         self.closing = False
         self.deadline = float("inf")  # for writing the last bytes to the node
@@ -66,7 +47,7 @@ class RelayProgram:
 
     def run(self, silence: float) -> None:
         """Serve until the channel ends, or until no frame has come for ``silence`` seconds."""
-        frames = Frames()
+        frames = protocol.Frames()
         os.set_blocking(0, False)
         os.set_blocking(1, False)
         self._selector.register(0, selectors.EVENT_READ)
@@ -114,13 +95,13 @@ class RelayProgram:
 
     def _send(self, kind: int, number: int, payload: bytes = b"") -> None:
         """Queue a frame for the server."""
-        self._stdout += frame(kind, number, payload)
+        self._stdout += protocol.frame(kind, number, payload)
 
     def _flush(self) -> None:
         while self._stdout:
             try:
                 with memoryview(self._stdout) as view:
-                    sent = os.write(1, view[:READ_SIZE])
+                    sent = os.write(1, view[: protocol.READ_SIZE])
             except BlockingIOError:
                 return
             del self._stdout[:sent]
@@ -128,19 +109,19 @@ class RelayProgram:
     # -- Frames from the server --
 
     def _handle(self, kind: int, number: int, payload: bytes) -> None:
-        if kind == PING:
-            self._send(PONG, number)
-        elif kind == LISTEN:
-            self._listen(number, unpack(payload)[0])
-        connection = None if kind in (PING, LISTEN) else self._connections.get(number)
+        if kind == protocol.PING:
+            self._send(protocol.PONG, number)
+        elif kind == protocol.LISTEN:
+            self._listen(number, protocol.unpack(payload)[0])
+        connection = None if kind in (protocol.PING, protocol.LISTEN) else self._connections.get(number)
         if connection is None:
             return
-        if kind == DATA:
+        if kind == protocol.DATA:
             connection.out += payload
             self._write_to_node(connection)
-        elif kind == CREDIT:
-            connection.credit += count_of(payload)
-        elif kind == CLOSE:
+        elif kind == protocol.CREDIT:
+            connection.credit += protocol.count_of(payload)
+        elif kind == protocol.CLOSE:
             connection.closing = True
             connection.deadline = time.monotonic() + CLOSE_TIMEOUT
             self._write_to_node(connection)
@@ -150,12 +131,14 @@ class RelayProgram:
             end_predecessors(fields["end"])
             listener = listen(fields["ports"])
         except OSError as error:
-            self._send(FAILED, number, str(error).encode())
+            self._send(protocol.FAILED, number, str(error).encode())
             return
         listener.setblocking(False)
         self._listeners.append(listener)
         self._selector.register(listener, selectors.EVENT_READ)
-        self._send(LISTENING, number, pack({"port": listener.getsockname()[1], "addresses": addresses()}))
+        self._send(
+            protocol.LISTENING, number, protocol.pack({"port": listener.getsockname()[1], "addresses": addresses()})
+        )
 
     # -- Connections from nodes --
 
@@ -180,11 +163,11 @@ class RelayProgram:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         number = self._last_number = self._last_number % 0xFFFFFFFF + 1
         self._connections[number] = Connection(number, sock)
-        self._send(OPEN, number, str(peer[0]).encode())
+        self._send(protocol.OPEN, number, str(peer[0]).encode())
 
     def _read_from_node(self, connection: Connection) -> None:
         try:
-            data = connection.sock.recv(min(READ_SIZE, connection.credit))
+            data = connection.sock.recv(min(protocol.READ_SIZE, connection.credit))
         except BlockingIOError:
             return
         except OSError:
@@ -193,13 +176,13 @@ class RelayProgram:
             self._drop(connection, notify=True)
             return
         connection.credit -= len(data)
-        self._send(DATA, connection.number, data)
+        self._send(protocol.DATA, connection.number, data)
 
     def _write_to_node(self, connection: Connection) -> None:
         try:
             while connection.out:
                 with memoryview(connection.out) as view:
-                    sent = connection.sock.send(view[:READ_SIZE])
+                    sent = connection.sock.send(view[: protocol.READ_SIZE])
                 del connection.out[:sent]
                 connection.owed += sent
         except BlockingIOError:
@@ -209,8 +192,8 @@ class RelayProgram:
             return
         if connection.closing and not connection.out:
             self._drop(connection, notify=False)
-        elif connection.owed >= WINDOW // 4:
-            self._send(CREDIT, connection.number, LENGTH.pack(connection.owed))
+        elif connection.owed >= protocol.WINDOW // 4:
+            self._send(protocol.CREDIT, connection.number, protocol.LENGTH.pack(connection.owed))
             connection.owed = 0
 
     def _drop(self, connection: Connection, *, notify: bool) -> None:
@@ -218,7 +201,7 @@ class RelayProgram:
         connection.sock.close()
         del self._connections[connection.number]
         if notify:
-            self._send(CLOSE, connection.number)
+            self._send(protocol.CLOSE, connection.number)
 
     def _shut_down(self) -> None:
         """Write the server's last bytes to the nodes, for a limited time, and close all connections."""
@@ -235,7 +218,7 @@ class RelayProgram:
 def _read(descriptor: int) -> bytes | None:
     """Read without blocking: None if there is nothing to read yet, empty at the end."""
     try:
-        return os.read(descriptor, READ_SIZE)
+        return os.read(descriptor, protocol.READ_SIZE)
     except BlockingIOError:
         return None
     except OSError:
@@ -246,7 +229,7 @@ def end_predecessors(relays: list[dict[str, Any]]) -> None:
     """End relays whose connection broke and which still run because sshd has not noticed: they hold the ports."""
     deadline = time.monotonic() + 2
     for relay in relays:
-        while start_ticks(relay["pid"]) == relay["ticks"] and time.monotonic() < deadline:
+        while protocol.start_ticks(relay["pid"]) == relay["ticks"] and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 os.kill(relay["pid"], signal.SIGTERM)
             time.sleep(0.02)
