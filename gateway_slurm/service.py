@@ -19,7 +19,7 @@ from gateway_slurm._util import TaskSet
 from gateway_slurm.access import SlurmUsers, cluster_access
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.keep import KeepFlags
-from gateway_slurm.allocations.manager import Allocations, AllocationSettings, make_allocations
+from gateway_slurm.allocations.manager import Allocations
 from gateway_slurm.allocations.model import Owner, QueuedStart
 from gateway_slurm.allocations.owners import Owners
 from gateway_slurm.allocations.recovery import recover, watch_orphans
@@ -207,7 +207,7 @@ class SlurmService(ServiceSettings):
 
     def _allocations_for(self, owner: str) -> Allocations:
         separate_users = self.run_as == "user"
-        return make_allocations(
+        return Allocations(
             Owner(
                 name=owner,
                 user=self._users.user_of(owner),
@@ -218,10 +218,10 @@ class SlurmService(ServiceSettings):
                 socket=self._socket,
                 watcher=self._watcher,
                 table=AllocationTable(self.registry, self._socket),
+                settings=self,
                 log=self.log,
             ),
             self._keep_flags,
-            AllocationSettings.of(self),
             DialAddresses(first=self.addresses.of_this_server, later=self.addresses.of_all_servers),
             log_end=self._users.log_end,
         )

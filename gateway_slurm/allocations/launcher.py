@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from gateway_slurm._util import printable
+from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import AllocationError, CryptoMissing, GatewaySlurmError, LinkError, SlurmUnavailable
 from gateway_slurm.link import steps, wire
 from gateway_slurm.link.output import KeptOutput, read_kept
@@ -19,6 +20,7 @@ from gateway_slurm.link.tunnel import Streams
 from gateway_slurm.slurm import commands
 from gateway_slurm.slurm.formats import HostListError, expand_hostlist
 from gateway_slurm.slurm.model import StepInfo, StepSpec
+from gateway_slurm.store import RENEW_SECONDS
 
 PROBE_TIMEOUT: Final = 3.0
 """Seconds for the launcher's answer to PROBE; whether the link lives at all is the heartbeat's business."""
@@ -203,22 +205,6 @@ def step_fields(step: str, spec: StepSpec) -> dict[str, Any]:
 # -- What a launcher works with --
 
 
-@dataclass(frozen=True)
-class LauncherSettings:
-    """The admin's settings that every launcher is made with; times are in seconds unless the name says otherwise."""
-
-    pythons: tuple[str, ...]
-    log_dir: str
-    heartbeat: float
-    orphan_timeout: float
-    link_timeout: float
-    queue_timeout: float
-    walltime_warnings: tuple[float, ...]
-    """Minutes before the job's end."""
-    kept_output: int
-    """Bytes a kernel."""
-
-
 class LauncherKernel(Protocol):
     """A kernel as its launcher's handle sees it."""
 
@@ -259,17 +245,17 @@ class LauncherJob(Protocol):
         """When the time limit ends the job, in seconds since the epoch."""
 
 
-class LauncherEvents(Protocol):
-    """What a launcher reports to the owner of its allocation; all calls are on the service's loop."""
+@dataclass(frozen=True)
+class LauncherEvents:
+    """What a launcher calls on the service's loop."""
 
-    def linked(self) -> None:
-        """The link is up, and the launcher has reported its kernels."""
-
-    def link_lost(self, reason: str) -> None:
-        """The link broke unasked, or slurmd went away from the node or came back: Slurm must be asked."""
-
-    def end_reported(self, launcher: Launcher, end_time: float | None, *, due: bool) -> None:
-        """The launcher calculates this end. ``due``: it is time for a warning; else Slurm's signal arrived."""
+    linked: Callable[[], None]
+    """The link is up, and the launcher has reported its kernels."""
+    link_lost: Callable[[str], None]
+    """The link broke unasked, or slurmd went away from the node or came back: Slurm must be asked."""
+    end_reported: Callable[..., None]
+    """``(launcher, end_time, due=)``: the launcher calculates this end. ``due``: it is time for a warning; else
+    Slurm's signal arrived."""
 
 
 def walltime_warning(jobid: str, remaining: float, end_time: float) -> str:
@@ -290,7 +276,7 @@ class Launcher:
         self,
         launcher_id: str,
         job: LauncherJob,
-        settings: LauncherSettings,
+        settings: ServiceSettings,
         *,
         addresses: Callable[[], list[str]],
         events: LauncherEvents,
@@ -317,7 +303,7 @@ class Launcher:
         self.isolated = False  # it serves one kernel, in a job step with an exact share
         self.holds_job = False  # it is the job's own script: the job ends with it, and not with a step
         self.stepid = ""  # the number of its job step; Slurm numbers the batch step, too
-        self._nodelist = ""  # the job's nodes, as Slurm named them to the launcher
+        self.nodelist = ""  # the job's nodes, as Slurm named them to the launcher
         self.nodes: list[str] = []  # the same, as a list
         self.reached = ""  # the server's address that worked
         self.failed_dials: list[tuple[str, str]] = []  # the addresses that it tried before, and why they did not work
@@ -330,6 +316,10 @@ class Launcher:
         self.gone.set()
         self._is_up = asyncio.Event()  # set while there is a link on which it has reported its kernels
         self._job, self._settings, self._addresses, self._events = job, settings, addresses, events
+        # Where other servers take over, launchers must miss a hanging server as soon as its lease is over.
+        takes_over = settings.deployment and settings.store_url
+        self._heartbeat = min(settings.heartbeat, RENEW_SECONDS) if takes_over else settings.heartbeat
+        self._kept_output = settings.kept_output * 2**20
         # The number of the takeover by which this server has it: the launcher rejects a lower one than it has seen.
         self.epoch = 0
         self._beat: asyncio.TimerHandle | None = None
@@ -345,18 +335,13 @@ class Launcher:
         """The address that its link comes from; empty where that is not known."""
         return self.link.peer if self.link is not None else ""
 
-    @property
-    def nodelist(self) -> str:
-        """The job's nodes, as Slurm named them to the launcher; a list that is malformed or too long is ignored."""
-        return self._nodelist
-
-    @nodelist.setter
-    def nodelist(self, text: str) -> None:
+    def set_nodes(self, nodelist: str) -> None:
+        """Take the job's nodes, as Slurm named them; a list that is malformed or too long is ignored."""
         # Expanded here, once a link: lists of all users' jobs read the nodes, on the service's loop.
+        self.nodelist, self.nodes = "", []
         try:
-            self._nodelist, self.nodes = text, expand_hostlist(text, MAX_NODES)
+            self.nodelist, self.nodes = nodelist, expand_hostlist(nodelist, MAX_NODES)
         except HostListError as error:
-            self._nodelist, self.nodes = "", []
             self.log.warning("job %s: its launcher's list of nodes is ignored: %s", self.jobid or "?", error)
 
     @property
@@ -389,7 +374,7 @@ class Launcher:
 
     async def read_kept(self, kernel_id: str) -> KeptOutput:
         """The output of a kernel that the launcher has kept. Raises LinkError."""
-        return await read_kept(self.streams, kernel_id, limit=self._settings.kept_output)
+        return await read_kept(self.streams, kernel_id, limit=self._kept_output)
 
     def release(self) -> None:
         """Have the launcher end its kernels and exit. If it holds the job, the job ends with it."""
@@ -417,23 +402,23 @@ class Launcher:
         self.node = str(hello.get("slurmd_nodename") or hello.get("hostname") or UNKNOWN_NODE)
         self.probes, self.own_ip = hello.get("probes") is True, str(hello.get("ip", ""))
         self.stepid = str(hello.get("slurm_step_id", ""))
-        self.nodelist = str(hello.get("slurm_job_nodelist", ""))
+        self.set_nodes(str(hello.get("slurm_job_nodelist", "")))
         self.end_time = self._end_time_of(hello)
         self.python = f"{str(hello.get('executable', 'Python'))[:500]} ({str(hello.get('python', '?'))[:50]})"
         self.reached, self.failed_dials = _dialled(hello)
         self.log.info("job %s: the launcher on node %s is linked, by %s", self.jobid or "?", self.node, self.reached)
         self._schedule_beat()
-        ours = {"keep": self._stays, "addresses": self._addresses(), "epoch": self.epoch}
-        return {**self._welcome(), **ours, **self.streams.attach(link)}
-
-    def _welcome(self) -> dict[str, Any]:
         return {
-            "heartbeat": self._settings.heartbeat,
+            **self.streams.attach(link),
+            "keep": self._stays,
+            "addresses": self._addresses(),
+            "epoch": self.epoch,
+            "heartbeat": self._heartbeat,
             "orphan_timeout": self._settings.orphan_timeout,
             "minutes": self._job.minutes,
             "end_time": self._job.end_time,
             "warn_minutes": self._settings.walltime_warnings,
-            "kept_output": self._settings.kept_output,
+            "kept_output": self._kept_output,
         }
 
     def link_message(self, link: Link, name: str, payload: Any) -> None:
@@ -548,14 +533,14 @@ class Launcher:
     def _schedule_beat(self) -> None:
         if self._beat is not None:
             self._beat.cancel()
-        self._beat = asyncio.get_running_loop().call_later(self._settings.heartbeat, self._beat_once)
+        self._beat = asyncio.get_running_loop().call_later(self._heartbeat, self._beat_once)
 
     def _beat_once(self) -> None:
         link = self.link
         if link is None:
             return
         silent = asyncio.get_running_loop().time() - link.last_heard
-        if silent > 3 * self._settings.heartbeat:
+        if silent > 3 * self._heartbeat:
             link.close(f"nothing heard for {silent:.0f} s", at_once=True)
             return
         self.beat()

@@ -7,115 +7,56 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
 
 from gateway_slurm.allocations.keep import KeepFlags
-from gateway_slurm.allocations.launcher import Launcher, LauncherSettings
-from gateway_slurm.allocations.model import (
-    Allocation,
-    Owner,
-    Place,
-    QueuedStart,
-    check_adoptable,
-    check_time,
-    not_yours,
-)
+from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.allocations.model import Allocation, Owner, Place, QueuedStart
 from gateway_slurm.allocations.monitor import AllocationMonitor
 from gateway_slurm.allocations.release import AllocationReleaser
 from gateway_slurm.allocations.sharing import ForeignAllocations, Offer, choose, misfit
 from gateway_slurm.allocations.start import DialAddresses, LauncherStarter
 from gateway_slurm.allocations.table import OwnerContext
 from gateway_slurm.allocations.walltime import WalltimeMonitor
-from gateway_slurm.config import ServiceSettings
-from gateway_slurm.errors import Unanswered
+from gateway_slurm.errors import AllocationEnded, AllocationError, Unanswered
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.account import Account
 from gateway_slurm.slurm.driver import not_adoptable
+from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo, JobSpec
-from gateway_slurm.store import RENEW_SECONDS, AllocationRecord
+from gateway_slurm.store import AllocationRecord
 from gateway_slurm.store.records import LauncherRecord
-
-T = TypeVar("T")
 
 # How long the end of the process waits for an sbatch that runs.
 SUBMIT_TIMEOUT = 10.0
 
 
-@dataclass(frozen=True)
-class AllocationSettings:
-    """The admin's settings of allocations; times are in seconds."""
-
-    launcher: LauncherSettings
-    idle_timeout: float
-    min_time_left: float
-
-    @classmethod
-    def of(cls, settings: ServiceSettings) -> AllocationSettings:
-        """The part of the service's settings that allocations use."""
-        launcher = LauncherSettings(
-            pythons=tuple(settings.launcher_python),
-            log_dir=settings.log_directory,
-            heartbeat=_heartbeat(settings),
-            orphan_timeout=settings.orphan_timeout,
-            link_timeout=settings.link_timeout,
-            queue_timeout=settings.queue_timeout,
-            walltime_warnings=tuple(settings.walltime_warnings),
-            kept_output=settings.kept_output * 2**20,
-        )
-        return cls(launcher, idle_timeout=settings.idle_timeout, min_time_left=settings.min_time_left)
-
-
-def _heartbeat(settings: ServiceSettings) -> float:
-    """Seconds. Where other servers take over, launchers must miss a hanging server as soon as its lease is over."""
-    takes_over = settings.deployment and settings.store_url
-    return min(settings.heartbeat, RENEW_SECONDS) if takes_over else settings.heartbeat
-
-
-def make_allocations(
-    owner: Owner,
-    context: OwnerContext,
-    keep_flags: KeepFlags,
-    settings: AllocationSettings,
-    addresses: DialAddresses,
-    *,
-    log_end: Callable[[str], Awaitable[str]],
-) -> Allocations:
-    """Compose a new owner's allocations. Owners share the response socket, the watcher, keep flags and records."""
-    keep_flags.add(context.table)
-    releaser = AllocationReleaser(context, keep_flags, idle_timeout=settings.idle_timeout)
-    walltime = WalltimeMonitor(context, warnings=settings.launcher.walltime_warnings)
-    monitor = AllocationMonitor(context, keep_flags, releaser, walltime)
-    starter = LauncherStarter(context, monitor, settings.launcher, addresses, log_end=log_end)
-    return Allocations(context, keep_flags, releaser, monitor, starter, owner, min_time_left=settings.min_time_left)
-
-
 class Allocations:
-    """All allocations of one owner; its maker awaits ``close``. ``min_time_left`` is in seconds."""
+    """All allocations of one owner; its maker awaits ``close``.
+
+    Owners share the response socket, the watcher, the keep flags and the records. ``log_end`` reads the end of a
+    launcher's log; it returns an empty text where the log cannot be read.
+    """
 
     def __init__(
         self,
+        owner: Owner,
         context: OwnerContext,
         keep_flags: KeepFlags,
-        releaser: AllocationReleaser,
-        monitor: AllocationMonitor,
-        starter: LauncherStarter,
-        owner: Owner,
+        addresses: DialAddresses,
         *,
-        min_time_left: float,
+        log_end: Callable[[str], Awaitable[str]],
     ) -> None:
-        self._driver, self._table, self.log = context.driver, context.table, context.log
-        self._keep_flags, self._releaser, self._monitor, self._starter = keep_flags, releaser, monitor, starter
-        self._owner, self._min_time_left = owner, min_time_left
+        self._owner, self._driver, self.table, self.log = owner, context.driver, context.table, context.log
+        self._min_time_left, self._keep_flags = context.settings.min_time_left, keep_flags
+        keep_flags.add(self.table)
+        self.releaser = AllocationReleaser(context, keep_flags)
+        self._monitor = AllocationMonitor(context, keep_flags, self.releaser, WalltimeMonitor(context))
+        self._starter = LauncherStarter(context, self._monitor, addresses, log_end=log_end)
         self._foreign = ForeignAllocations(
-            self._driver, self._table.registry, owner=owner.name, user=owner.user, log=self.log
+            self._driver, self.table.registry, owner=owner.name, user=owner.user, log=self.log
         )
         self._submissions: dict[asyncio.Task[None], Allocation] = {}
-
-    def create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run a task that ``close`` cancels."""
-        return self._table.create_task(coroutine)
 
     # -- A kernel's place --
 
@@ -128,7 +69,7 @@ class Allocations:
         allocation = await self._find(request, account)
         allocation.add_place(place)
         if allocation.jobid:
-            self._table.record(allocation)  # from now on, other servers that have the job must not end it
+            self.table.record(allocation)  # from now on, other servers that have the job must not end it
         if request.keep_allocation:
             self._keep_flags.keep(allocation)
         try:
@@ -136,14 +77,10 @@ class Allocations:
                 await self._submit(allocation, request, account)
             place.launcher = await self._launcher(allocation, request, place)
         except BaseException:
-            await asyncio.shield(self.create_task(self.release_place(allocation, place)))
+            await asyncio.shield(self.table.create_task(self.releaser.release_place(allocation, place)))
             raise
-        self._table.record(allocation)
+        self.table.record(allocation)
         return allocation, place.launcher
-
-    async def release_place(self, allocation: Allocation, place: Place) -> None:
-        """The kernel of ``place`` is over; the last one releases the allocation."""
-        await self._releaser.release_place(allocation, place)
 
     # -- Finding or submitting a job --
 
@@ -165,7 +102,7 @@ class Allocations:
 
     async def _shared(self, request: KernelRequest, account: Account) -> Allocation | None:
         """The best fit among this server's jobs, for which Slurm is not asked; else among other servers' jobs."""
-        own = {allocation.jobid: allocation for allocation in self._table.listed() if allocation.ours}
+        own = {allocation.jobid: allocation for allocation in self.table.listed() if allocation.ours}
         best = self._choose(request, account, [allocation.offer() for allocation in own.values()])
         if best is not None:
             return own[best.jobid]
@@ -189,10 +126,10 @@ class Allocations:
         allocation.identify(launcher.launcher_id)
         # On record before Slurm knows of the job: a later server finds the job by this comment, and accepts its
         # launcher.
-        self._table.record(allocation)
-        self._table.record_launcher(allocation, launcher)
+        self.table.record(allocation)
+        self.table.record_launcher(allocation, launcher)
         job = self._starter.job(launcher, token, request, account)
-        submission = self.create_task(self._submit_recorded(allocation, launcher, job))
+        submission = self.table.create_task(self._submit_recorded(allocation, launcher, job))
         self._submissions[submission] = allocation
         submission.add_done_callback(self._submissions.pop)
         try:
@@ -208,49 +145,68 @@ class Allocations:
         self.log.info("job %s submitted to partition %s", allocation.jobid, request.partition)
 
     async def _submit_recorded(self, allocation: Allocation, launcher: Launcher, job: JobSpec) -> None:
-        await self._table.registry.flushed()
+        await self.table.registry.flushed()
         try:
             jobid = await self._driver.submit(job)
         except (Unanswered, asyncio.CancelledError):
             # There may be a job. The next server looks for it, and ends it: no start waits for it.
             allocation.lose_answer()
-            self._table.record(allocation)
-            self._table.mark_pending_cancel(allocation)
+            self.table.record(allocation)
+            self.table.mark_pending_cancel(allocation)
             raise
         self._accepted(allocation, launcher, jobid)
 
     def _accepted(self, allocation: Allocation, launcher: Launcher, jobid: str) -> None:
         allocation.accept(jobid)
         launcher.jobid = jobid
-        self._table.add(allocation)
+        self.table.add(allocation)
         assert launcher.expected is not None
         launcher.expected.jobid.set_result(jobid)
         if allocation.keep:
             self._keep_flags.keep(allocation)  # before the job's id is on record: recovery relies on it
-        self._table.record(allocation)
-        self._table.record_launcher(allocation, launcher)
+        self.table.record(allocation)
+        self.table.record_launcher(allocation, launcher)
         self._monitor.watch(allocation)
 
     async def _named(self, jobid: str) -> Allocation:
-        """The allocation with this id: one that this server has, or one that it adopts now."""
-        known = self._table.find(jobid)
+        """The allocation with this id: one that this server has, or one that it adopts now.
+
+        Raises AllocationEnded for a job that is over, AllocationError for one that is another user's or ends too soon.
+        """
+        known = self.table.find(jobid)
         if known is None:
+            # The error does not say whether another user's job exists: that is not every user's to know.
+            text = f"jobid {jobid} is not a job of yours; name one of your own, or none"
             if not await self._owner.may_adopt(jobid):
-                raise not_yours(jobid)
+                raise AllocationError(text, jobid=jobid)
             info = await self._driver.describe(jobid)
-            check_adoptable(jobid, info, self._owner.user)
+            if info.user != self._owner.user:
+                raise AllocationError(text, jobid=jobid)
+            if info.meaning not in (Meaning.USABLE, Meaning.WAITING, Meaning.HELD):
+                raise AllocationEnded(
+                    f"job {jobid} is {info.state}: name in jobid a job that runs or waits, or leave it out for a "
+                    "new one",
+                    jobid=jobid,
+                    state=info.state,
+                )
             if not self._driver.can_adopt:
                 raise not_adoptable(jobid)
             known = self._adopted(info)
-        check_time(jobid, known.seconds_left, self._min_time_left)
+        left = known.seconds_left
+        if left is not None and left < self._min_time_left:
+            raise AllocationError(
+                f"job {jobid} (RUNNING) ends in {max(left, 0):.0f} s: too soon for a kernel "
+                f"(SlurmService.min_time_left is {self._min_time_left:g} s); name another job, or none",
+                jobid=jobid,
+            )
         return known
 
     def _adopted(self, info: JobInfo) -> Allocation:
         """A job that this server has not submitted; another start may have adopted it a moment ago."""
-        known = self._table.find(info.jobid)
+        known = self.table.find(info.jobid)
         if known is None:
             known = Allocation.adopted(info, self._owner.name)
-            self._table.add(known)
+            self.table.add(known)
             self._monitor.watch(known)
         return known
 
@@ -268,7 +224,7 @@ class Allocations:
         if launcher is None:
             isolated = request if request.isolate else None
             launcher, step = await self._starter.start_step(allocation, place.node, isolated)
-            watching = self.create_task(self._starter.watch_step(allocation, launcher, step))
+            watching = self.table.create_task(self._starter.watch_step(allocation, launcher, step))
             allocation.add_step(launcher.launcher_id, watching)
         place.launcher = launcher
         await self._starter.wait_for(allocation, launcher)
@@ -283,10 +239,6 @@ class Allocations:
                 return launcher
         return None
 
-    def record_launcher(self, allocation: Allocation, launcher: Launcher) -> None:
-        """Put on record what the next server process needs of a launcher."""
-        self._table.record_launcher(allocation, launcher)
-
     # -- Between server processes --
 
     def restore(self, record: AllocationRecord, launchers: list[LauncherRecord]) -> Allocation:
@@ -294,16 +246,16 @@ class Allocations:
 
         Slurm is asked about the job until they are all linked.
         """
-        allocation = self._table.find(record.jobid or "")
+        allocation = self.table.find(record.jobid or "")
         if allocation is None:
             allocation = Allocation.from_record(record)
-            self._table.add(allocation)
+            self.table.add(allocation)
         else:
             # This server has kernels in the job, too.
             older = allocation.record_key
             allocation.merge(record)
             if older != allocation.record_key:
-                self._table.registry.remove_allocation(older)
+                self.table.registry.remove_allocation(older)
         for launcher in launchers:
             self._starter.restore(allocation, launcher)
         self._monitor.watch(allocation)
@@ -311,23 +263,23 @@ class Allocations:
 
     def allow_reconnect(self, allocation: Allocation) -> None:
         """Let the allocation's launchers dial in, now that their kernels are known."""
-        self._table.record(allocation)
+        self.table.record(allocation)
         for launcher in allocation.launchers.values():
             if launcher.expected is None:
                 self._starter.allow_reconnect(launcher)
-                self._table.record_launcher(allocation, launcher)
+                self.table.record_launcher(allocation, launcher)
                 if not launcher.holds_job:
-                    watching = self.create_task(self._starter.watch_restored_step(allocation, launcher))
+                    watching = self.table.create_task(self._starter.watch_restored_step(allocation, launcher))
                     allocation.add_step(launcher.launcher_id, watching)
-        self.create_task(self._releaser.release_unused(allocation))
+        self.table.create_task(self.releaser.release_unused(allocation))
 
     def hand_over(self, allocation: Allocation) -> None:
         """Another server has the allocation now: drop it here, without a word to Slurm or its launchers."""
         self._monitor.unwatch(allocation)
         allocation.detach()
-        self._table.discard(allocation)
+        self.table.discard(allocation)
         for launcher in list(allocation.launchers.values()):
-            self._table.hand_over_launcher(allocation, launcher)
+            self.table.hand_over_launcher(allocation, launcher)
 
     async def close(self, *, leave: bool = False) -> None:
         """Release every allocation, as its last kernel would, and cancel what is under way.
@@ -337,18 +289,10 @@ class Allocations:
         if self._submissions:
             # A job that Slurm has accepted must be known here, to be ended. Slower submissions stay on record.
             await asyncio.wait(set(self._submissions), timeout=SUBMIT_TIMEOUT)
-        await (self._releaser.detach_all() if leave else self._releaser.release_all())
-        await self._table.close()
+        await (self.releaser.detach_all() if leave else self.releaser.release_all())
+        await self.table.close()
 
     # -- Requests of the owner --
-
-    def listed(self) -> list[Allocation]:
-        """The allocations with a job id that are not over. Reads memory only; any thread may call this."""
-        return self._table.listed()
-
-    def find(self, jobid: str) -> Allocation | None:
-        """The allocation with this id; None for one that is over or not this owner's."""
-        return self._table.find(jobid)
 
     def keep(self, allocation: Allocation) -> None:
         """Let it stay after its last kernel."""
@@ -358,7 +302,7 @@ class Allocations:
         """Take ``keep`` back. An allocation without kernels ends, unless another step runs in it."""
         self._keep_flags.release(allocation)
         # The end goes on if the caller is cancelled.
-        await asyncio.shield(self.create_task(self._releaser.release_if_empty(allocation)))
+        await asyncio.shield(self.table.create_task(self.releaser.release_if_empty(allocation)))
 
     async def cancel(self, allocation: Allocation) -> None:
         """End it now, with its kernels. Raises SlurmError when Slurm could not be asked, or refused."""
@@ -368,7 +312,7 @@ class Allocations:
 
     def waiting(self, kernel_id: str) -> QueuedStart | None:
         """Why the kernel's start takes its time; None when it does not wait for Slurm."""
-        for allocation in list(self._table.by_jobid.values()):
+        for allocation in list(self.table.by_jobid.values()):
             if not allocation.is_running and kernel_id in allocation.kernel_ids:
                 info = allocation.info
                 state, reason = (info.state, info.reason) if info is not None else ("PENDING", "")

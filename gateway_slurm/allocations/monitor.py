@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
 from gateway_slurm.allocations.identity import identity_of
 from gateway_slurm.allocations.keep import KeepFlags
-from gateway_slurm.allocations.launcher import Launcher, LauncherEvents
+from gateway_slurm.allocations.launcher import LauncherEvents
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.release import AllocationReleaser
 from gateway_slurm.allocations.table import OwnerContext
@@ -30,7 +30,11 @@ class AllocationMonitor:
 
     def events(self, allocation: Allocation) -> LauncherEvents:
         """The receiver of what the allocation's launchers report."""
-        return _Events(self, self._walltime, allocation)
+        return LauncherEvents(
+            linked=partial(self.linked, allocation),
+            link_lost=lambda _reason: self.ask_soon(allocation),
+            end_reported=partial(self._walltime.check, allocation),
+        )
 
     def watch(self, allocation: Allocation) -> None:
         """Ask Slurm about the job until its launchers are linked or it is over."""
@@ -106,24 +110,6 @@ class AllocationMonitor:
         self._keep_flags.forget(allocation)
         for launcher in list(allocation.launchers.values()):
             self._table.remove_launcher(allocation, launcher, reason)
-
-
-@dataclass(frozen=True)
-class _Events:
-    """``LauncherEvents`` of the launchers of one allocation."""
-
-    monitor: AllocationMonitor
-    walltime: WalltimeMonitor
-    allocation: Allocation
-
-    def linked(self) -> None:
-        self.monitor.linked(self.allocation)
-
-    def link_lost(self, reason: str) -> None:
-        self.monitor.ask_soon(self.allocation)
-
-    def end_reported(self, launcher: Launcher, end_time: float | None, *, due: bool) -> None:
-        self.walltime.check(self.allocation, launcher, end_time, due=due)
 
 
 def _because(info: JobInfo) -> str:

@@ -41,11 +41,11 @@ class Owners:
 
     def owner_of(self, jobid: str) -> str | None:
         """The owner of a job; None for a job that no owner has, or that is over."""
-        return next((name for name, allocations in self._by_name.items() if allocations.find(jobid)), None)
+        return next((name for name, allocations in self._by_name.items() if allocations.table.find(jobid)), None)
 
     def steps_of(self, jobid: str) -> LauncherSteps | None:
         """Starts steps from inside the job: through the launcher that holds it, where that one is linked."""
-        found = (allocations.find(jobid) for allocations in self._by_name.values())
+        found = (allocations.table.find(jobid) for allocations in self._by_name.values())
         allocation = next((allocation for allocation in found if allocation is not None), None)
         launchers = allocation.launchers.values() if allocation is not None else ()
         return next((launcher.steps for launcher in launchers if launcher.holds_job and launcher.link), None)
@@ -65,13 +65,13 @@ class Owners:
 
     def listed(self) -> list[Allocation]:
         """All owners' allocations that are not over."""
-        return [allocation for allocations in self._known(None) for allocation in allocations.listed()]
+        return [allocation for allocations in self._known(None) for allocation in allocations.table.listed()]
 
     # -- Requests of owners and admins --
 
     def rows(self, owner: str | None) -> list[dict[str, Any]]:
         """``Allocation.row`` of each allocation, by job id."""
-        rows = [allocation.row() for allocations in self._known(owner) for allocation in allocations.listed()]
+        rows = [allocation.row() for allocations in self._known(owner) for allocation in allocations.table.listed()]
         return sorted(rows, key=lambda row: int(row["jobid"]))
 
     def waiting(self, kernel_id: str, owner: str | None) -> QueuedStart | None:
@@ -82,7 +82,7 @@ class Owners:
     def find(self, owner: str | None, jobid: str) -> tuple[Allocations, Allocation]:
         """The allocation with this id. Raises UnknownJob for one that is over, or not this owner's."""
         for allocations in self._known(owner):
-            allocation = allocations.find(jobid)
+            allocation = allocations.table.find(jobid)
             if allocation is not None:
                 return allocations, allocation
         raise UnknownJob(f"{jobid[:20]!r} is no allocation of yours that kernels run in")

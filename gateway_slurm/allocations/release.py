@@ -33,12 +33,12 @@ CANCEL_RETRY_DELAY, MAX_CANCEL_RETRY_DELAY = 0.5, 60.0
 
 
 class AllocationReleaser:
-    """Gives kernels' places back and ends jobs. ``idle_timeout`` is in seconds. Lives on the service's loop."""
+    """Gives kernels' places back and ends jobs. Lives on the service's loop."""
 
-    def __init__(self, context: OwnerContext, keep_flags: KeepFlags, *, idle_timeout: float) -> None:
+    def __init__(self, context: OwnerContext, keep_flags: KeepFlags) -> None:
         self._driver, self._socket, self._watcher = context.driver, context.socket, context.watcher
         self._table, self.log = context.table, context.log
-        self._keep_flags, self._idle_timeout = keep_flags, idle_timeout
+        self._keep_flags, self._idle_timeout = keep_flags, context.settings.idle_timeout
         # The tasks that end jobs which this server has released.
         self._ending: set[asyncio.Task[None]] = set()
         # Jobs of ours whose steps Slurm did not list, and since when (the loop's time).

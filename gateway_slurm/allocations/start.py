@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gateway_slurm._util import Backoff
 from gateway_slurm.addresses import failed_dials
 from gateway_slurm.allocations.identity import JOB_NAME, STEP_NAME, TOKEN_VARIABLE, new_launcher_id
-from gateway_slurm.allocations.launcher import UNKNOWN_NODE, Launcher, LauncherSettings, moment
+from gateway_slurm.allocations.launcher import UNKNOWN_NODE, Launcher, moment
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.monitor import AllocationMonitor
 from gateway_slurm.allocations.table import OwnerContext
@@ -45,23 +45,20 @@ class DialAddresses:
 
 
 class LauncherStarter:
-    """Makes launchers and waits for them. Lives on the service's loop.
-
-    ``log_end`` reads the end of a launcher's log; it returns an empty text where the log cannot be read.
-    """
+    """Makes launchers and waits for them. Lives on the service's loop."""
 
     def __init__(
         self,
         context: OwnerContext,
         monitor: AllocationMonitor,
-        settings: LauncherSettings,
         addresses: DialAddresses,
         *,
         log_end: Callable[[str], Awaitable[str]],
     ) -> None:
         self._driver, self._socket, self._table = context.driver, context.socket, context.table
         self._registry, self.log = context.table.registry, context.log
-        self._monitor, self.settings, self._addresses, self._log_end = monitor, settings, addresses, log_end
+        self._settings, self._monitor = context.settings, monitor
+        self._addresses, self._log_end = addresses, log_end
 
     def register(self, allocation: Allocation, *, isolated: bool = False) -> tuple[Launcher, bytes]:
         """Return a new launcher of ``allocation``, which may dial in from now on, and its launch token.
@@ -80,7 +77,7 @@ class LauncherStarter:
         return Launcher(
             launcher_id,
             allocation,
-            self.settings,
+            self._settings,
             addresses=self._addresses.later,
             events=self._monitor.events(allocation),
             log=self.log,
@@ -91,8 +88,9 @@ class LauncherStarter:
         launcher = self._new(allocation, record.launcher_id)
         launcher.tokens, launcher.epoch, launcher.slots = record.tokens, record.epoch, dict(record.slots)
         launcher.isolated, launcher.holds_job, launcher.stepid = record.isolated, record.holds_job, record.stepid
-        launcher.nodelist, launcher.end_time = record.nodelist, moment(record.end_time)
         launcher.jobid, launcher.restored = allocation.jobid, bool(record.node)
+        launcher.set_nodes(record.nodelist)
+        launcher.end_time = moment(record.end_time)
         launcher.node = record.node or UNKNOWN_NODE
         allocation.add_launcher(launcher)
         return launcher
@@ -118,18 +116,18 @@ class LauncherStarter:
             cpus=request.cpus,
             memory=request.memory,
             constraint=request.constraint,
-            signal_seconds=signal_seconds(self.settings.walltime_warnings, request.minutes),
+            signal_seconds=signal_seconds(self._settings.walltime_warnings, request.minutes),
             script=self._script(launcher, keep=request.keep_allocation),
             env={**account.environment, TOKEN_VARIABLE: token.hex()},
         )
 
     def _script(self, launcher: Launcher, *, keep: bool = False) -> str:
-        timeout = f"{self.settings.orphan_timeout:g}"
+        timeout = f"{self._settings.orphan_timeout:g}"
         role = "step" if not launcher.holds_job else "keep" if keep else "job"
         return job_script(
             launcher_program(),
-            pythons=self.settings.pythons,
-            log_dir=self.settings.log_dir,
+            pythons=self._settings.launcher_python,
+            log_dir=self._settings.log_directory,
             arguments=[launcher.launcher_id, ",".join(self._addresses.first()), timeout, role],
         )
 
@@ -195,7 +193,7 @@ class LauncherStarter:
         """The same without an srun of this process: once the link is lost, Slurm is asked whether the step is over."""
         backoff = Backoff(STEP_RETRY_DELAY, MAX_STEP_RETRY_DELAY)
         if not launcher.stepid:  # the step had just been started
-            await asyncio.wait([launcher.ready], timeout=self.settings.link_timeout)
+            await asyncio.wait([launcher.ready], timeout=self._settings.link_timeout)
         while True:
             await launcher.gone.wait()
             await asyncio.sleep(STEP_RETRY_DELAY if launcher.leaving else backoff.next())
@@ -258,7 +256,7 @@ class LauncherStarter:
             info = allocation.info
             if allocation.is_running:
                 running_since = running_since or loop.time()
-                if loop.time() - running_since > self.settings.link_timeout:
+                if loop.time() - running_since > self._settings.link_timeout:
                     return await self._never_came(allocation, launcher)
             elif info is not None and allocation.ours and (what_to_do := remedy(info.reason)):
                 return AllocationError(
@@ -266,22 +264,22 @@ class LauncherStarter:
                     f"{what_to_do}",
                     jobid=allocation.jobid,
                 )
-            elif self.settings.queue_timeout and loop.time() - began > self.settings.queue_timeout:
+            elif self._settings.queue_timeout and loop.time() - began > self._settings.queue_timeout:
                 reason = f" ({info.reason})" if info is not None and info.reason else ""
                 return QueueTimeout(
                     f"job {allocation.jobid} was still waiting in the queue{reason} after "
-                    f"{self.settings.queue_timeout:g} s (SlurmService.queue_timeout); it was cancelled",
+                    f"{self._settings.queue_timeout:g} s (SlurmService.queue_timeout); it was cancelled",
                     jobid=allocation.jobid,
                 )
 
     def _log_of(self, allocation: Allocation) -> str:
-        return f"{self.settings.log_dir}/launcher-{allocation.jobid}.log"
+        return f"{self._settings.log_directory}/launcher-{allocation.jobid}.log"
 
     async def _never_came(self, allocation: Allocation, launcher: Launcher) -> LauncherFailed:
         """The error for a job that runs without a link: with the addresses that failed, where its log can be read."""
         log = self._log_of(allocation)
         where = f" on {allocation.info.nodes}" if allocation.info is not None else ""
-        within = f"within {self.settings.link_timeout:g} s"
+        within = f"within {self._settings.link_timeout:g} s"
         if launcher.expected is not None and launcher.expected.refused:
             return NotProven(
                 f"job {allocation.jobid} runs{where}, but its launcher was not accepted {within}: "

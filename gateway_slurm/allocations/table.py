@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from gateway_slurm._util import TaskSet
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation
+from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import LauncherFailed
 from gateway_slurm.link.server import ResponseSocket
 from gateway_slurm.slurm.driver import SlurmDriver
@@ -152,6 +153,7 @@ class OwnerContext:
     socket: ResponseSocket
     watcher: JobWatcher
     table: AllocationTable
+    settings: ServiceSettings
     log: logging.Logger
 
 

@@ -36,11 +36,11 @@ def signal_seconds(warnings: Sequence[float], minutes: float | None) -> int | No
 
 
 class WalltimeMonitor:
-    """Checks when allocations end. ``warnings`` are minutes before the end. Lives on the service's loop."""
+    """Checks when allocations end. Lives on the service's loop."""
 
-    def __init__(self, context: OwnerContext, *, warnings: Sequence[float]) -> None:
+    def __init__(self, context: OwnerContext) -> None:
         self._driver, self._table, self.log = context.driver, context.table, context.log
-        self._first_warning = 60 * max(warnings, default=0.0)
+        self._first_warning = 60 * max(context.settings.walltime_warnings, default=0.0)
         self._queries: dict[str, asyncio.Task[dict[str, JobInfo]]] = {}
         # For each launcher that has asked for a check: the end that it calculates, and whether a warning is due.
         self._wanted: dict[Launcher, tuple[float | None, bool]] = {}

@@ -95,7 +95,7 @@ class Kernels:
         try:
             await handle.process.start(launch)
         except BaseException:
-            await asyncio.shield(allocations.create_task(handle.release()))
+            await asyncio.shield(allocations.table.create_task(handle.release()))
             raise
         allocation.mark_used()
         self._handles[kernel_id] = handle
@@ -220,7 +220,7 @@ class KernelHandle:
         process = self.process
         assert process.launched is not None
         # The launcher's record has the slot of the kernel.
-        self._kernels.owners.of(self.allocation.owner).record_launcher(self.allocation, process.launcher)
+        self._kernels.owners.of(self.allocation.owner).table.record_launcher(self.allocation, process.launcher)
         self._kernels.registry.put_kernel(
             KernelRecord(
                 kernel_id=process.kernel_id,
@@ -335,4 +335,4 @@ class KernelHandle:
         self._kernels.forget(self)
         self.process.close()
         self._set_over()
-        await self._kernels.owners.of(self.allocation.owner).release_place(self.allocation, self._place)
+        await self._kernels.owners.of(self.allocation.owner).releaser.release_place(self.allocation, self._place)

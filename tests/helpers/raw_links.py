@@ -7,7 +7,7 @@ import contextlib
 import os
 from typing import Any
 
-from gateway_slurm.allocations.launcher import LauncherSettings
+from gateway_slurm.config import ServiceSettings
 from gateway_slurm.link import envelope, server, wire
 
 
@@ -112,15 +112,6 @@ async def connect(
     return peer
 
 
-def launcher_settings() -> LauncherSettings:
+def launcher_settings() -> ServiceSettings:
     """Settings for a ``Launcher`` that has no real launcher behind it."""
-    return LauncherSettings(
-        pythons=(),
-        log_dir="",
-        heartbeat=10.0,
-        orphan_timeout=60.0,
-        link_timeout=60.0,
-        queue_timeout=0.0,
-        walltime_warnings=(),
-        kept_output=0,
-    )
+    return ServiceSettings(walltime_warnings=[], kept_output=0)

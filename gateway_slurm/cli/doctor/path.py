@@ -180,7 +180,9 @@ class PathCheck:
         """Report the steps that the start has passed since the last call."""
         assert self._service is not None
         allocations = self._service.owners.of(self._options.user)
-        allocation = next((item for item in allocations.listed() if kernel_id in item.kernel_ids), self._allocation)
+        allocation = next(
+            (item for item in allocations.table.listed() if kernel_id in item.kernel_ids), self._allocation
+        )
         if allocation is None:
             return
         self._allocation = allocation

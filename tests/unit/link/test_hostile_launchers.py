@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from gateway_slurm.allocations import walltime
-from gateway_slurm.allocations.launcher import Launcher
+from gateway_slurm.allocations.launcher import Launcher, LauncherEvents
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.table import OwnerContext
 from gateway_slurm.allocations.walltime import WalltimeMonitor
+from gateway_slurm.config import ServiceSettings
 from gateway_slurm.link import server, wire
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo
@@ -35,7 +36,8 @@ class Owner:
         self.told: list[tuple[Any, ...]] = []
         self.allocation = Allocation(ours=True, request=KernelRequest())
         self.allocation.accept("12")
-        self.launcher = Launcher("L1", self.allocation, launcher_settings(), addresses=list, events=self, log=LOG)
+        events = LauncherEvents(self.linked, self.link_lost, self.end_reported)
+        self.launcher = Launcher("L1", self.allocation, launcher_settings(), addresses=list, events=events, log=LOG)
         self.launcher.jobid, self.launcher.tokens = "12", draw_tokens()
         self.launcher.expected = socket.expect("L1", self.launcher.tokens, self.launcher)
         self.launcher.expected.jobid.set_result("12")
@@ -321,8 +323,9 @@ async def limits(owner: Owner) -> AsyncIterator[SimpleNamespace]:
 
     table: Any = SimpleNamespace(create_task=create_task, record=lambda _allocation: None)
     owner.launcher.warn_of_end = warned.append  # type: ignore[method-assign]
-    context = OwnerContext(driver=slurm, socket=owner.socket, watcher=None, table=table, log=LOG)  # type: ignore[arg-type]
-    found = WalltimeMonitor(context, warnings=[10])
+    settings = ServiceSettings(walltime_warnings=[10])
+    context = OwnerContext(slurm, owner.socket, None, table, settings, LOG)  # type: ignore[arg-type]
+    found = WalltimeMonitor(context)
     yield SimpleNamespace(
         look=lambda *arguments, due: found.check(owner.allocation, owner.launcher, *arguments, due=due),
         slurm=slurm,
