@@ -26,17 +26,10 @@ class LauncherLink(Protocol):
     def is_authenticated(self) -> bool:
         """Whether the launcher has proved its identity."""
 
-    def data_received(self, data: bytes) -> None:
-        """Bytes arrived."""
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """The connection ended."""
-
-    def pause_writing(self) -> None:
-        """The transport's buffer is full."""
-
-    def resume_writing(self) -> None:
-        """The transport takes data again."""
+    def data_received(self, data: bytes) -> None: ...
+    def connection_lost(self, error: Exception | None) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
 
 
 AcceptLauncher = Callable[[asyncio.Transport], LauncherLink]
@@ -64,7 +57,8 @@ class ClusterAccess:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise SlurmError if this machine already shows that Slurm cannot be reached. Sends nothing to Slurm."""
+        """Raise SlurmError if there is no sbatch, or if the last login failed. Sends nothing to Slurm."""
+        self.runner.find(["sbatch"])
 
     async def connect(self) -> str:
         """Connect as far as possible without Slurm itself, and describe the result to the user. Raises SlurmError."""
@@ -121,18 +115,12 @@ class LocalAccess(ClusterAccess):
         self._as_user_command, self._command_timeout = as_user_command, command_timeout
 
     def driver(self, user: str) -> SlurmDriver:
-        """The driver that acts as ``user``."""
         if user == self.user:
             return CommandLineDriver(self.runner)
         runner = SudoRunner(user, self._as_user_command, timeout=self._command_timeout, counts=self.runner.counts)
         return CommandLineDriver(runner)
 
-    def check(self) -> None:
-        """Raise SlurmNotInstalled if there is no sbatch."""
-        self.runner.find(["sbatch"])
-
     async def connect(self) -> str:
-        """Find sbatch. Raises SlurmNotInstalled."""
         return f"sbatch is {self.runner.find(['sbatch'])}"
 
 

@@ -183,13 +183,8 @@ def parse_queue(exit_status: int, stdout: str, stderr: str, *, mark: str = "") -
 
 def steps_command(jobid: str, *, mark: str = "") -> list[str]:
     """Return squeue's argv for the running steps of one job."""
-    return [
-        "squeue",
-        "--steps",
-        "--noheader",
-        f"--jobs={_checked_jobid(jobid)}",
-        f"--Format={_format(_STEP_FIELDS, mark)}",
-    ]
+    fields = _format(_STEP_FIELDS, mark)
+    return ["squeue", "--steps", "--noheader", f"--jobs={_checked_jobid(jobid)}", f"--Format={fields}"]
 
 
 def parse_steps(exit_status: int, stdout: str, stderr: str, *, jobid: str, mark: str = "") -> list[StepInfo]:
@@ -370,41 +365,26 @@ def _rows(stdout: str, width: int, mark: str, *, key: str) -> list[list[str]]:
 
 
 def _job_info(row: Sequence[str]) -> JobInfo:
-    (
-        jobid,
-        display_id,
-        state,
-        reason,
-        nodes,
-        user,
-        partition,
-        account,
-        submitted,
-        start,
-        end,
-        limit,
-        status,
-        name,
-        comment,
-    ) = row
-    code, signal = _exit(status) if meaning(state) in (Meaning.OVER, Meaning.ENDING) else (None, None)
+    job = dict(zip(_JOB_FIELDS, row, strict=True))
+    has_ended = meaning(job["State"]) in (Meaning.OVER, Meaning.ENDING)
+    code, signal = _exit(job["exit_code"]) if has_ended else (None, None)
     return JobInfo(
-        jobid=jobid,
-        display_id=display_id.strip(),
-        state=state.strip(),
-        reason=_text(reason),
-        nodes=_text(nodes),
-        user=_text(user),
-        partition=_text(partition),
-        account=_text(account),
-        submit_time=_epoch(submitted),
-        start_time=_epoch(start),
-        end_time=_epoch(end),
-        time_limit=_limit(limit),
+        jobid=job["JobID"],
+        display_id=job["JobArrayID"].strip(),
+        state=job["State"].strip(),
+        reason=_text(job["Reason"]),
+        nodes=_text(job["NodeList"]),
+        user=_text(job["UserName"]),
+        partition=_text(job["Partition"]),
+        account=_text(job["Account"]),
+        submit_time=_epoch(job["SubmitTime"]),
+        start_time=_epoch(job["StartTime"]),
+        end_time=_epoch(job["EndTime"]),
+        time_limit=_limit(job["TimeLimit"]),
         exit_code=code,
         exit_signal=signal,
-        name=name,
-        comment="" if comment == "(null)" else comment,
+        name=job["Name"],
+        comment="" if job["Comment"] == "(null)" else job["Comment"],
     )
 
 

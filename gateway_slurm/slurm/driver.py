@@ -95,7 +95,6 @@ class CommandLineDriver:
         self.runner = runner
 
     async def cluster_info(self) -> ClusterInfo:
-        """Run one scontrol and one sinfo."""
         version = commands.parse_version(await self._output(commands.config_command()))
         return ClusterInfo(version, commands.parse_partitions(await self._output(commands.partitions_command())))
 
@@ -133,9 +132,9 @@ class CommandLineDriver:
                 found = await self.find(spec.name)
             except SlurmUnavailable:
                 continue
-            jobid = next((jobid for jobid, info in found.items() if info.comment == spec.comment), None)
-            if jobid is not None:
-                return jobid
+            for jobid, info in found.items():
+                if info.comment == spec.comment:
+                    return jobid
             answers += 1
             if answers == 2:
                 break
@@ -151,28 +150,23 @@ class CommandLineDriver:
         return commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark, alone=alone)
 
     async def find(self, name: str) -> dict[str, JobInfo]:
-        """Run one squeue."""
         mark = _mark()
         result = await self.runner.run(commands.find_command(name, mark=mark))
         return commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark)
 
     async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
-        """Run one squeue."""
         mark = _mark()
         result = await self.runner.run(commands.queue_command(partitions, mark=mark))
         return commands.parse_queue(result.exit_status, result.stdout, result.stderr, mark=mark)
 
     async def describe(self, jobid: str) -> JobInfo:
-        """Run one squeue."""
         return plain_job(jobid, await self.jobs([jobid]))
 
     async def cancel(self, jobid: str) -> None:
-        """Run one scancel."""
         result = await self.runner.run(commands.cancel_command(jobid))
         commands.parse_cancel(result.exit_status, result.stderr)
 
     async def steps(self, jobid: str) -> list[StepInfo]:
-        """Run one squeue."""
         mark = _mark()
         result = await self.runner.run(commands.steps_command(jobid, mark=mark))
         return commands.parse_steps(result.exit_status, result.stdout, result.stderr, jobid=jobid, mark=mark)
@@ -193,7 +187,6 @@ class SrunStep:
         self._jobid = jobid
 
     async def wait(self) -> None:
-        """Return when the step has ended with status 0; else raise the error from ``commands.parse_step_failure``."""
         status = await self._process.wait()
         if status != 0:
             raise commands.parse_step_failure(status, self._process.stderr_tail(), jobid=self._jobid)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from enum import Enum
 from itertools import product
 from typing import Final
@@ -18,6 +17,9 @@ TIME_FORMATS: Final = "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS or UN
 _MAX_HOSTLIST: Final = 1 << 20  # characters
 _MAX_DIGITS: Final = 18
 _MAX_HOST_NAME: Final = 255  # characters (RFC 1123, section 2.1)
+_HOSTLIST_GROUP: Final = re.compile(r"\[[^\[\]]*\]")
+# The items stand between the commas outside brackets. Empty items are skipped, as in Slurm.
+_HOSTLIST_ITEM: Final = re.compile(r"(?:\[[^\[\]]*\]|[^\[\],])+")
 _HOSTLIST_PART: Final = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
 _HOSTLIST_RANGE: Final = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 _HOST_NAME: Final = re.compile(r"[^\s,\[\]\x00-\x1f\x7f]+")
@@ -149,30 +151,12 @@ def expand_hostlist(text: str, limit: int = MAX_HOSTS) -> list[str]:
     text = text.strip()
     if text in ("", "(null)", "None assigned"):
         return []
+    if not {"[", "]"}.isdisjoint(_HOSTLIST_GROUP.sub("", text)):
+        raise HostListError(f"unbalanced brackets in the host list {text[:200]!r}")
     names: list[str] = []
-    for item in _items(text):
+    for item in _HOSTLIST_ITEM.findall(text):
         names.extend(_expand_item(item, limit - len(names)))
     return names
-
-
-def _items(text: str) -> Iterator[str]:
-    """Split at the commas outside brackets. Empty items are skipped, as in Slurm."""
-    depth = start = 0
-    for at, char in enumerate(text):
-        if char == "[":
-            depth += 1
-        elif char == "]":
-            depth -= 1
-        if depth not in (0, 1):
-            raise HostListError(f"unbalanced brackets in the host list {text[:200]!r}")
-        if char == "," and depth == 0:
-            if at > start:
-                yield text[start:at]
-            start = at + 1
-    if depth:
-        raise HostListError(f"unbalanced brackets in the host list {text[:200]!r}")
-    if start < len(text):
-        yield text[start:]
 
 
 def _expand_item(item: str, room: int) -> list[str]:
@@ -226,18 +210,12 @@ def minutes(text: str) -> int | None:
     if match := _TIME_WITH_DAYS.fullmatch(text):
         days, hours, mins, secs = (int(part or 0) for part in match.groups())
     elif match := _TIME_OF_DAY.fullmatch(text):
-        days = 0
-        hours, mins, secs = _clock(*match.groups())
+        days, parts = 0, [int(part) for part in match.groups() if part]
+        # One number is minutes, two are minutes and seconds, three begin with hours.
+        hours, mins, secs = parts if len(parts) == 3 else (0, *parts, 0)[:3]
     else:
         raise TimeFormatError(f"{text[:200]!r} is not in a time format of Slurm: {TIME_FORMATS}")
     return (days * 24 + hours) * 60 + mins + -(-secs // 60)
-
-
-def _clock(first: str, second: str | None, third: str | None) -> tuple[int, int, int]:
-    """Read a time without days: two numbers are minutes and seconds, three begin with hours."""
-    if third is not None:
-        return int(first), int(second or 0), int(third)
-    return 0, int(first), int(second or 0)
 
 
 def memory_in_mebibytes(text: str | None) -> int:

@@ -48,7 +48,7 @@ async def asking(url: str, token_file: Path, timeout: float = 60) -> AsyncIterat
     try:
         yield RestDriver(rest, rest_cluster.USER, find_launcher=lambda _jobid: None)
     finally:
-        rest.close()
+        rest.client.close()
 
 
 @pytest_asyncio.fixture

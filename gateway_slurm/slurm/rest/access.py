@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from gateway_slurm.environment import without_personal
 from gateway_slurm.slurm.access import AcceptLauncher, ClusterAccess
-from gateway_slurm.slurm.rest.driver import RestDriver, Slurmrestd, StepLauncher
+from gateway_slurm.slurm.rest.driver import RestDriver, Slurmrestd
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.sudo.runner import process_user
 from gateway_slurm.slurm.url import ClusterUrl
@@ -28,16 +28,15 @@ class RestAccess(ClusterAccess):
 
     @property
     def user(self) -> str:
-        """Slurm's name of this process's user."""
         return self._user or process_user()
 
     def driver(self, user: str) -> RestDriver:
         """The driver that acts as ``user``. Raises ValueError for a name that no user can have."""
-        return RestDriver(self._rest, user, find_launcher=self._holding_launcher)
+        # A driver may be made before the service sets ``find_launcher``.
+        return RestDriver(self._rest, user, find_launcher=lambda jobid: self.find_launcher(jobid))
 
-    def _holding_launcher(self, jobid: str) -> StepLauncher | None:
-        """Call the ``find_launcher`` of the moment: a driver may be made before the service sets it."""
-        return self.find_launcher(jobid)
+    def check(self) -> None:
+        """Return: slurmrestd needs no command on this machine."""
 
     async def connect(self) -> str:
         """Request slurmrestd's API versions with this user's token."""
@@ -59,8 +58,7 @@ class RestAccess(ClusterAccess):
             )
 
     async def close(self) -> None:
-        """End the requests that are under way."""
-        self._rest.close()
+        self._rest.client.close()
 
 
 def _is_this_machine(url: ClusterUrl) -> bool:

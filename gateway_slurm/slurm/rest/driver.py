@@ -52,9 +52,7 @@ _JOBID: Final = re.compile(r"[0-9]{1,10}", re.ASCII)
 class StepLauncher(Protocol):
     """A launcher of this server in a job, which starts and lists the job's steps."""
 
-    async def start(self, spec: StepSpec) -> StepProcess:
-        """Start a step."""
-
+    async def start(self, spec: StepSpec) -> StepProcess: ...
     async def list_steps(self, jobid: str) -> list[StepInfo]:
         """Return the running steps of the launcher's job. Raises SlurmUnavailable."""
 
@@ -62,17 +60,13 @@ class StepLauncher(Protocol):
 class Slurmrestd:
     """One slurmrestd, which all users share: the HTTP client, the users' tokens, and the API version.
 
-    Its owner uses it on one loop and calls ``close`` there.
+    Its owner uses it on one loop and closes the client there.
     """
 
     def __init__(self, client: RestClient, tokens: Tokens) -> None:
-        self.client, self._tokens = client, tokens
+        self.client, self.tokens = client, tokens
         self._version: Version | None = None
         self._version_lock = asyncio.Lock()
-
-    def close(self) -> None:
-        """End the requests that are under way."""
-        self.client.close()
 
     async def version(self, user: str) -> Version:
         """Return the newest API version that both sides know; the server is asked once."""
@@ -103,18 +97,14 @@ class Slurmrestd:
 
     async def send(self, method: str, path: str, user: str, body: bytes | None = None) -> RestResponse:
         """Send a request with the user's token; if the token is refused, once more with another one."""
-        token = await self._tokens.token(user)
+        token = await self.tokens.token(user)
         response = await self.client.request(method, path, user=user, token=token, body=body)
         # 22.05 does not tell whether it created the job before the error, and a job must not be submitted twice.
         if response.refuses_token or (response.may_refuse_token and body is None):
-            another = await self._tokens.token(user, refused=token)
+            another = await self.tokens.token(user, refused=token)
             if another != token:
                 response = await self.client.request(method, path, user=user, token=another, body=body)
         return response
-
-    async def token(self, user: str, *, refused: str = "") -> str:
-        """Return the user's token, if possible another one than ``refused``."""
-        return await self._tokens.token(user, refused=refused)
 
     def unusable(self, response: RestResponse, user: str) -> SlurmUnavailable:
         """Return the error for a response that tells nothing about any job."""
@@ -127,10 +117,9 @@ class Slurmrestd:
         elif response.status == 403:
             text += f". {user} is not allowed to do this"
         elif not response.document:
-            content_type = response.content_type or "no content type"
             text += (
-                f". This is not slurmrestd's JSON ({content_type}): check SlurmService.cluster, and whether a proxy "
-                "answered"
+                f". This is not slurmrestd's JSON ({response.content_type or 'no content type'}): check "
+                "SlurmService.cluster, and whether a proxy answered"
             )
         return SlurmUnavailable(f"{text}. Nothing is known about the jobs", argv=["slurmrestd"], stderr=message)
 
@@ -151,7 +140,6 @@ class RestDriver:
         self._find_launcher = find_launcher
 
     async def cluster_info(self) -> ClusterInfo:
-        """Send one request."""
         document = self._document(await self.rest.request("GET", "partitions", self.user))
         return ClusterInfo(version_in(document), partitions_in(document))
 
@@ -160,17 +148,17 @@ class RestDriver:
 
         The job is submitted again only if Slurm answers, does not have the job, and the token was replaced meanwhile.
         """
-        token = await self.rest.token(self.user)
+        token = await self.rest.tokens.token(self.user)
         jobid, error, answered = await self._submit(spec)
         if jobid:
             return jobid
         found = await self._look_up(spec)
         if found:
             return found
-        if found is not None and answered and await self.rest.token(self.user, refused=token) != token:
-            jobid, error, _answered = await self._submit(spec)
-        if not jobid and found is None:
+        if found is None:
             raise Unanswered(str(error), argv=error.argv) from error
+        if answered and await self.rest.tokens.token(self.user, refused=token) != token:
+            jobid, error, _answered = await self._submit(spec)
         if not jobid:
             raise error
         return jobid
@@ -218,7 +206,7 @@ class RestDriver:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-            found.update(result)
+            found |= result
         return found
 
     async def _single_job(self, jobid: str) -> dict[str, JobInfo]:
@@ -256,7 +244,6 @@ class RestDriver:
         return {}
 
     async def describe(self, jobid: str) -> JobInfo:
-        """Send one request."""
         if not _JOBID.fullmatch(jobid):
             raise AllocationError(
                 f"job {jobid} is a task of an array or a component of a heterogeneous job, which cannot be adopted yet",

@@ -35,19 +35,13 @@ class SshAccess(ClusterAccess):
 
     @property
     def user(self) -> str:
-        """The user who logs in."""
         return self._connection.destination.user
 
     def driver(self, user: str) -> SlurmDriver:
         """The driver that acts as the user who logs in; over SSH there are no other users (``run_as`` is ``self``)."""
         return CommandLineDriver(self.runner)
 
-    def check(self) -> None:
-        """Raise the error of the last login, if it failed."""
-        self.runner.find(["sbatch"])
-
     async def connect(self) -> str:
-        """Log in, and start the program that runs commands."""
         host = await self.runner.connect()
         return f"logged in to {self._connection.destination}, which is {host}"
 
@@ -73,20 +67,17 @@ class SshAccess(ClusterAccess):
 
     @property
     def relays(self) -> list[dict[str, Any]]:
-        """The relay's ports and the process that has each."""
         return self.relay.records if self.relay is not None else []
 
     def adopt_relays(self, relays: Iterable[dict[str, Any]]) -> None:
-        """Let the relay also listen on the ports of those relays that were on the same login node."""
         if self.relay is not None:
             self.relay.adopt(relays)
 
     async def wait_ready(self) -> None:
         """Wait for the relay. Raises SshError if it fails and launchers must use it (``always``)."""
-        if self.relay is None:
-            return
         try:
-            await self.relay.wait_ready()
+            if self.relay is not None:
+                await self.relay.wait_ready()
         except SshError:
             if self._use_relay == "always":
                 raise
@@ -100,7 +91,6 @@ class SshAccess(ClusterAccess):
         return [*self.relay.endpoints, *direct] if self.relay.was_used else [*direct, *self.relay.endpoints]
 
     async def close(self) -> None:
-        """Close the relay, then the connection."""
         if self.relay is not None:
             await self.relay.close()
         await self._connection.close()

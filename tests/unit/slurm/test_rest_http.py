@@ -99,7 +99,7 @@ async def asking(
     try:
         yield RestDriver(rest, "ann", find_launcher=lambda _jobid: None), server
     finally:
-        rest.close()
+        rest.client.close()
         listener.close()
 
 
