@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.harness import Kernel, Table, admin_settings, start, stop, write_kernelspec
 from gateway_slurm.service import SlurmService
-from gateway_slurm.testing.loginnode import login_node
+from helpers.login_node import login_node
 
 WAYS = ("tunnel", "relay")
 STREAM = "for _ in range(100): print('x' * 999_999)"

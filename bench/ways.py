@@ -12,8 +12,8 @@ from typing import Any
 from bench.harness import Table, admin_settings, start, stop, write_kernelspec
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
-from gateway_slurm.testing.loginnode import USER, login_node
-from gateway_slurm.testing.tcp_proxy import TcpProxy, tcp_proxy_to
+from helpers.login_node import USER, login_node
+from helpers.tcp_proxy import TcpProxy, tcp_proxy_to
 
 WAYS = ("commands", "SSH", "REST")
 WARM = 2

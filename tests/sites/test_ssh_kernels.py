@@ -32,8 +32,9 @@ from helpers.kernel_clients import (
     until_printed,
     until_reply,
 )
-from helpers.login_node import LoginNode, TcpProxy, login_node, sessions, tcp_proxy_to
+from helpers.login_node import LoginNode, login_node, sessions
 from helpers.private_slurm import jobs_of, poll
+from helpers.tcp_proxy import TcpProxy, tcp_proxy_to
 
 KILLED_FOR = 20.0  # seconds
 

@@ -20,8 +20,9 @@ from gateway_slurm.slurm.ssh.login import Credentials
 from gateway_slurm.slurm.ssh.runner import SshRunner
 from gateway_slurm.slurm.url import parse_cluster_url
 from helpers.kernel_clients import poll_async
-from helpers.login_node import LoginNode, login_node, tcp_proxy_to
+from helpers.login_node import LoginNode, login_node
 from helpers.private_slurm import poll
+from helpers.tcp_proxy import tcp_proxy_to
 
 
 @pytest.fixture(scope="module")

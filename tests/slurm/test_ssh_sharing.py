@@ -17,9 +17,10 @@ from gateway_slurm.errors import SshError, SshLost
 from gateway_slurm.service import SlurmService
 from helpers.failing_starts import nothing_left, script, start_error
 from helpers.kernel_clients import PID, READY, async_execute, async_kernel, execute, running_kernel, until_printed
-from helpers.login_node import LoginNode, login_node, tcp_proxy_to
+from helpers.login_node import LoginNode, login_node
 from helpers.private_slurm import jobs_of, poll
 from helpers.ssh_login import logged_in
+from helpers.tcp_proxy import tcp_proxy_to
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,10 @@ from gateway_slurm.service import SlurmService
 from gateway_slurm.testing.processes import free_port
 from helpers.dying_servers import adopt, call, driven_server
 from helpers.kernel_clients import PID, READY, async_execute, job_state, poll_async, write_admin_settings
-from helpers.login_node import LoginNode, login_node, sessions, tcp_proxy_to
+from helpers.login_node import LoginNode, login_node, sessions
 from helpers.private_slurm import jobs_of, poll
 from helpers.restarting_servers import LastingFrontend, lasting_server
+from helpers.tcp_proxy import tcp_proxy_to
 
 COUNT = "import time\nfor number in range({}):\n    print(number, flush=True)\n    time.sleep(0.02)\n"
 KEEPING = "--ServerApp.kernel_manager_class=gateway_slurm.SlurmMappingKernelManager"

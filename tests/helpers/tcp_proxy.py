@@ -1,4 +1,4 @@
-"""A TCP proxy for development and tests: it can be cut or frozen, and counts round trips."""
+"""A TCP proxy that can be cut or frozen, and that counts round trips."""
 
 from __future__ import annotations
 
