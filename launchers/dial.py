@@ -8,7 +8,6 @@ block the launcher. It is a forked process and not a thread, because the launche
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -103,14 +102,11 @@ class Round:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            status = sock.connect_ex(target)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect(target)
         except OSError as error:
             sock.close()
-            self._fail(address, str(error))
-            return
-        if status not in (0, errno.EINPROGRESS):
-            sock.close()
-            self._fail(address, os.strerror(status))
+            self._fail(address, error.strerror or str(error))
             return
         self._sockets[sock] = address, self._reactor.later(CONNECT_TIMEOUT, lambda: self._on_silence(address, sock))
         self._reactor.watch(sock, WRITE, lambda _events: self._on_ready(address, sock))
@@ -161,9 +157,8 @@ class Round:
     def _end_lookup(self, pipe: int) -> None:
         self._reactor.forget(pipe)
         os.close(pipe)
-        _address, pid = self._lookups.pop(pipe)
         with contextlib.suppress(ChildProcessError):  # the launcher collects all children
-            os.waitpid(pid, 0)
+            os.waitpid(self._lookups.pop(pipe)[1], 0)
 
 
 def _answer(end: int, host: str, port: int) -> None:
@@ -173,8 +168,8 @@ def _answer(end: int, host: str, port: int) -> None:
         os.closerange(3, end)
         os.closerange(end + 1, 1 << 16)
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for signum in (signal.SIGALRM, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)
         signal.alarm(RESOLVE_SECONDS)
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         hosts = dict.fromkeys(str(target[0]) for *_kind, target in found[:MAX_ADDRESSES])

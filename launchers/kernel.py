@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import json
 import os
 import signal
@@ -81,6 +82,15 @@ class Kernel:
         self._linked, self._kept_output = linked, kept_output
         self._output: OutputBuffer | None = None
 
+    def message(self, name: str, fields: dict[str, Any]) -> None:
+        """SIGNAL, STDERR_LINE or ACK from the server."""
+        if name == "SIGNAL":
+            self.signal(int(fields["signum"]))
+        elif name == "STDERR_LINE":
+            self._write_stderr_line(str(fields["line"]))
+        else:
+            self.output.acknowledged(fields)
+
     # -- start ------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -95,27 +105,18 @@ class Kernel:
 
     def _launch(self, wanted_ports: dict[str, int] | None) -> None:
         self._attempt += 1
-        self.ip = self._choose_address()
         if self.mode == "ipc":
+            self.ip = os.path.join(self.directory, "c")
+            if len(os.fsencode(self.ip + "-1")) >= 108:  # with the final NUL (unix(7))
+                raise StartRefused(f"{self.directory} is too long for Unix sockets: shorten TMPDIR on the node")
             self.ports = {channel: number for number, channel in enumerate(wire.CHANNELS, 1)}
-            self._remove_sockets()
+            for old_socket in glob.glob(glob.escape(self.ip) + "[-:]*"):
+                os.unlink(old_socket)
         else:
+            self.ip = "127.0.0.1" if self.mode == "tcp" else self._node_ip
             self.ports = wanted_ports or ports.choose_ports(self.ip, self.spec.get("port_range"))
         self._spawn(self._write_connection_file())
         self._check = self._reactor.later(FIRST_CHECK, self._check_channels)
-
-    def _choose_address(self) -> str:
-        if self.mode == "ipc":
-            prefix = os.path.join(self.directory, "c")
-            if not ports.reachable_path_length(prefix + "-1"):
-                raise StartRefused(f"{self.directory} is too long for Unix sockets: shorten TMPDIR on the node")
-            return prefix
-        return "127.0.0.1" if self.mode == "tcp" else self._node_ip
-
-    def _remove_sockets(self) -> None:
-        for name in os.listdir(self.directory):
-            if name.startswith(("c-", "c:")):
-                os.unlink(os.path.join(self.directory, name))
 
     def _write_connection_file(self) -> str:
         info = {**self.spec["connection"], "ip": self.ip}
@@ -128,7 +129,8 @@ class Kernel:
         return path
 
     def _spawn(self, connection_file: str) -> None:
-        argv = [on_node(item, connection_file) for item in self.spec["argv"]]
+        items = [item.replace("{connection_file}", connection_file) for item in self.spec["argv"]]
+        argv = [os.path.expanduser(item) if item.startswith("~") else item for item in items]
         env = {**self._base_env, **self.spec["env"]}
         cwd = os.path.expanduser(self.spec.get("cwd") or "~")
         if not os.path.isdir(cwd):
@@ -184,12 +186,6 @@ class Kernel:
         found = ports.unix_listening(self.directory)
         return {channel: ports.ipc_path(self.ip, port, found) for channel, port in self.ports.items()}
 
-    def _socket_inodes(self) -> set[int]:
-        """The inodes of the sockets on which the kernel listens."""
-        if self.mode == "ipc":
-            return set(ports.unix_listening(self.directory).values())
-        return ports.tcp_inodes(self.ports.values())
-
     def connect(self, channel: str) -> socket.socket:
         """A non-blocking socket that is connecting to one of the kernel's channels; raises OSError."""
         if self.mode == "ipc":
@@ -224,10 +220,10 @@ class Kernel:
 
     def report(self) -> dict[str, Any]:
         """The state of this kernel, for STARTED, EXIT, FAILED and REPORT."""
+        facts = {name: self.spec[name] for name in ("kernel_id", "generation", "slot")}
         pid = self.process.pid if self.process else 0
-        facts = {"kernel_id": self.kernel_id, "generation": self.spec["generation"], "state": self.state}
-        facts["slot"] = self.spec["slot"]
-        return {**facts, "pid": pid, "mode": self.mode, "ip": self.ip, "ports": self.ports, **self.exit}
+        where = {"mode": self.mode, "ip": self.ip, "ports": self.ports}
+        return {**facts, "state": self.state, "pid": pid, **where, **self.exit}
 
     # -- output -----------------------------------------------------------------------------
 
@@ -280,24 +276,33 @@ class Kernel:
             os.close(self._pipe)
             self._pipe = None
 
-    def write_stderr_line(self, line: str, attempts: int = LINE_ATTEMPTS) -> None:
+    def _write_stderr_line(self, line: str, attempts: int = LINE_ATTEMPTS) -> None:
         """Write a line to the kernel's captured standard error; if that fails, NOTICE gives the reason."""
         if self.state != "running" or self.process is None or self._pipe is None:
             return
+        if self.mode == "ipc":
+            inodes = set(ports.unix_listening(self.directory).values())
+        else:
+            inodes = ports.tcp_inodes(self.ports.values())
         try:
-            stderr.write_line(line, self.process.pid, self._socket_inodes(), self._pipe)
+            stderr.write_line(line, self.process.pid, inodes, self._pipe)
         except BlockingIOError:
             if attempts > 1:
-                self._reactor.later(LINE_RETRY_DELAY, lambda: self.write_stderr_line(line, attempts - 1))
+                self._reactor.later(LINE_RETRY_DELAY, lambda: self._write_stderr_line(line, attempts - 1))
         except (stderr.NotCapturedError, OSError) as error:
             message = f"kernel {self.kernel_id} does not show the line {line.strip()!r}: {error}"
             self._send("NOTICE", kind="stderr_line", kernel_id=self.kernel_id, message=message)
 
     # -- end --------------------------------------------------------------------------------
 
+    @property
+    def runs(self) -> bool:
+        """Whether the kernel's process was started and has not been collected."""
+        return self.process is not None and self.process.returncode is None
+
     def signal(self, signum: int) -> None:
         """Signal the kernel's process group; a group that has ended already is no error."""
-        if self.process is not None and self.process.returncode is None:
+        if self.process is not None and self.runs:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signum)
 
@@ -307,46 +312,32 @@ class Kernel:
             return
         self._read_output()
         self._close_pipe()
-        self._end_group()
-        if self.state == "starting" and not self._asked_to_stop:
-            self._died_at_start()
-        else:
-            self._exited()
-
-    def _end_group(self) -> None:
         # The group may still hold children of the kernel, which no other process would end.
-        assert self.process is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self._guard.remove(self.process.pid)
-
-    def _exited(self) -> None:
-        assert self.process is not None
-        self.state = "exited"
-        self.exit = {"returncode": self.process.returncode, "output_tail": self.output_tail()}
-        self._send("EXIT", **self.report())
-
-    def _died_at_start(self) -> None:
-        assert self.process is not None
-        if self._lost_a_port() and self._attempt < PORT_ATTEMPTS:
-            self._launch_again()
-        elif self.mode == "ipc" and self.spec.get("language") not in IPC_LANGUAGES and self._attempt == 1:
-            self.mode = "tcp"
-            self._launch_again()
+        if self.state == "starting" and not self._asked_to_stop:
+            self._died_at_start(self.process.returncode)
         else:
-            self._fail("died", f"the kernel died at start: {wire.describe_exit(self.process.returncode)}")
+            self.state = "exited"
+            self.exit = {"returncode": self.process.returncode, "output_tail": self.output_tail()}
+            self._send("EXIT", **self.report())
 
-    def _launch_again(self) -> None:
+    def _died_at_start(self, returncode: int) -> None:
+        """Start the kernel again where other ports or another transport may help."""
+        if self.mode == "ipc":
+            again = self.spec.get("language") not in IPC_LANGUAGES and self._attempt == 1
+            self.mode = "tcp" if again else "ipc"
+        else:
+            lost_a_port = ports.tcp_listening(self.ports.values()) or b"ddress already in use" in self._tail
+            again = bool(lost_a_port) and self._attempt < PORT_ATTEMPTS
+        if not again:
+            self._fail("died", f"the kernel died at start: {wire.describe_exit(returncode)}")
+            return
         try:
             self._launch(None)
         except (StartRefused, OSError) as error:
             self._fail("refused", str(error))
-
-    def _lost_a_port(self) -> bool:
-        if self.mode == "ipc":
-            return False
-        taken = ports.tcp_listening(self.ports.values())
-        return bool(taken) or b"ddress already in use" in self._tail
 
     def _fail(self, kind: str, message: str) -> None:
         self.state = "failed"
@@ -358,9 +349,9 @@ class Kernel:
     def output_tail(self) -> str:
         """The last lines of the kernel's output, stdout and stderr together, without its secrets."""
         text = self._tail.decode(errors="replace").replace("\x00", "")
-        secrets = [value for value in self.spec["connection"].values() if isinstance(value, str) and len(value) > 15]
-        for secret in secrets:
-            text = text.replace(secret, "…")
+        for value in self.spec["connection"].values():
+            if isinstance(value, str) and len(value) > 15:
+                text = text.replace(value, "…")
         return "\n".join(text.splitlines()[-30:])
 
     def stop(self) -> None:
@@ -377,12 +368,6 @@ class Kernel:
         if self._log is not None:
             self._log.close()
             self._log = None
-
-
-def on_node(item: str, connection_file: str) -> str:
-    """An argv item for this node: with its connection file, and with ``~`` expanded."""
-    item = item.replace("{connection_file}", connection_file)
-    return os.path.expanduser(item) if item.startswith("~") else item
 
 
 def die_with_launcher(launcher: int) -> Callable[[], None]:

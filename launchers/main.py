@@ -7,6 +7,7 @@ the launch token in GATEWAY_SLURM_TOKEN, and Slurm's own variables in the enviro
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 from gateway_slurm.link import endpoints
 from launchers.guard import Guard
 from launchers.kernel import Kernel
-from launchers.node import Walltime, find_slurmd, is_slurmd, remove_old_logs
+from launchers.node import Walltime, find_slurmd, is_slurmd, pids, remove_old_logs, stat_fields
 from launchers.ports import Probes
 from launchers.reactor import Backoff, Reactor
 from launchers.steps import Steps, job_is_shared
@@ -86,8 +87,8 @@ class NodeLauncher:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._reactor.on_signal(signal.SIGCHLD, self._reap)
         self._reactor.on_signal(signal.SIGTERM, self._on_sigterm)
-        self._reactor.on_signal(signal.SIGINT, lambda: None)
-        self._reactor.on_signal(signal.SIGHUP, lambda: None)
+        for ignored in (signal.SIGINT, signal.SIGHUP):
+            self._reactor.on_signal(ignored, lambda: None)
         # The job script ignores SIGUSR1. With a handler here, kernels get the default action after exec.
         self._reactor.on_signal(signal.SIGUSR1, self._on_sigusr1)
         self._uplink.dial()
@@ -115,19 +116,27 @@ class NodeLauncher:
         }
 
     def _on_message(self, name: str, payload: Any) -> None:
-        if name in ("OPEN", "DATA", "CREDIT", "CLOSE"):
-            self._on_stream(name, *payload)
+        tunnel: dict[str, Callable[[int, bytes], None]] = {
+            "OPEN": self._tunnel.open,
+            "DATA": self._tunnel.data,
+            "CREDIT": self._tunnel.credit,
+            "CLOSE": self._tunnel.close,
+        }
+        if name in tunnel:
+            tunnel[name](*payload)
+            return
+        if name in ("SIGNAL", "STDERR_LINE", "ACK"):
+            kernel = self._kernels.get(payload["kernel_id"])
+            if kernel is not None:
+                kernel.message(name, payload)
             return
         action = {
             "WELCOME": self._welcome,
             "REDIRECT": self._uplink.redirected,
             "PROBE": lambda fields: self._probes.listen(fields, self._address(fields)),
             "START": self._start,
-            "SIGNAL": self._signal,
             "STOP": self._stop,
-            "STDERR_LINE": self._write_stderr_line,
-            "ACK": self._acknowledged,
-            "RELEASE": self._release,
+            "RELEASE": lambda _fields: self._leave("released"),
             "END_TIME": self._walltime.set_end_time,
             "HEARTBEAT": self._on_heartbeat,
             "STEP": self._steps.start,
@@ -137,16 +146,6 @@ class NodeLauncher:
         }.get(name)
         if action:
             action(payload)
-
-    def _on_stream(self, name: str, number: int, payload: bytes) -> None:
-        if name == "OPEN":
-            self._tunnel.open(number, payload)
-        elif name == "DATA":
-            self._tunnel.data(number, payload)
-        elif name == "CREDIT":
-            self._tunnel.credit(number, payload)
-        else:
-            self._tunnel.close(number)
 
     def _on_down(self) -> None:
         self._tunnel.read_on()
@@ -185,13 +184,8 @@ class NodeLauncher:
         if not self._kernels:
             # After the start, so that a slow home does not delay it.
             self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"]))
-        self._probes.close(kernel_id)
-        old = self._kernels.pop(kernel_id, None)
-        if old is not None:
-            old.stop()
-            old.output.close()
-            self._old.append(old)
-        kernel = Kernel(
+        self._retire(kernel_id)
+        kernel = self._kernels[kernel_id] = Kernel(
             self._reactor,
             self._guard,
             directory=os.path.join(self.directory, str(fields["slot"])),
@@ -202,51 +196,38 @@ class NodeLauncher:
             linked=lambda: self._uplink.live,
             kept_output=self._kept_output,
         )
-        self._kernels[kernel_id] = kernel
         kernel.start()
 
     def _address(self, fields: dict[str, Any]) -> str:
         """The address for a direct kernel: on a restart the same as before, whatever the link's address is now."""
         return str(fields.get("ip") or self._uplink.local_ip())
 
-    def _signal(self, fields: dict[str, Any]) -> None:
-        kernel = self._kernels.get(fields["kernel_id"])
-        if kernel:
-            kernel.signal(int(fields["signum"]))
-
-    def _write_stderr_line(self, fields: dict[str, Any]) -> None:
-        kernel = self._kernels.get(fields["kernel_id"])
-        if kernel:
-            kernel.write_stderr_line(str(fields["line"]))
-
     def _stop(self, fields: dict[str, Any]) -> None:
-        self._probes.close(fields["kernel_id"])
-        kernel = self._kernels.pop(fields["kernel_id"], None)
-        if kernel:
+        kernel = self._retire(fields["kernel_id"])
+        if kernel is not None:
+            shutil.rmtree(kernel.directory, ignore_errors=True)
+
+    def _retire(self, kernel_id: str) -> Kernel | None:
+        """Stop the kernel's probe and process; the process ends later."""
+        self._probes.close(kernel_id)
+        kernel = self._kernels.pop(kernel_id, None)
+        if kernel is not None:
             kernel.stop()
             kernel.output.close()
             self._old.append(kernel)
-            shutil.rmtree(kernel.directory, ignore_errors=True)
-
-    def _acknowledged(self, fields: dict[str, Any]) -> None:
-        kernel = self._kernels.get(fields["kernel_id"])
-        if kernel:
-            kernel.output.acknowledged(fields)
-
-    def _release(self, _fields: dict[str, Any]) -> None:
-        self._leave("released")
+        return kernel
 
     # -- signals and time -------------------------------------------------------------------
 
     def _reap(self) -> None:
-        for kernel in [*self._kernels.values(), *self._old]:
+        for kernel in self._all():
             kernel.reaped()
         for kernel in [old for old in self._old if old.state in ("exited", "failed")]:
             kernel.close()
             self._old.remove(kernel)
         self._steps.reaped()
-        own = {kernel.process.pid for kernel in self._all() if kernel.process} | self._steps.pids()
-        _reap_orphans(own | {self._guard.pid})
+        kernels = {kernel.process.pid for kernel in self._all() if kernel.process}
+        _reap_orphans(kernels | self._steps.pids() | {self._guard.pid})
         if self._leaving and not self._running():
             self._reactor.stop()
 
@@ -254,7 +235,7 @@ class NodeLauncher:
         return [*self._kernels.values(), *self._old]
 
     def _running(self) -> list[Kernel]:
-        return [k for k in self._all() if k.process is not None and k.process.returncode is None]
+        return [kernel for kernel in self._all() if kernel.runs]
 
     def _on_sigterm(self) -> None:
         """Slurm ends the job (scancel, time limit, preemption): end the kernels and tell the server."""
@@ -283,8 +264,9 @@ class NodeLauncher:
             kernel.signal(signal.SIGTERM)
 
         def kill() -> None:
-            for kernel in [kernel for kernel in self._running() if self._leaving or kernel in running]:
-                kernel.stop()
+            for kernel in self._running():
+                if self._leaving or kernel in running:
+                    kernel.stop()
             then()
 
         self._reactor.later(TERM_GRACE, kill)
@@ -296,19 +278,18 @@ class NodeLauncher:
             self._uplink.send("HEARTBEAT")
             if now - self._uplink.last_heard > 3 * self._heartbeat:
                 self._uplink.drop(f"no message from the server for {now - self._uplink.last_heard:.0f} s")
-        elif self._orphan_timeout and now - self._uplink.last_live > self._orphan_timeout:
-            reason = f"no server for {self._orphan_timeout:g} s"
-            if not self._stays(now, reason):
-                self._leave(reason)
-                return
+        elif self._orphan_timeout and now - self._uplink.last_live > self._orphan_timeout and not self._stays(now):
+            self._leave(f"no server for {self._orphan_timeout:g} s")
+            return
         self._plan_beat()
 
-    def _stays(self, now: float, reason: str) -> bool:
+    def _stays(self, now: float) -> bool:
         """Whether the launcher stays without a server. Its kernels end, because no client reaches them."""
         if not self._orphaned:
             self._orphaned = True
             self._terminate_kernels(lambda: None)
             if self._keep:
+                reason = f"no server for {self._orphan_timeout:g} s"
                 print(f"launcher: {reason}; the job is kept", file=sys.stderr, flush=True)
         return self._keep or (self._holds_job and self._job_is_shared(now))
 
@@ -328,8 +309,7 @@ class NodeLauncher:
         if self._slurmd is None or is_slurmd(self._slurmd):
             return
         other = find_slurmd(self._node)
-        if other is not None:
-            self._slurmd = other
+        self._slurmd = other or self._slurmd
         if (other is None) != self._slurmd_missing:
             self._slurmd_missing = other is None
             self._uplink.send("NOTICE", kind="slurmd", missing=self._slurmd_missing)
@@ -368,17 +348,10 @@ def _reap_orphans(known: set[int]) -> None:
 
 def _kill_children(except_pid: int) -> None:
     """Kill the processes that kernels left behind: the launcher is their parent (prctl(2), PR_SET_CHILD_SUBREAPER)."""
-    me = str(os.getpid())
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == except_pid:
-            continue
-        try:
-            with open(f"/proc/{entry}/stat", errors="replace") as stat:
-                parent = stat.read().rpartition(")")[2].split()[1]
-            if parent == me:
-                os.kill(int(entry), signal.SIGKILL)
-        except OSError:  # the process has ended
-            continue
+    for pid in pids():
+        with contextlib.suppress(OSError):  # the process has ended
+            if pid != except_pid and int(stat_fields(pid)[1]) == os.getpid():
+                os.kill(pid, signal.SIGKILL)
 
 
 def main() -> None:

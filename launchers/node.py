@@ -18,25 +18,32 @@ LOG_RETENTION_SECONDS = 30 * 86400
 MAX_ENTRIES = 10_000
 
 
-# -- slurmd --
+# -- Processes --
+
+
+def pids() -> list[int]:
+    """The processes on this node that can be seen."""
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def stat_fields(pid: int) -> list[str]:
+    """The status of a process (proc(5), /proc/PID/stat), from field 3 on, the state. Raises OSError."""
+    with open(f"/proc/{pid}/stat", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()
 
 
 def find_slurmd(node: str) -> int | None:
     """The process id of the node's slurmd; None if there is none, or it is hidden."""
-    found = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_slurmd(pid)]
+    found = [pid for pid in pids() if is_slurmd(pid)]
     if len(found) > 1:
         # Several on one host have different node names, given by -N (slurmd(8)).
-        found = [pid for pid in found if node in _arguments(pid)]
+        found = [pid for pid in found if node in _read(pid, "cmdline").split("\0")]
     return found[0] if found else None
 
 
 def is_slurmd(pid: int) -> bool:
     """Whether the process exists and is slurmd."""
     return _read(pid, "comm").strip() == "slurmd"
-
-
-def _arguments(pid: int) -> list[str]:
-    return _read(pid, "cmdline").split("\0")
 
 
 def _read(pid: int, name: str) -> str:

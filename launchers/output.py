@@ -42,25 +42,19 @@ class MessageRing:
         self.size = 0
         self.acked = ""
         self.positions: dict[str, str] = {}
-        self._messages: OrderedDict[str, Message | None] = OrderedDict()  # None: the message is missing
+        self._messages: OrderedDict[str, Message] = OrderedDict()
         self._dropped: OrderedDict[str, None] = OrderedDict()
         self._dropped_before = 0  # messages dropped before the oldest of ``_dropped``
         self._awaited = ""  # acknowledged, and not received here yet
         self._number = 0
 
     def add(self, message: Message) -> None:
-        self._put(message.msg_id, message if message.is_whole else None)
-
-    def add_gap(self) -> None:
-        """Record that an unknown number of messages is missing here; it counts as one."""
-        self._put("", None)
-
-    def _put(self, msg_id: str, message: Message | None) -> None:
+        """Add a message, or one without frames in the place of missing ones, whose number may be unknown."""
         self._number += 1
-        is_new = msg_id and msg_id not in self._messages and msg_id not in self._dropped
-        key = msg_id if is_new else f"#{self._number}"
+        is_new = message.msg_id and message.msg_id not in self._messages and message.msg_id not in self._dropped
+        key = message.msg_id if is_new else f"#{self._number}"
         self._messages[key] = message
-        self.size += _cost(message)
+        self.size += OVERHEAD + message.size
         if key == self._awaited:
             self._release_upto(key)
         self.shrink()
@@ -75,17 +69,15 @@ class MessageRing:
 
     def _pop(self) -> str:
         key, message = self._messages.popitem(last=False)
-        self.size -= _cost(message)
+        self.size -= OVERHEAD + message.size
         return key
 
     def acknowledge(self, upto: str, positions: dict[str, str]) -> None:
         """Clients have all messages up to ``upto``, which may have been dropped already, or may still come."""
         self.acked, self.positions = upto, positions
-        self._awaited = ""
+        self._awaited = upto
         if upto in self._messages or upto in self._dropped:
             self._release_upto(upto)
-        else:
-            self._awaited = upto
 
     def _release_upto(self, upto: str) -> None:
         self._awaited, self._dropped_before = "", 0
@@ -105,13 +97,9 @@ class MessageRing:
 
     def snapshot(self) -> tuple[dict[str, Any], list[Message]]:
         """The header for a reader (see ``OutputBuffer.read``), and the messages."""
-        whole = [message for message in self._messages.values() if message is not None]
+        whole = [message for message in self._messages.values() if message.is_whole]
         dropped = self._dropped_before + len(self._dropped) + len(self._messages) - len(whole)
         return {"dropped": dropped, "positions": self.positions, "acked": self.acked}, whole
-
-
-def _cost(message: Message | None) -> int:
-    return OVERHEAD + (message.size if message is not None else 0)
 
 
 class OutputBuffer:
@@ -210,18 +198,21 @@ class OutputBuffer:
         """The kept messages for a tunnel stream: records, each behind its length.
 
         The first record is a header in JSON (``dropped``, ``positions``, ``acked``, ``keeps``). Each of the others
-        holds the frames of one message.
+        holds the frames of one message. A piece has many small records, about flow.CHUNK bytes together.
         """
-        self._drain()
-        header, messages = self.ring.snapshot()
-        header["keeps"] = self._stands and not self.trouble
-        yield from _in_chunks(_records(header, messages))
-        self._no_longer_away()
-
-    def _drain(self) -> None:
         for _ in range(MAX_DRAIN_READS):
             if not self._read():
-                return
+                break
+        header, messages = self.ring.snapshot()
+        header["keeps"] = self._stands and not self.trouble
+        waiting = bytearray(wire.frame(json.dumps(header, separators=(",", ":")).encode()))
+        for message in messages:
+            if len(waiting) >= flow.CHUNK:
+                yield bytes(waiting)
+                waiting.clear()
+            waiting += wire.frame(wire.pack(message.frames()))
+        yield bytes(waiting)
+        self._no_longer_away()
 
     # -- the subscription ------------------------------------------------------------------
 
@@ -254,12 +245,11 @@ class OutputBuffer:
         try:
             if outgoing:
                 del outgoing[: self._socket.send(outgoing)]
+            self._reactor.watch(self._socket, READ | WRITE if outgoing else READ, self._on_ready)
         except BlockingIOError:
             return
         except OSError as error:
             self._lost(str(error))
-            return
-        self._reactor.watch(self._socket, READ | WRITE if outgoing else READ, self._on_ready)
 
     def _read(self) -> bool:
         """Read once; False if there was nothing to read, or there is no connection any more."""
@@ -288,7 +278,7 @@ class OutputBuffer:
         self._attempts, self._stands = 0, True
         self._retry.reset()
         if self._interrupted and self._wanted:
-            self.ring.add_gap()
+            self.ring.add(Message("", None))
         self._interrupted = False
 
     def _lost(self, reason: str) -> None:
@@ -313,23 +303,6 @@ class OutputBuffer:
             self._reactor.forget(self._socket)
             self._socket.close()
         self._socket = self._subscriber = None
-
-
-def _records(header: dict[str, Any], messages: list[Message]) -> Iterator[bytes]:
-    yield wire.frame(json.dumps(header, separators=(",", ":")).encode())
-    for message in messages:
-        yield wire.frame(wire.pack(message.frames()))
-
-
-def _in_chunks(records: Iterator[bytes]) -> Iterator[bytes]:
-    """Small records together, in pieces of about flow.CHUNK bytes."""
-    waiting = bytearray()
-    for record in records:
-        waiting += record
-        if len(waiting) >= flow.CHUNK:
-            yield bytes(waiting)
-            waiting.clear()
-    yield bytes(waiting)
 
 
 def _checked_ack(fields: dict[str, Any]) -> tuple[str, dict[str, str]]:

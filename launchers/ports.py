@@ -7,7 +7,6 @@ direct kernel, so that the server can test whether it reaches the node.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import struct
@@ -36,10 +35,6 @@ MAX_CONNECTIONS = 256
 MAX_WORD = 64  # bytes of the question and of the answer
 # Connections that wait to be accepted; beyond it a peer waits a second for its next attempt.
 BACKLOG = 128
-
-
-class NoPort(OSError):
-    """There is no free port in the range that the admin allows."""
 
 
 def choose_ports(ip: str, port_range: Sequence[int] | None) -> dict[str, int]:
@@ -73,11 +68,9 @@ def hold_ports(
 def _bind_one(ip: str, port_range: Sequence[int] | None) -> socket.socket:
     for _attempt in range(ATTEMPTS if port_range else 1):
         port = random.randint(port_range[0], port_range[1]) if port_range else 0  # noqa: S311
-        try:
+        with contextlib.suppress(OSError):
             return _bind(ip, port, reuse=bool(port_range))
-        except OSError:
-            continue
-    raise NoPort(f"no free port on {ip}" + (f" from {port_range[0]} to {port_range[1]}" if port_range else ""))
+    raise OSError(f"no free port on {ip}" + (f" from {port_range[0]} to {port_range[1]}" if port_range else ""))
 
 
 def _bind(ip: str, port: int, *, reuse: bool) -> socket.socket:
@@ -131,17 +124,13 @@ def _diagnose(family: int) -> list[tuple[int, int]]:
                 if kind == _ERROR:
                     raise OSError("socket diagnosis was refused")
                 # struct inet_diag_msg: the port is the first field of the socket id, the uid the last but one.
-                listeners.append(
-                    (
-                        int.from_bytes(data[start + 20 : start + 22], "big"),
-                        int.from_bytes(data[start + 80 : start + 84], sys.byteorder),
-                    )
-                )
+                port = int.from_bytes(data[start + 20 : start + 22], "big")
+                uid = int.from_bytes(data[start + 80 : start + 84], sys.byteorder)
+                listeners.append((port, uid))
                 start += (length + 3) & ~3
 
 
 def _proc_listening(ports: Collection[int]) -> dict[int, int]:
-    """The same by /proc/net/tcp (proc(5))."""
     return {port: int(fields[7]) for port, fields in _proc_listeners(ports)}
 
 
@@ -151,14 +140,14 @@ def tcp_inodes(ports: Collection[int]) -> set[int]:
 
 
 def _proc_listeners(ports: Collection[int]) -> Iterator[tuple[int, list[str]]]:
+    """The listeners on ``ports`` in /proc/net/tcp: the port, and the fields of its line (proc(5))."""
     wanted = {f"{port:04X}": port for port in ports}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in _lines(table):
-            fields = line.split(None, 10)
-            if len(fields) > 9 and fields[3] == _TCP_LISTEN:
-                port = wanted.get(fields[1].rpartition(":")[2])
-                if port is not None:
-                    yield port, fields
+    for line in _lines("/proc/net/tcp") + _lines("/proc/net/tcp6"):
+        fields = line.split(None, 10)
+        if len(fields) > 9 and fields[3] == _TCP_LISTEN:
+            port = wanted.get(fields[1].rpartition(":")[2])
+            if port is not None:
+                yield port, fields
 
 
 def unix_listening(directory: str) -> dict[str, int]:
@@ -185,16 +174,7 @@ def ipc_path(prefix: str, port: int, listening: Collection[str]) -> str | None:
 
     ipykernel and xeus join address and port with a hyphen, IRkernel and IJulia with a colon (``transport://ip:port``).
     """
-    for joint in "-:":
-        path = f"{prefix}{joint}{port}"
-        if path in listening:
-            return path
-    return None
-
-
-def reachable_path_length(path: str) -> bool:
-    """Whether a Unix socket can have this path (unix(7): 108 bytes with the final NUL)."""
-    return len(os.fsencode(path)) < 108
+    return next((path for path in (f"{prefix}-{port}", f"{prefix}:{port}") if path in listening), None)
 
 
 # -- Probes --
@@ -274,24 +254,17 @@ class Probes:
         self.close(kernel_id)
         while len(self._probes) >= MAX_PROBES:
             self.close(next(iter(self._probes)))
+        port_range = fields.get("port_range")
         try:
-            probe = Probe(self._reactor, self._hold(fields, ip), question, answer)
+            try:
+                held = hold_ports(ip, port_range, fields.get("ports"))
+            except OSError:
+                # Another process has taken one of the ports since the kernel's last process ended.
+                held = hold_ports(ip, port_range)
+            probe = self._probes[kernel_id] = Probe(self._reactor, held, question, answer)
+            self._send("PROBED", probe=fields["probe"], ports=probe.ports)
         except OSError as error:
             self._send("PROBED", probe=fields["probe"], error=str(error))
-            return
-        self._probes[kernel_id] = probe
-        self._send("PROBED", probe=fields["probe"], ports=probe.ports)
-
-    @staticmethod
-    def _hold(fields: dict[str, Any], ip: str) -> dict[str, socket.socket]:
-        kept, port_range = fields.get("ports"), fields.get("port_range")
-        try:
-            return hold_ports(ip, port_range, kept)
-        except OSError:
-            if not kept:
-                raise
-        # Another process has taken one of the ports since the kernel's last process ended.
-        return hold_ports(ip, port_range)
 
     def close(self, kernel_id: str) -> None:
         """End the kernel's probe, if there is one."""

@@ -13,6 +13,8 @@ import os
 import stat
 from collections.abc import Collection
 
+from launchers.node import pids, stat_fields
+
 # A write of up to this many bytes goes into a pipe as a whole, or not at all (pipe(7), PIPE_BUF).
 MAX_LINE = 4096
 
@@ -43,28 +45,17 @@ def _kernel_in(session: int, sockets: Collection[int]) -> int:
     """The oldest process of the session that has the sockets: neither a wrapper of the kernel nor a fork of it."""
     wanted = {f"socket:[{inode}]" for inode in sockets}
     found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        try:
-            process_session, started = _session_and_start(entry)
-            if process_session == session and wanted & _targets(entry):
-                found.append((started, int(entry)))
-        except OSError:  # the process has ended, or belongs to another user
-            continue
+    for pid in pids():
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
+            fields = stat_fields(pid)
+            if int(fields[3]) == session and wanted & _targets(pid):
+                found.append((int(fields[19]), pid))  # its start time
     if not found:
         raise NotCapturedError("the process that listens on its channels was not found")
     return min(found)[1]
 
 
-def _session_and_start(pid: str) -> tuple[int, int]:
-    """The session and start time of a process (proc(5), /proc/PID/stat, fields 6 and 22)."""
-    with open(f"/proc/{pid}/stat", errors="replace") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return int(fields[3]), int(fields[19])
-
-
-def _targets(pid: str) -> set[str]:
+def _targets(pid: int) -> set[str]:
     """The open files of a process; a file that it closes meanwhile is left out."""
     directory = f"/proc/{pid}/fd"
     found = set()

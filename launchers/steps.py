@@ -153,9 +153,6 @@ class Steps:
         return {command.process.pid for command in commands if command.process is not None}
 
 
-# -- Steps of other users of the job --
-
-
 def job_is_shared(jobid: str) -> bool | None:
     """Whether a job step runs beside the job's own ones; None if Slurm gives no answer."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}

@@ -50,7 +50,10 @@ class Tunnel:
         """
         if not self.is_same_server(welcome):
             self._session, self._opened = welcome["session"], 0
-            self._drop_all()
+            for stream in list(self._streams.values()):
+                self._drop(stream)
+            self._output_readings.clear()
+            self._uplink.outbox.forget_streams()
         report = {"streams": self._uplink.outbox.positions(), "opened": self._opened}
         for number in self._uplink.outbox.resume(welcome["streams"]):
             self._finish(number)
@@ -69,13 +72,12 @@ class Tunnel:
             if kernel is None or channel.decode(errors="replace") not in wire.CHANNELS:
                 raise ConnectionRefusedError("no such channel")
             stream = Stream(number, kernel.connect(channel.decode()))
+            self._streams[number] = stream
+            self._update(stream)
         except OSError:
             # The server closes the client's connection, and the client tries again, as after any refused connection.
             self._uplink.outbox.close(number)
             self._uplink.flush()
-            return
-        self._streams[number] = stream
-        self._update(stream)
 
     def _open_reading(self, number: int, kernel: Kernel) -> None:
         for other, (kernel_id, _pieces) in list(self._output_readings.items()):
@@ -113,7 +115,7 @@ class Tunnel:
     def credit(self, number: int, payload: bytes) -> None:
         self._uplink.outbox.credit(number, flow.credit_of(payload))
 
-    def close(self, number: int) -> None:
+    def close(self, number: int, _payload: bytes = b"") -> None:
         """The client has gone: its data still goes to the kernel, then the socket closes."""
         self._uplink.outbox.closed(number)
         self._finish(number)
@@ -124,12 +126,6 @@ class Tunnel:
         if stream is not None:
             stream.closing = True
             self._write(stream)
-
-    def _drop_all(self) -> None:
-        for stream in list(self._streams.values()):
-            self._drop(stream)
-        self._output_readings.clear()
-        self._uplink.outbox.forget_streams()
 
     def read_on(self) -> None:
         """The link took data, or it broke and more data may wait: resume reading from paused sockets."""
@@ -177,8 +173,8 @@ class Tunnel:
             return
         if stream.closing and not stream.to_kernel:
             self._drop(stream)
-            return
-        self._update(stream)
+        else:
+            self._update(stream)
 
     def _update(self, stream: Stream) -> None:
         wanted = WRITE if stream.to_kernel else 0

@@ -66,7 +66,7 @@ class Uplink:
         self._on_message, self._on_down, self._on_writable = on_message, on_down, on_writable
         self._retry = Backoff(RETRY_DELAY, MAX_RETRY_DELAYS[0])
         self._due = False
-        reactor.before_wait = self._flush_if_due
+        reactor.before_wait = lambda: self._flush_now() if self._due else None
         self._socket: socket.socket | None = None
         self._deadline: Timer | None = None
         self.live = False
@@ -112,19 +112,14 @@ class Uplink:
     def _on_connected(self, address: Address, sock: socket.socket, untried: list[Address]) -> None:
         self._round = None
         self._socket, self._dialled, self._untried = sock, address, untried
-        self._set_deadline(HANDSHAKE_TIMEOUTS[self._is_long], self._on_silence)
+        self._deadline = self._reactor.later(HANDSHAKE_TIMEOUTS[self._is_long], self._on_silence)
         self._reactor.watch(self._socket, READ, self._on_ready)
-
-    def _set_deadline(self, seconds: float, action: Callable[[], None]) -> None:
-        if self._deadline:
-            self._deadline.cancel()
-        self._deadline = self._reactor.later(seconds, action)
 
     def _on_silence(self) -> None:
         """The server accepts connections and sends nothing: it hangs. Skip its other addresses (same port)."""
         assert self._dialled is not None
-        port = self._dialled[1]
-        self._untried = [address for address in self._untried if address[1] != port] or self._untried
+        other_ports = [address for address in self._untried if address[1] != self._dialled[1]]
+        self._untried = other_ports or self._untried
         self.drop("the server did not finish the handshake")
 
     def drop(self, reason: str) -> None:
@@ -205,12 +200,12 @@ class Uplink:
         """For HELLO: the address that worked, and the failures since the last link."""
         assert self._dialled is not None
         failures: list[list[str]] = []
-        size = 0
+        room = MAX_FAILURES
         for address, reason in self._failures.items():
             failure = [endpoints.format_endpoint(*address), reason[:MAX_FAILURE]]
-            if address != self._dialled and size + sum(map(len, failure)) < MAX_FAILURES:
+            if address != self._dialled and room > (size := sum(map(len, failure))):
                 failures.append(failure)
-                size += sum(map(len, failure))
+                room -= size
         return {"reached": endpoints.format_endpoint(*self._dialled), "in_vain": failures}
 
     def local_ip(self) -> str:
@@ -270,19 +265,19 @@ class Uplink:
         opening, self._seal, self._unseal = envelope.seal_hello(
             public_key, self.token, self._id, self._jobid, self._hello()
         )
-        self._send_all(wire.frame(opening.encode()))
+        self._send_opening(opening)
 
     def _complain(self, public_key: bytes, reason: str) -> None:
         tag = wire.complaint_tag(self.token, public_key, self._id, self._jobid, reason)
         opening = wire.Opening(wire.COMPLAINT, self._id, self._jobid, tag, reason)
-        self._send_all(wire.frame(opening.encode()))
+        self._send_opening(opening)
         print(f"link: {reason}", file=sys.stderr, flush=True)
         raise SystemExit(3)
 
-    def _send_all(self, data: bytes) -> None:
+    def _send_opening(self, opening: wire.Opening) -> None:
         # A few hundred bytes fit the empty buffer of a new connection: this does not block.
         assert self._socket is not None
-        self._socket.sendall(data)
+        self._socket.sendall(wire.frame(opening.encode()))
 
     def send(self, name: str, **fields: Any) -> None:
         """Queue a message; without a live link it is dropped (the next REPORT has the same information)."""
@@ -294,17 +289,18 @@ class Uplink:
         """Send soon, together with everything that is queued before the reactor waits again."""
         self._due = True
 
-    def _flush_if_due(self) -> None:
-        if self._due:
-            self._flush_now()
-
     def _flush_now(self) -> None:
         """Seal and send while the socket takes it."""
         self._due = False
         if self._socket is None or self._seal is None:
             return
         try:
-            self._fill_and_send()
+            while True:
+                while len(self._sealed) < SOCKET_BACKLOG and (body := self.outbox.next_frame()) is not None:
+                    self._sealed += wire.frame(self._seal(body))
+                if not self._sealed:
+                    break
+                del self._sealed[: self._socket.send(self._sealed)]
         except BlockingIOError:
             pass
         except OSError as error:
@@ -313,20 +309,6 @@ class Uplink:
         wanted = READ | WRITE if self._sealed else READ
         self._reactor.watch(self._socket, wanted, self._on_ready)
         self._on_writable()
-
-    def _fill_and_send(self) -> None:
-        assert self._socket is not None
-        assert self._seal is not None
-        while True:
-            while len(self._sealed) < SOCKET_BACKLOG:
-                body = self.outbox.next_frame()
-                if body is None:
-                    break
-                self._sealed += wire.frame(self._seal(body))
-            if not self._sealed:
-                return
-            sent = self._socket.send(self._sealed)
-            del self._sealed[:sent]
 
     def finish(self, seconds: float) -> None:
         """Send what waits, for at most ``seconds``, then close."""
