@@ -44,9 +44,9 @@ def _copy(registry: Registry, rows: Rows, jobid: int, addresses: tuple[str, ...]
         slots={kernel_id: 0},
     )
     kernel: KernelRecord = replace(rows.kernels[0], kernel_id=kernel_id, launcher_id=key, record_key=key)
-    registry.put_allocation(allocation)
-    registry.put_launcher(launcher)
-    registry.put_kernel(kernel)
+    registry.put(allocation)
+    registry.put(launcher)
+    registry.put(kernel)
     report = {name: getattr(kernel, name) for name in ("kernel_id", "generation", "pid", "mode", "ip", "ports")}
     return {
         "launcher_id": key,

@@ -255,7 +255,7 @@ class Allocations:
             older = allocation.record_key
             allocation.merge(record)
             if older != allocation.record_key:
-                self.table.registry.remove_allocation(older)
+                self.table.registry.remove("allocations", older)
         for launcher in launchers:
             self._starter.restore(allocation, launcher)
         self._monitor.watch(allocation)

@@ -53,7 +53,7 @@ class AllocationTable:
         """Put an allocation on record, for a later server process; one that is over is not recorded."""
         if allocation.is_over:
             return
-        self.registry.put_allocation(
+        self.registry.put(
             AllocationRecord(
                 launcher_id=allocation.assign_record_key(),
                 jobid=allocation.jobid or None,
@@ -89,15 +89,15 @@ class AllocationTable:
         self.discard(allocation)
         self.registry.pending_cancel.discard(allocation.record_key)
         if allocation.record_key:
-            self.registry.remove_allocation(allocation.record_key)
+            self.registry.remove("allocations", allocation.record_key)
         for launcher_id in allocation.launchers:
-            self.registry.remove_launcher(launcher_id)
+            self.registry.remove("launchers", launcher_id)
 
     # -- Launchers --
 
     def record_launcher(self, allocation: Allocation, launcher: Launcher) -> None:
         """Put on record what a later server process needs to accept the launcher and to find its kernels."""
-        self.registry.put_launcher(
+        self.registry.put(
             LauncherRecord(
                 launcher_id=launcher.launcher_id,
                 record_key=allocation.record_key,
@@ -118,7 +118,7 @@ class AllocationTable:
         """The launcher has ended, and its kernels with it."""
         launcher.release()  # Slurm may call a job over whose launcher still answers
         self._socket.forget(launcher.launcher_id)
-        self.registry.remove_launcher(launcher.launcher_id)
+        self.registry.remove("launchers", launcher.launcher_id)
         allocation.remove_launcher(launcher.launcher_id)
         launcher.fail(LauncherFailed(reason))
         launcher.end_kernels(reason)

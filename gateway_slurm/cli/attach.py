@@ -65,7 +65,7 @@ def _abandoned(service: SlurmService) -> list[tuple[ServerRecord, KernelRecord]]
     """Kernels whose server is dead: its process on this host has ended, or its lease is over."""
     registry = service.make_registry()
     try:
-        return [(server, kernel) for server, kernel in registry.all_kernels() if server.is_dead]
+        return [(server, kernel) for server, kernel in registry.store.all_kernels() if server.is_dead]
     finally:
         registry.close()
 

@@ -184,7 +184,7 @@ class KernelRestorer:
             if session.kernel_id in self._manager:
                 sessions.append(session)
             else:
-                registry.remove_session(session.session_id)
+                registry.remove("sessions", session.session_id)
         for callback in self.on_sessions:
             callback(sessions)
 

@@ -34,12 +34,12 @@ class SessionRecords:
     def put(self, record: SessionRecord) -> None:
         """Put a new or changed session on record."""
         if self._is_kept:
-            SlurmService.instance().registry.put_session(record)
+            SlurmService.instance().registry.put(record)
 
     def remove(self, session_id: str) -> None:
         """Delete a session's record."""
         if self._is_kept:
-            SlurmService.instance().registry.remove_session(session_id)
+            SlurmService.instance().registry.remove("sessions", session_id)
 
     @property
     def _is_kept(self) -> bool:

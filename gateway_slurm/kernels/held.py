@@ -132,7 +132,7 @@ class Kernels:
     def forget(self, handle: KernelHandle) -> None:
         """The kernel is over: remove it from the table and from the store."""
         self.discard(handle)
-        self.registry.remove_kernel(handle.process.kernel_id)
+        self.registry.remove("kernels", handle.process.kernel_id)
 
     def discard(self, handle: KernelHandle) -> None:
         """Remove the kernel from the table; its record stays, as it belongs to another server now."""
@@ -221,7 +221,7 @@ class KernelHandle:
         assert process.launched is not None
         # The launcher's record has the slot of the kernel.
         self._kernels.owners.of(self.allocation.owner).table.record_launcher(self.allocation, process.launcher)
-        self._kernels.registry.put_kernel(
+        self._kernels.registry.put(
             KernelRecord(
                 kernel_id=process.kernel_id,
                 launcher_id=process.launcher.launcher_id,

@@ -63,7 +63,7 @@ class Restorer:
         for kernel in claimed.kernels:
             if kernel.kernel_id not in known:
                 self.log.error("kernel %s cannot be restored: its launcher is not on record", kernel.kernel_id)
-                self._kernels.registry.remove_kernel(kernel.kernel_id)
+                self._kernels.registry.remove("kernels", kernel.kernel_id)
         intents = [record for record in claimed.allocations if not record.jobid]
         if intents:
             self._tasks.create_task(self._resolve_intents(intents, launchers))
@@ -111,7 +111,7 @@ class Restorer:
             handle = self._kernels.restore(allocation, launcher, record, reason)
         except (KeyError, TypeError, AttributeError) as error:
             self.log.error("kernel %s cannot be restored: its record is incomplete: %r", record.kernel_id, error)
-            self._kernels.registry.remove_kernel(record.kernel_id)
+            self._kernels.registry.remove("kernels", record.kernel_id)
             return []
         return [RestoredKernel(record, handle)]
 
@@ -145,9 +145,9 @@ class Restorer:
                 break
             await asyncio.sleep(min(pauses.next(), max(0.0, deadline - loop.time()) + 0.1))
         for key in waiting:
-            self._kernels.registry.remove_allocation(key)
+            self._kernels.registry.remove("allocations", key)
             for launcher in launchers[key]:
-                self._kernels.registry.remove_launcher(launcher.launcher_id)
+                self._kernels.registry.remove("launchers", launcher.launcher_id)
 
 
 def _by_record(launchers: Iterable[LauncherRecord]) -> dict[str, list[LauncherRecord]]:
@@ -324,7 +324,7 @@ class Failover:
         """Note the addresses of the deployment's living servers; return whether there are dead ones."""
         if not self._deployment:
             return False
-        servers = await asyncio.to_thread(self._registry.servers)
+        servers = await asyncio.to_thread(lambda: self._registry.store.servers())
         others = [
             server
             for server in servers
@@ -344,7 +344,7 @@ class Failover:
         if not self._watching:
             return False
         async with self._claiming:
-            found = await asyncio.to_thread(self._registry.find_launcher, launcher_id)
+            found = await asyncio.to_thread(lambda: self._registry.store.find_launcher(launcher_id))
         if found is None or found[0].deployment != self._deployment:
             return False
         server, record = found

@@ -10,7 +10,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from gateway_slurm.store.engine import Database, connect, make_directory
 from gateway_slurm.store.records import (
     LEASE_SECONDS,
     MEMORY,
-    AllocationRecord,
     ClaimedRows,
     KernelRecord,
     LauncherRecord,
@@ -32,7 +31,7 @@ from gateway_slurm.store.records import (
     ServerAllocation,
     ServerRecord,
 )
-from gateway_slurm.store.rows import KINDS, Change, Record, RowKey, collect, from_row, to_row
+from gateway_slurm.store.rows import KINDS, Change, RowKey, collect, from_row, to_row
 from gateway_slurm.store.schema import ALLOCATIONS, KERNELS, LAUNCHERS, META, SERVERS, SESSIONS, TABLES
 
 # PostgreSQL's advisory lock for opening the store: of two processes, one makes the tables.
@@ -59,7 +58,8 @@ def open_store(url: str, directory: Path, key_file: str = "") -> Store:
             schema.prepare(connection, database.name)
             # Write something: a full disk is found now, and not when a kernel depends on the store.
             schema.set_meta(connection, "opened", f"{time.time():.0f}")
-            cipher = _cipher(connection, database.name, _key_path(url, directory, key_file))
+            key_path = Path(key_file).expanduser() if key_file else directory.parent / KEY_NAME
+            cipher = _cipher(connection, database.name, None if url == MEMORY else key_path)
     except BaseException:
         database.close()
         raise
@@ -73,12 +73,6 @@ def _check_file(connection: sa.Connection, name: str) -> None:
             f"the store {name} is damaged ({found}); it is left as it is: move it away (with its -wal file) for a new "
             "one to be made, or put a copy of it back"
         )
-
-
-def _key_path(url: str, directory: Path, key_file: str) -> Path | None:
-    if url == MEMORY:
-        return None
-    return Path(key_file).expanduser() if key_file else directory.parent / KEY_NAME
 
 
 def _cipher(connection: sa.Connection, name: str, path: Path | None) -> RowCipher:
@@ -101,11 +95,11 @@ def _cipher(connection: sa.Connection, name: str, path: Path | None) -> RowCiphe
         make_directory(path.parent)
         key = make_key(path)
     cipher = RowCipher(key, store_id)
-    if check is None:
-        schema.set_meta(connection, "key_check", cipher.encrypt(META.name, "key_check", store_id).hex())
-        return cipher
     try:
-        cipher.decrypt(META.name, "key_check", bytes.fromhex(check))
+        if check is None:
+            schema.set_meta(connection, "key_check", cipher.encrypt(META.name, "key_check", store_id).hex())
+        else:
+            cipher.decrypt(META.name, "key_check", bytes.fromhex(check))
     except ValueError:
         raise StoreError(
             f"the key in {path} is not the one that the store {name} is encrypted with: name the right one in "
@@ -192,10 +186,9 @@ class Store:
             self._register(connection, server)
             others: set[RowKey] = set()
             for name, table in TABLES.items():
-                keys = sa.select(table.c[KINDS[name].key], table.c.server_id == server.server_id)
-                found = [(str(key), bool(is_mine)) for key, is_mine in connection.execute(keys)]
-                mine = {key for key, is_mine in found if is_mine}
-                others |= {(name, key) for key, is_mine in found if not is_mine and key not in mine}
+                rows = connection.execute(sa.select(table.c[KINDS[name].key], table.c.server_id)).all()
+                mine = {key for key, server_id in rows if server_id == server.server_id}
+                others |= {(name, str(key)) for key, _server_id in rows if key not in mine}
             return others
 
     # -- Rows --
@@ -245,35 +238,23 @@ class Store:
     def rows_of(self, server_id: str) -> Rows:
         """All records of one server."""
         with self._database.reading() as connection:
-            rows = {
-                name: [
-                    dict(row)
-                    for row in connection.execute(sa.select(table).where(table.c.server_id == server_id)).mappings()
-                ]
-                for name, table in TABLES.items()
-            }
-        return self._collected(rows)
-
-    def _collected(self, rows: Mapping[str, list[dict[str, Any]]]) -> Rows:
-        return collect({name: self._records(name, of_table) for name, of_table in rows.items()})
-
-    def _records(self, name: str, rows: Iterable[Mapping[str, Any]]) -> list[Record]:
-        return [record for row in rows if (record := from_row(name, row, self._cipher)) is not None]
+            own = {name: sa.select(table).where(table.c.server_id == server_id) for name, table in TABLES.items()}
+            rows = {name: [dict(row) for row in connection.execute(of).mappings()] for name, of in own.items()}
+        return collect(rows, self._cipher)
 
     def all_allocations(self) -> list[ServerAllocation]:
         """All servers' allocations."""
-        return [(server, record) for server, record in self._all("allocations") if isinstance(record, AllocationRecord)]
+        return list(self._all("allocations"))
 
     def all_kernels(self) -> list[tuple[ServerRecord, KernelRecord]]:
         """All servers' kernels."""
-        return [(server, record) for server, record in self._all("kernels") if isinstance(record, KernelRecord)]
+        return list(self._all("kernels"))
 
     def find_launcher(self, launcher_id: str) -> tuple[ServerRecord, LauncherRecord] | None:
         """A launcher's record, with its tokens, and the server that has it; None if no server has it."""
-        found = self._all("launchers", LAUNCHERS.c.launcher_id == launcher_id)
-        return next(((server, record) for server, record in found if isinstance(record, LauncherRecord)), None)
+        return next(self._all("launchers", LAUNCHERS.c.launcher_id == launcher_id), None)
 
-    def _all(self, name: str, *conditions: sa.ColumnElement[bool]) -> Iterator[tuple[ServerRecord, Record]]:
+    def _all(self, name: str, *conditions: sa.ColumnElement[bool]) -> Iterator[tuple[ServerRecord, Any]]:
         with self._database.reading() as connection:
             servers = {server.server_id: server for server in self._servers(connection)}
             rows = connection.execute(sa.select(TABLES[name]).where(*conditions)).mappings().all()
@@ -299,7 +280,7 @@ class Store:
                 return ClaimedRows()  # the usual case, which takes no lock
         with self._database.writing() as connection:
             moved = claims.claim(connection, request, lambda: self._database.now(connection))
-        rows = self._collected(moved.rows)
+        rows = collect(moved.rows, self._cipher)
         return ClaimedRows(**vars(rows), epoch=moved.epoch, servers=tuple(moved.servers))
 
     def drop(self, allocations: Iterable[ServerAllocation]) -> None:

@@ -12,13 +12,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gateway_slurm._util import LogOnce, locked, write_atomically
 from gateway_slurm.errors import StoreError
 from gateway_slurm.store.records import AllocationRecord, ProcessInfo, ServerAllocation, ServerRecord, this_process
+from gateway_slurm.store.rows import known_fields
 
 EXPORT_NAME = "slurm_provisioner.json"
 MAX_FILE_BYTES = 4 << 20
@@ -33,37 +34,37 @@ class Exporter:
     ``export`` is the frontends' file, ``files`` those for other hosts; None where they are not wanted.
     """
 
-    def __init__(self, export: Path | None, files: RecordFiles | None, process: ProcessInfo) -> None:
-        self._export, self._files, self._process = export, files, process
+    def __init__(
+        self,
+        export: Path | None,
+        files: RecordFiles | None,
+        own_allocations: Callable[[], list[AllocationRecord]],
+        all_allocations: Callable[[], list[ServerAllocation]],
+    ) -> None:
+        self._export, self._files = export, files
+        self._own_allocations, self._all_allocations = own_allocations, all_allocations
+        self._process = this_process()
         self._executor = ThreadPoolExecutor(1, "gateway_slurm-export")
         self._scheduled: Future[None] | None = None
         self._log = LogOnce(_log)
 
-    def schedule(
-        self,
-        own_allocations: Callable[[], list[AllocationRecord]],
-        all_allocations: Callable[[], list[ServerAllocation]],
-    ) -> None:
+    def schedule(self) -> None:
         """Write the files soon: once for all changes until then."""
         scheduled = self._scheduled
         if scheduled is None or scheduled.running() or scheduled.done():
             with contextlib.suppress(RuntimeError):  # after close
-                self._scheduled = self._executor.submit(self._write, own_allocations, all_allocations)
+                self._scheduled = self._executor.submit(self._write)
 
     def close(self) -> None:
         """Finish the write that is under way, and end the thread."""
         self._executor.shutdown()
 
-    def _write(
-        self,
-        own_allocations: Callable[[], list[AllocationRecord]],
-        all_allocations: Callable[[], list[ServerAllocation]],
-    ) -> None:
+    def _write(self) -> None:
         try:
             if self._files is not None:
-                self._files.write(self._process, own_allocations())
+                self._files.write(self._process, self._own_allocations())
             if self._export is not None:
-                write_export(self._export, all_allocations)
+                write_export(self._export, self._all_allocations)
         except (OSError, StoreError) as error:
             self._log.warning("write", "the files for frontends and other hosts are out of date: %s", error)
         else:
@@ -79,19 +80,18 @@ def write_export(path: Path, all_allocations: Callable[[], list[ServerAllocation
     with locked(path.with_suffix(".lock"), LOCK_SECONDS):
         living = [(server, record) for server, record in all_allocations() if not server.is_gone]
         # The file belongs to the Unix user of this process. It must not show other owners' jobs.
-        jobs = {jobid: record for jobid, (_server, record) in by_job(living).items() if not record.owner}
-        write_atomically(path, json.dumps({jobid: _for_frontends(record) for jobid, record in jobs.items()}))
-
-
-def _for_frontends(record: AllocationRecord) -> dict[str, Any]:
-    """In jupyter-slurm-provisioner's format."""
-    return {
-        "kernel_ids": record.kernel_ids,
-        "nodelist": record.nodelist,
-        "endtime": record.end_time,
-        "config": record.config,
-        "state": record.state,
-    }
+        jobs = {
+            jobid: {  # jupyter-slurm-provisioner's format
+                "kernel_ids": record.kernel_ids,
+                "nodelist": record.nodelist,
+                "endtime": record.end_time,
+                "config": record.config,
+                "state": record.state,
+            }
+            for jobid, (_server, record) in by_job(living).items()
+            if not record.owner
+        }
+        write_atomically(path, json.dumps(jobs))
 
 
 def by_job(allocations: Iterable[ServerAllocation]) -> dict[str, ServerAllocation]:
@@ -137,12 +137,8 @@ class RecordFiles:
     def of_other_hosts(self) -> list[ServerAllocation]:
         """The allocations of servers on other hosts, which this host's store does not have."""
         this_host = this_process().host
-        return [
-            (server, record)
-            for _path, server, records in self._all()
-            if server.process.host != this_host
-            for record in records
-        ]
+        others = [(server, records) for _path, server, records in self._all() if server.process.host != this_host]
+        return [(server, record) for server, records in others for record in records]
 
     def remove_dead(self) -> None:
         """Remove the files of this host's processes that have ended; the store has their records. Raises OSError."""
@@ -169,8 +165,5 @@ def _read(path: Path) -> tuple[ServerRecord, list[AllocationRecord]]:
         raise ValueError(f"it is larger than {MAX_FILE_BYTES} bytes")
     content: dict[str, Any] = json.loads(path.read_text())
     process = ProcessInfo(**content["process"])
-    names = {field.name for field in fields(AllocationRecord)}
-    # Other hosts may run another version: an unknown field must not hide the job.
-    known = [{name: value for name, value in entry.items() if name in names} for entry in content["records"]]
     server = ServerRecord(server_id=f"file-{process.file_name}", process=process, lease_until=math.inf)
-    return server, [AllocationRecord(**values) for values in known]
+    return server, [known_fields(AllocationRecord, entry) for entry in content["records"]]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jupyter_core.paths import jupyter_runtime_dir
 
-from gateway_slurm.errors import StoreError, StoreUnavailable
+from gateway_slurm.errors import StoreUnavailable
 from gateway_slurm.store.export import EXPORT_NAME, Exporter, RecordFiles
 from gateway_slurm.store.keep_flags import KeepFlagFiles
 from gateway_slurm.store.records import (
@@ -75,7 +74,7 @@ class Registry:
         self._files = RecordFiles(directory / "registry")
         process = this_process()
         self._host_directory = directory / (re.sub(r"[^\w.-]", "_", process.host) or "localhost")
-        self._exporter = Exporter(export, None if url else self._files, process)
+        self._exporter = Exporter(export, None if url else self._files, self.allocations, self.all_allocations)
         self.pending_cancel: set[str] = set()
         """Keys of allocations that this server no longer uses and Slurm may still have. ``close`` keeps them on record.
         """
@@ -91,13 +90,8 @@ class Registry:
     @classmethod
     def default(cls, *, url: str = "", key_file: str = "", deployment: str = "") -> Registry:
         """The user's registry. ``on_lost`` may be set later."""
-        return cls(
-            state_directory(),
-            Path(jupyter_runtime_dir()) / EXPORT_NAME,
-            url=url,
-            key_file=key_file,
-            deployment=deployment,
-        )
+        export = Path(jupyter_runtime_dir()) / EXPORT_NAME
+        return cls(state_directory(), export, url=url, key_file=key_file, deployment=deployment)
 
     @property
     def server_id(self) -> str:
@@ -142,11 +136,7 @@ class Registry:
 
         With ``leave`` all rows stay for the next server; otherwise only allocations that are kept or pending a cancel.
         """
-        kept = {
-            record.launcher_id
-            for record in self.allocations()
-            if record.keep or record.launcher_id in self.pending_cancel
-        }
+        kept = {record.launcher_id for record in self.allocations() if record.keep} | self.pending_cancel
 
         def stays(record: Record) -> bool:
             if leave or (isinstance(record, AllocationRecord) and record.launcher_id in kept):
@@ -166,63 +156,35 @@ class Registry:
         try:
             await asyncio.wait_for(asyncio.wrap_future(self._writer.flushed()), seconds)
         except asyncio.TimeoutError:
-            raise self._not_durable(seconds) from None
+            raise StoreUnavailable(
+                f"the store has recorded nothing for {seconds:g} s: {self.trouble or 'it is busy'}"
+            ) from None
 
     def flush(self, seconds: float = 30.0) -> None:
-        """Blocking. As ``flushed``, for threads."""
-        try:
-            self._writer.flushed().result(seconds)
-        except concurrent.futures.TimeoutError:
-            raise self._not_durable(seconds) from None
-
-    def _not_durable(self, seconds: float) -> StoreError:
-        return StoreUnavailable(f"the store has recorded nothing for {seconds:g} s: {self.trouble or 'it is busy'}")
+        """Blocking. As ``flushed``, for threads without a loop."""
+        asyncio.run(self.flushed(seconds))
 
     # -- This server's rows --
 
-    def put_allocation(self, record: AllocationRecord) -> None:
-        """Keep a new or changed allocation. An unchanged record is not written again."""
+    def put(self, record: Record) -> None:
+        """Keep a new or changed record. An unchanged record is not written again."""
         self._writer.put(record)
 
-    def remove_allocation(self, launcher_id: str) -> None:
-        """Remove an allocation, with its launchers and kernels."""
-        self._writer.remove(("allocations", launcher_id), *self._writer.keys_in_allocation(launcher_id))
+    def remove(self, table: str, key: str) -> None:
+        """Remove a row, if it exists; an allocation with its launchers and kernels."""
+        self._writer.remove((table, key), *(self._writer.keys_in_allocation(key) if table == "allocations" else ()))
 
     def allocations(self) -> list[AllocationRecord]:
         """The allocations of this server."""
         return self._writer.all("allocations")
 
-    def put_launcher(self, record: LauncherRecord) -> None:
-        """Keep a new or changed launcher."""
-        self._writer.put(record)
-
-    def remove_launcher(self, launcher_id: str) -> None:
-        """Remove a launcher."""
-        self._writer.remove(("launchers", launcher_id))
-
     def launchers(self) -> list[LauncherRecord]:
         """The launchers of this server."""
         return self._writer.all("launchers")
 
-    def put_kernel(self, record: KernelRecord) -> None:
-        """Keep a new or changed kernel."""
-        self._writer.put(record)
-
-    def remove_kernel(self, kernel_id: str) -> None:
-        """Remove a kernel."""
-        self._writer.remove(("kernels", kernel_id))
-
     def kernels(self) -> list[KernelRecord]:
         """The kernels of this server."""
         return self._writer.all("kernels")
-
-    def put_session(self, record: SessionRecord) -> None:
-        """Keep a new or changed session."""
-        self._writer.put(record)
-
-    def remove_session(self, session_id: str) -> None:
-        """Remove a session."""
-        self._writer.remove(("sessions", session_id))
 
     def sessions(self) -> list[SessionRecord]:
         """The sessions of this server."""
@@ -230,7 +192,7 @@ class Registry:
 
     def _export(self, changed: set[RowKey]) -> None:
         if any(table == "allocations" for table, _key in changed):
-            self._exporter.schedule(self.allocations, self.all_allocations)
+            self._exporter.schedule()
 
     # -- All servers' rows (blocking) --
 
@@ -240,18 +202,6 @@ class Registry:
         self._writer.add_claimed([*claimed.allocations, *claimed.launchers, *claimed.kernels, *claimed.sessions])
         self.epoch = max(self.epoch, claimed.epoch)
         return claimed
-
-    def servers(self) -> list[ServerRecord]:
-        """Blocking. All living servers, and the dead ones that still have rows."""
-        return self.store.servers()
-
-    def find_launcher(self, launcher_id: str) -> tuple[ServerRecord, LauncherRecord] | None:
-        """Blocking. A launcher's record, with its tokens, and the server that has it; None if no server has it."""
-        return self.store.find_launcher(launcher_id)
-
-    def all_kernels(self) -> list[tuple[ServerRecord, KernelRecord]]:
-        """Blocking. All servers' kernels."""
-        return self.store.all_kernels()
 
     def all_allocations(self) -> list[ServerAllocation]:
         """Blocking. All servers' allocations, other hosts' included."""
@@ -281,8 +231,7 @@ class Registry:
             if server.is_gone and deployment in (None, server.deployment)
         ]
 
-    def drop(self, orphans: Iterable[ServerAllocation]) -> None:
+    def drop(self, orphans: Collection[ServerAllocation]) -> None:
         """Blocking. Remove these allocations of dead servers, with their launchers and kernels."""
-        allocations = list(orphans)
-        if allocations:
-            self.store.drop(allocations)
+        if orphans:
+            self.store.drop(orphans)

@@ -1,7 +1,7 @@
 """Records as rows: which fields are columns, which are encrypted, and which go into one JSON text.
 
 Only fields that queries use are columns. The JSON is ASCII: a client's text may hold what a database's text may not
-(NUL, half a surrogate pair). An unknown field, of another version, is ignored: the job must be found all the same.
+(NUL, half a surrogate pair).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from gateway_slurm.store.encryption import RowCipher
 from gateway_slurm.store.records import AllocationRecord, KernelRecord, LauncherRecord, Rows, SessionRecord
@@ -24,6 +24,7 @@ RowKey = tuple[str, str]
 Change = tuple[str, str, Record | None]
 """Table, key, and the row's new content; None removes the row."""
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -59,15 +60,13 @@ def to_row(record: Record, cipher: RowCipher) -> dict[str, Any]:
     row = {name: values.pop(name) for name in (kind.key, *kind.columns)}
     if kind.encrypted:
         secret = {name: values.pop(name) for name in kind.encrypted}
-        row["encrypted"] = cipher.encrypt(table, key, _with_hex_tokens(secret))
+        if "tokens" in secret:
+            secret["tokens"] = [token.hex() for token in secret["tokens"]]
+        row["encrypted"] = cipher.encrypt(table, key, secret)
     row["record"] = json.dumps(values)
     if isinstance(record, AllocationRecord) and len(row["record"]) > MAX_ALLOCATION_BYTES:
         return to_row(replace(record, config={}, nodelist=[]), cipher)
     return row
-
-
-def _with_hex_tokens(secret: dict[str, Any]) -> dict[str, Any]:
-    return {**secret, "tokens": [token.hex() for token in secret["tokens"]]} if "tokens" in secret else secret
 
 
 def from_row(table: str, row: Mapping[str, Any], cipher: RowCipher) -> Record | None:
@@ -80,14 +79,22 @@ def from_row(table: str, row: Mapping[str, Any], cipher: RowCipher) -> Record | 
             values |= cipher.decrypt(table, key, bytes(row["encrypted"]))
         if "tokens" in values:
             values["tokens"] = tuple(bytes.fromhex(token) for token in values["tokens"])
-        values |= {name: row[name] for name in (kind.key, *kind.columns)}
-        names = {field.name for field in fields(kind.record)}
-        return kind.record(**{name: value for name, value in values.items() if name in names})
+        return known_fields(kind.record, values | {name: row[name] for name in (kind.key, *kind.columns)})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         _log.warning("row %s of the store's table %s cannot be read and is left as it is: %s", key, table, error)
         return None
 
 
-def collect(records: Mapping[str, list[Record]]) -> Rows:
-    """The records of all tables in one object."""
-    return Rows(**{table: tuple(records.get(table, ())) for table in KINDS})  # type: ignore[arg-type]
+def known_fields(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A record of these values. Fields of another version are ignored: the job must be found all the same."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def collect(rows: Mapping[str, list[dict[str, Any]]], cipher: RowCipher) -> Rows:
+    """The records of all tables' rows in one object."""
+    records = {
+        table: tuple(record for row in rows.get(table, ()) if (record := from_row(table, row, cipher)) is not None)
+        for table in KINDS
+    }
+    return Rows(**records)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ DEAD_SERVER = """
     for jobid, launcher_id, kernel in (word.split(":") for word in sys.argv[1:]):
         kernel_ids = [kernel] if kernel else []
         record = AllocationRecord(launcher_id=launcher_id, jobid=jobid, identity=launcher_id, kernel_ids=kernel_ids)
-        registry.put_allocation(record)
+        registry.put(record)
     registry.flush()
     print(registry.store_id)
     sys.stdout.flush()

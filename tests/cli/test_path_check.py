@@ -83,7 +83,7 @@ def test_a_line_for_each_step_is_printed_and_findings_follow(service, cluster):
     """Rows of dead servers are found afterwards, and are not removed without ``--fix``."""
     registry = Registry.default()
     registry.open()
-    registry.put_allocation(AllocationRecord(launcher_id="gs-1", jobid="99999999", identity="gs-1", kernel_ids=[]))
+    registry.put(AllocationRecord(launcher_id="gs-1", jobid="99999999", identity="gs-1", kernel_ids=[]))
     registry.flush()
     registry.close(leave=True)
     done = subprocess.run(command(*REQUEST), capture_output=True, text=True, timeout=READY, check=False)

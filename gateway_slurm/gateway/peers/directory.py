@@ -134,7 +134,7 @@ class _StoreQueries:
         return Location(peer=peer, owner=owner)
 
     def _servers(self) -> list[ServerRecord]:
-        return [server for server in self._registry.servers() if server.deployment == self._deployment]
+        return [server for server in self._registry.store.servers() if server.deployment == self._deployment]
 
 
 def _peer(server: ServerRecord) -> Peer:

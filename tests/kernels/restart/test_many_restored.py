@@ -58,11 +58,11 @@ def leave_behind(directory: Path, port: int) -> list[dict[str, str]]:
     for number in range(KERNELS):
         key, jobid, kernel_id = f"gs-{number:016x}", str(1000 + number), f"kernel-{number}"
         tokens = secrets.token_bytes(32), secrets.token_bytes(32)
-        registry.put_allocation(AllocationRecord(launcher_id=key, jobid=jobid, state="RUNNING", identity=key))
-        registry.put_launcher(
+        registry.put(AllocationRecord(launcher_id=key, jobid=jobid, state="RUNNING", identity=key))
+        registry.put(
             LauncherRecord(launcher_id=key, record_key=key, jobid=jobid, tokens=tokens, node="c1", holds_job=True)
         )
-        registry.put_kernel(
+        registry.put(
             KernelRecord(
                 kernel_id=kernel_id,
                 launcher_id=key,

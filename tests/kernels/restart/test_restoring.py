@@ -294,8 +294,8 @@ async def test_a_launcher_that_dials_the_wrong_server_is_told_the_right_one(depl
     with driven_server() as first:
         assert await call(first, "restore") == []
         known = await call(first, "start", name="slurm")
-        (kernel,) = [one for _server, one in await asyncio.to_thread(registry.all_kernels)]
-        found = await asyncio.to_thread(registry.find_launcher, kernel.launcher_id)
+        (kernel,) = [one for _server, one in await asyncio.to_thread(registry.store.all_kernels)]
+        found = await asyncio.to_thread(registry.store.find_launcher, kernel.launcher_id)
         assert found is not None
         its_server, record = found
         name, fields = await answer_of(deployment._socket.port, record)

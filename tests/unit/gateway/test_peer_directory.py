@@ -39,10 +39,10 @@ def other(registries):
     """The other gateway: a kernel of alice's that runs, with a session, and one of bob's that starts."""
     registry = registries[1]
     registry.announce(url="http://127.0.0.1:1234/")
-    registry.put_allocation(AllocationRecord(launcher_id="l1", jobid="1", owner="alice", kernel_ids=[KERNEL]))
-    registry.put_allocation(AllocationRecord(launcher_id="l2", jobid="2", owner="bob", kernel_ids=[STARTING]))
+    registry.put(AllocationRecord(launcher_id="l1", jobid="1", owner="alice", kernel_ids=[KERNEL]))
+    registry.put(AllocationRecord(launcher_id="l2", jobid="2", owner="bob", kernel_ids=[STARTING]))
     manager = {"kernel_name": "physics.python", "maker": "portal"}
-    registry.put_kernel(
+    registry.put(
         KernelRecord(
             kernel_id=KERNEL,
             launcher_id="l1",
@@ -53,7 +53,7 @@ def other(registries):
             manager=manager,
         )
     )
-    registry.put_session(
+    registry.put(
         SessionRecord(
             session_id=SESSION, owner="alice", kernel_id=KERNEL, path="a ä.ipynb", name="a ä.ipynb", type="notebook"
         )
@@ -95,12 +95,12 @@ async def test_what_nobody_has_is_not_found(directory, registries):
     assert await directory.kernel("%") is None
     assert await directory.session(nobody) is None
     assert await directory.session_at("bob", "a ä.ipynb") is None
-    registries[2].put_kernel(KernelRecord(kernel_id=nobody, launcher_id="l3", record_key="l3"))
+    registries[2].put(KernelRecord(kernel_id=nobody, launcher_id="l3", record_key="l3"))
     registries[2].flush()
     assert await directory.kernel(nobody) is None
     own = "55555555-5555-5555-5555-555555555555"
-    registries[0].put_kernel(KernelRecord(kernel_id=own, launcher_id="l4", record_key="l4", owner="alice"))
-    registries[0].put_session(SessionRecord(session_id=own, owner="alice", kernel_id=own, path="own"))
+    registries[0].put(KernelRecord(kernel_id=own, launcher_id="l4", record_key="l4", owner="alice"))
+    registries[0].put(SessionRecord(session_id=own, owner="alice", kernel_id=own, path="own"))
     registries[0].flush()
     assert (await directory.kernel(own)).peer.server_id == directory.server_id
     assert own not in await directory.owners()

@@ -350,7 +350,7 @@ def test_what_was_lost_is_not_written_after_a_write_that_failed(store, store_url
         return answers[-1]
 
     monkeypatch.setattr(Store, "write", failing)
-    slept.put_allocation(replace(job(1)[0], state="RUNNING"))
+    slept.put(replace(job(1)[0], state="RUNNING"))
     store.end(slept.server_id)
     other.claim()
     taken.set()
@@ -389,7 +389,7 @@ from gateway_slurm.store import KernelRecord, Registry
 registry = Registry(Path({str(directory.parent)!r}), url={store_url!r}, deployment="gateway",
                     on_lost=lambda lost: print("lost", *lost.kernels, flush=True))
 registry.open()
-registry.put_kernel(KernelRecord(kernel_id="k1", launcher_id="gs-1", record_key="gs-1"))
+registry.put(KernelRecord(kernel_id="k1", launcher_id="gs-1", record_key="gs-1"))
 registry.flush()
 print("ready", flush=True)
 sys.stdin.read()

@@ -109,10 +109,10 @@ def file_of_other_host(registry: Registry, *records: AllocationRecord) -> None:
 
 async def test_what_was_put_is_durable_once_it_is_flushed(registry, new_registry):
     """After a crash the next server finds all of it; the loop does not wait meanwhile."""
-    registry.put_allocation(RECORD)
-    registry.put_launcher(LAUNCHER)
-    registry.put_kernel(KERNEL)
-    registry.put_session(SESSION)
+    registry.put(RECORD)
+    registry.put(LAUNCHER)
+    registry.put(KERNEL)
+    registry.put(SESSION)
     await registry.flushed()
     rows = new_registry().store.rows_of(registry.server_id)
     assert (rows.allocations, rows.launchers, rows.kernels, rows.sessions) == (
@@ -129,10 +129,10 @@ async def test_what_was_put_is_durable_once_it_is_flushed(registry, new_registry
 def test_a_row_is_as_it_was_put_last(registry):
     """Changes of one row overtake one another in memory; the database gets the last."""
     for number in range(100):
-        registry.put_allocation(replace(RECORD, state=f"ROUND {number}"))
-        registry.put_kernel(replace(KERNEL, pid=number))
-    registry.put_session(SESSION)
-    registry.remove_session("s1")
+        registry.put(replace(RECORD, state=f"ROUND {number}"))
+        registry.put(replace(KERNEL, pid=number))
+    registry.put(SESSION)
+    registry.remove("sessions", "s1")
     registry.flush()
     rows = registry.store.rows_of(registry.server_id)
     assert [one.state for one in rows.allocations] == ["ROUND 99"]
@@ -142,12 +142,12 @@ def test_a_row_is_as_it_was_put_last(registry):
 
 def test_what_is_in_an_allocation_goes_with_it(registry):
     """Its launchers and kernels, and no others."""
-    registry.put_allocation(RECORD)
-    registry.put_allocation(replace(RECORD, launcher_id="gs-2"))
-    registry.put_launcher(LAUNCHER)
-    registry.put_kernel(KERNEL)
-    registry.put_kernel(replace(KERNEL, kernel_id="k2", record_key="gs-2"))
-    registry.remove_allocation("gs-1")
+    registry.put(RECORD)
+    registry.put(replace(RECORD, launcher_id="gs-2"))
+    registry.put(LAUNCHER)
+    registry.put(KERNEL)
+    registry.put(replace(KERNEL, kernel_id="k2", record_key="gs-2"))
+    registry.remove("allocations", "gs-1")
     registry.flush()
     rows = registry.store.rows_of(registry.server_id)
     assert [one.launcher_id for one in rows.allocations] == ["gs-2"]
@@ -157,11 +157,11 @@ def test_what_is_in_an_allocation_goes_with_it(registry):
 
 def test_a_record_that_is_as_it_was_is_not_written_again(registry, monkeypatch):
     """Kernels that come and go do not wear the disk."""
-    registry.put_allocation(RECORD)
+    registry.put(RECORD)
     registry.flush()
     written = []
     monkeypatch.setattr(registry._writer, "_on_written", written.append)
-    registry.put_allocation(replace(RECORD))
+    registry.put(replace(RECORD))
     registry.flush()
     assert [keys for keys in written if keys] == []
 
@@ -170,15 +170,15 @@ def test_a_record_that_is_as_it_was_is_not_written_again(registry, monkeypatch):
 def test_a_clients_words_come_back_as_they_were(registry, text):
     """Whatever a database's text may not hold."""
     session = replace(SESSION, path=text, data={text: text})
-    registry.put_session(session)
+    registry.put(session)
     registry.flush()
     assert registry.store.rows_of(registry.server_id).sessions == (session,)
 
 
 def test_a_row_that_cannot_be_kept_takes_only_itself_out(registry, caplog):
     """The others are written, and a flush does not wait for the refused row."""
-    registry.put_session(replace(SESSION, data={"x": object()}))
-    registry.put_session(replace(SESSION, session_id="s2"))
+    registry.put(replace(SESSION, data={"x": object()}))
+    registry.put(replace(SESSION, session_id="s2"))
     registry.flush()
     assert [one.session_id for one in registry.store.rows_of(registry.server_id).sessions] == ["s2"]
     assert "sessions s1 is not kept on record" in caplog.text
@@ -186,24 +186,24 @@ def test_a_row_that_cannot_be_kept_takes_only_itself_out(registry, caplog):
 
 def test_a_job_is_found_whatever_it_was_made_with(registry):
     """What would take more room than all others is left out."""
-    registry.put_allocation(replace(RECORD, config={"kernel_argv": ["x" * MAX_ALLOCATION_BYTES]}, keep=True))
+    registry.put(replace(RECORD, config={"kernel_argv": ["x" * MAX_ALLOCATION_BYTES]}, keep=True))
     registry.flush()
     assert allocations(registry) == [replace(RECORD, config={}, nodelist=[], keep=True)]
 
 
 def test_a_record_that_comes_after_the_end_is_no_error(registry):
     """A kernel may still end while its service is closed."""
-    registry.put_allocation(RECORD)
+    registry.put(RECORD)
     registry.close()
-    registry.put_allocation(replace(RECORD, state="COMPLETING"))
-    registry.remove_allocation("gs-1")
+    registry.put(replace(RECORD, state="COMPLETING"))
+    registry.remove("allocations", "gs-1")
     registry.close()
 
 
 def test_many_threads_lose_nothing(registry):
     """Rows are put from the service's loop and from Jupyter's."""
     with multiprocessing.pool.ThreadPool(8) as threads:
-        threads.map(lambda number: registry.put_session(replace(SESSION, session_id=f"s{number}")), range(400))
+        threads.map(lambda number: registry.put(replace(SESSION, session_id=f"s{number}")), range(400))
     registry.flush()
     assert len(registry.store.rows_of(registry.server_id).sessions) == 400
 
@@ -215,8 +215,8 @@ def test_no_secret_is_readable_in_the_files(tmp_path):
     """Tokens, keys and environments are encrypted; the key is in a file that only its user can read."""
     registry = Registry(tmp_path / "state")
     registry.open()
-    registry.put_launcher(LAUNCHER)
-    registry.put_kernel(KERNEL)
+    registry.put(LAUNCHER)
+    registry.put(KERNEL)
     registry.flush()
     files = [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
     content = b"".join(path.read_bytes() for path in files)
@@ -237,8 +237,8 @@ def test_no_secret_is_readable_in_the_files(tmp_path):
 def test_an_encrypted_value_can_be_decrypted_in_its_row_only(registry, caplog):
     """A blob that was put into another row, or changed, is logged, and affects no other row."""
     other = replace(LAUNCHER, launcher_id="gs-2", tokens=(b"a", b"b"))
-    registry.put_launcher(LAUNCHER)
-    registry.put_launcher(other)
+    registry.put(LAUNCHER)
+    registry.put(other)
     registry.flush()
     with registry.store._database.writing() as connection:
         connection.exec_driver_sql(
@@ -254,11 +254,11 @@ def test_an_encrypted_value_can_be_decrypted_in_its_row_only(registry, caplog):
 
 def test_the_end_of_a_process_in_good_order_leaves_nothing(registry, new_registry):
     """Only what its user asked to keep stays on record, and the launcher that holds it."""
-    registry.put_allocation(RECORD)
-    registry.put_allocation(replace(RECORD, launcher_id="gs-2", jobid="13", keep=True))
-    registry.put_launcher(LAUNCHER)
-    registry.put_launcher(replace(LAUNCHER, launcher_id="gs-2", record_key="gs-2", holds_job=True))
-    registry.put_kernel(KERNEL)
+    registry.put(RECORD)
+    registry.put(replace(RECORD, launcher_id="gs-2", jobid="13", keep=True))
+    registry.put(LAUNCHER)
+    registry.put(replace(LAUNCHER, launcher_id="gs-2", record_key="gs-2", holds_job=True))
+    registry.put(KERNEL)
     registry.close()
     later = new_registry()
     assert [(server.is_dead, record.jobid) for server, record in later.all_allocations()] == [(True, "13")]
@@ -269,11 +269,11 @@ def test_the_end_of_a_process_in_good_order_leaves_nothing(registry, new_registr
 
 def test_a_server_that_leaves_all_to_the_next_is_dead_at_once(registry, new_registry):
     """Its process may still be there."""
-    registry.put_allocation(RECORD)
-    registry.put_kernel(KERNEL)
+    registry.put(RECORD)
+    registry.put(KERNEL)
     registry.close(leave=True)
     later = new_registry()
-    assert [(server.is_dead, kernel) for server, kernel in later.all_kernels()] == [(True, KERNEL)]
+    assert [(server.is_dead, kernel) for server, kernel in later.store.all_kernels()] == [(True, KERNEL)]
     assert later.used_jobs() == set()
 
 
@@ -299,7 +299,7 @@ def test_a_process_that_nobody_waits_for_is_dead():
 
 def test_orphans_are_the_records_of_the_dead(registry):
     """Own records and other hosts' are none."""
-    registry.put_allocation(RECORD)
+    registry.put(RECORD)
     registry.flush()
     dead = dead_server(registry, replace(RECORD, launcher_id="gs-9"))
     here = replace(this_process(), host="elsewhere")
@@ -323,7 +323,7 @@ def test_what_a_dead_server_left_goes_record_by_record(registry, new_registry):
     new_registry().drop(orphans.values())
     registry.drop(orphans.values())
     assert registry.orphans() == []
-    assert [server.server_id for server in registry.servers()] == [registry.server_id]
+    assert [server.server_id for server in registry.store.servers()] == [registry.server_id]
 
 
 def test_one_job_of_two_servers_is_one_job():
@@ -349,8 +349,8 @@ def test_one_job_of_two_servers_is_one_job():
 
 def test_the_frontends_file_has_what_the_process_own_user_has(registry):
     """Other owners' jobs are on record with their owners, and in no frontend."""
-    registry.put_allocation(RECORD)
-    registry.put_allocation(replace(RECORD, launcher_id="gs-2", jobid="13", owner="ada"))
+    registry.put(RECORD)
+    registry.put(replace(RECORD, launcher_id="gs-2", jobid="13", owner="ada"))
     assert list(exported(registry)) == ["12"]
     assert registry.owners_of("12") == {""}
     assert registry.owners_of("13") == {"ada"}
@@ -360,7 +360,7 @@ def test_the_frontends_file_has_what_the_process_own_user_has(registry):
 
 def test_frontends_find_what_they_know(registry):
     """The file has what jupyter-slurm-provisioner's extension reads, and loses a job when it is gone."""
-    registry.put_allocation(RECORD)
+    registry.put(RECORD)
     assert exported(registry) == {
         "12": {
             "kernel_ids": ["k1"],
@@ -370,13 +370,13 @@ def test_frontends_find_what_they_know(registry):
             "state": "RUNNING",
         }
     }
-    registry.remove_allocation("gs-1")
+    registry.remove("allocations", "gs-1")
     assert exported(registry) == {}
 
 
 def test_an_intent_without_a_job_is_kept_but_not_shown_to_frontends(registry):
     """Between the record and sbatch's answer there is no job id."""
-    registry.put_allocation(replace(RECORD, jobid=None))
+    registry.put(replace(RECORD, jobid=None))
     assert exported(registry) == {}
     assert registry.all_allocations()[0][1].jobid is None
 
@@ -400,13 +400,13 @@ def test_servers_on_other_hosts_are_seen_by_their_files(local):
 
 def test_other_hosts_see_what_this_one_has(local, monkeypatch):
     """And this one does not count it twice; the file goes with the record."""
-    local.put_allocation(RECORD)
+    local.put(RECORD)
     exported(local)
     assert allocations(local) == [RECORD]
     monkeypatch.setattr(store.export, "this_process", lambda: replace(this_process(), host="elsewhere"))
     assert [record for _server, record in RecordFiles(local.directory / "registry").of_other_hosts()] == [RECORD]
     monkeypatch.undo()
-    local.remove_allocation("gs-1")
+    local.remove("allocations", "gs-1")
     exported(local)
     assert list((local.directory / "registry").glob("*.json")) == []
 
@@ -458,7 +458,7 @@ def test_a_record_of_another_version_is_understood(local):
     content["records"][0]["colour"] = "blue"
     path.write_text(json.dumps(content))
     assert allocations(local) == [RECORD]
-    local.put_allocation(replace(RECORD, launcher_id="gs-2"))
+    local.put(replace(RECORD, launcher_id="gs-2"))
     local.flush()
     with local.store._database.writing() as connection:
         connection.exec_driver_sql("UPDATE allocations SET record = replace(record, '{', '{\"colour\": \"blue\", ')")
@@ -479,7 +479,7 @@ def _one_process(base: str, url: str, number: int) -> None:
     registry = Registry(Path(base) / "state", Path(base) / "runtime" / store.EXPORT_NAME, url=url)
     registry.open()
     for round_ in range(20):
-        registry.put_allocation(replace(RECORD, launcher_id=f"gs-{number}", jobid=str(number), state=f"ROUND {round_}"))
+        registry.put(replace(RECORD, launcher_id=f"gs-{number}", jobid=str(number), state=f"ROUND {round_}"))
         registry.flush()
     registry._exporter.close()
     # It stays alive until all have written: a dead process's jobs are not shown.

@@ -42,8 +42,8 @@ def filled(state: Path, url: str = "") -> None:
     """A store in which a server left something."""
     registry = Registry(state, url=url)
     registry.open()
-    registry.put_allocation(RECORD)
-    registry.put_launcher(LAUNCHER)
+    registry.put(RECORD)
+    registry.put(LAUNCHER)
     registry.close(leave=True)
 
 
@@ -114,7 +114,7 @@ def test_a_key_file_is_made_where_it_is_named(state, tmp_path, store_url):
     for _server in range(2):
         registry = Registry(state, url=store_url, key_file=str(path))
         registry.open()
-        registry.put_launcher(LAUNCHER)
+        registry.put(LAUNCHER)
         registry.close(leave=True)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert not (state / "store.key").exists()
@@ -257,7 +257,7 @@ def running(state: Path) -> Iterator[Registry]:
     """A server on SQLite, with something on record."""
     registry = Registry(state)
     registry.open()
-    registry.put_allocation(RECORD)
+    registry.put(RECORD)
     registry.flush()
     yield registry
     registry.close()
@@ -281,7 +281,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(state, caplog):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, before[1]))
         for number in range(20):
-            registry.put_allocation(with_jobid(number))
+            registry.put(with_jobid(number))
         assert poll(lambda: registry.trouble != "", timeout=10)
         assert "make room" in registry.trouble
         with pytest.raises(StoreUnavailable, match="make room"):
@@ -302,7 +302,7 @@ async def test_nothing_waits_for_a_store_that_somebody_holds(running, state):
     holder = sqlite3.connect(file_of(state), isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     begun = time.monotonic()
-    running.put_allocation(with_jobid(13))
+    running.put(with_jobid(13))
     assert time.monotonic() - begun < 0.1
     waiting = asyncio.ensure_future(running.flushed(60))
     ticks = 0
@@ -322,7 +322,7 @@ def test_a_close_is_bounded_while_nothing_can_be_written(running, state, caplog)
     """A server's end does not hang; what is lost to the next one is said."""
     holder = sqlite3.connect(file_of(state), isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    running.put_allocation(with_jobid(13))
+    running.put(with_jobid(13))
     begun = time.monotonic()
     running.close(leave=True)
     assert time.monotonic() - begun < 20
@@ -342,12 +342,12 @@ def test_a_postgresql_that_restarts_loses_nothing(state, postgres, how, caplog):
     """The server lives on in memory; when the database is back, all is there, and so is the lease."""
     registry = Registry(state, url=postgres.new_database(), deployment="gateway")
     registry.open()
-    registry.put_allocation(RECORD)
+    registry.put(RECORD)
     registry.flush()
     postgres.down(how)
     try:
-        registry.put_allocation(with_jobid(13))
-        registry.put_launcher(LAUNCHER)
+        registry.put(with_jobid(13))
+        registry.put(LAUNCHER)
         assert poll(lambda: registry.trouble != "", timeout=10)
         assert "check that this PostgreSQL runs" in registry.trouble
         assert PASSWORD not in registry.trouble + caplog.text
@@ -358,7 +358,7 @@ def test_a_postgresql_that_restarts_loses_nothing(state, postgres, how, caplog):
         postgres.up()
     registry.flush()
     assert on_record(registry) == ["12", "13"]
-    assert [one.is_dead for one in registry.servers()] == [False]
+    assert [one.is_dead for one in registry.store.servers()] == [False]
     assert registry.trouble == ""
     registry.close()
 
@@ -368,7 +368,7 @@ def test_what_a_database_lost_is_written_again(running):
     with running.store._database.writing() as connection:
         for table in (schema.SERVERS, schema.ALLOCATIONS):
             connection.execute(table.delete())
-    running.put_allocation(with_jobid(13))
+    running.put(with_jobid(13))
     running.flush()
     assert poll(lambda: sorted(on_record(running)) == ["12", "13"], timeout=10)
 
@@ -376,7 +376,7 @@ def test_what_a_database_lost_is_written_again(running):
 def test_a_file_that_is_removed_is_made_again_with_all_that_is_there(running, state):
     """The user removed the file: rows written to a file without a name would be lost."""
     file_of(state).unlink()
-    running.put_allocation(with_jobid(13))
+    running.put(with_jobid(13))
     running.flush()
     assert poll(lambda: sorted(on_record(running)) == ["12", "13"], timeout=10)
     with contextlib.closing(Registry(state)) as later:
@@ -388,7 +388,7 @@ def test_a_store_that_is_opened_twice_in_a_process_survives_what_other_processes
     with contextlib.closing(Registry(state)) as second:
         assert second.all_allocations()
     assert seen_by_another_process(state) == ["12"]
-    running.put_allocation(with_jobid(13))
+    running.put(with_jobid(13))
     running.flush()
     assert running.trouble == ""
     assert seen_by_another_process(state) == ["12", "13"]
