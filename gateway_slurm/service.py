@@ -20,8 +20,8 @@ from gateway_slurm.access import SlurmUsers, cluster_access
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.manager import Allocations
-from gateway_slurm.allocations.model import Owner, QueuedStart
-from gateway_slurm.allocations.owners import Owners
+from gateway_slurm.allocations.model import Owner
+from gateway_slurm.allocations.owners import Owners, QueuedStart
 from gateway_slurm.allocations.recovery import recover, watch_orphans
 from gateway_slurm.allocations.start import DialAddresses
 from gateway_slurm.allocations.table import AllocationTable, OwnerContext

@@ -40,32 +40,32 @@ MAX_KERNEL_ID: Final = 100
 """Characters of such a kernel's id."""
 
 
-# -- Probes --
+class Questions:
+    """Messages of one name that a launcher answers; ``key`` is the field that names the question.
 
+    ``send`` sends a message to the launcher; it returns False without a link. ``seconds`` is the longest wait.
+    """
 
-class Prober:
-    """Sends PROBE to one launcher and awaits PROBED. ``send`` sends a message; it returns False without a link."""
-
-    def __init__(self, send: Callable[..., bool]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[..., bool], name: str, key: str, seconds: float) -> None:
+        self._send, self._name, self._key, self._seconds = send, name, key, seconds
         self._pending: dict[str, asyncio.Future[dict[str, Any]]] = {}
 
     async def ask(self, **fields: Any) -> dict[str, Any]:
-        """Return PROBED's fields. Raises LinkError when they do not arrive within PROBE_TIMEOUT."""
-        probe = secrets.token_hex(8)
-        answer = self._pending[probe] = asyncio.get_running_loop().create_future()
+        """Return the answer's fields. Raises LinkError when they do not arrive in time."""
+        question = secrets.token_hex(8)
+        answer = self._pending[question] = asyncio.get_running_loop().create_future()
         try:
-            if not self._send("PROBE", probe=probe, **fields):
+            if not self._send(self._name, **{self._key: question}, **fields):
                 raise LinkError("the link to its launcher is down")
-            return await asyncio.wait_for(answer, PROBE_TIMEOUT)
+            return await asyncio.wait_for(answer, self._seconds)
         except asyncio.TimeoutError:
-            raise LinkError(f"its launcher did not answer in {PROBE_TIMEOUT:g} s") from None
+            raise LinkError(f"its launcher did not answer in {self._seconds:g} s") from None
         finally:
-            del self._pending[probe]
+            del self._pending[question]
 
     def message(self, fields: dict[str, Any]) -> None:
-        """Take PROBED."""
-        answer = self._pending.get(str(fields.get("probe")))
+        """Take an answer; one to no question is ignored."""
+        answer = self._pending.get(str(fields.get(self._key)))
         if answer is not None and not answer.done():
             answer.set_result(fields)
 
@@ -105,7 +105,7 @@ class LauncherSteps:
         self._steps: dict[str, LauncherStep] = {}
         # Steps that were sent over an earlier link. The launcher got them only if the next REPORT names them.
         self._doubtful: set[str] = set()
-        self._listings: dict[str, asyncio.Future[tuple[int, str, str]]] = {}
+        self._listings = Questions(send, "LIST_STEPS", "asked", LIST_STEPS_TIMEOUT)
 
     async def start(self, spec: StepSpec) -> LauncherStep:
         """Have a step started. Raises AllocationError where the link is down or the step is not allowed."""
@@ -124,34 +124,24 @@ class LauncherSteps:
 
     async def list_steps(self, jobid: str) -> list[StepInfo]:
         """The running steps of the job, as Slurm lists them to the launcher. Raises SlurmUnavailable."""
-        asked = secrets.token_hex(8)
-        answer = self._listings[asked] = asyncio.get_running_loop().create_future()
         try:
-            if not self._send("LIST_STEPS", asked=asked):
-                raise SlurmUnavailable(f"the steps of job {jobid} are not known: the link to its launcher is down")
-            status, listed, stderr = await asyncio.wait_for(answer, LIST_STEPS_TIMEOUT)
-        except asyncio.TimeoutError as error:
+            answer = await self._listings.ask()
+        except LinkError as error:
+            raise SlurmUnavailable(f"the steps of job {jobid} are not known: {error}") from error
+        if answer.get("status") != 0:
             raise SlurmUnavailable(
-                f"the launcher in job {jobid} did not list its steps within {LIST_STEPS_TIMEOUT:g} s"
-            ) from error
-        finally:
-            del self._listings[asked]
-        if status != 0:
-            raise SlurmUnavailable(
-                f"the launcher in job {jobid} could not list its steps: {commands.slurm_message(stderr)[:1000]}"
+                f"the launcher in job {jobid} could not list its steps: "
+                f"{commands.slurm_message(str(answer.get('stderr')))[:1000]}"
             )
-        found = steps.parse_steps(jobid, listed)
+        found = steps.parse_steps(jobid, str(answer.get("listed")))
         return [StepInfo(stepid=stepid, user=user, nodes=nodes, name=name) for stepid, user, nodes, name in found]
 
     def message(self, name: str, fields: dict[str, Any]) -> None:
         """Take STEPPED or STEP_LIST."""
         if name == "STEPPED":
             self._ended(fields)
-            return
-        answer = self._listings.get(str(fields.get("asked")))
-        if answer is not None and not answer.done():
-            status, listed, stderr = fields.get("status"), str(fields.get("listed")), str(fields.get("stderr"))
-            answer.set_result((status if isinstance(status, int) else 1, listed, stderr))
+        else:
+            self._listings.message(fields)
 
     def linked(self) -> None:
         """There is a new link; REPORT follows."""
@@ -258,13 +248,6 @@ class LauncherEvents:
     Slurm's signal arrived."""
 
 
-def walltime_warning(jobid: str, remaining: float, end_time: float) -> str:
-    """The message to users ``remaining`` seconds before their job's end; ``end_time`` is in seconds since the epoch."""
-    left = f"{remaining / 60:.0f} minutes" if remaining >= 90 else f"{max(remaining, 0):.0f} seconds"
-    clock = time.strftime("%H:%M", time.localtime(end_time))
-    return f"gateway_slurm: job {jobid} reaches its time limit in {left}, at {clock}: save your work"
-
-
 class Launcher:
     """One launcher: its link, its kernels, its node. Lives on the service's loop.
 
@@ -290,7 +273,7 @@ class Launcher:
         self.kernels: dict[str, LauncherKernel] = {}
         self.streams = Streams(lambda: self.link)
         self.steps = LauncherSteps(self.send)
-        self.prober = Prober(self.send)
+        self.prober = Questions(self.send, "PROBE", "probe", PROBE_TIMEOUT)
         self.probes = False  # whether it understands PROBE
         self.own_ip = ""  # the node's address on the way to the server, as the launcher sees it
         self.expected: Expected | None = None
@@ -302,6 +285,8 @@ class Launcher:
         self.slurmd_missing = False  # on its node: Slurm may declare the job lost while the link lives
         self.isolated = False  # it serves one kernel, in a job step with an exact share
         self.holds_job = False  # it is the job's own script: the job ends with it, and not with a step
+        # Waits for the end of its job step, where it is a step of its own.
+        self.step_watch: asyncio.Task[None] | None = None
         self.stepid = ""  # the number of its job step; Slurm numbers the batch step, too
         self.nodelist = ""  # the job's nodes, as Slurm named them to the launcher
         self.nodes: list[str] = []  # the same, as a list
@@ -355,9 +340,14 @@ class Launcher:
     @property
     def was_up(self) -> bool:
         """Whether it has ever been up."""
-        if self.restored:
-            return True
-        return self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
+        ready = self.ready
+        return self.restored or (ready.done() and not ready.cancelled() and ready.exception() is None)
+
+    def set_jobid(self, jobid: str) -> None:
+        """Take the job's id, which the launcher must name when it dials in."""
+        assert self.expected is not None
+        self.jobid = jobid
+        self.expected.jobid.set_result(jobid)
 
     def fail(self, error: GatewaySlurmError) -> None:
         """It will not come up: starts that wait for it get ``error``."""
@@ -523,7 +513,10 @@ class Launcher:
     def warn_of_end(self, end_time: float) -> None:
         """The job's time limit is near: warn the kernels' users, or the log where there is no kernel."""
         self.end_time = end_time
-        text = walltime_warning(self.jobid, end_time - time.time(), end_time)
+        remaining = end_time - time.time()
+        left = f"{remaining / 60:.0f} minutes" if remaining >= 90 else f"{max(remaining, 0):.0f} seconds"
+        clock = time.strftime("%H:%M", time.localtime(end_time))
+        text = f"gateway_slurm: job {self.jobid} reaches its time limit in {left}, at {clock}: save your work"
         if not self.kernels:
             self.log.warning("%s", text)
         for kernel in list(self.kernels.values()):

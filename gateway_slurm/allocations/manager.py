@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.launcher import Launcher
-from gateway_slurm.allocations.model import Allocation, Owner, Place, QueuedStart
+from gateway_slurm.allocations.model import Allocation, Owner, Place
 from gateway_slurm.allocations.monitor import AllocationMonitor
 from gateway_slurm.allocations.release import AllocationReleaser
 from gateway_slurm.allocations.sharing import ForeignAllocations, Offer, choose, misfit
@@ -48,7 +48,7 @@ class Allocations:
         log_end: Callable[[str], Awaitable[str]],
     ) -> None:
         self._owner, self._driver, self.table, self.log = owner, context.driver, context.table, context.log
-        self._min_time_left, self._keep_flags = context.settings.min_time_left, keep_flags
+        self._min_time_left, self.keep_flags = context.settings.min_time_left, keep_flags
         keep_flags.add(self.table)
         self.releaser = AllocationReleaser(context, keep_flags)
         self._monitor = AllocationMonitor(context, keep_flags, self.releaser, WalltimeMonitor(context))
@@ -71,13 +71,13 @@ class Allocations:
         if allocation.jobid:
             self.table.record(allocation)  # from now on, other servers that have the job must not end it
         if request.keep_allocation:
-            self._keep_flags.keep(allocation)
+            self.keep_flags.keep(allocation)
         try:
             if not allocation.jobid:
                 await self._submit(allocation, request, account)
             place.launcher = await self._launcher(allocation, request, place)
         except BaseException:
-            await asyncio.shield(self.table.create_task(self.releaser.release_place(allocation, place)))
+            await asyncio.shield(self.table.tasks.create_task(self.releaser.release_place(allocation, place)))
             raise
         self.table.record(allocation)
         return allocation, place.launcher
@@ -122,14 +122,13 @@ class Allocations:
         return best
 
     async def _submit(self, allocation: Allocation, request: KernelRequest, account: Account) -> None:
-        launcher, token = self._starter.register(allocation)
-        allocation.identify(launcher.launcher_id)
+        launcher = self._starter.register(allocation)
         # On record before Slurm knows of the job: a later server finds the job by this comment, and accepts its
         # launcher.
         self.table.record(allocation)
         self.table.record_launcher(allocation, launcher)
-        job = self._starter.job(launcher, token, request, account)
-        submission = self.table.create_task(self._submit_recorded(allocation, launcher, job))
+        job = self._starter.job(launcher, request, account)
+        submission = self.table.tasks.create_task(self._submit_recorded(allocation, launcher, job))
         self._submissions[submission] = allocation
         submission.add_done_callback(self._submissions.pop)
         try:
@@ -158,12 +157,10 @@ class Allocations:
 
     def _accepted(self, allocation: Allocation, launcher: Launcher, jobid: str) -> None:
         allocation.accept(jobid)
-        launcher.jobid = jobid
+        launcher.set_jobid(jobid)
         self.table.add(allocation)
-        assert launcher.expected is not None
-        launcher.expected.jobid.set_result(jobid)
         if allocation.keep:
-            self._keep_flags.keep(allocation)  # before the job's id is on record: recovery relies on it
+            self.keep_flags.keep(allocation)  # before the job's id is on record: recovery relies on it
         self.table.record(allocation)
         self.table.record_launcher(allocation, launcher)
         self._monitor.watch(allocation)
@@ -224,8 +221,8 @@ class Allocations:
         if launcher is None:
             isolated = request if request.isolate else None
             launcher, step = await self._starter.start_step(allocation, place.node, isolated)
-            watching = self.table.create_task(self._starter.watch_step(allocation, launcher, step))
-            allocation.add_step(launcher.launcher_id, watching)
+            watch = self._starter.watch_step(allocation, launcher, step)
+            launcher.step_watch = self.table.tasks.create_task(watch)
         place.launcher = launcher
         await self._starter.wait_for(allocation, launcher)
         place.node = launcher.node
@@ -269,9 +266,9 @@ class Allocations:
                 self._starter.allow_reconnect(launcher)
                 self.table.record_launcher(allocation, launcher)
                 if not launcher.holds_job:
-                    watching = self.table.create_task(self._starter.watch_restored_step(allocation, launcher))
-                    allocation.add_step(launcher.launcher_id, watching)
-        self.table.create_task(self.releaser.release_unused(allocation))
+                    watch = self._starter.watch_restored_step(allocation, launcher)
+                    launcher.step_watch = self.table.tasks.create_task(watch)
+        self.table.tasks.create_task(self.releaser.release_unused(allocation))
 
     def hand_over(self, allocation: Allocation) -> None:
         """Another server has the allocation now: drop it here, without a word to Slurm or its launchers."""
@@ -290,32 +287,18 @@ class Allocations:
             # A job that Slurm has accepted must be known here, to be ended. Slower submissions stay on record.
             await asyncio.wait(set(self._submissions), timeout=SUBMIT_TIMEOUT)
         await (self.releaser.detach_all() if leave else self.releaser.release_all())
-        await self.table.close()
+        await self.table.tasks.close()
 
     # -- Requests of the owner --
 
-    def keep(self, allocation: Allocation) -> None:
-        """Let it stay after its last kernel."""
-        self._keep_flags.keep(allocation)
-
     async def release(self, allocation: Allocation) -> None:
         """Take ``keep`` back. An allocation without kernels ends, unless another step runs in it."""
-        self._keep_flags.release(allocation)
+        self.keep_flags.release(allocation)
         # The end goes on if the caller is cancelled.
-        await asyncio.shield(self.table.create_task(self.releaser.release_if_empty(allocation)))
+        await asyncio.shield(self.table.tasks.create_task(self.releaser.release_if_empty(allocation)))
 
     async def cancel(self, allocation: Allocation) -> None:
         """End it now, with its kernels. Raises SlurmError when Slurm could not be asked, or refused."""
         await self._driver.cancel(allocation.jobid)
-        self._keep_flags.release(allocation)
+        self.keep_flags.release(allocation)
         self._monitor.ask_soon(allocation)  # Slurm will say that it is over
-
-    def waiting(self, kernel_id: str) -> QueuedStart | None:
-        """Why the kernel's start takes its time; None when it does not wait for Slurm."""
-        for allocation in list(self.table.by_jobid.values()):
-            if not allocation.is_running and kernel_id in allocation.kernel_ids:
-                info = allocation.info
-                state, reason = (info.state, info.reason) if info is not None else ("PENDING", "")
-                start = info.start_time if info is not None else None
-                return QueuedStart(allocation.jobid, state, reason, allocation.queue_place, start)
-        return None

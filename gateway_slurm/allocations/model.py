@@ -64,19 +64,6 @@ class Owner:
     """Whether a job with this id, which Slurm says is one of ``user``'s, can be this owner's."""
 
 
-@dataclass(frozen=True)
-class QueuedStart:
-    """A start that waits in Slurm's queue."""
-
-    jobid: str
-    state: str
-    reason: str
-    queue_place: int | None
-    """In its partition's queue; 1 is the next job to start."""
-    expected_start: float | None
-    """Slurm's estimate in seconds since the epoch; None where Slurm gives none."""
-
-
 @dataclass(eq=False)
 class Place:
     """A kernel's place in an allocation, from before its launcher is up until the kernel leaves."""
@@ -104,8 +91,6 @@ class Allocation:
     queue_place: int | None = None
     """Of a waiting job in its partition's queue, 1 for the next; None where it is not known."""
     launchers: dict[str, Launcher] = field(default_factory=dict)
-    steps: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    """For each launcher that is a job step of its own: the task that waits for the step's end."""
     own_steps: set[str] = field(default_factory=set)
     """The steps that are or were launchers of this server; other servers' launchers are not among them."""
     places: set[Place] = field(default_factory=set)
@@ -174,10 +159,6 @@ class Allocation:
 
     # -- Facts that become known --
 
-    def identify(self, launcher_id: str) -> None:
-        """The job will be submitted with this launcher as its script."""
-        self.identity = launcher_id
-
     def update(self, info: JobInfo, queue_place: int | None = None) -> None:
         """Take Slurm's answer about the job."""
         self.info, self.queue_place = info, queue_place
@@ -225,17 +206,14 @@ class Allocation:
     def add_launcher(self, launcher: Launcher) -> None:
         """Count a launcher as one of the job's. A restored one brings the step id on record."""
         self.launchers[launcher.launcher_id] = launcher
+        if launcher.holds_job:
+            self.identity = launcher.launcher_id
         if launcher.stepid:
             self.own_steps.add(launcher.stepid)
 
-    def remove_launcher(self, launcher_id: str) -> asyncio.Task[None] | None:
-        """Forget a launcher; return the task that waits for its step's end, where there is one."""
-        self.launchers.pop(launcher_id, None)
-        return self.steps.pop(launcher_id, None)
-
-    def add_step(self, launcher_id: str, watching: asyncio.Task[None]) -> None:
-        """Note the task that waits for the end of a launcher's step."""
-        self.steps[launcher_id] = watching
+    def remove_launcher(self, launcher: Launcher) -> None:
+        """Forget a launcher; an unknown one is ignored."""
+        self.launchers.pop(launcher.launcher_id, None)
 
     def note_own_steps(self) -> None:
         """Note the steps that the launchers say they are."""

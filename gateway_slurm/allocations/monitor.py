@@ -84,7 +84,7 @@ class AllocationMonitor:
             reason = f"job {allocation.jobid} was taken off its nodes and queued again"
             self._end(allocation, info.state, reason, pending_cancel=allocation.ours)
             if allocation.ours:
-                self._table.create_task(self._releaser.cancel(allocation))
+                self._table.tasks.create_task(self._releaser.cancel(allocation))
         elif state is Meaning.USABLE and allocation.launchers:
             self.linked(allocation)
 

@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from gateway_slurm.allocations.identity import JOB_NAME
 from gateway_slurm.allocations.launcher import LauncherSteps
 from gateway_slurm.allocations.manager import Allocations
-from gateway_slurm.allocations.model import Allocation, QueuedStart
+from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.errors import NotAllowed, UnknownJob
 from gateway_slurm.slurm.driver import SlurmDriver
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from gateway_slurm.store import Registry
+
+
+@dataclass(frozen=True)
+class QueuedStart:
+    """A start that waits in Slurm's queue."""
+
+    jobid: str
+    state: str
+    reason: str
+    queue_place: int | None
+    """In its partition's queue; 1 is the next job to start."""
+    expected_start: float | None
+    """Slurm's estimate in seconds since the epoch; None where Slurm gives none."""
 
 
 class Owners:
@@ -76,8 +90,17 @@ class Owners:
 
     def waiting(self, kernel_id: str, owner: str | None) -> QueuedStart | None:
         """Why a kernel's start takes its time; None when it does not wait for Slurm."""
-        found = (allocations.waiting(kernel_id) for allocations in self._known(owner))
-        return next((waiting for waiting in found if waiting is not None), None)
+        for allocation in (found for known in self._known(owner) for found in list(known.table.by_jobid.values())):
+            if not allocation.is_running and kernel_id in allocation.kernel_ids:
+                info = allocation.info
+                return QueuedStart(
+                    jobid=allocation.jobid,
+                    state=info.state if info is not None else "PENDING",
+                    reason=info.reason if info is not None else "",
+                    queue_place=allocation.queue_place,
+                    expected_start=info.start_time if info is not None else None,
+                )
+        return None
 
     def find(self, owner: str | None, jobid: str) -> tuple[Allocations, Allocation]:
         """The allocation with this id. Raises UnknownJob for one that is over, or not this owner's."""
@@ -90,7 +113,7 @@ class Owners:
     def keep(self, owner: str | None, jobid: str) -> None:
         """Let an allocation stay after its last kernel, until its time limit or ``release``. Raises UnknownJob."""
         allocations, allocation = self.find(owner, jobid)
-        allocations.keep(allocation)
+        allocations.keep_flags.keep(allocation)
 
     async def release(self, owner: str | None, jobid: str) -> None:
         """Take ``keep`` back: the allocation ends with its last kernel, or now if it has none. Raises UnknownJob."""

@@ -47,62 +47,50 @@ async def recover(registry: Registry, driver: SlurmJobs, log: logging.Logger, *,
     there is nothing to recover, and nothing is forgotten while Slurm cannot be asked. Records of servers of
     ``deployment`` are left alone, since they are taken over.
     """
-    return await _Recovery(registry, driver, log, deployment).run()
+    recovery = _Recovery(registry, driver, log, deployment)
+    loop = asyncio.get_running_loop()
+    deadline, backoff = loop.time() + INTENT_TIMEOUT, Backoff(INTENT_RETRY_DELAY, INTENT_TIMEOUT)
+    while True:
+        last = loop.time() >= deadline
+        if not await recovery.look(last=last) or last:
+            return recovery.cancelled
+        await asyncio.sleep(min(backoff.next(), max(0.0, deadline - loop.time())))
 
 
 class _Recovery:
     def __init__(self, registry: Registry, driver: SlurmJobs, log: logging.Logger, deployment: str) -> None:
         self._registry, self._driver, self.log, self._deployment = registry, driver, log, deployment
         self._complaints = LogOnce(log)
-        self._cancelled: list[str] = []
+        self.cancelled: list[str] = []
 
-    async def run(self) -> list[str]:
-        loop = asyncio.get_running_loop()
-        deadline, backoff = loop.time() + INTENT_TIMEOUT, Backoff(INTENT_RETRY_DELAY, INTENT_TIMEOUT)
-        while True:
-            last = loop.time() >= deadline
-            if not await self._look(last=last) or last:
-                return self._cancelled
-            await asyncio.sleep(min(backoff.next(), max(0.0, deadline - loop.time())))
-
-    async def _look(self, *, last: bool) -> bool:
+    async def look(self, *, last: bool) -> bool:
         """Deal with all records and flags; return whether there is reason to look again."""
+        settled: list[ServerAllocation] = []
+        waits = False
         try:
-            orphans, flags = await asyncio.to_thread(self._found)
+            # Before Slurm is asked: a flag that is set meanwhile may be of a job that Slurm's answer lacks.
+            flags = await asyncio.to_thread(self._registry.keep_flags.all)
+            found = await asyncio.to_thread(self._registry.orphans)
+            orphans = [pair for pair in found if not self._deployment or pair[0].deployment != self._deployment]
             if not orphans and not flags:
                 return False
             used = await asyncio.to_thread(self._registry.used_jobs)
             jobids = {record.jobid for _server, record in orphans if record.jobid} | {jobid for jobid, _other in flags}
             jobs = await living_jobs(self._driver, jobids)
-            settled, waiting = await self._settle_all(orphans, jobs, flags, used)
-            await asyncio.to_thread(self._registry.drop, settled + (waiting if last else []))
+            for server, record in orphans:
+                info = _job_of(record, jobs)
+                if info is None and record.jobid is None and not last:
+                    waits = True  # the job of an intent may still appear
+                elif info is None or (info.jobid not in used and await self._settle(record, info, flags)):
+                    settled.append((server, record))
+            await asyncio.to_thread(self._registry.drop, settled)
         except (SlurmError, StoreError, OSError) as error:
             self._complaints.warning("", "jobs that an earlier server may have left could not be looked for: %s", error)
             return True
         living = {(jobid, identity_of(info)) for jobid, info in jobs.items()}
         for flag in flags - living:
             self._registry.keep_flags.remove(*flag)
-        return bool(waiting)
-
-    def _found(self) -> tuple[list[ServerAllocation], frozenset[KeepFlag]]:
-        # Before Slurm is asked: a flag that is set meanwhile may be of a job that Slurm's answer lacks.
-        flags = self._registry.keep_flags.all()
-        orphans = self._registry.orphans()
-        return [found for found in orphans if not self._deployment or found[0].deployment != self._deployment], flags
-
-    async def _settle_all(
-        self, orphans: list[ServerAllocation], jobs: dict[str, JobInfo], flags: frozenset[KeepFlag], used: set[str]
-    ) -> tuple[list[ServerAllocation], list[ServerAllocation]]:
-        """Return the records that can be dropped, and the intents of which a job may still appear."""
-        settled: list[ServerAllocation] = []
-        waiting: list[ServerAllocation] = []
-        for server, record in orphans:
-            info = _job_of(record, jobs)
-            if info is not None and info.jobid not in used and await self._settle(record, info, flags):
-                settled.append((server, record))
-            elif info is None:
-                (waiting if record.jobid is None else settled).append((server, record))
-        return settled, waiting
+        return waits
 
     async def _settle(self, record: AllocationRecord, info: JobInfo, flags: frozenset[KeepFlag]) -> bool:
         """Deal with one job; return whether its record can be dropped."""
@@ -119,7 +107,7 @@ class _Recovery:
             self._complaints.warning(info.jobid, text, info.jobid, kernels)
             return False
         await self._driver.cancel(info.jobid)
-        self._cancelled.append(info.jobid)
+        self.cancelled.append(info.jobid)
         self.log.warning("job %s, which a dead server had left in the queue, was cancelled", info.jobid)
         return True
 
@@ -173,13 +161,9 @@ class Orphan:
         if self.kept:
             return f"it must be kept; to end it: jupyter slurm allocations cancel {self.jobid}"
         if now < self.due:
-            return f"a server may take it over until {_clock(self.due)}; after that its launcher ends it"
+            clock = time.strftime("%H:%M:%S", time.localtime(self.due))
+            return f"a server may take it over until {clock}; after that its launcher ends it"
         return ""
-
-    def forget(self, registry: Registry) -> None:
-        """Drop its record once its job is cancelled. Blocking; raises StoreError."""
-        if self.server is not None and self.record is not None:
-            registry.drop([(self.server, self.record)])
 
 
 def find_orphans(
@@ -237,8 +221,11 @@ def is_gone(server: ServerRecord, now: float, grace: float) -> bool:
     return server.process.host != this_process().host and now > server.lease_until + grace
 
 
-async def cancel_orphan(driver: SlurmJobs, orphan: Orphan) -> str:
-    """End its job, unless another step runs in it; return why it was left, or an empty text. Raises SlurmError."""
+async def cancel_orphan(driver: SlurmJobs, registry: Registry, orphan: Orphan) -> str:
+    """End its job and drop its record, unless another step runs in the job.
+
+    Return why it was left, or an empty text. Raises SlurmError or StoreError.
+    """
     try:
         steps = await driver.steps(orphan.jobid) if orphan.info.meaning is Meaning.USABLE else []
     except StepsUnknown as error:
@@ -247,6 +234,8 @@ async def cancel_orphan(driver: SlurmJobs, orphan: Orphan) -> str:
     if others:
         return f"step {others[0].stepid} ({printable(others[0].name)}) runs in it"
     await driver.cancel(orphan.jobid)
+    if orphan.server is not None and orphan.record is not None:
+        await asyncio.to_thread(registry.drop, [(orphan.server, orphan.record)])
     return ""
 
 
@@ -264,58 +253,37 @@ async def watch_orphans(
     ``policy`` is what is done with each (settings: ``orphan_jobs``), ``leave`` or ``cancel``. ``orphan_timeout`` is in
     seconds. ``pause`` maps the seconds to wait to those that are waited.
     """
-    await _OrphanWatch(registry, driver, log, policy, orphan_timeout).run(pause)
-
-
-class _OrphanWatch:
-    def __init__(
-        self, registry: Registry, driver: SlurmJobs, log: logging.Logger, policy: str, orphan_timeout: float
-    ) -> None:
-        self._registry, self._driver, self.log = registry, driver, log
-        self._policy, self._orphan_timeout = policy, orphan_timeout
-        self._seen: dict[str, float] = {}
-        self._complaints = LogOnce(log)
-
-    async def run(self, pause: Callable[[float], float]) -> None:
-        await asyncio.sleep(pause(FIRST_LOOK_DELAY))
-        while True:
-            try:
-                due = [await self._settle(orphan) for orphan in await self._look()]
-            except (SlurmError, StoreError, OSError) as error:
-                self._complaints.warning("", "jobs without a server could not be looked for: %s", error)
-                due = [time.time() + ORPHAN_RETRY_DELAY]
-            waits = [moment - time.time() for moment in due if moment]
-            if not waits:
+    seen: dict[str, float] = {}
+    complaints = LogOnce(log)
+    await asyncio.sleep(pause(FIRST_LOOK_DELAY))
+    while True:
+        due = []  # when to look at an orphan again
+        try:
+            # Slurm first: a job is on record before it is submitted, so no job in Slurm's answer can lack its record.
+            jobs = await driver.find(JOB_NAME)
+            if not jobs:
                 return
-            await asyncio.sleep(pause(max(1.0, *waits)))
-
-    async def _look(self) -> list[Orphan]:
-        # Slurm first: a job is on record before it is submitted, so no job in Slurm's answer can lack its record.
-        jobs = await self._driver.find(JOB_NAME)
-        if not jobs:
-            return []
-        flags = await asyncio.to_thread(self._registry.keep_flags.all)
-        found = await asyncio.to_thread(self._registry.all_allocations)
-        store_id, timeout = self._registry.store_id, self._orphan_timeout
-        return find_orphans(jobs, found, flags, store_id=store_id, orphan_timeout=timeout, seen=self._seen)
-
-    async def _settle(self, orphan: Orphan) -> float:
-        """Deal with one orphan; return when to look at it again, or 0 where nothing more can be done."""
+            flags = await asyncio.to_thread(registry.keep_flags.all)
+            found = await asyncio.to_thread(registry.all_allocations)
+            store_id = registry.store_id
+            orphans = find_orphans(jobs, found, flags, store_id=store_id, orphan_timeout=orphan_timeout, seen=seen)
+            for orphan in orphans:
+                if orphan.foreign or orphan.kept:
+                    continue
+                if time.time() < orphan.due:
+                    due.append(orphan.due)
+                    continue
+                why = "SlurmService.orphan_jobs is leave; see: jupyter slurm doctor"
+                if policy == "cancel":
+                    why = await cancel_orphan(driver, registry, orphan)
+                if why:
+                    complaints.warning(orphan.jobid, "%s; it is left: %s", orphan.what, why)
+                else:
+                    log.warning("%s; it was cancelled (SlurmService.orphan_jobs)", orphan.what)
+        except (SlurmError, StoreError, OSError) as error:
+            complaints.warning("", "jobs without a server could not be looked for: %s", error)
+            due = [time.time() + ORPHAN_RETRY_DELAY]
+        if not due:
+            return
         now = time.time()
-        if orphan.foreign or orphan.kept:
-            return 0.0
-        if now < orphan.due:
-            return orphan.due
-        why = "SlurmService.orphan_jobs is leave; see: jupyter slurm doctor"
-        if self._policy == "cancel":
-            why = await cancel_orphan(self._driver, orphan)
-        if not why:
-            await asyncio.to_thread(orphan.forget, self._registry)
-            self.log.warning("%s; it was cancelled (SlurmService.orphan_jobs)", orphan.what)
-        else:
-            self._complaints.warning(orphan.jobid, "%s; it is left: %s", orphan.what, why)
-        return 0.0
-
-
-def _clock(moment: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(moment))
+        await asyncio.sleep(pause(max(1.0, *(moment - now for moment in due))))

@@ -13,7 +13,7 @@ from gateway_slurm._util import Backoff, printable
 from gateway_slurm.allocations.identity import JOB_NAME, identity_of
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.launcher import Launcher
-from gateway_slurm.allocations.model import Allocation, Place
+from gateway_slurm.allocations.model import Allocation, AllocationPhase, Place
 from gateway_slurm.allocations.table import OwnerContext
 from gateway_slurm.errors import SlurmError, StoreError
 
@@ -52,8 +52,8 @@ class AllocationReleaser:
         if allocation.is_over:
             return
         if not allocation.jobid:
-            if self._table.is_pending_cancel(allocation):
-                self._table.create_task(self._cancel_if_submitted(allocation))
+            if allocation.phase is AllocationPhase.UNCONFIRMED:
+                self._table.tasks.create_task(self._cancel_if_submitted(allocation))
             else:
                 self._table.forget(allocation)
             for launcher in allocation.launchers.values():
@@ -82,10 +82,9 @@ class AllocationReleaser:
 
     async def _end_isolated(self, allocation: Allocation, launcher: Launcher) -> None:
         """End an isolated kernel's step. The next one can have its share once Slurm says that the step ended."""
-        watching = allocation.steps.get(launcher.launcher_id)
         await self._release_launchers([launcher])
-        if watching is not None:
-            await asyncio.wait({watching}, timeout=RELEASE_TIMEOUT)
+        if launcher.step_watch is not None:
+            await asyncio.wait({launcher.step_watch}, timeout=RELEASE_TIMEOUT)
 
     async def _release_last(self, allocation: Allocation) -> None:
         if not allocation.ours and not allocation.used:
@@ -97,7 +96,7 @@ class AllocationReleaser:
             isolated = [launcher for launcher in allocation.launchers.values() if launcher.isolated]
             await self._release_launchers(isolated)
         elif allocation.used and self._idle_timeout:
-            self._table.create_task(self._release_later(allocation, self._idle_timeout))
+            self._table.tasks.create_task(self._release_later(allocation, self._idle_timeout))
         else:
             await self._release_if_idle(allocation)
 
@@ -134,7 +133,7 @@ class AllocationReleaser:
     async def _release_if_idle(self, allocation: Allocation, again: float | None = None) -> None:
         """End the job, unless others use it. In that case, check once more after ``again`` seconds."""
         if await self._is_used_by_others(allocation):
-            self._table.create_task(self._release_later(allocation, again or IN_USE_RETRY_DELAY))
+            self._table.tasks.create_task(self._release_later(allocation, again or IN_USE_RETRY_DELAY))
         elif not allocation.places and not allocation.is_over:
             await self._release(allocation)
 
@@ -184,7 +183,7 @@ class AllocationReleaser:
         self._unknown_since.pop(allocation, None)
         self._table.record(allocation)  # without kernels: so the next server finds it, if this one does not end it
         allocation.release()
-        ending = self._table.create_task(self._end_job(allocation))
+        ending = self._table.tasks.create_task(self._end_job(allocation))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
         await asyncio.wait({ending}, timeout=END_TIMEOUT)

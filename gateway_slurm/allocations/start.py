@@ -28,10 +28,6 @@ from gateway_slurm.store.records import LauncherRecord
 # After a launcher's link is lost: the first pause before Slurm is asked whether its step is over, and the longest.
 STEP_RETRY_DELAY, MAX_STEP_RETRY_DELAY = 0.5, 30.0
 TOKEN_BYTES = 32
-# What the job script's exit codes mean (launchers/, slurm/script.py), beside the launcher's own words.
-EXIT_MEANINGS = {
-    127: "no Python was found on the node: name an installed one in SlurmService.launcher_python",
-}
 
 
 @dataclass(frozen=True)
@@ -60,18 +56,15 @@ class LauncherStarter:
         self._settings, self._monitor = context.settings, monitor
         self._addresses, self._log_end = addresses, log_end
 
-    def register(self, allocation: Allocation, *, isolated: bool = False) -> tuple[Launcher, bytes]:
-        """Return a new launcher of ``allocation``, which may dial in from now on, and its launch token.
-
-        ``launcher.tokens`` has the successor, too, with which a later server can accept it.
-        """
+    def register(self, allocation: Allocation, *, isolated: bool = False) -> Launcher:
+        """Return a new launcher of ``allocation``, which may dial in from now on."""
         launcher = self._new(allocation, new_launcher_id(self._registry.store_id))
         launcher.isolated, launcher.holds_job = isolated, allocation.ours and not allocation.jobid
         launcher.tokens = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(TOKEN_BYTES)
         launcher.epoch = self._registry.epoch
         launcher.expected = self._socket.expect(launcher.launcher_id, launcher.tokens, launcher)
         allocation.add_launcher(launcher)
-        return launcher, launcher.tokens[0]
+        return launcher
 
     def _new(self, allocation: Allocation, launcher_id: str) -> Launcher:
         return Launcher(
@@ -98,9 +91,9 @@ class LauncherStarter:
     def allow_reconnect(self, launcher: Launcher) -> None:
         """Let a restored launcher dial in. Its kernels are known by now, so none is stopped as an unknown one."""
         launcher.expected = self._socket.expect(launcher.launcher_id, launcher.tokens, launcher)
-        launcher.expected.jobid.set_result(launcher.jobid)
+        launcher.set_jobid(launcher.jobid)
 
-    def job(self, launcher: Launcher, token: bytes, request: KernelRequest, account: Account) -> JobSpec:
+    def job(self, launcher: Launcher, request: KernelRequest, account: Account) -> JobSpec:
         """The job that has ``launcher`` as its script."""
         return JobSpec(
             name=JOB_NAME,
@@ -118,7 +111,7 @@ class LauncherStarter:
             constraint=request.constraint,
             signal_seconds=signal_seconds(self._settings.walltime_warnings, request.minutes),
             script=self._script(launcher, keep=request.keep_allocation),
-            env={**account.environment, TOKEN_VARIABLE: token.hex()},
+            env={**account.environment, TOKEN_VARIABLE: launcher.tokens[0].hex()},
         )
 
     def _script(self, launcher: Launcher, *, keep: bool = False) -> str:
@@ -138,10 +131,8 @@ class LauncherStarter:
 
         Raises AllocationEnded or SlurmError; the launcher is removed then.
         """
-        launcher, token = self.register(allocation, isolated=request is not None)
-        assert launcher.expected is not None
-        launcher.jobid = allocation.jobid
-        launcher.expected.jobid.set_result(allocation.jobid)
+        launcher = self.register(allocation, isolated=request is not None)
+        launcher.set_jobid(allocation.jobid)
         spec = StepSpec(
             jobid=allocation.jobid,
             node=node,
@@ -151,7 +142,7 @@ class LauncherStarter:
             cpus=(request.cpus or 1) if request else None,
             memory=request.memory if request else None,
             gres=request.gres_list if request else (),
-            env={TOKEN_VARIABLE: token.hex()},
+            env={TOKEN_VARIABLE: launcher.tokens[0].hex()},
         )
         try:
             await self.wait_until_running(allocation)
@@ -160,7 +151,7 @@ class LauncherStarter:
             step = await self._driver.start_step(spec)
         except BaseException:
             # Other starts may be waiting for this launcher already.
-            self._remove(allocation, launcher, f"no launcher could be started in job {allocation.jobid}")
+            self._table.remove_launcher(allocation, launcher, f"no launcher could be started in job {allocation.jobid}")
             raise
         return launcher, step
 
@@ -187,7 +178,7 @@ class LauncherStarter:
                 await self.watch_restored_step(allocation, launcher, reason)
                 return
             await launcher.gone.wait()
-        self._remove(allocation, launcher, reason)
+        self._table.remove_launcher(allocation, launcher, reason)
 
     async def watch_restored_step(self, allocation: Allocation, launcher: Launcher, reason: str = "") -> None:
         """The same without an srun of this process: once the link is lost, Slurm is asked whether the step is over."""
@@ -201,10 +192,9 @@ class LauncherStarter:
                 backoff.reset()
             elif await self._is_step_over(allocation, launcher):
                 break
-        self._remove(allocation, launcher, reason or f"its launcher's job step in job {allocation.jobid} ended")
-
-    def _remove(self, allocation: Allocation, launcher: Launcher, reason: str) -> None:
-        self._table.remove_launcher(allocation, launcher, reason)
+        self._table.remove_launcher(
+            allocation, launcher, reason or f"its launcher's job step in job {allocation.jobid} ended"
+        )
 
     async def _is_step_over(self, allocation: Allocation, launcher: Launcher) -> bool:
         try:
@@ -302,7 +292,9 @@ class LauncherStarter:
             return ended
         if info.state not in ("FAILED", "COMPLETED"):
             return ended
-        exit_text = EXIT_MEANINGS.get(info.exit_code or 0, f"exit code {info.exit_code}")
+        exit_text = f"exit code {info.exit_code}"
+        if info.exit_code == 127:  # the job script's own (slurm/script.py)
+            exit_text = "no Python was found on the node: name an installed one in SlurmService.launcher_python"
         tail = "\n".join((await self._log_end(self._log_of(allocation))).splitlines()[-20:])
         return LauncherFailed(
             f"job {allocation.jobid} on {info.nodes} ended before its launcher was up: {exit_text}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from gateway_slurm._util import TaskSet
 from gateway_slurm.allocations.launcher import Launcher
@@ -19,20 +17,19 @@ from gateway_slurm.slurm.watcher import JobWatcher
 from gateway_slurm.store import AllocationRecord, Registry
 from gateway_slurm.store.records import LauncherRecord
 
-T = TypeVar("T")
-
 # A command may have a thousand arguments of 128 KiB; the record only has to let people recognise it.
 MAX_ARGUMENTS, MAX_CHARACTERS = 20, 200
 
 
 class AllocationTable:
-    """Lives on the service's loop; its maker awaits ``close``."""
+    """Lives on the service's loop."""
 
     def __init__(self, registry: Registry, socket: ResponseSocket) -> None:
         self.registry, self._socket = registry, socket
         self.by_jobid: dict[str, Allocation] = {}
         """The allocations that have a job id and are not over."""
-        self._tasks = TaskSet()
+        self.tasks = TaskSet()
+        """Cancelled when the server ends. After that none begins: the next server does what is on record then."""
 
     def add(self, allocation: Allocation) -> None:
         """Put an allocation into the table by its job id."""
@@ -80,10 +77,6 @@ class AllocationTable:
         self.registry.pending_cancel.add(allocation.record_key)
         self.discard(allocation)
 
-    def is_pending_cancel(self, allocation: Allocation) -> bool:
-        """Whether there may be a job that Slurm has yet to end, or of which Slurm has not said that it exists."""
-        return allocation.record_key in self.registry.pending_cancel
-
     def forget(self, allocation: Allocation) -> None:
         """Remove an allocation and its records: the job is over, or this server has no part in it."""
         self.discard(allocation)
@@ -119,29 +112,19 @@ class AllocationTable:
         launcher.release()  # Slurm may call a job over whose launcher still answers
         self._socket.forget(launcher.launcher_id)
         self.registry.remove("launchers", launcher.launcher_id)
-        allocation.remove_launcher(launcher.launcher_id)
+        allocation.remove_launcher(launcher)
         launcher.fail(LauncherFailed(reason))
         launcher.end_kernels(reason)
 
     def hand_over_launcher(self, allocation: Allocation, launcher: Launcher) -> None:
         """Another server has the launcher now: close its link here and send it nothing."""
         reason = "another server has taken over its job"
-        watching = allocation.remove_launcher(launcher.launcher_id)
+        allocation.remove_launcher(launcher)
         launcher.end_kernels(reason)  # kernels that are starting
         launcher.fail(LauncherFailed(reason))
         self._socket.forget(launcher.launcher_id)
-        if watching is not None:
-            watching.cancel()
-
-    # -- Tasks --
-
-    def create_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run a task that ``close`` cancels. After that none begins: the next server does what is on record then."""
-        return self._tasks.create_task(coroutine)
-
-    async def close(self) -> None:
-        """Cancel the tasks that run."""
-        await self._tasks.close()
+        if launcher.step_watch is not None:
+            launcher.step_watch.cancel()
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class WalltimeMonitor:
         self._wanted[launcher] = calculated, due or self._wanted.get(launcher, (None, False))[1]
         if launcher not in self._checking:
             self._checking.add(launcher)
-            self._table.create_task(self._check_while_wanted(allocation, launcher))
+            self._table.tasks.create_task(self._check_while_wanted(allocation, launcher))
 
     async def _check_while_wanted(self, allocation: Allocation, launcher: Launcher) -> None:
         """Check, with pauses; requests that arrive meanwhile are answered together."""
@@ -81,7 +81,7 @@ class WalltimeMonitor:
         jobid = allocation.jobid
         task = self._queries.get(jobid)
         if task is None:
-            task = self._queries[jobid] = self._table.create_task(self._driver.jobs([jobid]))
+            task = self._queries[jobid] = self._table.tasks.create_task(self._driver.jobs([jobid]))
             task.add_done_callback(lambda _task: self._queries.pop(jobid, None))
         try:
             info = (await asyncio.shield(task)).get(jobid)

@@ -23,7 +23,7 @@ from tornado.ioloop import IOLoop
 from traitlets import Bool, CFloat, CInt, default, observe
 
 from gateway_slurm._util import TaskSet, call_on, printable
-from gateway_slurm.allocations.model import QueuedStart
+from gateway_slurm.allocations.owners import QueuedStart
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.auth.user import can_see

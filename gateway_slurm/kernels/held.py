@@ -95,7 +95,7 @@ class Kernels:
         try:
             await handle.process.start(launch)
         except BaseException:
-            await asyncio.shield(allocations.table.create_task(handle.release()))
+            await asyncio.shield(allocations.table.tasks.create_task(handle.release()))
             raise
         allocation.mark_used()
         self._handles[kernel_id] = handle

@@ -155,7 +155,7 @@ async def test_an_idle_allocation_that_is_kept_meanwhile_stays(admin_settings, k
         jobid = jobid_of(manager)
         looked = asyncio.Event()
         allocations = service.allocations
-        keep_flags, is_kept = allocations._keep_flags, allocations._keep_flags.is_kept
+        keep_flags, is_kept = allocations.keep_flags, allocations.keep_flags.is_kept
     await service.run(service.keep_allocation("", jobid))
 
     async def noted(allocation):
@@ -193,11 +193,11 @@ async def test_a_start_that_waits_says_why_and_where_it_stands(service, kernelsp
     await until(lambda: job_state(jobs[0]) == "RUNNING")
     manager = AsyncKernelManager(kernel_name="slurm", kernel_id="waiter")
     start = asyncio.ensure_future(manager.start_kernel())
-    await until(lambda: getattr(service.waiting("waiter"), "place", None) is not None)
+    await until(lambda: getattr(service.waiting("waiter"), "queue_place", None) is not None)
     waiting = service.waiting("waiter")
     assert waiting.state == "PENDING"
     assert waiting.reason in ("Resources", "Priority")
-    assert waiting.place == 2
+    assert waiting.queue_place == 2
     slurm("scancel", *jobs, cluster=cluster)
     await start
     assert service.waiting("waiter") is None

@@ -128,7 +128,7 @@ async def test_the_name_of_somebodys_step_is_shown_not_obeyed():
             return [StepInfo(stepid="7.0", name=FORGED)]
 
     orphan = Orphan(info=JobInfo(jobid="7", state="RUNNING"), since=0.0, due=0.0)
-    why = await cancel_orphan(Jobs(), orphan)
+    why = await cancel_orphan(Jobs(), None, orphan)
     assert "owned" in why
     assert is_harmless(f"[W] {why}")
 

@@ -236,10 +236,7 @@ class Doctor:
 
     def _cancel(self, orphan: Orphan) -> str:
         assert self._slurm is not None
-        why = self._slurm.run(cancel_orphan(self._slurm.driver, orphan))
-        if not why:
-            orphan.forget(self._registry)
-        return why
+        return self._slurm.run(cancel_orphan(self._slurm.driver, self._registry, orphan))
 
     def _find_old_rows(self, jobs: Mapping[str, JobInfo], rows: list[ServerAllocation]) -> None:
         """Find rows of dead servers whose jobs are over. The next server drops such rows as well."""

@@ -157,7 +157,7 @@ def changes(tree: ast.AST) -> Iterator[int]:
         "held.allocation.used, other = True, 1",
         "allocation.own_steps |= {'1'}",
         "allocation.launchers['a'] = launcher",
-        "del self._allocation.steps['a']",
+        "del self._allocation.launchers['a']",
         "allocation.places.add(place)",
         "allocation.ended.set_result(error)",
     ],

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from gateway_slurm.allocations import launcher
-from gateway_slurm.allocations.launcher import Prober
+from gateway_slurm.allocations.launcher import Questions
 from gateway_slurm.errors import LauncherFailed, LinkError, NodeUnreachable, RequestError
 from gateway_slurm.kernels import transport
 from gateway_slurm.kernels.model import KernelLaunch, Phase
@@ -44,7 +44,7 @@ class Node:
         self.kernels, self.asked, self.sent = {}, [], []
         self.streams = None
         self.answer = answer
-        self.prober = Prober(self.send)
+        self.prober = Questions(self.send, "PROBE", "probe", launcher.PROBE_TIMEOUT)
 
     def send(self, name, **fields):
         """Return True: the link is never down."""
@@ -277,7 +277,7 @@ async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(select, di
 
 def test_an_unexpected_answer_is_ignored():
     """Neither an unknown probe nor one that has no name."""
-    probing = Prober(lambda *_arguments, **_fields: True)
+    probing = Questions(lambda *_arguments, **_fields: True, "PROBE", "probe", 1.0)
     for fields in ({}, {"probe": "x"}, {"probe": ["x"]}, {"probe": None, "ports": {}}):
         probing.message(fields)
 

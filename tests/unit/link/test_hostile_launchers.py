@@ -321,7 +321,7 @@ async def limits(owner: Owner) -> AsyncIterator[SimpleNamespace]:
         tasks.add(task := asyncio.ensure_future(coroutine))
         return task
 
-    table: Any = SimpleNamespace(create_task=create_task, record=lambda _allocation: None)
+    table: Any = SimpleNamespace(tasks=SimpleNamespace(create_task=create_task), record=lambda _allocation: None)
     owner.launcher.warn_of_end = warned.append  # type: ignore[method-assign]
     settings = ServiceSettings(walltime_warnings=[10])
     context = OwnerContext(slurm, owner.socket, None, table, settings, LOG)  # type: ignore[arg-type]
