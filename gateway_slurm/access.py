@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 
 from gateway_slurm.allocations.owners import MultiUserSlurm
 from gateway_slurm.config import ServiceSettings, port_range
-from gateway_slurm.environment import without_personal
+from gateway_slurm.environment import PERSONAL, without
 from gateway_slurm.errors import ConfigError
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.access import ClusterAccess, LocalAccess
@@ -161,4 +160,4 @@ class SlurmUsers:
         """A kernel's environment, without this process's user's own variables where another user owns the kernel."""
         if self.user_of(owner) == self._access.user:
             return self._access.environment(environment)
-        return without_personal(environment, os.environ)
+        return without(PERSONAL, environment)

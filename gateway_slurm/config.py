@@ -30,114 +30,96 @@ class ServiceSettings(LoggingConfigurable):
 
     cluster = Unicode(
         "local:",
-        config=True,
         help="""How Slurm is reached: ``local:`` by its commands on this machine, ``ssh://[user@]login[:port]`` by its
         commands on a login node, or ``rest+http(s)://host:port`` by its REST interface.""",
     )
     ssh_config = Unicode(
         "~/.ssh/config",
-        config=True,
         help="""OpenSSH's configuration file. For the login node that ``cluster`` names, its host, user, port,
         identities, jump hosts and known_hosts files are used.""",
     )
     ssh_identity_files = List(
         Unicode(),
-        config=True,
         help="""Private keys (mode 0600) for the login node. Default: those of ``ssh_config``, then
         ``~/.ssh/id_ed25519``, ``id_ecdsa`` and ``id_rsa``. The SSH agent's keys are tried first.""",
     )
     ssh_known_hosts = List(
         Unicode(),
-        config=True,
         help="""known_hosts files with the keys of the login node and of jump hosts. Default: those of ``ssh_config``,
         then the user's and the system's. A host without a known key is refused.""",
     )
     ssh_password_file = Unicode(
         "",
-        config=True,
         help="""File (mode 0600) with the answers to the login node's questions: a password, or one line for each
         question. Default: none; a user with a terminal is asked at the first login.""",
     )
     ssh_python = Unicode(
         "python3",
-        config=True,
         help="""Python (>= 3.9, no other package) on the login node. It runs a small program that is sent through the
         connection and leaves no file there.""",
     )
     ssh_timeout = CFloat(
         20.0,
-        config=True,
         help="""Seconds for each step of a login, and for the start of a program on the login node. Slow home
         directories and directory services take most of it.""",
     )
     relay = Enum(
         ["auto", "always", "never"],
         "auto",
-        config=True,
         help="""Whether launchers may connect through a relay on the login node, where ``cluster`` is ``ssh://``:
         ``always``, ``never``, or ``auto``. With ``auto`` they try this server's addresses, then the login node's;
         addresses that worked are tried first from then on.""",
     )
     relay_port = CUnicode(
         "0",
-        config=True,
         help="""TCP port of the relay on the login node, or a range ``low-high`` of which the first free port is used.
         Default 0: any. The port stays the same while the server runs, and the next server of the same deployment uses
         it again.""",
     )
     relay_address = Unicode(
         "",
-        config=True,
         help="""Host name or IP address of the login node as compute nodes reach it; launchers try it first. Default:
         the addresses of its interfaces, then its host name.""",
     )
     rest_token_file = Unicode(
         "",
-        config=True,
         help="""File (mode 0600) with the token for the REST interface; ``{user}`` in the path is replaced by the Unix
         user who owns the jobs. The file is read again when it changes, so another program can renew the token. Where
         ``cluster`` is a REST interface, this or ``rest_token_command`` is required.""",
     )
     rest_token_command = List(
         Unicode(),
-        config=True,
         help="""Command (argv list; ``{user}`` is replaced) that prints a token for the REST interface, such as
         ``scontrol token username={user} lifespan=3600``. It runs as this process's user, before a token expires and
         after a token is refused.""",
     )
     rest_user = CUnicode(
         "",
-        config=True,
         help="Name by which Slurm and its REST interface know this process's user. Default: the name of the Unix user.",
     )
     rest_ca_file = Unicode(
         "",
-        config=True,
         help="""File (PEM) with the certificates of the authorities that sign the REST interface's certificate.
         Default: the system's authorities.""",
     )
     response_address = Unicode(
         "",
-        config=True,
         help="""Host name or IP address of this server as compute nodes reach it, with ``:port`` if a port is
         forwarded; launchers try it first. Default: the addresses of this machine's interfaces, then its host name.""",
     )
     response_port = CUnicode(
         "0",
-        config=True,
         help="""TCP port of the response socket, which launchers dial, or a range ``low-high`` of which the first free
         port is used (for several users' servers on one login node). Default 0: any.""",
     )
     response_interface = Unicode(
         "",
-        config=True,
         help="""Name of the network interface, or IP address, that the response socket listens on, for login nodes
         with an internal network. Default: all interfaces.""",
     )
     connect = Enum(
         ["auto", "direct", "tunnel"],
         "auto",
-        config=True,
         help="""How clients reach a kernel whose request does not say: ``direct`` (TCP with CurveZMQ to the node; the
         kernel must support it), ``tunnel`` (through the launcher's link), or ``auto``. ``auto`` takes ``direct`` if
         the kernelspec declares ``supported_encryption`` curve and this machine can dial the node, which is tried
@@ -146,69 +128,58 @@ class ServiceSettings(LoggingConfigurable):
     )
     kernel_ports = Unicode(
         "",
-        config=True,
         help="""Range ``low-high`` of TCP ports on the nodes for direct kernels, which use five each, if a firewall
         opens only some ports. Default: any free port.""",
     )
     launcher_python = List(
         Unicode(),
-        config=True,
         help="""Pythons (>= 3.9, with pycryptodome >= 3.23) for the launcher on the nodes; the first one that exists
         there is used. Default: this server's Python, then ``python3``.""",
     )
     log_directory = Unicode(
         "~/.local/state/gateway_slurm",
-        config=True,
         help="""Directory on the nodes (mode 0700) for the logs of kernels and launchers; ``~`` is the user's home
         directory there.""",
     )
     tunnel_directory = Unicode(
         "",
-        config=True,
         help="""Directory on this machine in which the server makes a private directory for the tunnels' Unix sockets.
         Its path must be short, since a socket's path has at most 108 bytes. Default: the temporary directory.""",
     )
     deployment = Unicode(
         "",
-        config=True,
         help="""Name shared by servers that take over each other's kernels when one of them dies; letters, digits,
         ``.``, ``_`` and ``-``. Default: none, and no server takes over this process's kernels by itself. The gateway,
         and a Jupyter server with its kernel manager, set a name if none is set here.""",
     )
     queue_timeout = CFloat(
         0.0,
-        config=True,
         help="""Seconds that a job may wait in Slurm's queue; then the job is cancelled and the start fails. Default
         0: no limit.""",
     )
     link_timeout = CFloat(
         60.0,
-        config=True,
         help="""Seconds from when Slurm reports a job as running until its launcher has connected. Slow home
         directories and cold file caches take most of it.""",
     )
     start_timeout = CFloat(
         120.0,
-        config=True,
         help="""Seconds from the start of a kernel's process until it listens on all channels. A conda environment on
         a parallel file system can take a minute.""",
     )
     release_grace = CFloat(
         30.0,
-        config=True,
         help="""Seconds after a kernel's death in which it may be restarted before its place in the allocation is
         released. Jupyter's restarter looks every 3 s, and does not report when it gives up.""",
     )
     orphan_timeout = CFloat(
         900.0,
-        config=True,
         help="""Seconds without a server after which a launcher ends its kernels and exits. A job that was submitted
         for the launcher ends with it. 0: no limit.""",
     )
     orphan_jobs = Enum(
         ["leave", "cancel"],
         "leave",
-        config=True,
         help="""What a starting server does with jobs that servers of this store have submitted and that have had no
         server for ``orphan_timeout``: ``leave`` logs them and leaves them to their launchers and time limits,
         ``cancel`` cancels them. Jobs that are kept, jobs in which another user's step runs, and jobs of other stores
@@ -218,14 +189,12 @@ class ServiceSettings(LoggingConfigurable):
         64,
         min=0,
         max=1024,
-        config=True,
         help="""MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no server
         or no client reads it. Beyond that the oldest output is dropped, and clients see how much. Busy kernels
         may need twice that for a moment. The output of a direct kernel is not kept. 0: no output is kept.""",
     )
     heartbeat = CFloat(
         10.0,
-        config=True,
         help="""Seconds between heartbeats on a link. After three missing ones the link counts as broken, as when a
         node has failed. Servers that share a ``store_url`` use at most 3, so that launchers leave a server that hangs
         before another server takes over its kernels.""",
@@ -233,91 +202,73 @@ class ServiceSettings(LoggingConfigurable):
     walltime_warnings = List(
         CFloat(),
         [10.0, 5.0, 1.0],
-        config=True,
         help="Minutes before an allocation's end at which its users are warned.",
     )
     account_command = List(
         Unicode(),
-        config=True,
         help="""Command (argv list; ``{project}`` and ``{user}``, the Unix user who owns the job, are replaced) that
         prints ``export NAME=value`` lines: a project's Slurm account and the environment of its jobs. It runs as this
         process's user. Default: none, and the project's name is the account.""",
     )
     account_variable = Unicode(
         "BUDGET_ACCOUNTS",
-        config=True,
         help="Name of the variable by which ``account_command`` gives the account.",
     )
-    slurm_conf = Unicode(
-        "", config=True, help="Path of slurm.conf, if it is neither the default path nor in SLURM_CONF."
-    )
-    slurm_path = Unicode(
-        "", config=True, help="Directories of Slurm's commands, separated by ``:``, if they are not in PATH."
-    )
+    slurm_conf = Unicode("", help="Path of slurm.conf, if it is neither the default path nor in SLURM_CONF.")
+    slurm_path = Unicode("", help="Directories of Slurm's commands, separated by ``:``, if they are not in PATH.")
     run_as = Enum(
         ["self", "user"],
         "self",
-        config=True,
         help="""Unix user who submits the jobs of an owner named by the gateway: ``self``, this process's user, or
         ``user``, the owner, by ``as_user_command``.""",
     )
     as_user_command = List(
         Unicode(),
-        config=True,
         help="""Command (argv list; ``{user}`` is replaced) that starts the helper as another user. The helper reads
         from its standard input which command to run. docs/admins/security.md explains its installation.""",
     )
     min_user_uid = CInt(
         1000,
-        config=True,
         help='Lowest user id for which ``run_as = "user"`` runs kernels; lower ids are system accounts.',
     )
     allow_own_user = Bool(
         False,
-        config=True,
         help="""Whether kernels may run as this process's own user where ``run_as = "user"``. Such a kernel could do
         everything that this process can, with the jobs of all users.""",
     )
     store_url = Unicode(
         "",
-        config=True,
         help="""Store for the records of jobs, kernels and sessions: ``postgresql://user@host/database`` (one database
         for each Slurm cluster; keep the password in ``~/.pgpass``), or ``memory:`` for no store. Default: an SQLite
         file for this user and host, in ``~/.local/state/gateway_slurm``.""",
     )
     store_key_file = Unicode(
         "",
-        config=True,
         help="""File (mode 0600) with the key, 64 hexadecimal digits, that encrypts the secrets in the store. The
         server creates a missing file. Servers that share a store share the key. Default:
         ``~/.local/state/gateway_slurm/store.key``.""",
     )
     command_timeout = CFloat(
         60.0,
-        config=True,
         help="""Seconds that one Slurm command may take. From Slurm 23.02 a client that the controller's rate limit
         delays waits inside the command.""",
     )
     watch_interval = CFloat(
         1.0,
-        config=True,
         help="""Seconds until Slurm is first asked about a waiting job. One ``squeue`` asks for all jobs, and the
         interval grows to fifteen times this.""",
     )
     idle_timeout = CFloat(
         0.0,
-        config=True,
         help="""Seconds that an allocation is kept after its last kernel, so that the next kernel can use it. Default
         0: it is released at once and costs nothing more.""",
     )
     min_time_left = CFloat(
         60.0,
-        config=True,
         help="Seconds that a job named by ``jobid`` must have left. A job with less time is refused.",
     )
     post_launch_timeout = Float(
         10.0,
-        config=True,
         help="""Seconds after a start in which the kernel manager must take the kernel over. A kernel manager that
         fails before that does not report it.""",
     )
@@ -375,6 +326,10 @@ class ServiceSettings(LoggingConfigurable):
             name = f"SlurmService.{proposal['trait'].name}"
             raise TraitError(f"{name} must be a port or a range low-high, not {proposal['value']!r}") from error
         return str(proposal["value"])
+
+
+for _trait in ServiceSettings.class_own_traits().values():
+    _trait.tag(config=True)  # so that the file may set it
 
 
 def port_range(text: str) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ variables of its own Slurm job are wrong there, and some of them are dangerous.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Collection, Mapping
@@ -21,120 +22,76 @@ MAX_ENVIRONMENT: Final = 1 << 20
 MAX_VARIABLE: Final = (128 << 10) - 1
 """Bytes of one ``NAME=value``: Linux's MAX_ARG_STRLEN without its NUL."""
 
-DROPPED: Final[tuple[tuple[str, str], ...]] = (
-    ("JUPYTER_TOKEN", "the server's secret"),
-    ("JUPYTERHUB_*", "the hub's secrets and addresses"),
-    ("JPY_API_TOKEN", "the server's secret"),
-    ("JPY_COOKIE_SECRET", "the server's secret"),
-    ("JPY_PARENT_PID", "a process on another machine; the kernel would end itself, as if that process had ended"),
-    ("CONFIGPROXY_AUTH_TOKEN", "the secret of the hub's proxy"),
-    ("JUPYTER_GATEWAY_*", "the server's secrets for a gateway"),
-    ("JUPYTER_SERVER_*", "the server's address, read by its extensions"),
-    ("GATEWAY_SLURM_*", "settings and launch tokens of gateway_slurm"),
-    ("KERNEL_SLURM_*", "request fields, which choose the allocation"),
-    ("SLURM_*", "the server's own job; job steps fail with another job's SLURM_JOB_ID or SLURM_NTASKS"),
-    ("SLURMD_*", "another node's daemon"),
-    ("SLURMCTLD_*", "variables of the controller"),
-    ("SBATCH_*", "options for Slurm's commands on the server"),
-    ("SRUN_*", "options for Slurm's commands on the server"),
-    ("SALLOC_*", "options for Slurm's commands on the server"),
-    ("SQUEUE_*", "options for Slurm's commands on the server"),
-    ("SCANCEL_*", "options for Slurm's commands on the server"),
-    ("SCONTROL_*", "options for Slurm's commands on the server"),
-    ("SINFO_*", "options for Slurm's commands on the server"),
-    ("SACCT_*", "options for Slurm's commands on the server"),
-    ("SPRIO_*", "options for Slurm's commands on the server"),
-    ("PMI_*", "another job's MPI"),
-    ("PMI2_*", "another job's MPI"),
-    ("PMIX_*", "another job's MPI"),
-    ("OMPI_*", "another job's MPI"),
-    ("MPI_LOCALRANKID", "another job's MPI"),
-    ("MPI_LOCALNRANKS", "another job's MPI"),
-    ("CUDA_VISIBLE_DEVICES", "another job's GPUs; Slurm sets it"),
-    ("GPU_DEVICE_ORDINAL", "another job's GPUs; Slurm sets it"),
-    ("ROCR_VISIBLE_DEVICES", "another job's GPUs; Slurm sets it"),
-    ("HIP_VISIBLE_DEVICES", "another job's GPUs"),
-    ("ZE_AFFINITY_MASK", "another job's GPUs; Slurm sets it"),
-    ("TMPDIR", "a directory on the server, or of another job"),
-    ("SSH_*", "the server's agent and connection"),
-    ("GPG_AGENT_INFO", "the server's agent"),
-    ("DBUS_*", "a socket on the server"),
-    ("XDG_RUNTIME_DIR", "a directory on the server, with sockets"),
-    ("XDG_SESSION_*", "the login session on the server"),
-    ("XDG_SEAT*", "the login session on the server"),
-    ("XDG_VTNR", "the login session on the server"),
-    ("DISPLAY", "a display of the server"),
-    ("WAYLAND_DISPLAY", "a display of the server"),
-    ("XAUTHORITY", "a secret for the server's display"),
-    ("TMUX", "a socket on the server"),
-    ("TMUX_PANE", "a socket on the server"),
-    ("STY", "a socket on the server"),
-    ("NOTIFY_SOCKET", "a variable of the service manager"),
-    ("LISTEN_FDS", "a variable of the service manager"),
-    ("LISTEN_FDNAMES", "a variable of the service manager"),
-    ("LISTEN_PID", "a variable of the service manager"),
-    ("INVOCATION_ID", "a variable of the service manager"),
-    ("JOURNAL_STREAM", "a variable of the service manager"),
-    ("MAINPID", "a variable of the service manager"),
-    ("WATCHDOG_*", "a variable of the service manager"),
-    ("CREDENTIALS_DIRECTORY", "secrets from the service manager"),
-    ("PWD", "a variable of the shell"),
-    ("OLDPWD", "a variable of the shell"),
-    ("SHLVL", "a variable of the shell"),
-    ("_", "a variable of the shell"),
-    ("HOSTNAME", "the name of another machine"),
-)
+_DROPPED_FOR: Final[dict[str, tuple[str, ...]]] = {
+    "the server's secret": ("JUPYTER_TOKEN", "JPY_API_TOKEN", "JPY_COOKIE_SECRET"),
+    "the hub's secrets and addresses": ("JUPYTERHUB_*",),
+    "a process on another machine; the kernel would end itself, as if that process had ended": ("JPY_PARENT_PID",),
+    "the secret of the hub's proxy": ("CONFIGPROXY_AUTH_TOKEN",),
+    "the server's secrets for a gateway": ("JUPYTER_GATEWAY_*",),
+    "the server's address, read by its extensions": ("JUPYTER_SERVER_*",),
+    "settings and launch tokens of gateway_slurm": ("GATEWAY_SLURM_*",),
+    "request fields, which choose the allocation": ("KERNEL_SLURM_*",),
+    "the server's own job; job steps fail with another job's SLURM_JOB_ID or SLURM_NTASKS": ("SLURM_*",),
+    "another node's daemon": ("SLURMD_*",),
+    "variables of the controller": ("SLURMCTLD_*",),
+    "options for Slurm's commands on the server": (
+        "SBATCH_*",
+        "SRUN_*",
+        "SALLOC_*",
+        "SQUEUE_*",
+        "SCANCEL_*",
+        "SCONTROL_*",
+        "SINFO_*",
+        "SACCT_*",
+        "SPRIO_*",
+    ),
+    "another job's MPI": ("PMI_*", "PMI2_*", "PMIX_*", "OMPI_*", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "another job's GPUs; Slurm sets it": (
+        "CUDA_VISIBLE_DEVICES",
+        "GPU_DEVICE_ORDINAL",
+        "ROCR_VISIBLE_DEVICES",
+        "ZE_AFFINITY_MASK",
+    ),
+    "another job's GPUs": ("HIP_VISIBLE_DEVICES",),
+    "a directory on the server, or of another job": ("TMPDIR",),
+    "the server's agent and connection": ("SSH_*",),
+    "the server's agent": ("GPG_AGENT_INFO",),
+    "a socket on the server": ("DBUS_*", "TMUX", "TMUX_PANE", "STY"),
+    "a directory on the server, with sockets": ("XDG_RUNTIME_DIR",),
+    "the login session on the server": ("XDG_SESSION_*", "XDG_SEAT*", "XDG_VTNR"),
+    "a display of the server": ("DISPLAY", "WAYLAND_DISPLAY"),
+    "a secret for the server's display": ("XAUTHORITY",),
+    "a variable of the service manager": (
+        "NOTIFY_SOCKET",
+        "LISTEN_FDS",
+        "LISTEN_FDNAMES",
+        "LISTEN_PID",
+        "INVOCATION_ID",
+        "JOURNAL_STREAM",
+        "MAINPID",
+        "WATCHDOG_*",
+    ),
+    "secrets from the service manager": ("CREDENTIALS_DIRECTORY",),
+    "a variable of the shell": ("PWD", "OLDPWD", "SHLVL", "_"),
+    "the name of another machine": ("HOSTNAME",),
+}
+DROPPED: Final = tuple((name, reason) for reason, names in _DROPPED_FOR.items() for name in names)
+"""Each variable or pattern that a kernel does not inherit, and why."""
 
 # Variables of the server's own user. Another user's kernel has the values of its job instead.
 PERSONAL: Final = frozenset(
-    {
-        "HOME",
-        "USER",
-        "LOGNAME",
-        "USERNAME",
-        "SHELL",
-        "MAIL",
-        "KRB5CCNAME",
-        "IPYTHONDIR",
-        "PYTHONUSERBASE",
-        "JUPYTER_CONFIG_DIR",
-        "JUPYTER_DATA_DIR",
-        "JUPYTER_RUNTIME_DIR",
-        "XDG_CACHE_HOME",
-        "XDG_CONFIG_HOME",
-        "XDG_DATA_HOME",
-        "XDG_STATE_HOME",
-    }
+    {"HOME", "USER", "LOGNAME", "USERNAME", "SHELL", "MAIL", "KRB5CCNAME", "IPYTHONDIR", "PYTHONUSERBASE"}
+    | {"JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"}
+    | {"XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"}
 )
 
 # Variables of the server's machine and its installations. On another cluster a kernel has those of its job instead.
 MACHINE: Final = frozenset(
-    {
-        "PATH",
-        "MANPATH",
-        "INFOPATH",
-        "LD_LIBRARY_PATH",
-        "LIBRARY_PATH",
-        "CPATH",
-        "PKG_CONFIG_PATH",
-        "PYTHONPATH",
-        "PYTHONHOME",
-        "VIRTUAL_ENV",
-        "CONDA_PREFIX",
-        "CONDA_DEFAULT_ENV",
-        "CONDA_EXE",
-        "CONDA_PYTHON_EXE",
-        "CONDA_SHLVL",
-        "MODULEPATH",
-        "LOADEDMODULES",
-        "_LMFILES_",
-        "JUPYTER_PATH",
-        "JUPYTER_CONFIG_PATH",
-        "XDG_DATA_DIRS",
-        "XDG_CONFIG_DIRS",
-        "TERM",
-        "TZ",
-    }
+    {"PATH", "MANPATH", "INFOPATH", "LD_LIBRARY_PATH", "LIBRARY_PATH", "CPATH", "PKG_CONFIG_PATH", "TERM", "TZ"}
+    | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    | {"CONDA_PREFIX", "CONDA_DEFAULT_ENV", "CONDA_EXE", "CONDA_PYTHON_EXE", "CONDA_SHLVL"}
+    | {"MODULEPATH", "LOADEDMODULES", "_LMFILES_"}
+    | {"JUPYTER_PATH", "JUPYTER_CONFIG_PATH", "XDG_DATA_DIRS", "XDG_CONFIG_DIRS"}
 )
 
 _EXACT: Final = frozenset(name for name, _ in DROPPED if not name.endswith("*"))
@@ -165,14 +122,9 @@ def kernel_environment(ambient: Mapping[str, str], *, allowed: Collection[str] |
     return kept
 
 
-def without_personal(environment: Mapping[str, str], server: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` without the variables of PERSONAL that have the same value in ``server``, the server's own."""
-    return {name: value for name, value in environment.items() if name not in PERSONAL or server.get(name) != value}
-
-
-def without_machine(environment: Mapping[str, str], server: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` without the variables of MACHINE that have the same value in ``server``, the server's own."""
-    return {name: value for name, value in environment.items() if name not in MACHINE or server.get(name) != value}
+def without(names: Collection[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` without those of ``names`` that have the same value in the server's own environment."""
+    return {name: value for name, value in environment.items() if name not in names or os.environ.get(name) != value}
 
 
 def dropped_table() -> str:

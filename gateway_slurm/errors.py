@@ -1,38 +1,5 @@
 """Every error that this package raises on purpose.
 
-    GatewaySlurmError
-    ├── RequestError            a request field or a client's request is not valid
-    │   └── NotAllowed          the request is valid, but not allowed for this user
-    ├── IdentityUnavailable     the service that knows the users could not say which user sent a request
-    ├── ConfigError             an admin's setting or its file is wrong
-    ├── SlurmError              Slurm refused a request, or could not be asked
-    │   ├── SlurmNotInstalled   a Slurm command was not found
-    │   ├── SlurmUnavailable    Slurm did not answer, or its controller is down
-    │   │   ├── StepsUnknown    this access to Slurm does not show which steps run in a job
-    │   │   ├── Unanswered      the answer to a command was lost; Slurm may have carried the command out
-    │   │   └── SshError        the login node cannot be reached, or the connection broke
-    │   │       ├── HostKeyRefused  the login node's key is unknown, changed or revoked
-    │   │       ├── LoginRefused    the login node accepts none of our keys and passwords
-    │   │       ├── SshTurnedAway   sshd closed the connection before its greeting: too many clients may be logging in
-    │   │       └── SshLost         the connection broke during a command, which may have run
-    │   ├── SubmitRefused       sbatch refused the job; the message has Slurm's own words
-    │   └── UnknownJob          the controller answered that it does not know the job id
-    ├── AllocationError         the allocation cannot be used
-    │   ├── AllocationEnded     the allocation is over: TIMEOUT, CANCELLED, NODE_FAIL …
-    │   └── QueueTimeout        the job waited in the queue longer than allowed
-    ├── KernelStartError        the launcher runs, but the kernel did not start
-    │   ├── LauncherFailed      the launcher itself failed on the node
-    │   │   ├── CryptoMissing   the launcher's Python has no pycryptodome
-    │   │   ├── OutOfReach      the launcher reached none of the server's addresses
-    │   │   └── NotProven       a client claimed to be the launcher and could not prove it
-    │   ├── NodeUnreachable     the kernel must be direct, and this machine cannot dial its node
-    │   └── StartTimeout        the kernel did not listen on its channels in time
-    ├── LinkError               a peer broke the protocol, or the link is gone
-    │   └── HandshakeError      a peer did not prove that it is one of our launchers
-    ├── StoreError              the store cannot be used as it is: its file, its key, its version
-    │   └── StoreUnavailable    the store cannot be read or written at the moment; a later attempt may succeed
-    └── ClusterError            the private Slurm for development and tests failed
-
 A message says what was asked, what came back (Slurm's own words), and what to do next. The gateway chooses HTTP
 statuses; no error holds one.
 """

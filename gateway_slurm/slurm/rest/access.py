@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import os
 from collections.abc import Callable
 
-from gateway_slurm.environment import without_personal
+from gateway_slurm.environment import PERSONAL, without
 from gateway_slurm.slurm.access import AcceptLauncher, ClusterAccess
 from gateway_slurm.slurm.rest.driver import RestDriver, Slurmrestd
 from gateway_slurm.slurm.runner import Runner
@@ -45,7 +44,7 @@ class RestAccess(ClusterAccess):
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
         """Return the environment without this process's user's variables: the nodes may have other home directories."""
-        return without_personal(environment, os.environ)
+        return without(PERSONAL, environment)
 
     async def open(self, accept: AcceptLauncher, changed: Callable[[], None]) -> None:
         """Warn if tokens are sent unencrypted. Nothing is opened: launchers dial this server directly."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gateway_slurm.environment import without_machine, without_personal
+from gateway_slurm.environment import MACHINE, PERSONAL, without
 from gateway_slurm.errors import GatewaySlurmError, SshError
 from gateway_slurm.slurm.access import MAX_LOG_END, AcceptLauncher, ClusterAccess
 from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
@@ -56,7 +55,7 @@ class SshAccess(ClusterAccess):
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
         """Return the environment without variables of this machine and its user; jobs have the login node's."""
-        return without_machine(without_personal(environment, os.environ), os.environ)
+        return without(MACHINE | PERSONAL, environment)
 
     async def open(self, accept: AcceptLauncher, changed: Callable[[], None]) -> None:
         """Begin to set up the relay; ``wait_ready`` returns when it listens."""

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gateway_slurm.environment import without_personal
+from gateway_slurm.environment import PERSONAL, without
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable
 from gateway_slurm.slurm import commands
 from gateway_slurm.slurm.model import JobSpec, StepSpec
@@ -406,8 +406,10 @@ def test_the_process_user_has_a_name():
     assert pwd.getpwnam(process_user()).pw_uid == os.geteuid()
 
 
-def test_another_users_kernel_gets_none_of_our_own_variables():
+def test_another_users_kernel_gets_none_of_our_own_variables(monkeypatch):
     """HOME and similar variables stay with the server, unless the kernel was given a value."""
     ours = {"HOME": "/srv/gateway", "USER": "gateway", "LANG": "C"}
-    assert without_personal(ours, ours) == {"LANG": "C"}
-    assert without_personal({"HOME": "/home/ada"}, ours) == {"HOME": "/home/ada"}
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    assert without(PERSONAL, ours) == {"LANG": "C"}
+    assert without(PERSONAL, {"HOME": "/home/ada"}) == {"HOME": "/home/ada"}
