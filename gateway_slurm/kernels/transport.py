@@ -46,6 +46,8 @@ NO_PROBES = "its launcher is of an older version, which cannot listen for a test
 NOT_KEPT = "its output is not kept on the node while no client reads it (connect = tunnel keeps it)"
 TIMED_OUT: Final = "timed out"
 
+_now = time.monotonic
+
 
 def choose_mode(
     requested: str | None, default: str, metadata: dict[str, Any], *, curve_required: bool, keeps_output: bool
@@ -84,8 +86,8 @@ def choose_mode(
 
 def _declares_curve(metadata: dict[str, Any]) -> bool:
     declared = metadata.get("supported_encryption") or []
-    names = [declared] if isinstance(declared, str) else list(declared)
-    return "curve" in {str(name).strip().lower() for name in names}
+    names = [declared] if isinstance(declared, str) else declared
+    return "curve" in (str(name).strip().lower() for name in names)
 
 
 def checked_ports(ports: Any, port_range: tuple[int, int] | None) -> dict[str, int]:
@@ -147,8 +149,16 @@ class TransportSelector:
         is where a direct kernel listened: by now its launcher's link may come from another address of the node.
         Raises NodeUnreachable for a kernel that must be direct and cannot be.
         """
-        kept = last_endpoint if last_launch is not None and last_launch.mode == "direct" else None
-        selection = await self._select(launch, launcher, kernel_id, last_launch, kept)
+        if launch.mode == "ipc":
+            selection = Selection(launch)
+        elif launch.mode == "auto" and last_launch is not None and last_launch.mode == "ipc":
+            selection = Selection(launch.tunnelled(last_launch.why))
+        else:
+            kept = last_endpoint if last_launch is not None and last_launch.mode == "direct" else None
+            try:
+                selection = await self._select_direct(launch, launcher, kernel_id, kept)
+            except _CannotDial as error:
+                selection = _fall_back(launch, f"node {launcher.node} {error}")
         name = "direct" if selection.launch.mode == "direct" else "tunnel"
         self.log.info("kernel %s: %s: %s", kernel_id, name, selection.launch.why)
         return selection
@@ -171,32 +181,6 @@ class TransportSelector:
             if record.ip in failures
         }
 
-    async def _select(
-        self,
-        launch: KernelLaunch,
-        launcher: Launcher,
-        kernel_id: str,
-        last_launch: KernelLaunch | None,
-        kept: Endpoint | None,
-    ) -> Selection:
-        if launch.mode == "ipc":
-            return Selection(launch)
-        if launch.mode == "auto" and last_launch is not None and last_launch.mode == "ipc":
-            return Selection(launch.tunnelled(last_launch.why))
-        try:
-            return await self._select_direct(launch, launcher, kernel_id, kept)
-        except _CannotDial as error:
-            reason = f"node {launcher.node} {error}"
-        if launch.mode == "direct":
-            ports = (
-                "{}-{}".format(*launch.port_range) if launch.port_range else "any, without SlurmService.kernel_ports"
-            )
-            raise NodeUnreachable(
-                f"connect = direct, but {reason}. Clients dial a direct kernel from this machine: let its nodes accept "
-                f"connections from here (ports {ports}), or use connect = auto or tunnel"
-            )
-        return Selection(launch.tunnelled(reason))
-
     async def _select_direct(
         self, launch: KernelLaunch, launcher: Launcher, kernel_id: str, kept: Endpoint | None
     ) -> Selection:
@@ -208,8 +192,9 @@ class TransportSelector:
             why = f"connect = direct; node {launcher.node} was not dialled: {NO_PROBES}"
             return Selection(launch.direct(_joined(why, launch.why)), _address(launcher), kept and kept[1])
         ip, ports = kept or (_address(launcher), None)
-        if not must_be_direct:
-            self._check_silent(ip)
+        node = self._silent.get(ip)
+        if node is not None and not must_be_direct and (seconds := node.until - _now()) > 0:
+            raise _CannotDial(f"{node.failure} (a while ago; the next attempt is possible in {seconds:.0f} s)")
         ports = await self._test(launch, launcher, kernel_id, ip, ports)
         self._silent.pop(ip, None)
         success = f"node {launcher.node} can be dialled at {ip}"
@@ -220,22 +205,17 @@ class TransportSelector:
         self, launch: KernelLaunch, launcher: Launcher, kernel_id: str, ip: str, kept: dict[str, int] | None
     ) -> dict[str, int]:
         """Return the ports on which the launcher listened, once all of them have answered. Raises _CannotDial."""
-        question, answer = secrets.token_hex(16), secrets.token_hex(16)
+        words = {"question": secrets.token_hex(16), "answer": secrets.token_hex(16)}
         try:
             reply = await launcher.prober.ask(
-                kernel_id=kernel_id,
-                ip=ip,
-                ports=kept,
-                port_range=launch.port_range,
-                question=question,
-                answer=answer,
+                kernel_id=kernel_id, ip=ip, ports=kept, port_range=launch.port_range, **words
             )
             if "error" in reply:
                 raise LinkError(f"its launcher cannot listen: {str(reply['error'])[:200]}")
             ports = checked_ports(reply.get("ports"), launch.port_range)
         except LinkError as error:
             raise _CannotDial(f"was not dialled: {error}") from error
-        results = await _ask_all(ip, ports, question=question, answer=answer)
+        results = await _ask_all(ip, ports, **words)
         failures = [failure for failure in results if failure]
         if failures:
             reason = f"could not be dialled at {failures[0]}"
@@ -243,14 +223,6 @@ class TransportSelector:
                 self._remember_silent(ip, reason)
             raise _CannotDial(reason)
         return ports
-
-    # -- Nodes that did not answer ------------------------------------------------------------------
-
-    def _check_silent(self, ip: str) -> None:
-        node = self._silent.get(ip)
-        seconds = node.until - _now() if node is not None else 0
-        if node is not None and seconds > 0:
-            raise _CannotDial(f"{node.failure} (a while ago; the next attempt is possible in {seconds:.0f} s)")
 
     def _remember_silent(self, ip: str, failure: str) -> None:
         known = self._silent.pop(ip, None)
@@ -260,12 +232,19 @@ class TransportSelector:
         self._silent[ip] = _SilentNode(failure, _now() + pauses.next(), pauses)
 
 
+def _fall_back(launch: KernelLaunch, reason: str) -> Selection:
+    """Select the tunnel. Raises NodeUnreachable for a kernel that must be direct."""
+    if launch.mode == "direct":
+        ports = "{}-{}".format(*launch.port_range) if launch.port_range else "any, without SlurmService.kernel_ports"
+        raise NodeUnreachable(
+            f"connect = direct, but {reason}. Clients dial a direct kernel from this machine: let its nodes accept "
+            f"connections from here (ports {ports}), or use connect = auto or tunnel"
+        )
+    return Selection(launch.tunnelled(reason))
+
+
 def _joined(why: str, cost: str) -> str:
     return f"{why}; {cost}" if cost else why
-
-
-def _now() -> float:
-    return time.monotonic()
 
 
 def _address(launcher: Launcher) -> str:
