@@ -365,10 +365,14 @@ class SlurmProvisioner(KernelProvisionerBase):
         return returncode
 
     async def kept_output(self) -> KeptOutput:
-        """The output that the kernel's node has kept; see ``KernelProcess.read_kept``. Raises LinkError."""
+        """The output that the kernel published and no call has acknowledged; an exited kernel has it until ``cleanup``.
+
+        Clients subscribe first. They get output twice that the kernel publishes meanwhile, and recognise it by the
+        messages' ids. Raises LinkError.
+        """
         if self._handle is None:
             raise LinkError("there is no kernel, and so no kept output")
-        return await self._call(self._handle.process.read_kept())
+        return await self._call(self._handle.process.launcher.read_kept(self.kernel_id))
 
     def acknowledge(self, msg_id: str, positions: dict[str, str]) -> Future[None] | None:
         """Acknowledge output that clients have (``KernelProcess.acknowledge``); any thread may call it.

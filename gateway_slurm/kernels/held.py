@@ -58,7 +58,7 @@ class Kernels:
     ) -> None:
         self.owners, self.registry, self.transport = owners, registry, transport
         self.release_grace, self.post_launch_timeout, self.log = release_grace, post_launch_timeout, log
-        self._reports, self._prepare_start, self._socket_directory = reports, prepare_start, socket_directory
+        self.reports, self._prepare_start, self._socket_directory = reports, prepare_start, socket_directory
         self._handles: dict[str, KernelHandle] = {}
         self._starting: set[asyncio.Task[Any]] = set()
 
@@ -69,11 +69,7 @@ class Kernels:
     async def start(
         self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager_state: dict[str, Any]
     ) -> KernelHandle:
-        """Start a kernel in an allocation, and return it once it listens.
-
-        Raises RequestError (NotAllowed), SlurmError, AllocationError or KernelStartError. A start that fails or is
-        cancelled leaves no kernel, and no job that it submitted.
-        """
+        """Start a kernel in an allocation, as ``SlurmService.start_kernel`` promises, which passes all of this on."""
         task = asyncio.current_task()
         assert task is not None
         self._starting.add(task)
@@ -138,29 +134,19 @@ class Kernels:
         """Remove the kernel from the table; its record stays, as it belongs to another server now."""
         self._handles.pop(handle.process.kernel_id, None)
 
-    def report_start(self, handle: KernelHandle) -> None:
-        """Report a confirmed start to the JupyterHub that asked for reports; returns at once."""
-        if self._reports is not None:
-            self._reports.send(start_report(handle.process.kernel_id, handle.allocation, handle.process.launcher))
-
     async def close(self, *, leave: bool) -> None:
         """End all kernels. With ``leave`` they run on for the next server, and starts under way are cancelled.
 
         A start under way has no client that could find its kernel later.
         """
-        if leave:
-            await self._cancel_starts()
+        if leave and (starting := set(self._starting)):
+            for start in starting:
+                start.cancel()
+            await asyncio.wait(starting, timeout=START_SECONDS)
         for handle in self.handles():
             handle.cancel_timer()
             handle.process.detach() if leave else handle.process.close()
         self._handles.clear()
-
-    async def _cancel_starts(self) -> None:
-        starting = set(self._starting)
-        for start in starting:
-            start.cancel()
-        if starting:
-            await asyncio.wait(starting, timeout=START_SECONDS)
 
 
 class KernelHandle:
@@ -174,11 +160,13 @@ class KernelHandle:
         # What another process needs to make the kernel's manager again; it holds secrets.
         self.manager_state: dict[str, Any] = {}
         # Resolved with the reason once the kernel is dead and cannot be restarted in its place.
-        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.over: asyncio.Future[str] = loop.create_future()
         # Called on the service's loop when the kernel died without having been stopped.
         self.on_death: Callable[[], None] = lambda: None
         process.on_exit = lambda _process: self._after_exit()
-        allocation.ended.add_done_callback(self._after_allocation)
+        # In the loop's next round: by then the process knows a reason, which says more.
+        allocation.ended.add_done_callback(lambda _ended: loop.call_soon(self._set_over))
 
     async def restart(self, launch: KernelLaunch) -> None:
         """Start the kernel again in the same allocation, on the same node, with the same ports.
@@ -274,18 +262,15 @@ class KernelHandle:
         self.cancel_timer()
         if self.process.phase is Phase.DEAD:
             self._after_exit()
-            return
-        self._kernels.report_start(self)
+        elif self._kernels.reports is not None:
+            report = start_report(self.process.kernel_id, self.allocation, self.process.launcher)
+            self._kernels.reports.send(report)
 
     # -- The end --------------------------------------------------------------------------------
 
     async def until_over(self) -> str:
         """Wait until the kernel is dead and cannot be restarted in its place; return the reason."""
         return await asyncio.shield(self.over)
-
-    def _after_allocation(self, _ended: object) -> None:
-        # In the loop's next round: by then the process knows a reason, which says more.
-        asyncio.get_running_loop().call_soon(self._set_over)
 
     def _set_over(self) -> None:
         if not self.over.done():

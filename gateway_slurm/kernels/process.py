@@ -19,7 +19,6 @@ from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LauncherFa
 from gateway_slurm.kernels.model import TRANSITIONS, KernelLaunch, Phase
 from gateway_slurm.kernels.transport import TransportSelector, checked_ports
 from gateway_slurm.link import wire
-from gateway_slurm.link.output import KeptOutput
 from gateway_slurm.link.tunnel import KernelTunnel
 from gateway_slurm.store.records import KernelRecord
 
@@ -94,7 +93,7 @@ class KernelProcess:
         try:
             self._set_endpoint(await self._launch(await self._select(launch)))
         except BaseException as error:
-            self.launcher.send("STOP", kernel_id=self.kernel_id)
+            self.stop()
             if self.phase is not Phase.DEAD:
                 self._end(1, f"its start failed: {error or type(error).__name__}")
             raise
@@ -157,7 +156,8 @@ class KernelProcess:
         if self._started.done():  # the job ended meanwhile
             return self._started.result()
         if launch.mode == "ipc":
-            await self._listen()
+            self._tunnel = self._tunnel or self._make_tunnel()
+            await self._tunnel.listen()
         sent = self.launcher.send(
             "START",
             kernel_id=self.kernel_id,
@@ -186,10 +186,8 @@ class KernelProcess:
                 f"{self.launcher.where} did not report within {seconds:g} s whether the kernel started"
             ) from error
 
-    async def _listen(self) -> None:
-        if self._tunnel is None:
-            self._tunnel = KernelTunnel(self.launcher.streams, self.kernel_id, self._tunnel_prefix)
-        await self._tunnel.listen()
+    def _make_tunnel(self) -> KernelTunnel:
+        return KernelTunnel(self.launcher.streams, self.kernel_id, self._tunnel_prefix)
 
     # -- Kernels of an earlier server process -----------------------------------------------
 
@@ -206,7 +204,7 @@ class KernelProcess:
         self.started_at = record.started_at
         self._fallback_reason = fallback_reason if self.mode == "direct" else ""
         if self.mode != "direct" or self._fallback_reason:
-            self._tunnel = KernelTunnel(self.launcher.streams, self.kernel_id, self._tunnel_prefix)
+            self._tunnel = self._make_tunnel()
 
     async def reopen(self) -> None:
         """Open the tunnel's sockets again; ZeroMQ clients retry until then."""
@@ -274,12 +272,9 @@ class KernelProcess:
             return
         if self._acked is not None:
             self.acknowledge(*self._acked)  # the last one may have been lost with the link
-        if fields["state"] == "exited":
-            self.message("EXIT", fields)
-        elif fields["state"] == "failed":
-            self.message("FAILED", fields)
-        elif fields["state"] == "running":
-            self.message("STARTED", fields)
+        message = {"exited": "EXIT", "failed": "FAILED", "running": "STARTED"}.get(fields["state"])
+        if message:
+            self.message(message, fields)
 
     def unreported(self) -> None:
         """REPORT on a new link does not name this kernel."""
@@ -338,14 +333,6 @@ class KernelProcess:
         """
         self._acked = msg_id, positions
         self.launcher.send("ACK", kernel_id=self.kernel_id, upto=msg_id, positions=positions)
-
-    async def read_kept(self) -> KeptOutput:
-        """The output that the kernel published and no call has acknowledged; an exited kernel has it until ``close``.
-
-        Clients subscribe first. They get output twice that the kernel publishes meanwhile, and recognise it by the
-        messages' ids. Raises LinkError.
-        """
-        return await self.launcher.read_kept(self.kernel_id)
 
     # -- Control ----------------------------------------------------------------------------
 

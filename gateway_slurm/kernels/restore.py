@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -16,8 +17,6 @@ from dataclasses import dataclass, replace
 
 from gateway_slurm._util import Backoff, LogOnce, TaskSet
 from gateway_slurm.allocations.identity import JOB_NAME, identity_of
-from gateway_slurm.allocations.launcher import Launcher
-from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.recovery import INTENT_RETRY_DELAY, INTENT_TIMEOUT
 from gateway_slurm.errors import GatewaySlurmError, SlurmError, StoreError
 from gateway_slurm.kernels.held import KernelHandle, Kernels
@@ -53,12 +52,21 @@ class Restorer:
 
     async def restore(self, claimed: ClaimedRows) -> list[RestoredKernel]:
         """Have all that was claimed, in whatever state it is now; the kernels' sockets open soon after."""
-        launchers, kernels = _by_record(claimed.launchers), _by_launcher(claimed.kernels)
+        launchers: dict[str, list[LauncherRecord]] = defaultdict(list)
+        for launcher in claimed.launchers:
+            launchers[launcher.record_key].append(launcher)
+        kernels: dict[str, list[KernelRecord]] = defaultdict(list)
+        for kernel in claimed.kernels:
+            kernels[kernel.launcher_id].append(kernel)
         reasons = await self._kernels.transport.fallback_reasons(claimed.kernels)
         restored: list[RestoredKernel] = []
         for record in [*claimed.allocations, *_missing(claimed)]:
             if record.jobid:
-                restored += self._try_allocation(record, launchers[record.launcher_id], kernels, reasons)
+                try:
+                    restored += self._allocation(record, launchers[record.launcher_id], kernels, reasons)
+                except Exception:
+                    # A faulty record must not cost other jobs their kernels.
+                    self.log.exception("job %s cannot be restored", record.jobid)
         known = {kernel.record.kernel_id for kernel in restored}
         for kernel in claimed.kernels:
             if kernel.kernel_id not in known:
@@ -71,20 +79,6 @@ class Restorer:
         self._tasks.create_task(self._reopen(restored))
         return restored
 
-    def _try_allocation(
-        self,
-        record: AllocationRecord,
-        launchers: list[LauncherRecord],
-        kernels: dict[str, list[KernelRecord]],
-        reasons: dict[str, str],
-    ) -> list[RestoredKernel]:
-        try:
-            return self._allocation(record, launchers, kernels, reasons)
-        except Exception:
-            # A faulty record must not cost other jobs their kernels.
-            self.log.exception("job %s cannot be restored", record.jobid)
-            return []
-
     # No await in here: launchers are let in once all of their kernels are known.
     def _allocation(
         self,
@@ -96,24 +90,17 @@ class Restorer:
         allocations = self._kernels.owners.of(record.owner)
         allocation = allocations.restore(record, launchers)
         restored = []
-        for launcher in launchers:
-            for kernel in kernels[launcher.launcher_id]:
-                reason = reasons.get(kernel.kernel_id, "")
-                restored += self._kernel(allocation, allocation.launchers[launcher.launcher_id], kernel, reason)
+        for kernel in itertools.chain.from_iterable(kernels[launcher.launcher_id] for launcher in launchers):
+            kernel_id, launcher = kernel.kernel_id, allocation.launchers[kernel.launcher_id]
+            try:
+                handle = self._kernels.restore(allocation, launcher, kernel, reasons.get(kernel_id, ""))
+            except (KeyError, TypeError, AttributeError) as error:
+                self.log.error("kernel %s cannot be restored: its record is incomplete: %r", kernel_id, error)
+                self._kernels.registry.remove("kernels", kernel_id)
+            else:
+                restored.append(RestoredKernel(kernel, handle))
         allocations.allow_reconnect(allocation)
         return restored
-
-    def _kernel(
-        self, allocation: Allocation, launcher: Launcher, record: KernelRecord, reason: str
-    ) -> list[RestoredKernel]:
-        """The kernel; none where its record is incomplete."""
-        try:
-            handle = self._kernels.restore(allocation, launcher, record, reason)
-        except (KeyError, TypeError, AttributeError) as error:
-            self.log.error("kernel %s cannot be restored: its record is incomplete: %r", record.kernel_id, error)
-            self._kernels.registry.remove("kernels", record.kernel_id)
-            return []
-        return [RestoredKernel(record, handle)]
 
     async def _reopen(self, restored: list[RestoredKernel]) -> None:
         for kernel in restored:
@@ -148,20 +135,6 @@ class Restorer:
             self._kernels.registry.remove("allocations", key)
             for launcher in launchers[key]:
                 self._kernels.registry.remove("launchers", launcher.launcher_id)
-
-
-def _by_record(launchers: Iterable[LauncherRecord]) -> dict[str, list[LauncherRecord]]:
-    found: dict[str, list[LauncherRecord]] = defaultdict(list)
-    for launcher in launchers:
-        found[launcher.record_key].append(launcher)
-    return found
-
-
-def _by_launcher(kernels: Iterable[KernelRecord]) -> dict[str, list[KernelRecord]]:
-    found: dict[str, list[KernelRecord]] = defaultdict(list)
-    for kernel in kernels:
-        found[kernel.launcher_id].append(kernel)
-    return found
 
 
 def _missing(claimed: ClaimedRows) -> list[AllocationRecord]:
@@ -199,7 +172,8 @@ class LauncherAddresses:
     ) -> None:
         self._access, self._registry, self._listen, self._url = access, registry, listen, url
         self.direct: list[str] = []
-        self._others: list[str] = []
+        self.others: list[str] = []
+        """Those of the other living servers of the deployment."""
         # Addresses of dead servers on which this one listens. The next server must do so, too, if this one dies soon.
         self._adopted: list[str] = []
 
@@ -210,12 +184,7 @@ class LauncherAddresses:
     def of_all_servers(self) -> list[str]:
         """The same, then the other servers'; reads memory only."""
         own = self.of_this_server()
-        return [*own, *(address for address in self._others if address not in own)]
-
-    def set_others(self, addresses: list[str]) -> bool:
-        """Note the addresses of the other servers; return whether they have changed."""
-        changed, self._others = addresses != self._others, addresses
-        return changed
+        return [*own, *(address for address in self.others if address not in own)]
 
     def announce(self) -> None:
         """Record where launchers reach this server: at first, and whenever that has changed."""
@@ -331,7 +300,8 @@ class Failover:
             if server.deployment == self._deployment and server.server_id != self._registry.server_id
         ]
         addresses = [address for server in others if not server.is_dead for address in server.addresses]
-        if self._addresses.set_others(addresses):
+        if addresses != self._addresses.others:
+            self._addresses.others = addresses
             self.log.info("other servers that launchers may dial: %s", ", ".join(addresses) or "none")
         return any(server.is_dead for server in others)
 
