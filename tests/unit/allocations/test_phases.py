@@ -44,7 +44,13 @@ def state_of(allocation: Allocation) -> dict[str, object]:
     return {**state, "ended": allocation.ended.done()}
 
 
-LEGAL = [(phase, following) for phase, allowed in TRANSITIONS.items() for following in allowed]
+# In one order: each process of a run collects the same tests.
+LEGAL = [
+    (phase, following)
+    for phase, allowed in TRANSITIONS.items()
+    for following in AllocationPhase
+    if following in allowed
+]
 ILLEGAL = [(phase, target) for phase in TRANSITIONS for target in METHODS if target not in TRANSITIONS[phase]]
 
 
