@@ -108,7 +108,7 @@ class CommandLineDriver:
         """Run one sbatch, which gets the script by its standard input and ``spec.env`` by its environment."""
         try:
             result = await self.runner.run(
-                commands.submit_command(spec), input=spec.script.encode(), extra_env={**_NOT_FOR_JOBS, **spec.env}
+                commands.submit_command(spec), stdin=spec.script.encode(), extra_env={**_NOT_FOR_JOBS, **spec.env}
             )
             return commands.parse_submit(result.exit_status, result.stdout, result.stderr, spec.requested)
         except Unanswered as error:
@@ -174,7 +174,7 @@ class CommandLineDriver:
     async def start_step(self, spec: StepSpec) -> SrunStep:
         """Start a detached srun, which runs until the step ends, even if this process ends earlier."""
         process = await self.runner.start(
-            commands.step_command(spec), input=spec.script.encode(), extra_env={**_NOT_FOR_JOBS, **spec.env}
+            commands.step_command(spec), stdin=spec.script.encode(), extra_env={**_NOT_FOR_JOBS, **spec.env}
         )
         return SrunStep(process, spec.jobid)
 

@@ -29,6 +29,10 @@ FIXED_VARIABLES: Final = {"LC_ALL": "C.UTF-8", "SLURM_TIME_FORMAT": "%s"}
 _DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
+ExtraEnv = Mapping[str, str | None] | None
+"""Additions to a command's environment, if any; the value None removes a variable."""
+
+
 @dataclass(frozen=True)
 class CommandResult:
     """The result of one command."""
@@ -59,8 +63,8 @@ class Runner:
         self._timeout = timeout
         self._max_output = max_output
 
-    def environment(self, extra_env: Mapping[str, str | None] | None = None) -> dict[str, str]:
-        """Return the environment of a command; None in ``extra_env`` removes a variable."""
+    def environment(self, extra_env: ExtraEnv = None) -> dict[str, str]:
+        """Return the environment of a command."""
         env = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         env["PATH"] = self._search_path or env.get("PATH", _DEFAULT_PATH)
         if self._slurm_conf:
@@ -82,12 +86,7 @@ class Runner:
         return program
 
     async def run(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes = b"",  # noqa: A002 - subprocess's word for it
-        extra_env: Mapping[str, str | None] | None = None,
-        timeout: float | None = None,
+        self, argv: Sequence[str], *, stdin: bytes = b"", extra_env: ExtraEnv = None, timeout: float | None = None
     ) -> CommandResult:
         """Run a command to its end and return its result, for any exit status.
 
@@ -96,36 +95,30 @@ class Runner:
         """
         limit = self._timeout if timeout is None else timeout
         pipe = asyncio.subprocess.PIPE
-        stdin = pipe if input else asyncio.subprocess.DEVNULL
-        process = await self._spawn(argv, extra_env, stdin=stdin, stdout=pipe, stderr=pipe)
+        source = pipe if stdin else asyncio.subprocess.DEVNULL
+        process = await self._spawn(argv, extra_env, stdin=source, stdout=pipe, stderr=pipe)
         try:
-            stdout, stderr = await asyncio.wait_for(self._communicate(process, input, argv), limit)
+            stdout, stderr = await asyncio.wait_for(self._communicate(process, stdin, argv), limit)
         except asyncio.TimeoutError as error:
             raise timed_out(argv, limit) from error
         finally:
             await _end(process)
         return CommandResult(process.returncode or 0, stdout, stderr)
 
-    async def start(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes = b"",  # noqa: A002 - as in run
-        extra_env: Mapping[str, str | None] | None = None,
-    ) -> DetachedProcess:
+    async def start(self, argv: Sequence[str], *, stdin: bytes = b"", extra_env: ExtraEnv = None) -> DetachedProcess:
         """Start a command that outlives this call and this process: it has its own session and no pipes to us."""
-        stdin, stderr = await asyncio.to_thread(_files, input)
+        source, stderr = await asyncio.to_thread(_files, stdin)
         try:
-            process = await self._spawn(argv, extra_env, stdin=stdin, stdout=asyncio.subprocess.DEVNULL, stderr=stderr)
+            process = await self._spawn(argv, extra_env, stdin=source, stdout=asyncio.subprocess.DEVNULL, stderr=stderr)
         except BaseException:
             stderr.close()
             raise
         finally:
-            stdin.close()
+            source.close()
         return DetachedProcess(process, stderr)
 
     async def _spawn(
-        self, argv: Sequence[str], extra_env: Mapping[str, str | None] | None, **pipes: int | IO[bytes]
+        self, argv: Sequence[str], extra_env: ExtraEnv, **pipes: int | IO[bytes]
     ) -> asyncio.subprocess.Process:
         program = self.find(argv)
         self.counts[argv[0]] += 1

@@ -35,7 +35,7 @@ class ClusterUrl:
     def __str__(self) -> str:
         scheme = {"local": "local:", "ssh": "ssh://"}.get(self.kind, f"rest+{self.http_scheme}://")
         user = f"{self.user}@" if self.user else ""
-        return f"{scheme}{user}{self._endpoint}"
+        return f"{scheme}{user}{host_and_port(self.host, self.port)}"
 
     @property
     def http_scheme(self) -> str:
@@ -45,11 +45,7 @@ class ClusterUrl:
     @property
     def base(self) -> str:
         """The REST interface's URL, ``http(s)://host:port``, without a slash at the end."""
-        return f"{self.http_scheme}://{self._endpoint}"
-
-    @property
-    def _endpoint(self) -> str:
-        return host_and_port(self.host, self.port)
+        return f"{self.http_scheme}://{host_and_port(self.host, self.port)}"
 
 
 def host_and_port(host: str, port: int | None) -> str:

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Collection
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 from gateway_slurm._util import LogOnce
+from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobInfo
 
@@ -26,11 +27,6 @@ _MISSES_TO_BE_GONE: Final = 2
 """After a failover, a controller may not know a newly submitted job yet; so one miss is not conclusive."""
 
 
-class _JobQueries(Protocol):
-    async def jobs(self, jobids: Collection[str]) -> dict[str, JobInfo]: ...
-    async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]: ...
-
-
 class JobWatcher:
     """Polls Slurm for the watched jobs: one request for all jobs, one at a time, none if no job is watched.
 
@@ -41,7 +37,7 @@ class JobWatcher:
     the owner awaits ``close``.
     """
 
-    def __init__(self, driver: _JobQueries, *, interval: tuple[float, float] = (1.0, 15.0)) -> None:
+    def __init__(self, driver: SlurmJobs, *, interval: tuple[float, float] = (1.0, 15.0)) -> None:
         shortest, longest = interval
         if not 0 < shortest <= longest:
             raise ValueError(f"JobWatcher's interval must be 0 < shortest <= longest, not {interval!r}")

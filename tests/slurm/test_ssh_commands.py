@@ -62,7 +62,7 @@ async def test_a_command_gets_its_arguments_and_input_word_for_word(node: LoginN
     words = ["a b", "$HOME", "`id`", "'", '"', "\\", "*", "x\ny", ";", "é", "!"]
     async with runner_for(node) as runner:
         told = await runner.run(["printf", "%s|", *words])
-        echoed = await runner.run(["cat"], input=b"one\ntwo 'three' \x00\xff")
+        echoed = await runner.run(["cat"], stdin=b"one\ntwo 'three' \x00\xff")
     assert told.stdout == "".join(f"{word}|" for word in words)
     assert echoed.stdout == b"one\ntwo 'three' \x00\xff".decode(errors="replace")
 
@@ -102,7 +102,7 @@ async def test_the_environment_is_the_login_nodes_scrubbed(node: LoginNode, monk
 async def test_a_secret_is_in_no_command_line_there(node: LoginNode) -> None:
     """Environment and input travel inside the channel."""
     async with runner_for(node) as runner:
-        task = asyncio.ensure_future(runner.run(["sleep", "31.4159"], input=b"s3cr3t", extra_env={"T": "s3cr3t"}))
+        task = asyncio.ensure_future(runner.run(["sleep", "31.4159"], stdin=b"s3cr3t", extra_env={"T": "s3cr3t"}))
         assert await poll_async(lambda: running("31.4159"), timeout=10)
         assert not running("s3cr3t")
         task.cancel()
@@ -238,7 +238,7 @@ async def test_a_process_that_was_started_outlives_the_connection(node: LoginNod
 async def test_the_status_of_a_process_that_was_started_and_its_last_words_come_back(node: LoginNode) -> None:
     """Over the connection that it was started by."""
     async with runner_for(node) as runner:
-        started = await runner.start(["sh", "-c", "cat >&2; exit 3"], input=b"last words")
+        started = await runner.start(["sh", "-c", "cat >&2; exit 3"], stdin=b"last words")
         assert await started.wait() == 3
         assert started.stderr_tail() == "last words"
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tornado.httpclient import HTTPRequest, HTTPResponse
-from tornado.httputil import HTTPHeaders
 from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from gateway_slurm.errors import ConfigError, SlurmUnavailable
@@ -122,10 +121,17 @@ class RestClient:
         """
         client = await self._open()
         headers: dict[str, str] = {}
+        content_type = {} if body is None else {"Content-Type": "application/json"}
         request = HTTPRequest(
             self.url.base + path,
             method=method,
-            headers=_request_headers(user, token, body),
+            headers={
+                "Accept": "application/json",
+                "User-Agent": "gateway_slurm",
+                "X-SLURM-USER-NAME": user,
+                "X-SLURM-USER-TOKEN": token,
+                **content_type,
+            },
             body=body,
             connect_timeout=min(CONNECT_TIMEOUT, self._timeout),
             request_timeout=self._timeout,
@@ -180,20 +186,6 @@ class RestClient:
             f"{self} gave no response ({method} {_request_name(path)}): {reason}. Nothing is known about the jobs",
             argv=["slurmrestd"],
         )
-
-
-def _request_headers(user: str, token: str, body: bytes | None) -> HTTPHeaders:
-    headers = HTTPHeaders(
-        {
-            "Accept": "application/json",
-            "User-Agent": "gateway_slurm",
-            "X-SLURM-USER-NAME": user,
-            "X-SLURM-USER-TOKEN": token,
-        }
-    )
-    if body is not None:
-        headers["Content-Type"] = "application/json"
-    return headers
 
 
 def _note_length(line: str, headers: dict[str, str]) -> None:

@@ -73,7 +73,8 @@ def offered_versions(document: Mapping[str, Any]) -> list[str]:
     """Return the versions in a server's OpenAPI document that accept jobs, the oldest first."""
     paths = document.get("paths")
     found = (_SUBMIT_PATH.fullmatch(str(path)) for path in (paths if isinstance(paths, dict) else ()))
-    return sorted({match[1] for match in found if match}, key=_order)
+    names = {match[1] for match in found if match}
+    return sorted(names, key=lambda name: [int(part) for part in name[1:].split(".")])
 
 
 def newest_known(names: Iterable[str]) -> Version:
@@ -86,10 +87,6 @@ def newest_known(names: Iterable[str]) -> Version:
         f"slurmrestd serves {', '.join(offered) or 'no version that accepts jobs'}, and this gateway_slurm supports "
         f"{VERSIONS[0].name} to {VERSIONS[-1].name}: load one of these in slurmrestd (its options -s and -d)"
     )
-
-
-def _order(name: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in name[1:].split("."))
 
 
 def submission(spec: JobSpec, version: Version) -> dict[str, Any]:

@@ -6,19 +6,19 @@ All methods are called on one loop; blocking work runs in worker threads.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import paramiko
 
-from gateway_slurm._util import Backoff
+from gateway_slurm._util import Backoff, call_on
 from gateway_slurm.errors import GatewaySlurmError, HostKeyRefused, LoginRefused, SshError, SshTurnedAway
 from gateway_slurm.slurm.ssh.config import Destination
 from gateway_slurm.slurm.ssh.login import Credentials, dial, log_in
@@ -60,28 +60,19 @@ class TransportChain:
 async def run_in_thread(blocking: Callable[[], T]) -> T:
     """Run a blocking call in a thread of its own; the end of the process does not wait for that thread."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(value: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)  # type: ignore[arg-type]
+    done = asyncio.Event()
+    result: Future[T] = Future()
 
     def run() -> None:
-        value: T | None = None
-        error: BaseException | None = None
         try:
-            value = blocking()
-        except BaseException as raised:  # noqa: BLE001 - raised again in the caller
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(deliver, value, error)
+            result.set_result(blocking())
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller
+            result.set_exception(error)
+        call_on(loop, done.set)
 
     threading.Thread(target=run, name="gateway_slurm-ssh", daemon=True).start()
-    return await future
+    await done.wait()
+    return result.result()
 
 
 class SshConnection:
@@ -121,12 +112,12 @@ class SshConnection:
     ) -> RemoteProgram:
         """Start a program on the login node, over the existing connection or a new one. Raises SshError."""
         chain = await self._connected()
-        program = RemoteProgram(chain.transport, on_frames=on_frames, on_end=on_end, log=self.log)
-        self.counts["channel"] += 1
-        await run_in_thread(
-            lambda: program.open(mode, python=self._python, heartbeat=self._heartbeat, timeout=self._timeout)
+        program = RemoteProgram(
+            chain.transport, heartbeat=self._heartbeat, on_frames=on_frames, on_end=on_end, log=self.log
         )
-        program.start(self._heartbeat)
+        self.counts["channel"] += 1
+        await run_in_thread(lambda: program.open(mode, python=self._python, timeout=self._timeout))
+        program.start()
         return program
 
     async def close(self) -> None:

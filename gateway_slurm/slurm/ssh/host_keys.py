@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Final, Protocol
+from typing import Final
 
 import paramiko
 
@@ -148,13 +148,6 @@ def _date(seconds: int) -> str:
 # -- known_hosts files --
 
 
-class PublicKey(Protocol):
-    """The methods of a paramiko key that the check needs."""
-
-    def get_name(self) -> str: ...
-    def asbytes(self) -> bytes: ...
-
-
 @dataclass(frozen=True)
 class KnownKey:
     """The key of one line."""
@@ -212,15 +205,13 @@ def _matches(patterns: str, name: str) -> bool:
     """Whether a line's patterns match the host; a matching negated pattern excludes it."""
     if patterns.startswith("|"):
         return _is_hash_of(patterns, name)
-    matches = False
-    for pattern in patterns.lower().split(","):
-        negated = pattern.startswith("!")
+    matching = [
+        pattern
+        for pattern in patterns.lower().split(",")
         # In fnmatch brackets mean sets; here they belong to "[host]:port".
-        if fnmatchcase(name, pattern.removeprefix("!").replace("[", "[[]")):
-            if negated:
-                return False
-            matches = True
-    return matches
+        if fnmatchcase(name, pattern.removeprefix("!").replace("[", "[[]"))
+    ]
+    return bool(matching) and not any(pattern.startswith("!") for pattern in matching)
 
 
 def _is_hash_of(text: str, name: str) -> bool:
@@ -237,7 +228,7 @@ def _is_hash_of(text: str, name: str) -> bool:
 
 def check_host_key(
     name: str,
-    key: PublicKey,
+    key: paramiko.PKey,
     known: list[KnownKey],
     files: Iterable[str],
     certificate: HostCertificate | None = None,

@@ -36,15 +36,9 @@ from gateway_slurm.slurm.ssh.host_keys import (
 )
 
 PROMPT_TIMEOUT: Final = 60.0  # seconds; sshd's own limit for a login (LoginGraceTime) is 120
-PASSWORD_FILE_SETTING: Final = "SlurmService.ssh_password_file"  # noqa: S105 - a setting's name
 # In Python, AES-GCM costs a third of AES-CTR with an HMAC. Algorithms that OpenSSH no longer offers are left out.
 CIPHERS: Final = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes192-ctr", "aes256-ctr")
-MACS: Final = (
-    "hmac-sha2-256-etm@openssh.com",
-    "hmac-sha2-512-etm@openssh.com",
-    "hmac-sha2-256",
-    "hmac-sha2-512",
-)
+MACS: Final = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256", "hmac-sha2-512")
 _MAX_SECRETS: Final = 64 << 10  # bytes
 _MAX_STEPS: Final = 4  # authentication steps of one login
 _MAX_KEYS: Final = 5  # sshd's MaxAuthTries is 6
@@ -65,21 +59,19 @@ class Credentials:
     remembered: dict[str, str] = field(default_factory=dict, repr=False)
 
     def answers(self, *, may_prompt: bool) -> LoginAnswers:
-        """Return the answers for one login. Raises ConfigError for a file of secrets that is not private."""
-        lines = read_secrets(self.password_file, PASSWORD_FILE_SETTING) if self.password_file else []
+        """Return the answers for one login. Raises ConfigError if the file is not private or cannot be read."""
+        lines = self._lines_of_file() if self.password_file else []
         return LoginAnswers(lines, self.remembered, may_prompt=may_prompt)
 
-
-def read_secrets(path: str, setting: str) -> list[str]:
-    """Return the lines of a file of secrets. Raises ConfigError if it is not private or cannot be read."""
-    path = os.path.expanduser(path)
-    try:
-        with open(path, encoding="utf-8") as file:
-            if reason := exposure(os.fstat(file.fileno())):
-                raise ConfigError(f"{setting}: {path} is not used: {reason}")
-            return file.read(_MAX_SECRETS).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{setting}: {path} cannot be read: {error}") from error
+    def _lines_of_file(self) -> list[str]:
+        path = os.path.expanduser(self.password_file)
+        try:
+            with open(path, encoding="utf-8") as file:
+                if reason := exposure(os.fstat(file.fileno())):
+                    raise ConfigError(f"SlurmService.ssh_password_file: {path} is not used: {reason}")
+                return file.read(_MAX_SECRETS).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"SlurmService.ssh_password_file: {path} cannot be read: {error}") from error
 
 
 class LoginAnswers:
@@ -157,7 +149,9 @@ def ask_on_terminal(prompt: str, *, echo: bool) -> str:
             during[3] &= ~termios.ECHO
         try:
             termios.tcsetattr(terminal, termios.TCSAFLUSH, during)
-            os.write(terminal, _printable(prompt).encode())
+            # A host's control characters could overwrite the user's screen.
+            shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in prompt[:2000])
+            os.write(terminal, shown.encode())
             return _read_line(terminal)
         finally:
             with contextlib.suppress(termios.error):
@@ -180,11 +174,6 @@ def _read_line(terminal: int) -> str:
             raise LoginRefused("the terminal was closed")
         data += part
     return data.decode(errors="replace").rstrip("\r\n")
-
-
-def _printable(text: str) -> str:
-    """Return a host's text without control characters, which could overwrite the user's screen."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text[:2000])
 
 
 # -- The login --
@@ -359,15 +348,13 @@ class _Login:
 
     def _keys(self) -> Iterator[tuple[paramiko.PKey, str]]:
         """Yield keys and their names: the agent's first, as in ssh, and at most as many as a host allows."""
-        count = 0
         seen: set[bytes] = set()
         for key, name in chain(self._agent_keys(), self._file_keys()):
             blob = key.public_blob.key_blob if key.public_blob else key.asbytes()
             if blob in seen:
                 continue
             seen.add(blob)
-            count += 1
-            if count > _MAX_KEYS:
+            if len(seen) > _MAX_KEYS:
                 self._notes.append(f"only the first {_MAX_KEYS} keys were tried; name the right one in IdentityFile")
                 return
             yield key, name

@@ -65,7 +65,7 @@ class SshRelay:
         self._answers: dict[int, asyncio.Future[Frame]] = {}
         self._numbers = itertools.count(1)
         self._listening = asyncio.Event()
-        self._failed = asyncio.Event()
+        self._attempted = asyncio.Event()  # the relay listens, or an attempt has failed
         self._down: asyncio.Future[None] | None = None
         self._last_error: GatewaySlurmError | None = None
         self._tasks = TaskSet()
@@ -80,11 +80,8 @@ class SshRelay:
     async def wait_ready(self) -> None:
         """Return once the relay listens. Raises the error of the last attempt."""
         while not self._listening.is_set():
-            self._failed.clear()
-            waits = [asyncio.ensure_future(event.wait()) for event in (self._listening, self._failed)]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
+            self._attempted.clear()
+            await self._attempted.wait()
             if not self._listening.is_set() and self._last_error is not None:
                 raise self._last_error
 
@@ -127,7 +124,7 @@ class SshRelay:
                 if message != logged:
                     self.log.warning("relay: %s", message)
                 logged, self._last_error = message, error
-                self._failed.set()
+                self._attempted.set()
             self._listening.clear()
             await backoff.sleep()
 
@@ -152,8 +149,9 @@ class SshRelay:
             kind, _number, payload = await self._listen(program, ports, [])
         if kind == protocol.FAILED:
             program.close()
+            numbers = "-".join(map(str, dict.fromkeys((ports[0], ports[-1]))))
             raise SshError(
-                f"the relay cannot listen on the login node {program.info['host']}, port {_range(ports)}: "
+                f"the relay cannot listen on the login node {program.info['host']}, port {numbers}: "
                 f"{payload.decode(errors='replace')}; see SlurmService.relay_port"
             )
         try:
@@ -220,6 +218,7 @@ class SshRelay:
         self._last_error = None
         self._former_ports.pop(self.port, None)
         self._listening.set()
+        self._attempted.set()
         self._listen_on_former_ports(program, list(self._former_ports))
         self._changed()
         self.log.info("relay: listening on the login node, announced as %s", ", ".join(self.endpoints))
@@ -245,7 +244,7 @@ class SshRelay:
             elif kind == protocol.OPEN and self._program is not None:
                 peer = payload.decode(errors="replace")
                 connection = self._connections[number] = RelayedConnection(self, self._program, number, peer)
-                connection.begin(self._accept)
+                connection.link = self._accept(connection)
             elif number in self._connections:
                 self._connections[number].received(kind, payload)
 
@@ -268,11 +267,8 @@ class RelayedConnection(asyncio.Transport):
         self._high = _HIGH_WATER
         self._paused = self._closing = self._closed = False
         self._reading = True
-        self._link: LauncherLink | None = None
-
-    def begin(self, accept: AcceptLauncher) -> None:
-        """Hand the connection to the launcher's link that ``accept`` returns."""
-        self._link = accept(self)
+        self.link: LauncherLink | None = None
+        """The protocol that serves the connection."""
 
     # -- Frames from the relay --
 
@@ -288,11 +284,11 @@ class RelayedConnection(asyncio.Transport):
             self.lost(None)
 
     def _data(self, payload: bytes) -> None:
-        if self._closed or self._link is None:
+        if self._closed or self.link is None:
             return
         if not self._closing:
-            self._link.data_received(payload)
-            if self._link.is_authenticated:
+            self.link.data_received(payload)
+            if self.link.is_authenticated:
                 self._relay.was_used = True
         self._owed += len(payload)
         self._give_credit()
@@ -308,8 +304,8 @@ class RelayedConnection(asyncio.Transport):
             return
         self._closed = self._closing = True
         self._waiting.clear()
-        if self._link is not None:
-            self._loop.call_soon(self._link.connection_lost, error)
+        if self.link is not None:
+            self._loop.call_soon(self.link.connection_lost, error)
 
     # -- asyncio.Transport --
 
@@ -363,16 +359,12 @@ class RelayedConnection(asyncio.Transport):
             self._program.send(protocol.CLOSE, self._number)
             self._relay.forget(self._number)
             self.lost(None)
-        elif self._link is not None and not self._closing and self._paused != (self._size > self._high):
+        elif self.link is not None and not self._closing and self._paused != (self._size > self._high):
             self._paused = not self._paused
             if self._paused:
-                self._link.pause_writing()
+                self.link.pause_writing()
             else:
-                self._link.resume_writing()
-
-
-def _range(ports: list[int]) -> str:
-    return str(ports[0]) if len(ports) == 1 else f"{ports[0]}-{ports[-1]}"
+                self.link.resume_writing()
 
 
 def check_relay_address(address: str) -> str:

@@ -28,8 +28,6 @@ MAX_SHELL_OUTPUT: Final = 256 << 10  # bytes that a login shell may print before
 _MAX_WRITE: Final = 256 << 10  # bytes
 _PYTHON: Final = re.compile(r"[A-Za-z0-9_./+-]+", re.ASCII)
 
-# The whole command line on the login node. It does not depend on any request, and all login shells read it alike.
-_BOOTSTRAP: Final = "exec {python} -I -c 'import sys;s=sys.stdin.buffer;exec(s.read(int(s.readline())))'"
 _LOADER: Final = """\
 import sys, types
 for name, source in SOURCES.items():
@@ -43,16 +41,19 @@ def program_text() -> str:
     """Return the modules as one text, which registers them under their own names."""
     package = "gateway_slurm.slurm.ssh.login_node"
     directory = Path(protocol.__file__).parent
-    sources = {"gateway_slurm": "", "gateway_slurm.slurm.ssh": "", package: ""}
-    sources |= {f"{package}.{name}": (directory / f"{name}.py").read_text() for name in MODULES}
+    sources = {package: "", **{f"{package}.{name}": (directory / f"{name}.py").read_text() for name in MODULES}}
     return f"SOURCES = {sources!r}\n{_LOADER}"
 
 
 def bootstrap(python: str) -> str:
-    """Return the command line that reads the program from stdin. Raises ValueError for special characters."""
+    """Return the command line that reads the program from stdin. Raises ValueError for special characters.
+
+    It is the whole command line on the login node. It does not depend on any request, and all login shells read it
+    alike.
+    """
     if not _PYTHON.fullmatch(python):
         raise ValueError(f"{python!r} is not the path of a Python: it may hold letters, digits and _ . / + - only")
-    return _BOOTSTRAP.format(python=python)
+    return f"exec {python} -I -c 'import sys;s=sys.stdin.buffer;exec(s.read(int(s.readline())))'"
 
 
 class RemoteProgram:
@@ -66,16 +67,19 @@ class RemoteProgram:
         self,
         transport: paramiko.Transport,
         *,
+        heartbeat: float,
         on_frames: Callable[[list[Frame]], None],
         on_end: Callable[[SshError], None],
         log: logging.Logger,
     ) -> None:
         self._transport, self._on_frames, self._on_end, self._log = transport, on_frames, on_end, log
+        self._heartbeat = heartbeat
         self._loop = asyncio.get_running_loop()
         self._frames = protocol.Frames()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._early: list[Frame] = []  # frames that arrived before ``start``
-        self._ended = False
+        self.ended = False
+        """Whether the program or its channel has ended."""
         self._last_received = self._loop.time()
         self._heartbeat_timer: asyncio.TimerHandle | None = None
         self.channel: paramiko.Channel | None = None
@@ -83,11 +87,11 @@ class RemoteProgram:
 
     # -- In worker threads --
 
-    def open(self, mode: str, *, python: str, heartbeat: float, timeout: float) -> None:
+    def open(self, mode: str, *, python: str, timeout: float) -> None:
         """Start the program and return once it runs. Raises SshError with the login node's own words."""
         marker = f"gateway_slurm-{secrets.token_hex(16)}"
         entry = "sys.modules['gateway_slurm.slurm.ssh.login_node.main'].main"
-        text = f"{program_text()}\n{entry}{(marker, mode, 3 * heartbeat)!r}\n"
+        text = f"{program_text()}\n{entry}{(marker, mode, 3 * self._heartbeat)!r}\n"
         data = text.encode()
         try:
             self.channel = self._transport.open_session(
@@ -140,11 +144,9 @@ class RemoteProgram:
         assert self.channel is not None
         self.channel.settimeout(1)
         output = b""
-        try:
+        with contextlib.suppress(OSError):
             while len(output) < 64 << 10 and (data := self.channel.recv_stderr(64 << 10)):
                 output += data
-        except OSError:
-            pass
         return output.decode(errors="replace") + "\n"
 
     def _read(self) -> None:
@@ -183,19 +185,14 @@ class RemoteProgram:
 
     # -- On the loop --
 
-    def start(self, heartbeat: float) -> None:
+    def start(self) -> None:
         """Begin to receive frames and to send signs of life; frames that arrived earlier are delivered at once."""
         for work, name in ((self._read, "read"), (self._write, "write")):
             threading.Thread(target=work, name=f"gateway_slurm-ssh-{name}", daemon=True).start()
         self._last_received = self._loop.time()
-        self._schedule_heartbeat(heartbeat)
+        self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._on_heartbeat)
         if self._early:
             self._received(self._early)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the program or its channel has ended."""
-        return self._ended
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
         """Queue one frame; the caller limits the queue."""
@@ -208,28 +205,25 @@ class RemoteProgram:
     def _received(self, frames: list[Frame]) -> None:
         self._last_received = self._loop.time()
         rest = [received for received in frames if received[0] != protocol.PONG]
-        if rest and not self._ended:
+        if rest and not self.ended:
             self._on_frames(rest)
 
-    def _schedule_heartbeat(self, heartbeat: float) -> None:
-        self._heartbeat_timer = self._loop.call_later(heartbeat, self._on_heartbeat, heartbeat)
-
-    def _on_heartbeat(self, heartbeat: float) -> None:
-        if self._ended:
+    def _on_heartbeat(self) -> None:
+        if self.ended:
             return
         silence = self._loop.time() - self._last_received
-        if silence > 3 * heartbeat:
+        if silence > 3 * self._heartbeat:
             self._end(f"nothing was received for {silence:.0f} s")
             # The whole connection is dead, not only this channel. Closing it waits for paramiko's thread.
             threading.Thread(target=self._transport.close, daemon=True).start()
             return
         self.send(protocol.PING, 0)
-        self._schedule_heartbeat(heartbeat)
+        self._heartbeat_timer = self._loop.call_later(self._heartbeat, self._on_heartbeat)
 
     def _end(self, reason: str) -> None:
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
         self._outgoing.put(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from gateway_slurm._util import Backoff
@@ -15,6 +15,7 @@ from gateway_slurm.slurm.runner import (
     MAX_OUTPUT,
     CommandResult,
     DetachedProcess,
+    ExtraEnv,
     Runner,
     timed_out,
 )
@@ -58,12 +59,7 @@ class SshRunner(Runner):
         return argv[0]
 
     async def run(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes = b"",  # noqa: A002 - as in Runner
-        extra_env: Mapping[str, str | None] | None = None,
-        timeout: float | None = None,
+        self, argv: Sequence[str], *, stdin: bytes = b"", extra_env: ExtraEnv = None, timeout: float | None = None
     ) -> CommandResult:
         """Run a command to its end on the login node; on timeout and on cancellation it is killed there.
 
@@ -73,7 +69,7 @@ class SshRunner(Runner):
         async with self._slots:
             program = await self._running_program()
             self.counts[argv[0]] += 1
-            request = self._request(argv, extra_env, input, timeout=limit + _TIMEOUT_MARGIN)
+            request = self._request(argv, extra_env, stdin, timeout=limit + _TIMEOUT_MARGIN)
             number, answer = self._send(program, protocol.RUN, request)
             try:
                 _kind, _number, payload = await asyncio.wait_for(answer, limit)
@@ -93,17 +89,11 @@ class SshRunner(Runner):
         stdout, stderr = (output.decode(errors="replace") for output in outputs)
         return CommandResult(int(fields["status"]), stdout, stderr)
 
-    async def start(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes = b"",  # noqa: A002 - as in Runner
-        extra_env: Mapping[str, str | None] | None = None,
-    ) -> DetachedProcess:
+    async def start(self, argv: Sequence[str], *, stdin: bytes = b"", extra_env: ExtraEnv = None) -> DetachedProcess:
         """Start a command on the login node that outlives this call, this process and the connection."""
         program = await self._running_program()
         self.counts[argv[0]] += 1
-        number, answer = self._send(program, protocol.START, self._request(argv, extra_env, input, timeout=0))
+        number, answer = self._send(program, protocol.START, self._request(argv, extra_env, stdin, timeout=0))
         end = self._ends[number] = asyncio.get_running_loop().create_future()
         try:
             kind, _number, payload = await asyncio.wait_for(answer, self._timeout)
@@ -150,9 +140,7 @@ class SshRunner(Runner):
         program.send(kind, number, payload)
         return number, answer
 
-    def _request(
-        self, argv: Sequence[str], extra_env: Mapping[str, str | None] | None, data: bytes, *, timeout: float
-    ) -> bytes:
+    def _request(self, argv: Sequence[str], extra_env: ExtraEnv, data: bytes, *, timeout: float) -> bytes:
         if len(data) > MAX_INPUT:
             raise SlurmUnavailable(
                 f"the input of {argv[0]} has {len(data)} bytes; at most {MAX_INPUT} are sent", argv=argv

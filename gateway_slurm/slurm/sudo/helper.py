@@ -51,26 +51,20 @@ VARIABLES = frozenset({"GATEWAY_SLURM_TOKEN", "LC_ALL", "SLURM_TIME_FORMAT"})
 class AllowedCommand(NamedTuple):
     """The arguments that a command may have: options by name, then words that match these patterns in this order."""
 
-    options: frozenset[str]
+    options: str
     words: tuple[str, ...] = ()
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 # Not allowed, because they would run or read files on this machine: srun's --prolog, sbatch's script as an argument.
 COMMANDS = {
     "sbatch": AllowedCommand(
-        _names(
-            "parsable no-requeue job-name comment output error export chdir partition account nodes ntasks-per-node "
-            "cpus-per-task mem time gres reservation qos constraint nodelist signal"
-        )
+        "parsable no-requeue job-name comment output error export chdir partition account nodes ntasks-per-node "
+        "cpus-per-task mem time gres reservation qos constraint nodelist signal"
     ),
-    "scancel": AllowedCommand(_names(""), (r"[0-9]{1,10}",)),
-    "squeue": AllowedCommand(_names("states noheader jobs Format me name partition sort steps")),
+    "scancel": AllowedCommand("", (r"[0-9]{1,10}",)),
+    "squeue": AllowedCommand("states noheader jobs Format me name partition sort steps"),
     "srun": AllowedCommand(
-        _names("overlap exact immediate jobid nodes ntasks nodelist job-name export chdir mem cpus-per-task gres"),
+        "overlap exact immediate jobid nodes ntasks nodelist job-name export chdir mem cpus-per-task gres",
         (r"/bin/sh", r"-s"),
     ),
 }
@@ -210,9 +204,8 @@ def check_arguments(command: str, arguments: list[Any], settings: Settings) -> N
     """Raise Refused for a command, an option or a word that is not on the lists."""
     if command not in COMMANDS:
         raise Refused(f"{command[:50]!r} is not one of {', '.join(COMMANDS)}")
-    allowed, patterns = COMMANDS[command]
-    if command == "sbatch":
-        allowed |= frozenset(settings.sbatch_options)
+    options, patterns = COMMANDS[command]
+    allowed = {*options.split(), *(settings.sbatch_options if command == "sbatch" else ())}
     if any(not isinstance(item, str) or "\0" in item for item in arguments):
         raise Refused("arguments must be texts without NUL")
     words = [item for item in arguments if not item.startswith("--")]
@@ -222,12 +215,9 @@ def check_arguments(command: str, arguments: list[Any], settings: Settings) -> N
         name, _, value = item[2:].partition("=")
         if name not in allowed or (name == "export" and value != "ALL"):
             raise Refused(f"{command} may not be run with {item[:100]!r}")
-    if len(words) != len(patterns) or not all(map(_matches, patterns, words)):
+    matches = [re.fullmatch(pattern, word, re.ASCII) for pattern, word in zip(patterns, words)]
+    if len(words) != len(patterns) or not all(matches):
         raise Refused(f"{command} may not be run with {words!r:.100}")
-
-
-def _matches(pattern: str, word: str) -> bool:
-    return re.fullmatch(pattern, word, re.ASCII) is not None
 
 
 def check_environment(environment: dict[str, Any]) -> None:
@@ -257,14 +247,6 @@ def environment_of(user: pwd.struct_passwd, request: Request, settings: Settings
     if settings.slurm_conf:
         fixed["SLURM_CONF"] = settings.slurm_conf
     return {**request.environment, **fixed}
-
-
-def enter_home(user: pwd.struct_passwd) -> None:
-    """Change to the user's home directory, or to / if that fails."""
-    try:
-        os.chdir(user.pw_dir)
-    except OSError:
-        os.chdir("/")
 
 
 def run(program: str, request: Request, environment: dict[str, str]) -> int:
@@ -345,7 +327,9 @@ def main() -> int:
     except Refused as refusal:
         write_all(2, f"gateway_slurm's helper: {refusal}\n".encode(errors="replace"))
         return REFUSED_STATUS
-    enter_home(user)
+    os.chdir("/")
+    with contextlib.suppress(OSError):
+        os.chdir(user.pw_dir)
     return run(program, request, environment_of(user, request, settings))
 
 

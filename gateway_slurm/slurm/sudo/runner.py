@@ -10,11 +10,11 @@ import pwd
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import IO, Any, Final
 
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable
-from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, Runner, reap, timed_out
+from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, ExtraEnv, Runner, reap, timed_out
 from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY_UID, READY, VARIABLES
 
 # Seconds by which the helper's timeout is longer than this process's. The helper's matters only if this process dies.
@@ -37,16 +37,11 @@ class SudoRunner(Runner):
         self._command = [item.replace("{user}", user) for item in command]
 
     async def run(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes = b"",  # noqa: A002 - as in Runner
-        extra_env: Mapping[str, str | None] | None = None,
-        timeout: float | None = None,
+        self, argv: Sequence[str], *, stdin: bytes = b"", extra_env: ExtraEnv = None, timeout: float | None = None
     ) -> CommandResult:
         """Run a command to its end as the user; on timeout and on cancellation the helper kills it."""
         limit = self._timeout if timeout is None else timeout
-        request = self._request(argv, extra_env, input, limit + _TIMEOUT_MARGIN)
+        request = self._request(argv, extra_env, stdin, limit + _TIMEOUT_MARGIN)
         self.counts[argv[0]] += 1
         process = await self._start_helper(stderr=asyncio.subprocess.PIPE)
         try:
@@ -62,15 +57,9 @@ class SudoRunner(Runner):
             raise self._not_run(argv, process, stderr)
         return CommandResult(process.returncode or 0, stdout, stderr)
 
-    async def start(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes = b"",  # noqa: A002 - as in Runner
-        extra_env: Mapping[str, str | None] | None = None,
-    ) -> DetachedProcess:
+    async def start(self, argv: Sequence[str], *, stdin: bytes = b"", extra_env: ExtraEnv = None) -> DetachedProcess:
         """Start a command as the user that outlives this call and this process."""
-        request = self._request(argv, extra_env, input, self._timeout, detached=True)
+        request = self._request(argv, extra_env, stdin, self._timeout, detached=True)
         self.counts[argv[0]] += 1
         stderr = await asyncio.to_thread(tempfile.TemporaryFile)
         try:
@@ -94,20 +83,13 @@ class SudoRunner(Runner):
         return started
 
     def _request(
-        self,
-        argv: Sequence[str],
-        extra_env: Mapping[str, str | None] | None,
-        data: bytes,
-        timeout: float,
-        *,
-        detached: bool = False,
+        self, argv: Sequence[str], extra_env: ExtraEnv, data: bytes, timeout: float, *, detached: bool = False
     ) -> bytes:
         """Return the request that the helper reads, without variables that the helper does not allow."""
-        environment = {name: value for name, value in self.environment(extra_env).items() if name in VARIABLES}
         fields: dict[str, Any] = {
             "command": argv[0],
             "arguments": list(argv[1:]),
-            "environment": environment,
+            "environment": {name: text for name, text in self.environment(extra_env).items() if name in VARIABLES},
             "timeout": min(timeout, MAX_TIMEOUT),
             "detached": detached,
         }

@@ -94,9 +94,9 @@ def test_no_secret_is_in_an_argv_of_slurms_commands(service, kernel_name, tokens
     given: list[bytes] = []
     run = service.runner.run
 
-    async def recorded(argv, *, input=None, **options):  # noqa: A002 - as the runner has it
-        given.append("\0".join(argv).encode() + (input or b""))
-        return await run(argv, input=input, **options)
+    async def recorded(argv, *, stdin=b"", **options):
+        given.append("\0".join(argv).encode() + stdin)
+        return await run(argv, stdin=stdin, **options)
 
     monkeypatch.setattr(service.runner, "run", recorded)
     with running_kernel(kernel_name) as (manager, _client):

@@ -40,7 +40,7 @@ def read_pid(path: Path) -> int:
 async def test_result() -> None:
     """The result has status, output and errors, and the command is counted."""
     runner = Runner()
-    result = await runner.run(["sh", "-c", "cat; echo oops >&2; exit 3"], input="é".encode() * 100_000)
+    result = await runner.run(["sh", "-c", "cat; echo oops >&2; exit 3"], stdin="é".encode() * 100_000)
     assert (result.exit_status, result.stdout, result.stderr) == (3, "é" * 100_000, "oops\n")
     assert runner.counts == {"sh": 1}
 
@@ -146,7 +146,7 @@ async def test_output_is_bounded(redirect: str) -> None:
 
 async def test_input_that_the_command_does_not_read() -> None:
     """A command that ends without reading its input gives its normal result."""
-    result = await Runner().run(["sh", "-c", "exec <&-; echo no; exit 1"], input=b"x" * 10_000_000)
+    result = await Runner().run(["sh", "-c", "exec <&-; echo no; exit 1"], stdin=b"x" * 10_000_000)
     assert (result.exit_status, result.stdout) == (1, "no\n")
 
 
@@ -163,7 +163,7 @@ async def test_loop_is_never_blocked() -> None:
 async def test_detached(tmp_path: Path) -> None:
     """A started command has its own session, gets all of its input, and the end of its stderr is kept."""
     program = "import sys; n = len(sys.stdin.read()); sys.stderr.write('x' * 100000 + str(n)); sys.exit(5)"
-    process = await Runner().start([sys.executable, "-c", program], input=b"y" * 1_000_000)
+    process = await Runner().start([sys.executable, "-c", program], stdin=b"y" * 1_000_000)
     assert await process.wait() == 5
     assert process.stderr_tail().endswith("x1000000")
     assert len(process.stderr_tail()) == MAX_TAIL

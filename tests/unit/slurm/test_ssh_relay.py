@@ -294,7 +294,7 @@ def relayed() -> tuple[RelayedConnection, Notes, Link]:
     """A connection that has begun."""
     owner, notes = Owner(), Notes()
     connection = RelayedConnection(owner, notes, 5, "192.0.2.1")  # type: ignore[arg-type]
-    connection.begin(owner.accept)
+    connection.link = owner.accept(connection)
     return connection, notes, owner.link
 
 
@@ -364,7 +364,7 @@ async def test_a_link_by_the_relay_that_reads_nothing_is_given_up(monkeypatch: p
     socket, notes = server.ResponseSocket(log=logging.getLogger("test.relay")), Notes()
     lost = asyncio.Event()
     connection = RelayedConnection(SimpleNamespace(forget=lambda _number: lost.set()), notes, 5, "192.0.2.1")  # type: ignore[arg-type]
-    connection.begin(socket.connected)
+    connection.link = socket.connected(connection)
     connection.write(b"x" * (2 * WINDOW))
     await socket.close()
     assert CLOSE not in [kind for kind, _number, _payload in notes.sent]

@@ -270,7 +270,7 @@ def pid_in(path: Path) -> int:
 async def test_status_output_and_errors_come_back(runner):
     """The command reads its input and is counted with the process's own commands."""
     run = runner(sbatch="cat; echo oops >&2; exit 3").run
-    result = await run(["sbatch", "--parsable"], input="é".encode() * 100_000)
+    result = await run(["sbatch", "--parsable"], stdin="é".encode() * 100_000)
     assert (result.exit_status, result.stdout, result.stderr) == (3, "é" * 100_000, "oops\n")
     asked = runner(scancel='kill -9 $$; echo "$@"')
     assert (await asked.run(["scancel", "12"])).exit_status == 128 + 9
@@ -332,7 +332,7 @@ async def test_a_detached_command_outlives_its_requester(runner, tmp_path):
     """After the requester's end of the pipes is closed, srun goes on, and so does the helper until srun ends."""
     go, done = tmp_path / "go", tmp_path / "done"
     script = f"cat >{tmp_path}/script; while [ ! -e {go} ]; do sleep 0.05; done; echo late; echo x >{done}"
-    step = await runner(srun=script).start(["srun", "--jobid=12", "/bin/sh", "-s"], input=b"echo hello")
+    step = await runner(srun=script).start(["srun", "--jobid=12", "/bin/sh", "-s"], stdin=b"echo hello")
     step._process.stdin.close()
     step._process._transport.get_pipe_transport(1).close()
     await until(lambda: (tmp_path / "script").exists() and (tmp_path / "script").read_text() == "echo hello")

@@ -150,12 +150,7 @@ def environment(fields: dict[str, Any]) -> dict[str, str]:
     env = {name: os.environ[name] for name in fields["keep"] if name in os.environ}
     if fields["path"]:
         env["PATH"] = fields["path"]
-    for name, value in fields["set"].items():
-        if value is None:
-            env.pop(name, None)
-        else:
-            env[name] = value
-    return env
+    return {name: value for name, value in {**env, **fields["set"]}.items() if value is not None}
 
 
 def collect(descriptors: list[int], limit: int, timeout: float) -> tuple[str, list[bytes]]:
