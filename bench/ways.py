@@ -12,6 +12,7 @@ from typing import Any
 from bench.harness import Table, admin_settings, start, stop, write_kernelspec
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
+from helpers.daemons import slurm_token
 from helpers.login_node import USER, login_node
 from helpers.tcp_proxy import TcpProxy, tcp_proxy_to
 
@@ -24,7 +25,7 @@ async def bench_ways(table: Table, directory: Path, cluster: PrivateCluster, run
     """Measure them in turns, so that noise affects all."""
     token = directory / "token"
     token.touch(mode=0o600)
-    token.write_text(cluster.token(USER))
+    token.write_text(slurm_token(cluster, USER))
     with login_node() as node, tcp_proxy_to(node.port) as line:
         settings: dict[str, dict[str, object]] = {
             "commands": {},

@@ -127,13 +127,6 @@ def without(names: Collection[str], environment: Mapping[str, str]) -> dict[str,
     return {name: value for name, value in environment.items() if name not in names or os.environ.get(name) != value}
 
 
-def dropped_table() -> str:
-    """Draw DROPPED as a markdown table."""
-    lines = ["| variable | why a kernel does not inherit it |", "|---|---|"]
-    lines += [f"| `{name}` | {reason} |" for name, reason in DROPPED]
-    return "\n".join(lines) + "\n"
-
-
 def _passes(name: str, allowed: Collection[str] | None) -> bool:
     if not name or "=" in name or "\0" in name:
         return False

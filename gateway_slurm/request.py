@@ -275,13 +275,6 @@ def parse_request(config: Mapping[str, object], *, spec_language: str | None = N
     return KernelRequest(**values)
 
 
-def fields_table() -> str:
-    """Draw the fields as a markdown table, one row a field."""
-    lines = ["| field | required | meaning (unit) |", "|---|---|---|"]
-    lines += [f"| `{field.name}` | {field.required or 'no'} | {field.help} |" for field in FIELDS]
-    return "\n".join(lines) + "\n"
-
-
 def _unset(value: object) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in ("", "None"))
 

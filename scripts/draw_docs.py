@@ -12,7 +12,7 @@ import enum
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,18 +22,18 @@ from traitlets.config import Configurable
 
 from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.allocations import model as allocation_model
-from gateway_slurm.cli.doctor.steps import steps_table
+from gateway_slurm.cli.doctor import steps
 from gateway_slurm.config import ServiceSettings
-from gateway_slurm.environment import dropped_table
+from gateway_slurm.environment import DROPPED
 from gateway_slurm.gateway.app import SlurmGatewayApp
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
-from gateway_slurm.gateway.specs.projects import keys_table
+from gateway_slurm.gateway.specs.projects import KEYS
 from gateway_slurm.kernels.model import TRANSITIONS, Phase
 from gateway_slurm.link import wire
-from gateway_slurm.request import fields_table
-from gateway_slurm.slurm.formats import states_table
-from gateway_slurm.slurm.rest.versions import versions_table
+from gateway_slurm.request import FIELDS
+from gateway_slurm.slurm import formats
+from gateway_slurm.slurm.rest.versions import VERSIONS
 
 E = TypeVar("E", bound=enum.Enum)
 
@@ -176,13 +176,63 @@ def default_text(name: str, trait: TraitType[object, object]) -> str:
     return repr(trait.default()).replace("'", '"')
 
 
+def _table(header: str, rows: Iterable[Sequence[str]]) -> str:
+    """Format a markdown table; ``header`` has ``|`` between the columns."""
+    lines = [f"| {header} |", "|---" * (header.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def fields_table() -> str:
+    """Format the request's fields, one row per field."""
+    rows = [(f"`{field.name}`", field.required or "no", field.help) for field in FIELDS]
+    return _table("field | required | meaning (unit)", rows)
+
+
+def states_table() -> str:
+    """Format Slurm's job states, one row per state."""
+    rows = [(f"`{name}`", f"`{code}`", meaning.name, meaning.value) for name, code, meaning in formats._TABLE]
+    unknown = formats.Meaning.UNKNOWN
+    lines = _table("state | code | meaning | what the server does", rows)
+    return f"{lines}| anything else | | {unknown.name} | {unknown.value} |\n"
+
+
+def versions_table() -> str:
+    """Format the versions of the REST interface, one row per version."""
+    rows = []
+    for version in VERSIONS:
+        gres = f"`tres_per_node`: `{version.gres}gpu:1`" if version.gres else "`gres`: `gpu:1`"
+        shapes = (version.numbers, version.environment, version.state, version.exit_code)
+        rows.append((version.name, version.slurm, *shapes, gres, version.options))
+    return _table("version | first in Slurm | numbers | environment | job_state | exit_code | gres | options of", rows)
+
+
+def steps_table() -> str:
+    """Format the steps of the path check, one row per step."""
+    rows = []
+    for step, title in steps.STEPS.items():
+        changes = dict.fromkeys(text.replace("|", "\\|") for name, _kind, text in steps._CHANGES if name == step)
+        rows.append((title, "<br>".join(changes)))
+    return _table("step | if it fails, change", rows)
+
+
+def dropped_table() -> str:
+    """Format the variables that a kernel does not inherit, one row per variable."""
+    rows = [(f"`{name}`", reason) for name, reason in DROPPED]
+    return _table("variable | why a kernel does not inherit it", rows)
+
+
+def keys_table() -> str:
+    """Format the keys of a project's file, one row per key."""
+    return _table("key | meaning", [(f"`{key.name}`", key.help) for key in KEYS])
+
+
 def settings_table(of: type[Configurable] = ServiceSettings) -> str:
     """Format the settings as a markdown table, one row per setting."""
-    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    rows = []
     for name, trait in settings(of).items():
         meaning = help_text(trait, of).replace("``", "`").replace("|", "\\|")
-        lines.append(f"| `{name}` | `{default_text(name, trait)}` | {meaning} |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"`{name}`", f"`{default_text(name, trait)}`", meaning))
+    return _table("setting | default | meaning", rows)
 
 
 def sample_config() -> str:
@@ -221,11 +271,11 @@ def _comment(text: str) -> str:
 
 def messages_table() -> str:
     """Format the link's messages as a markdown table; raise KeyError for a message without a text in this file."""
-    lines = ["| message | number | sent by | body | what it says |", "|---|---|---|---|---|"]
+    rows = []
     for name, (number, sender, form) in wire.MESSAGES.items():
         body = "JSON" if form == wire.JSON else "stream id, bytes"
-        lines.append(f"| `{name}` | {number} | {_SENDERS[sender]} | {body} | {MESSAGE_TEXTS[name]} |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"`{name}`", str(number), _SENDERS[sender], body, MESSAGE_TEXTS[name]))
+    return _table("message | number | sent by | body | what it says", rows)
 
 
 def phases_table() -> str:

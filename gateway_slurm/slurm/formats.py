@@ -103,14 +103,6 @@ def meaning(state_text: str) -> Meaning:
     return STATES.get(word) or _CODES.get(word) or Meaning.UNKNOWN
 
 
-def states_table() -> str:
-    """Return the table of states as Markdown, one line per state."""
-    lines = ["| state | code | meaning | what the server does |", "|---|---|---|---|"]
-    lines += [f"| `{name}` | `{code}` | {meaning.name} | {meaning.value} |" for name, code, meaning in _TABLE]
-    lines.append(f"| anything else | | {Meaning.UNKNOWN.name} | {Meaning.UNKNOWN.value} |")
-    return "\n".join(lines) + "\n"
-
-
 # Reasons for which a job stays pending until the job, the site's limits or the site's configuration change.
 # Source: squeue(1), "JOB REASON CODES", and slurm_protocol_defs.c of 22.05 to 25.11. Reasons that pass by themselves
 # are not here: Resources, Priority, a group's limit that other jobs use up, a node that is down.

@@ -1,11 +1,10 @@
-"""The private Slurm: start it, inspect it, stop one daemon for a test, remove it."""
+"""The private Slurm: start it, inspect it, remove it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pwd
-import signal
 import socket
 import subprocess
 import tempfile
@@ -17,7 +16,6 @@ from types import TracebackType
 from gateway_slurm.errors import ClusterError
 from gateway_slurm.testing import files, packages, processes, state
 from gateway_slurm.testing.layout import Host, Layout, account_commands, daemon_commands, mariadb_install_command
-from gateway_slurm.testing.processes import Process
 
 _MAX_NODES = 64
 _UP_TIMEOUT = 60.0
@@ -54,9 +52,9 @@ class PrivateCluster:
 
     All daemons run on this machine: munged, slurmctld, and one slurmd per node (named c1, c2, …). With ``accounting``
     there are mariadbd and slurmdbd, and an account ``demo`` with this user; Slurm refuses other accounts. With ``rest``
-    there is slurmrestd, which accepts the tokens of ``token``. The nodes are configured with ``cpus`` cores, ``memory``
-    megabytes and ``gpus_per_node`` GPUs, whatever the machine has. Each line of ``extra_conf`` replaces the line of
-    slurm.conf with the same key. ``node`` is the network of the slurmds, ``login`` the network of all other daemons.
+    there is slurmrestd, which accepts tokens of ``scontrol token``. The nodes are configured with ``cpus`` cores,
+    ``memory`` megabytes and ``gpus_per_node`` GPUs, whatever the machine has. Each line of ``extra_conf`` replaces the
+    line of slurm.conf with the same key. ``node`` is the network of the slurmds, ``login`` that of all other daemons.
 
     Every method raises ClusterError, which names the daemon and quotes the end of its log.
     """
@@ -160,40 +158,6 @@ class PrivateCluster:
         nodes = self._node_states() if daemons.get("slurmctld") and daemons.get("munged") else {}
         return ClusterStatus(daemons=daemons, nodes=nodes)
 
-    def pids(self) -> dict[str, int]:
-        """The process ids of the running daemons: munged, slurmctld, c1, c2, …"""
-        self._reap()
-        return {name: process.pid for name, process in self._require().processes.items() if process.alive()}
-
-    def log(self, daemon: str) -> Path:
-        """The file with the daemon's output."""
-        return self.directory / "log" / f"{daemon}.log"
-
-    def stop_daemon(self, name: str) -> None:
-        """Stop one daemon with SIGTERM. Jobs keep running, as with any Slurm."""
-        processes.stop([self._daemon(name)], timeout=_STOP_TIMEOUT)
-        self._reap()
-
-    def kill_daemon(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Send a signal to one daemon. After SIGKILL, return when the daemon is gone."""
-        process = self._daemon(name)
-        process.signal(number)
-        if number == signal.SIGKILL:
-            processes.kill([process])
-            self._reap()
-
-    def start_daemon(self, name: str) -> None:
-        """Start a daemon that was stopped or killed, with the same port and state; return when it is ready."""
-        cluster = self._require()
-        if self._daemon(name).alive():
-            raise ClusterError(f"{name} of the private cluster in {self.directory} is running already")
-        self._start(cluster, name, daemon_commands(cluster.layout)[name])
-        if name in cluster.layout.node_names:
-            number = cluster.layout.node_names.index(name)
-            self._await_port(cluster, name, cluster.layout.node_ports[number])
-        else:
-            self._await_service(cluster, name)
-
     @property
     def rest_url(self) -> str:
         """The value for SlurmService.cluster. Raises ClusterError for a cluster without slurmrestd."""
@@ -201,18 +165,6 @@ class PrivateCluster:
         if not port:
             raise ClusterError(f"the private cluster in {self.directory} has no slurmrestd; make it with rest=True")
         return f"rest+http://{self._require().layout.login_address}:{port}"
-
-    def token_command(self, *, lifespan: int = 3600) -> list[str]:
-        """A command that prints a token for ``{user}`` as SLURM_JWT=…, valid for ``lifespan`` seconds.
-
-        The command needs the variables of ``environment``.
-        """
-        return ["scontrol", "token", "username={user}", f"lifespan={lifespan}"]
-
-    def token(self, user: str, *, lifespan: int = 3600) -> str:
-        """A token for slurmrestd, valid for ``lifespan`` seconds."""
-        argv = [item.replace("{user}", user) for item in self.token_command(lifespan=lifespan)]
-        return self._run(self._require(), argv, blame="slurmctld").partition("=")[2].strip()
 
     def _prepare(self) -> state.State:
         """Make the directories and files."""
@@ -308,17 +260,19 @@ class PrivateCluster:
             raise self._failure(cluster, blame, str(error)) from error
 
     def _await_service(self, cluster: state.State, name: str) -> None:
+        """Wait until the daemon listens."""
         layout = cluster.layout
-        if name == "munged":
-            self._await(cluster, lambda: _accepts(layout.munge_socket), name, "its socket does not answer")
-        elif name == "mariadbd":
-            self._await(cluster, lambda: _accepts(layout.database_socket), name, "its socket does not answer")
-        else:
-            ports = {"slurmctld": layout.controller_port, "slurmrestd": layout.rest_port}
-            self._await_port(cluster, name, ports.get(name, layout.database_port))
-
-    def _await_port(self, cluster: state.State, name: str, port: int) -> None:
-        pid = cluster.processes[name].pid
+        sockets = {"munged": layout.munge_socket, "mariadbd": layout.database_socket}
+        if name in sockets:
+            self._await(cluster, lambda: _accepts(sockets[name]), name, "its socket does not answer")
+            return
+        ports = {
+            "slurmdbd": layout.database_port,
+            "slurmctld": layout.controller_port,
+            "slurmrestd": layout.rest_port,
+            **dict(zip(layout.node_names, layout.node_ports, strict=True)),
+        }
+        pid, port = cluster.processes[name].pid, ports[name]
         self._await(cluster, lambda: processes.listening(pid, port), name, f"nothing listens on port {port}")
 
     def _await(self, cluster: state.State, ready: Callable[[], bool], blame: str, complaint: str) -> None:
@@ -361,12 +315,6 @@ class PrivateCluster:
         if cluster is None:
             raise ClusterError(f"there is no private cluster in {self.directory}")
         return cluster
-
-    def _daemon(self, name: str) -> Process:
-        known = self._require().processes
-        if name not in known:
-            raise ClusterError(f"the private cluster has no daemon {name!r}; it has {', '.join(known)}")
-        return known[name]
 
     def _reap(self) -> None:
         for name, child in list(self._children.items()):

@@ -13,6 +13,7 @@ import pytest
 
 from gateway_slurm.store import AllocationRecord, Registry
 from gateway_slurm.testing.processes import free_port
+from helpers.daemons import start_daemon, stop_daemon
 from helpers.doctor_cli import REQUEST, STEPS, check_path, command, failed_at
 from helpers.failing_starts import all_nodes_taken, jobs_of_ours, nothing_left, spec
 from helpers.kernel_clients import IPYKERNEL, READY, install_kernelspec, write_admin_settings
@@ -132,11 +133,11 @@ def test_missing_slurm_commands_are_reported_with_the_setting(admin_settings):
 @pytest.mark.slow
 def test_a_controller_that_is_down_is_reported_in_slurms_words(service, cluster):
     """Before a job is submitted."""
-    cluster.stop_daemon("slurmctld")
+    stop_daemon(cluster, "slurmctld")
     try:
         assert failed_at(check_path(*REQUEST), "slurm", "slurmctld", "SlurmService.slurm_conf")
     finally:
-        cluster.start_daemon("slurmctld")
+        start_daemon(cluster, "slurmctld")
 
 
 def test_ports_that_are_all_taken_are_reported_with_their_range(admin_settings, node):

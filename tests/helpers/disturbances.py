@@ -21,6 +21,7 @@ import psutil
 
 from gateway_slurm.testing import PrivateCluster
 from helpers.chaos import KILL, TERM, RestartedGateway
+from helpers.daemons import kill_daemon, start_daemon, stop_daemon
 from helpers.postgres import PrivatePostgres
 
 # pidfd_getfd(2), Linux 5.6; the C library has no name for it that all have.
@@ -72,8 +73,8 @@ async def cut_links(world: World) -> None:
 
 async def restart_slurmctld(world: World) -> None:
     """Slurm's controller, as systemd restarts it; one that is killed forgets the jobs of its last seconds."""
-    await asyncio.to_thread(world.cluster.stop_daemon, "slurmctld")
-    await asyncio.to_thread(world.cluster.start_daemon, "slurmctld")
+    await asyncio.to_thread(stop_daemon, world.cluster, "slurmctld")
+    await asyncio.to_thread(start_daemon, world.cluster, "slurmctld")
 
 
 async def restart_munged(world: World) -> None:
@@ -130,8 +131,8 @@ RESTARTS = (KILL, TERM)
 
 
 async def _restart_daemon(world: World, name: str) -> None:
-    await asyncio.to_thread(world.cluster.kill_daemon, name)
-    await asyncio.to_thread(world.cluster.start_daemon, name)
+    await asyncio.to_thread(kill_daemon, world.cluster, name)
+    await asyncio.to_thread(start_daemon, world.cluster, name)
 
 
 # -- links ---------------------------------------------------------------------------------------------

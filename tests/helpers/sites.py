@@ -20,6 +20,7 @@ import pytest
 from gateway_slurm.testing import PrivateCluster
 from gateway_slurm.testing.processes import job_processes
 from helpers import kernel_clients, rest_cluster
+from helpers.daemons import daemon_pids, slurm_token
 from helpers.login_node import USER, LoginNode
 from helpers.networks import Flow, Network, network
 from helpers.private_slurm import jobs_of, poll
@@ -108,14 +109,14 @@ class Site:
     def left_on_the_cluster(self) -> list[str]:
         """Jobs, their processes, and whatever else runs on nodes."""
         conf = self.cluster.slurm_conf
-        daemons = set(self.cluster.pids().values())
+        daemons = set(daemon_pids(self.cluster).values())
         found = [f"job {line}" for line in jobs_of(self.cluster)]
         found += [f"process {one.pid} of a job" for one in job_processes(conf)]
         return found + [f"process {_name(pid)} on the node" for pid in self.network.pids("node") - daemons]
 
     def left_by_servers(self) -> list[str]:
         """What runs for a server, on its own machine or on the login node, and the directories of its sockets."""
-        daemons = set(self.cluster.pids().values())
+        daemons = set(daemon_pids(self.cluster).values())
         # slurmctld has a child for its scripts.
         known = daemons | {child.pid for pid in daemons for child in psutil.Process(pid).children()} | {os.getpid()}
         if self.login is not None and self.login._process is not None:
@@ -177,7 +178,7 @@ def _settings(one: Site) -> dict[str, object]:
         relay = {"relay_port": _RELAY, "relay": "auto" if one.way == "ssh" else "always"}
         return {**one.login.settings(), **relay, **settings, "slurm_conf": conf}
     if one.way == "rest":
-        token = rest_cluster.write_token(one.base / "token", one.cluster.token(USER))
+        token = rest_cluster.write_token(one.base / "token", slurm_token(one.cluster, USER))
         return {**settings, "cluster": one.cluster.rest_url, "rest_token_file": str(token)}
     return {**settings, "slurm_conf": conf}
 

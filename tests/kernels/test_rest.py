@@ -20,6 +20,7 @@ from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
 from gateway_slurm.testing.processes import job_processes
 from helpers import rest_cluster
+from helpers.daemons import slurm_token, start_daemon, stop_daemon
 from helpers.kernel_clients import (
     JOB,
     KERNEL_NAMES,
@@ -301,14 +302,14 @@ async def test_one_token_serves_many_requests(service, minted):
 
 async def test_a_token_file_is_read_again(cluster, by_rest, tmp_path):
     """A token in the file that is no longer valid is an error that says so; the next one is taken without a restart."""
-    path = rest_cluster.write_token(tmp_path / "token", cluster.token(rest_cluster.USER, lifespan=1))
+    path = rest_cluster.write_token(tmp_path / "token", slurm_token(cluster, rest_cluster.USER, lifespan=1))
     by_rest(rest_token_command=[], rest_token_file=str(path))
     began = time.time()
     assert await poll_async(lambda: time.time() > began + 2.5, timeout=10)
     error = await start_error("slurm")
     assert isinstance(error, SlurmUnavailable)
     assert slurm_says("a token that has expired") in str(error)
-    rest_cluster.write_token(path, cluster.token(rest_cluster.USER))
+    rest_cluster.write_token(path, slurm_token(cluster, rest_cluster.USER))
     async with async_kernel("slurm") as (_manager, client):
         assert await async_execute(client, "print(1)") == "1"
 
@@ -327,7 +328,7 @@ async def test_a_token_file_that_is_no_good_is_refused(cluster, by_rest, tmp_pat
 
 async def test_another_users_token_is_refused(cluster, by_rest, tmp_path):
     """A token is good for its own user only."""
-    path = rest_cluster.write_token(tmp_path / "token", cluster.token("nobody"))
+    path = rest_cluster.write_token(tmp_path / "token", slurm_token(cluster, "nobody"))
     by_rest(rest_token_command=[], rest_token_file=str(path))
     error = await start_error("slurm")
     assert isinstance(error, SlurmUnavailable)
@@ -347,7 +348,7 @@ async def test_without_a_word_on_tokens_nothing_starts(by_rest):
 async def test_slurmrestd_is_restarted(cluster, service):
     """Without slurmrestd kernels live, restart, and new ones are refused at once; with it, they start again."""
     async with async_kernel("slurm") as (manager, client):
-        await asyncio.to_thread(cluster.stop_daemon, "slurmrestd")
+        await asyncio.to_thread(stop_daemon, cluster, "slurmrestd")
         try:
             error = await start_error("slurm")
             assert isinstance(error, SlurmUnavailable)
@@ -356,7 +357,7 @@ async def test_slurmrestd_is_restarted(cluster, service):
             await client.wait_for_ready(timeout=READY)
             assert await async_execute(client, "print(1)") == "1"
         finally:
-            await asyncio.to_thread(cluster.start_daemon, "slurmrestd")
+            await asyncio.to_thread(start_daemon, cluster, "slurmrestd")
         async with async_kernel("slurm") as (_second, other):
             assert await async_execute(other, "print(2)") == "2"
 

@@ -12,6 +12,7 @@ import pytest
 
 from gateway_slurm.testing import PrivateCluster
 from helpers import rest_cluster
+from helpers.daemons import slurm_token
 from helpers.kernel_clients import READY
 from helpers.private_slurm import jobs_of, poll, slurm
 from helpers.unix_users import GatewayError, GatewayProcess, People, people
@@ -37,7 +38,7 @@ def give_token(folk: People, cluster: PrivateCluster, user: str) -> None:
     """Put a token of the user's where the gateway's account, and nobody else, reads it."""
     directory = folk.base / "tokens"
     directory.mkdir(mode=0o755, exist_ok=True)
-    path = rest_cluster.write_token(directory / f"{user}.jwt", cluster.token(user))
+    path = rest_cluster.write_token(directory / f"{user}.jwt", slurm_token(cluster, user))
     shutil.chown(path, folk.gateway, folk.gateway)
 
 

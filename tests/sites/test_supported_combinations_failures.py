@@ -30,6 +30,7 @@ from gateway_slurm.errors import (
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
 from helpers import kernel_clients, sites
+from helpers.daemons import kill_daemon, start_daemon, stop_daemon
 from helpers.failing_starts import SOON, all_nodes_taken, jobs_of_ours, start_error
 from helpers.kernel_clients import KERNEL_NAMES, PID, READY, execute, jobid_of, poll_async, process_of, running_kernel
 from helpers.private_slurm import jobs_of, poll, slurm
@@ -115,11 +116,11 @@ def test_a_job_that_slurm_refuses_is_an_error_at_once(site, mode):
 
 def test_no_job_is_left_where_slurm_is_down(site, mode):
     """slurmctld is gone: an error that says so; the next start is good once it is back."""
-    site.cluster.stop_daemon("slurmctld")
+    stop_daemon(site.cluster, "slurmctld")
     try:
         error, _seconds = start_error(KERNEL_NAMES[mode])
     finally:
-        site.cluster.start_daemon("slurmctld")
+        start_daemon(site.cluster, "slurmctld")
     assert re.search("controller|slurmctld", str(error), re.IGNORECASE)
     with running_kernel(KERNEL_NAMES[mode]) as (_manager, client):
         assert execute(client, "print(1)") == "1"
@@ -211,12 +212,12 @@ def test_a_kernel_lives_on_without_its_slurmd(site, mode):
     """kill -9 of the node's slurmd is nothing to the kernel; it is stopped in good order afterwards."""
     with running_kernel(KERNEL_NAMES[mode]) as (manager, client):
         node = process_of(manager).launcher.node
-        site.cluster.kill_daemon(node)
+        kill_daemon(site.cluster, node)
         try:
             assert execute(client, "print('still here')") == "still here"
             assert process_of(manager).phase is Phase.RUNNING
         finally:
-            site.cluster.start_daemon(node)
+            start_daemon(site.cluster, node)
     assert poll(lambda: site.cluster.status().nodes.get(node) == "idle", timeout=30)
 
 

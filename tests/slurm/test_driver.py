@@ -24,6 +24,7 @@ from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.watcher import JobWatcher
 from gateway_slurm.testing import PrivateCluster
+from helpers.daemons import start_daemon, stop_daemon
 from helpers.driver_jobs import SLEEP, WITHIN, Jobs, failure, submitting, until
 
 
@@ -200,7 +201,7 @@ async def test_watcher_on_the_real_thing(jobs: Jobs, driver: CommandLineDriver) 
 async def test_controller_down(cluster: PrivateCluster, driver: CommandLineDriver, jobs: Jobs) -> None:
     """With the controller down every question is "unavailable", and the job is there when it is back."""
     jobid = await jobs.running()
-    await asyncio.to_thread(cluster.stop_daemon, "slurmctld")
+    await asyncio.to_thread(stop_daemon, cluster, "slurmctld")
     try:
         impatient = CommandLineDriver(Runner(timeout=1))
         asked = [
@@ -213,6 +214,6 @@ async def test_controller_down(cluster: PrivateCluster, driver: CommandLineDrive
         ]
         errors = await asyncio.gather(*(failure(one) for one in asked))
     finally:
-        await asyncio.to_thread(cluster.start_daemon, "slurmctld")
+        await asyncio.to_thread(start_daemon, cluster, "slurmctld")
     assert [type(error) for error in errors] == [SlurmUnavailable] * 5 + [Unanswered]
     assert (await jobs.reaches(jobid, Meaning.USABLE)).jobid == jobid

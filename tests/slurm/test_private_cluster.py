@@ -19,6 +19,7 @@ from gateway_slurm.testing import PrivateCluster
 from gateway_slurm.testing.layout import Layout, cgroup_conf_text, daemon_commands, slurm_conf_text
 from gateway_slurm.testing.packages import parse_version
 from gateway_slurm.testing.processes import free_ports, job_processes
+from helpers.daemons import daemon_pids, kill_daemon, start_daemon, stop_daemon
 from helpers.private_slurm import jobs_of, poll, slurm
 
 
@@ -173,11 +174,11 @@ def test_down_leaves_nothing(short_tmp: Path) -> None:
     slurm("srun", "sh", "-c", "setsid nohup sleep 4321 >/dev/null 2>&1 &", cluster=private)
     slurm("sbatch", "--output=/dev/null", "--wrap=sleep 4321", cluster=private)
     assert poll(lambda: "RUNNING" in "".join(jobs_of(private)), timeout=10)
-    munged = psutil.Process(private.pids()["munged"]).cmdline()
+    munged = psutil.Process(daemon_pids(private)["munged"]).cmdline()
     socket = next(argument for argument in munged if argument.startswith("--socket="))
     runtime = Path(socket.removeprefix("--socket=")).parent.parent
-    pids = [*private.pids().values(), *(process.pid for process in job_processes(private.slurm_conf))]
-    assert len(pids) > len(private.pids())
+    pids = [*daemon_pids(private).values(), *(process.pid for process in job_processes(private.slurm_conf))]
+    assert len(pids) > len(daemon_pids(private))
 
     assert private.down()
 
@@ -225,8 +226,8 @@ def test_up_clears_the_remains_of_a_killed_cluster(short_tmp: Path) -> None:
     """Where daemons were killed, up begins afresh."""
     private = PrivateCluster(short_tmp / "g", nodes=1)
     private.up()
-    for name in private.pids():
-        private.kill_daemon(name)
+    for name in daemon_pids(private):
+        kill_daemon(private, name)
     assert not private.status().running
     private.up()
     assert private.status().nodes == {"c1": "idle"}
@@ -239,10 +240,10 @@ def test_a_job_outlives_its_daemons(cluster: PrivateCluster) -> None:
     assert poll(lambda: "RUNNING" in "".join(jobs_of(cluster)), timeout=10)
     before = jobs_of(cluster)
     for name in ("slurmctld", "c2"):
-        cluster.stop_daemon(name)
-        assert name not in cluster.pids()
-        cluster.start_daemon(name)
-        assert name in cluster.pids()
+        stop_daemon(cluster, name)
+        assert name not in daemon_pids(cluster)
+        start_daemon(cluster, name)
+        assert name in daemon_pids(cluster)
     assert poll(lambda: cluster.status().nodes.get("c2") == "mixed", timeout=20)
     assert jobs_of(cluster) == before
     slurm("scancel", before[0].split()[0], cluster=cluster)
@@ -250,18 +251,12 @@ def test_a_job_outlives_its_daemons(cluster: PrivateCluster) -> None:
 
 def test_a_daemon_can_be_killed(cluster: PrivateCluster) -> None:
     """kill_daemon ends a daemon at once with no farewell; start_daemon brings it back."""
-    pid = cluster.pids()["c4"]
-    cluster.kill_daemon("c4", signal.SIGKILL)
-    assert "c4" not in cluster.pids()
-    cluster.start_daemon("c4")
-    assert cluster.pids()["c4"] != pid
+    pid = daemon_pids(cluster)["c4"]
+    kill_daemon(cluster, "c4", signal.SIGKILL)
+    assert "c4" not in daemon_pids(cluster)
+    start_daemon(cluster, "c4")
+    assert daemon_pids(cluster)["c4"] != pid
     assert poll(lambda: cluster.status().nodes.get("c4") == "idle", timeout=20)
-
-
-def test_an_unknown_daemon_is_an_error(cluster: PrivateCluster) -> None:
-    """A daemon's name that does not exist is answered with those that do."""
-    with pytest.raises(ClusterError, match="slurmctld"):
-        cluster.stop_daemon("c99")
 
 
 def test_the_command_line_prints_one_line_for_the_shell(short_tmp: Path) -> None:

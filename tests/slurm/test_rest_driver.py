@@ -24,6 +24,7 @@ from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.url import parse_cluster_url
 from gateway_slurm.testing import PrivateCluster
 from helpers import rest_cluster
+from helpers.daemons import kill_daemon, slurm_token, start_daemon, stop_daemon
 from helpers.driver_jobs import SLEEP, Jobs, failure, submitting, until
 from helpers.slurm_versions import slurm_says
 
@@ -38,7 +39,7 @@ def cluster() -> Iterator[PrivateCluster]:
 @pytest.fixture
 def token_file(cluster: PrivateCluster, tmp_path: Path) -> Path:
     """A token of the user's that is good for all of the test."""
-    return rest_cluster.write_token(tmp_path / "token", cluster.token(rest_cluster.USER))
+    return rest_cluster.write_token(tmp_path / "token", slurm_token(cluster, rest_cluster.USER))
 
 
 @contextlib.asynccontextmanager
@@ -254,11 +255,11 @@ async def test_a_slow_slurmrestd_is_unavailable(cluster: PrivateCluster, token_f
     """One that is stopped says nothing about any job; when it goes on, it answers again."""
     async with asking(cluster.rest_url, token_file, timeout=1) as impatient:
         assert await impatient.jobs(["99999999"]) == {}
-        cluster.kill_daemon("slurmrestd", signal.SIGSTOP)
+        kill_daemon(cluster, "slurmrestd", signal.SIGSTOP)
         try:
             error = await failure(impatient.jobs(["99999999"]))
         finally:
-            cluster.kill_daemon("slurmrestd", signal.SIGCONT)
+            kill_daemon(cluster, "slurmrestd", signal.SIGCONT)
         assert isinstance(error, SlurmUnavailable)
         assert "within 1 s" in str(error)
         assert await impatient.jobs(["99999999"]) == {}
@@ -269,7 +270,7 @@ async def test_controller_down(cluster: PrivateCluster, driver: RestDriver, jobs
     """With the controller down every question is "unavailable", and the job is there when it is back."""
     jobid = await jobs.submit()
     await jobs.reaches(jobid, Meaning.USABLE)
-    await asyncio.to_thread(cluster.stop_daemon, "slurmctld")
+    await asyncio.to_thread(stop_daemon, cluster, "slurmctld")
     try:
         asked = [
             driver.submit(JobSpec(name="t", script=SLEEP, comment="t:1")),
@@ -280,6 +281,6 @@ async def test_controller_down(cluster: PrivateCluster, driver: RestDriver, jobs
         ]
         errors = await asyncio.gather(*(failure(one) for one in asked))
     finally:
-        await asyncio.to_thread(cluster.start_daemon, "slurmctld")
+        await asyncio.to_thread(start_daemon, cluster, "slurmctld")
     assert [type(error) for error in errors] == [SlurmUnavailable] * len(errors)
     assert (await jobs.reaches(jobid, Meaning.USABLE)).jobid == jobid

@@ -163,12 +163,3 @@ def step_of(error: GatewaySlurmError, current: str) -> str:
 def change_for(step: str, error: GatewaySlurmError) -> str:
     """What to change; empty where the error's message says it."""
     return next((text for name, kind, text in _CHANGES if name == step and isinstance(error, kind)), "")
-
-
-def steps_table() -> str:
-    """Draw the steps as a markdown table, one row a step."""
-    lines = ["| step | if it fails, change |", "|---|---|"]
-    for step, title in STEPS.items():
-        changes = dict.fromkeys(text.replace("|", "\\|") for name, _kind, text in _CHANGES if name == step)
-        lines.append(f"| {title} | {'<br>'.join(changes)} |")
-    return "\n".join(lines) + "\n"

@@ -221,13 +221,6 @@ _KEYS: Final = {key.name: key for key in KEYS}
 _SECTIONS: Final = frozenset(name.partition(".")[0] for name in _KEYS if "." in name)
 
 
-def keys_table() -> str:
-    """The keys as a Markdown table."""
-    lines = ["| key | meaning |", "|---|---|"]
-    lines += [f"| `{key.name}` | {key.help} |" for key in KEYS]
-    return "\n".join(lines) + "\n"
-
-
 # -- Parsing --
 
 

@@ -170,17 +170,6 @@ def _struct(number: int | None) -> dict[str, Any]:
     return {"set": True, "infinite": number is None, "number": number or 0}
 
 
-def versions_table() -> str:
-    """Return the table of versions as Markdown, one line per version."""
-    lines = ["| version | first in Slurm | numbers | environment | job_state | exit_code | gres | options of |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for version in VERSIONS:
-        gres = f"`tres_per_node`: `{version.gres}gpu:1`" if version.gres else "`gres`: `gpu:1`"
-        shapes = (version.numbers, version.environment, version.state, version.exit_code)
-        lines.append(f"| {' | '.join((version.name, version.slurm, *shapes, gres, version.options))} |")
-    return "\n".join(lines) + "\n"
-
-
 def encode(document: Mapping[str, Any]) -> bytes:
     """Return a document as the body of a request."""
     return json.dumps(document, separators=(",", ":")).encode()

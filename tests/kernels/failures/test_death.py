@@ -19,6 +19,7 @@ from gateway_slurm.errors import KernelStartError
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
+from helpers.daemons import kill_daemon, start_daemon
 from helpers.failing_starts import nothing_left, python_script, script, spec
 from helpers.kernel_clients import IPYKERNEL, PID, READY, execute, job_state, jobid_of, process_of, running_kernel
 from helpers.private_slurm import poll, slurm
@@ -156,13 +157,13 @@ def test_a_kernel_lives_on_without_its_slurmd(service, cluster, kernel_name):
     """kill -9 of the node's slurmd is nothing to the kernel; it is stopped in good order afterwards."""
     with running_kernel(kernel_name) as (manager, client):
         node = process_of(manager).launcher.node
-        cluster.kill_daemon(node)
+        kill_daemon(cluster, node)
         try:
             assert execute(client, "print('still here')") == "still here"
             assert manager.is_alive()
             assert process_of(manager).phase is Phase.RUNNING
         finally:
-            cluster.start_daemon(node)
+            start_daemon(cluster, node)
     assert poll(lambda: cluster.status().nodes.get(node) == "idle", timeout=30)
 
 
@@ -176,11 +177,11 @@ def test_a_node_that_fails_for_slurm_only_keeps_its_kernel(admin_settings, kerne
             admin_settings(slurm_conf=str(private.slurm_conf))
             with running_kernel("slurm") as (manager, client):
                 state = ["squeue", "--states=all", "--noheader", "--format=%T", "--jobs", jobid_of(manager)]
-                private.kill_daemon("c1")
+                kill_daemon(private, "c1")
                 assert poll(lambda: "NODE_FAIL" in slurm(*state, cluster=private).stdout, timeout=60)
                 assert execute(client, "print('still here')") == "still here"
                 assert manager.is_alive()
-                private.start_daemon("c1")
+                start_daemon(private, "c1")
                 assert poll(lambda: not manager.is_alive(), timeout=30)
                 assert poll(lambda: "NODE_FAIL" in manager.provisioner.exit_reason, timeout=15)
                 assert "NODE_FAIL" in caplog.text

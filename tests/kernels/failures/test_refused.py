@@ -13,6 +13,7 @@ from gateway_slurm.config import FILE_NAME
 from gateway_slurm.errors import AllocationError, ConfigError, RequestError, SlurmNotInstalled, SubmitRefused
 from gateway_slurm.testing import PrivateCluster
 from helpers import kernel_clients
+from helpers.daemons import start_daemon, stop_daemon
 from helpers.failing_starts import SOON, python_script, script, spec, start_error
 from helpers.kernel_clients import execute, running_kernel
 from helpers.private_slurm import jobs_of
@@ -115,11 +116,11 @@ def test_without_slurms_commands_the_error_says_what_to_install(admin_settings, 
 @pytest.mark.timeout(180)
 def test_without_a_controller_the_error_says_so(service, cluster):
     """While slurmctld is down a start fails with Slurm's words, and works again when it is back."""
-    cluster.stop_daemon("slurmctld")
+    stop_daemon(cluster, "slurmctld")
     try:
         error, _seconds = start_error("slurm")
     finally:
-        cluster.start_daemon("slurmctld")
+        start_daemon(cluster, "slurmctld")
     assert "slurmctld" in str(error)
     assert "controller" in str(error).lower()
     with running_kernel("slurm") as (_manager, client):

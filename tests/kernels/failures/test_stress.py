@@ -14,6 +14,7 @@ import pytest
 from jupyter_client import AsyncKernelManager
 
 from gateway_slurm.errors import GatewaySlurmError
+from helpers.daemons import kill_daemon, start_daemon
 from helpers.kernel_clients import READY, async_execute, install_kernelspec, job_state, jobid_of, processes_of_job
 from helpers.private_slurm import jobs_of, poll, slurm
 from helpers.server_processes import on_record
@@ -79,10 +80,10 @@ class Storm:
         await self._slurmd("c2")
 
     async def _slurmd(self, node: str) -> None:
-        await asyncio.to_thread(self.cluster.kill_daemon, node)
+        await asyncio.to_thread(kill_daemon, self.cluster, node)
         self.counts["killed slurmds"] += 1
         await asyncio.sleep(self.rng.random())
-        await asyncio.to_thread(self.cluster.start_daemon, node)
+        await asyncio.to_thread(start_daemon, self.cluster, node)
 
     @staticmethod
     async def _until(condition: Any) -> None:

@@ -18,6 +18,7 @@ from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
 from gateway_slurm.testing.processes import job_processes
 from helpers import rest_cluster
+from helpers.daemons import slurm_token, start_daemon, stop_daemon
 from helpers.dying_servers import adopt, call, driven_server
 from helpers.kernel_clients import (
     PID,
@@ -42,7 +43,7 @@ def cluster() -> Iterator[PrivateCluster]:
 @pytest.fixture
 def token(cluster: PrivateCluster, tmp_path: Path) -> str:
     """The token that is in the file of the settings."""
-    token = cluster.token(rest_cluster.USER)
+    token = slurm_token(cluster, rest_cluster.USER)
     rest_cluster.write_token(tmp_path / "token", token)
     return token
 
@@ -155,7 +156,7 @@ async def test_slurmctld_is_down_for_a_while(by_rest, cluster, caplog):
     service = by_rest(watch_interval=0.2)
     async with async_kernel("slurm") as (manager, client):
         process = manager.provisioner._handle.process
-        await asyncio.to_thread(cluster.stop_daemon, "slurmctld")
+        await asyncio.to_thread(stop_daemon, cluster, "slurmctld")
         try:
             began = time.monotonic()
             with pytest.raises(SlurmUnavailable) as refused:
@@ -176,7 +177,7 @@ async def test_slurmctld_is_down_for_a_while(by_rest, cluster, caplog):
             assert await poll_async(lambda: process.phase is Phase.RUNNING, timeout=READY)
             assert await async_execute(client, "print(1)") == "1"
         finally:
-            await asyncio.to_thread(cluster.start_daemon, "slurmctld")
+            await asyncio.to_thread(start_daemon, cluster, "slurmctld")
         async with async_kernel("slurm") as (_second, other):
             assert await async_execute(other, "print(2)") == "2"
     assert await is_over(cluster)
@@ -191,12 +192,12 @@ async def test_the_token_is_in_no_log_and_no_command_line(by_rest, cluster, toke
         assert await async_execute(client, "import os; print(any('JWT' in name for name in os.environ))") == "False"
         lines = [" ".join(one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"])]
         assert not any(token in line for line in lines)
-        await asyncio.to_thread(cluster.stop_daemon, "slurmrestd")
+        await asyncio.to_thread(stop_daemon, cluster, "slurmrestd")
         try:
             with pytest.raises(SlurmUnavailable):
                 await _start(service, {})
         finally:
-            await asyncio.to_thread(cluster.start_daemon, "slurmrestd")
+            await asyncio.to_thread(start_daemon, cluster, "slurmrestd")
     assert "slurmrestd" in caplog.text
     assert token not in caplog.text
     written = [path.read_text(errors="replace") for path in (tmp_path / "logs").rglob("*") if path.is_file()]
