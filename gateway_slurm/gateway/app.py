@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_server.serverapp import ServerApp
-from traitlets import Dict, TraitError, Unicode, default, validate
-from traitlets.config import Configurable
+from traitlets import Dict, Unicode, default, validate
 
 from gateway_slurm import __version__
 from gateway_slurm.errors import StoreError
-from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
+from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider, http_url
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.metrics import GatewayCollector
@@ -36,8 +35,12 @@ from gateway_slurm.link.endpoints import format_endpoint
 from gateway_slurm.service import SlurmService
 
 _ALL_ADDRESSES = ("", "*", "0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
-SERVICES = ["gateway_slurm.gateway.handlers"]
 DEPLOYMENT = "gateway"  # unless SlurmService.deployment is set
+
+
+def _default_is(trait: str, value: Any) -> Any:
+    """In the body of a class: another default for a trait of jupyter_server's."""
+    return default(trait)(lambda _app: value)
 
 
 def default_peer_url(app: Any) -> str:
@@ -47,44 +50,6 @@ def default_peer_url(app: Any) -> str:
     host = socket.getfqdn() if app.ip in _ALL_ADDRESSES else app.ip
     host = "127.0.0.1" if host == "localhost" else host
     return f"{'https' if app.certfile else 'http'}://{format_endpoint(host, app.port)}{app.base_url}"
-
-
-def make_forwarder(app: Any) -> Forwarder:
-    """Make the forwarder and put it into the handlers' settings as ``forwarder``; the application closes it."""
-    directory = StoreDirectory(SlurmService.instance())
-    proof = tuple(filter(None, [getattr(app.identity_provider, "trusted_header", "")]))
-    forwarder = Forwarder(Peers(directory, log=app.log), PeerClient(app.peer_cafile), proof=proof)
-    app.web_app.settings["forwarder"] = forwarder
-    return forwarder
-
-
-ALIASES = {
-    "ip": "SlurmGatewayApp.ip",
-    "port": "SlurmGatewayApp.port",
-    "tokens": "GatewayIdentityProvider.tokens_file",
-    "kernelspecs": "GatewayKernelSpecManager.projects_root",
-    "certfile": "SlurmGatewayApp.certfile",
-    "keyfile": "SlurmGatewayApp.keyfile",
-    "base-url": "SlurmGatewayApp.base_url",
-    "config": "JupyterApp.config_file",
-    "log-level": "Application.log_level",
-}
-CLASSES: list[type[Configurable]] = [
-    SlurmMappingKernelManager,
-    GatewayKernelSpecManager,
-    GatewayIdentityProvider,
-    SlurmWebsocketConnection,
-]
-FLAGS = {
-    "debug": ({"Application": {"log_level": 10}}, "log everything but secrets"),
-    "generate-config": ({"JupyterApp": {"generate_config": True}}, "write a config file with every setting"),
-    "allow-root": ({"SlurmGatewayApp": {"allow_root": True}}, "run as root, for tests"),
-    "kill-kernels": (
-        {"SlurmMappingKernelManager": {"kill_kernels_on_exit": True}},
-        "end kernels and their jobs with the gateway; otherwise they run on, and the next gateway restores them",
-    ),
-    "y": ({"JupyterApp": {"answer_yes": True}}, "answer yes to questions instead of asking"),
-}
 
 
 class SlurmGatewayApp(ServerApp):
@@ -97,10 +62,35 @@ class SlurmGatewayApp(ServerApp):
     jupyter slurm token add alice --tokens=tokens.json
     jupyter slurm gateway --ip=0.0.0.0 --port=8888 --tokens=tokens.json --kernelspecs=/srv/projects
     """
-    aliases = ALIASES
-    flags = FLAGS
+    aliases = {  # noqa: RUF012 - a trait
+        "ip": "SlurmGatewayApp.ip",
+        "port": "SlurmGatewayApp.port",
+        "tokens": "GatewayIdentityProvider.tokens_file",
+        "kernelspecs": "GatewayKernelSpecManager.projects_root",
+        "certfile": "SlurmGatewayApp.certfile",
+        "keyfile": "SlurmGatewayApp.keyfile",
+        "base-url": "SlurmGatewayApp.base_url",
+        "config": "JupyterApp.config_file",
+        "log-level": "Application.log_level",
+    }
+    flags = {  # noqa: RUF012 - a trait
+        "debug": ({"Application": {"log_level": 10}}, "log everything but secrets"),
+        "generate-config": ({"JupyterApp": {"generate_config": True}}, "write a config file with every setting"),
+        "allow-root": ({"SlurmGatewayApp": {"allow_root": True}}, "run as root, for tests"),
+        "kill-kernels": (
+            {"SlurmMappingKernelManager": {"kill_kernels_on_exit": True}},
+            "end kernels and their jobs with the gateway; otherwise they run on, and the next gateway restores them",
+        ),
+        "y": ({"JupyterApp": {"answer_yes": True}}, "answer yes to questions instead of asking"),
+    }
     subcommands = Dict()
-    classes = CLASSES
+    classes = [  # noqa: RUF012 - a trait
+        SlurmMappingKernelManager,
+        GatewayKernelSpecManager,
+        GatewayIdentityProvider,
+        SlurmWebsocketConnection,
+    ]
+    kernel_manager: SlurmMappingKernelManager
     default_services = ()  # type: ignore[assignment] # mypy sees one of that many
     load_other_extensions = False
     raise_config_file_errors = True
@@ -124,48 +114,19 @@ class SlurmGatewayApp(ServerApp):
 
     @validate("peer_url")
     def _valid_peer_url(self, proposal: Any) -> str:
-        url = str(proposal["value"])
-        if url and not url.startswith(("http://", "https://")):
-            raise TraitError(f"SlurmGatewayApp.peer_url must begin with http:// or https://, not {url!r}")
-        return url
+        return http_url("SlurmGatewayApp.peer_url", proposal["value"])
 
     # The classes of a gateway. An admin sets their traits, and not the classes.
-
-    @default("kernel_manager_class")
-    def _default_kernel_manager_class(self) -> Any:
-        return SlurmMappingKernelManager
-
-    @default("kernel_spec_manager_class")
-    def _default_kernel_spec_manager_class(self) -> Any:
-        return GatewayKernelSpecManager
-
-    @default("session_manager_class")
-    def _default_session_manager_class(self) -> Any:
-        return GatewaySessionManager
-
-    @default("contents_manager_class")
-    def _default_contents_manager_class(self) -> Any:
-        return NoContents
-
-    @default("identity_provider_class")
-    def _default_identity_provider_class(self) -> Any:
-        return GatewayIdentityProvider
-
-    @default("kernel_websocket_connection_class")
-    def _default_kernel_websocket_connection_class(self) -> Any:
-        return SlurmWebsocketConnection
-
-    @default("extra_services")
-    def _default_extra_services(self) -> list[str]:
-        return SERVICES
-
-    @default("open_browser")
-    def _default_open_browser(self) -> bool:
-        return False
-
-    @default("allow_remote_access")
-    def _default_allow_remote_access(self) -> bool:
-        return True  # every request is authenticated by a header, which a browser does not send by itself
+    _kernel_manager = _default_is("kernel_manager_class", SlurmMappingKernelManager)
+    _kernel_spec_manager = _default_is("kernel_spec_manager_class", GatewayKernelSpecManager)
+    _session_manager = _default_is("session_manager_class", GatewaySessionManager)
+    _contents_manager = _default_is("contents_manager_class", NoContents)
+    _identity_provider = _default_is("identity_provider_class", GatewayIdentityProvider)
+    _websocket_connection = _default_is("kernel_websocket_connection_class", SlurmWebsocketConnection)
+    _services = _default_is("extra_services", ["gateway_slurm.gateway.handlers"])
+    _opens_browser = _default_is("open_browser", False)
+    # Every request is authenticated by a header, which a browser does not send by itself.
+    _remote_access = _default_is("allow_remote_access", True)
 
     @default("default_url")
     def _default_url(self) -> str:
@@ -187,19 +148,13 @@ class SlurmGatewayApp(ServerApp):
         """Make the service as well, so that a mistake in its settings is found now and not at the first kernel."""
         super().init_configurables()
         self._collector = GatewayCollector(self.kernel_manager)
-        SlurmService.instance(self.log).leave_at_exit = not self._kernels.kill_kernels_on_exit
+        SlurmService.instance(self.log).leave_at_exit = not self.kernel_manager.kill_kernels_on_exit
         # The loop runs this first.
         self.io_loop.add_callback(self._restore)
 
-    @property
-    def _kernels(self) -> SlurmMappingKernelManager:
-        manager = self.kernel_manager
-        assert isinstance(manager, SlurmMappingKernelManager)
-        return manager
-
     async def _restore(self) -> None:
         """Restore the earlier gateway's kernels; stop if the store cannot be used."""
-        restorer = self._kernels.restorer
+        restorer = self.kernel_manager.restorer
         await restorer.restore(DEPLOYMENT)
         if isinstance(restorer.failure, StoreError):
             self.log.critical("the gateway cannot be started: %s", restorer.failure)
@@ -221,12 +176,15 @@ class SlurmGatewayApp(ServerApp):
 
     async def cleanup_kernels(self) -> None:
         """End the kernels or leave them running, by ``kill_kernels_on_exit``."""
-        await self._kernels.shutdown_all()
+        await self.kernel_manager.shutdown_all()
 
     def init_webapp(self) -> None:
-        """Make the forwarder of requests to other gateways as well."""
+        """Make the forwarder of requests to other gateways as well, for the handlers."""
         super().init_webapp()
-        self.forwarder = make_forwarder(self)
+        header = getattr(self.identity_provider, "trusted_header", "")
+        peers = Peers(StoreDirectory(SlurmService.instance()), log=self.log)
+        self.forwarder = Forwarder(peers, PeerClient(self.peer_cafile), proof=(header,) if header else ())
+        self.web_app.settings["forwarder"] = self.forwarder
 
     def init_httpserver(self) -> None:
         """Put this gateway's URL on record for the other gateways: from here on its port is known."""
@@ -245,7 +203,6 @@ class SlurmGatewayApp(ServerApp):
             self.identity_provider.close()
 
     def running_server_info(self, kernel_count: bool = True) -> str:
-        """One line for the log."""
         return f"gateway_slurm {__version__} is at {self.connection_url}"
 
     def write_browser_open_files(self) -> None:

@@ -9,9 +9,11 @@ import asyncio
 import json
 import mimetypes
 import re
+import uuid
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, cast
 
 from jupyter_client.jsonutil import json_default
 from jupyter_client.kernelspec import NoSuchKernel
@@ -35,17 +37,18 @@ from gateway_slurm.errors import (
     SubmitRefused,
     UnknownJob,
 )
-from gateway_slurm.gateway.auth.identity import GatewayUser, kernel_owner
+from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.openapi import description
+from gateway_slurm.gateway.peers.directory import ALLOCATIONS, KERNELS, SESSIONS
 from gateway_slurm.gateway.peers.forward import RETRY_AFTER, ForwardsRequests, check_deployment_limits, refuse_taken_id
 from gateway_slurm.gateway.peers.lists import with_peers
-from gateway_slurm.gateway.peers.peers import ALLOCATIONS, KERNELS, SESSIONS
 from gateway_slurm.gateway.peers.websocket import ForwardsWebsocket
-from gateway_slurm.gateway.sessions import DocumentSession, GatewaySessionManager, session_env
+from gateway_slurm.gateway.sessions import GatewaySessionManager, session_env
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.service import SlurmService
+from gateway_slurm.store.records import SessionRecord
 
 # Seconds that a request waits until the earlier gateway's kernels are restored; clients give up later than this.
 RESTORE_SECONDS = 10.0
@@ -104,7 +107,6 @@ class GatewayHandler(ForwardsRequests, APIHandler):
 
     auth_resource = "kernels"
     waits_for_kernels = True
-    """Whether a request waits until the kernels of an earlier gateway are restored."""
 
     async def prepare(self) -> None:  # type: ignore[override] # tornado awaits what is awaitable
         """Wait until kernels are restored; forward a request for what another gateway holds."""
@@ -123,21 +125,15 @@ class GatewayHandler(ForwardsRequests, APIHandler):
 
     @property
     def kernels(self) -> SlurmMappingKernelManager:
-        """The gateway's kernel manager."""
-        manager: SlurmMappingKernelManager = self.settings["kernel_manager"]
-        return manager
+        return cast(SlurmMappingKernelManager, self.settings["kernel_manager"])
 
     @property
     def sessions(self) -> GatewaySessionManager:
-        """The gateway's sessions."""
-        manager: GatewaySessionManager = self.settings["session_manager"]
-        return manager
+        return cast(GatewaySessionManager, self.settings["session_manager"])
 
     @property
     def specs(self) -> GatewayKernelSpecManager:
-        """The gateway's kernelspecs."""
-        manager: GatewayKernelSpecManager = self.settings["kernel_spec_manager"]
-        return manager
+        return cast(GatewayKernelSpecManager, self.settings["kernel_spec_manager"])
 
     def check_kernel(self, kernel_id: str) -> None:
         """Raise HTTPError 404 for a kernel that does not exist, or that this user may not see."""
@@ -147,18 +143,21 @@ class GatewayHandler(ForwardsRequests, APIHandler):
     def json_object(self) -> dict[str, Any]:
         """The request's body, a JSON object, empty for no body. Raises HTTPError 400 for anything else."""
         try:
-            body = self.get_json_body()
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise web.HTTPError(400, "the body must be a JSON object") from error
-        if body is None:
-            return {}
-        if not isinstance(body, dict):
+            body: Any = self.get_json_body()
+        except (UnicodeDecodeError, RecursionError):
+            body = "not JSON"
+        if not isinstance(body, dict | None):
             raise web.HTTPError(400, "the body must be a JSON object")
-        return body
+        return body or {}
 
     def answer(self, model: Any, status: int = 200) -> None:
         self.set_status(status)
         self.finish(json.dumps(model, default=json_default))
+
+    def answer_done(self) -> None:
+        """Answer 204, without a body."""
+        self.set_status(204)
+        self.finish()
 
     def _handle_request_exception(self, e: BaseException) -> None:
         super()._handle_request_exception(as_http(e))
@@ -224,7 +223,9 @@ class StartsKernels(GatewayHandler):
         """
         owner = kernel_owner(self.user, env)
         await check_deployment_limits(self, owner)
-        name = name or await self.default_name(owner)
+        if not name:
+            specs = await asyncio.to_thread(self.specs.specs_for, owner, self.base_url)
+            name = _default_name(self.kernels.default_kernel_name, specs)
         # Kernelspecs and groups are read from disk.
         fields = await asyncio.to_thread(self.specs.request_fields, name, owner, env)
         kernel_env = await asyncio.to_thread(self.specs.kernel_env, name, env)
@@ -238,11 +239,6 @@ class StartsKernels(GatewayHandler):
             cwd=env.get("KERNEL_WORKING_DIR") or None,
         )
 
-    async def default_name(self, owner: str) -> str:
-        """The kernelspec for a request that names none: the list's default."""
-        specs = await asyncio.to_thread(self.specs.specs_for, owner, self.base_url)
-        return _default_name(self.kernels.default_kernel_name, specs)
-
 
 def _default_name(wanted: str, specs: Collection[str]) -> str:
     """The admin's default if the user may see it; else the first that they may see."""
@@ -255,7 +251,6 @@ class KernelsHandler(StartsKernels):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        """The user's kernels."""
         self.answer(await with_peers(self, KERNELS, self.kernels.models_for(self.user)))
 
     @web.authenticated
@@ -264,9 +259,9 @@ class KernelsHandler(StartsKernels):
         """Start a kernel, from ``name`` and ``env``; answers at once."""
         body = self.json_object()
         kernel_id = text_field(body, "kernel_id") or None
-        if kernel_id is not None and not re.fullmatch(_UUID, kernel_id):
-            raise web.HTTPError(400, "kernel_id must be a UUID")
         if kernel_id is not None:
+            if not re.fullmatch(_UUID, kernel_id):
+                raise web.HTTPError(400, "kernel_id must be a UUID")
             await refuse_taken_id(self, kernel_id)
         kernel_id = await self.start_kernel(text_field(body, "name"), env_field(body), kernel_id)
         self.set_header("Location", url_path_join(self.base_url, "api", "kernels", url_escape(kernel_id)))
@@ -279,18 +274,15 @@ class KernelHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_id: str) -> None:
-        """One kernel: its state, and where it waits or runs."""
         self.check_kernel(kernel_id)
         self.answer(self.kernels.kernel_model(kernel_id))
 
     @web.authenticated
     @authorized
     async def delete(self, kernel_id: str) -> None:
-        """End the kernel, or cancel its start."""
         self.check_kernel(kernel_id)
         await self.kernels.shutdown_kernel(kernel_id)
-        self.set_status(204)
-        self.finish()
+        self.answer_done()
 
 
 class KernelActionHandler(GatewayHandler):
@@ -299,12 +291,10 @@ class KernelActionHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def post(self, kernel_id: str, action: str) -> None:
-        """Interrupt the kernel, or restart it in its allocation."""
         self.check_kernel(kernel_id)
         if action == "interrupt":
             await self.kernels.interrupt_kernel(kernel_id)
-            self.set_status(204)
-            self.finish()
+            self.answer_done()
         else:
             await self.kernels.restart_kernel(kernel_id)
             self.answer(self.kernels.kernel_model(kernel_id))
@@ -314,13 +304,11 @@ class ChannelsHandler(ForwardsWebsocket, KernelWebsocketHandler):
     """``/api/kernels/{kernel_id}/channels``: the websocket."""
 
     async def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Also wait until kernels are restored."""
         await super().prepare(*args, **kwargs)
         await wait_restored(self)
 
     @ws_authenticated
     async def get(self, kernel_id: str) -> None:
-        """Upgrade to a websocket; 404 for a kernel that does not exist, or that this user may not see."""
         if await self.forward_websocket(kernel_id):
             return
         if not self.settings["kernel_manager"].is_visible(kernel_id, self.current_user):
@@ -334,12 +322,10 @@ class SessionsHandler(StartsKernels):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        """The user's sessions."""
         models = [self.sessions.model(session) for session in self.sessions.all() if self.is_visible(session)]
         self.answer(await with_peers(self, SESSIONS, models))
 
-    def is_visible(self, session: DocumentSession) -> bool:
-        """Whether this user may see the session."""
+    def is_visible(self, session: SessionRecord) -> bool:
         return self.kernels.is_visible(session.kernel_id, self.user)
 
     @web.authenticated
@@ -359,7 +345,10 @@ class SessionsHandler(StartsKernels):
             session = self.sessions.at(path, owner)
             if session is None:
                 kernel_id = await self.kernel_for(kernel, env, session_env(path, name))
-                session = self.sessions.add(path=path, name=name, type=kind, kernel_id=kernel_id, owner=owner)
+                session = SessionRecord(
+                    session_id=str(uuid.uuid4()), owner=owner, kernel_id=kernel_id, path=path, name=name, type=kind
+                )
+                self.sessions.put(session)
         self.set_header("Location", url_path_join(self.base_url, "api", "sessions", session.session_id))
         self.answer(self.sessions.model(session), 201)
 
@@ -375,7 +364,7 @@ class SessionsHandler(StartsKernels):
 class SessionHandler(SessionsHandler):
     """``/api/sessions/{session_id}``."""
 
-    def session(self, session_id: str) -> DocumentSession:
+    def session(self, session_id: str) -> SessionRecord:
         """The user's session; raises HTTPError 404 for another id."""
         found = self.sessions.find(session_id)
         if found is None or not self.is_visible(found):
@@ -385,7 +374,6 @@ class SessionHandler(SessionsHandler):
     @web.authenticated
     @authorized
     async def get(self, session_id: str) -> None:
-        """The session."""
         self.answer(self.sessions.model(self.session(session_id)))
 
     @web.authenticated
@@ -395,7 +383,7 @@ class SessionHandler(SessionsHandler):
         session, body = self.session(session_id), self.json_object()
         kernel = object_field(body, "kernel")
         path, name, kind = (text_field(body, key, getattr(session, key)) for key in ("path", "name", "type"))
-        earlier = session.kernel_id
+        earlier = kernel_id = session.kernel_id
         env = dict(env_field(body))
         if session.owner != self.user.username:
             env.setdefault("KERNEL_USERNAME", session.owner)
@@ -403,12 +391,12 @@ class SessionHandler(SessionsHandler):
         answer = await self.create_session_at_peer(text_field(kernel, "id"), moved)
         if answer is not None:  # the new kernel's gateway has the session now
             self.sessions.remove(session_id)
-        elif kernel.get("id") or kernel.get("name"):
-            session.kernel_id = await self.kernel_for(kernel, env, session_env(path, name))
-        session.path, session.name, session.type = path, name, kind
-        if answer is None:
-            self.sessions.changed(session)
-        if (answer is not None or session.kernel_id != earlier) and earlier in self.kernels:
+        else:
+            if kernel.get("id") or kernel.get("name"):
+                kernel_id = await self.kernel_for(kernel, env, session_env(path, name))
+            session = replace(session, path=path, name=name, type=kind, kernel_id=kernel_id)
+            self.sessions.put(session)
+        if (answer is not None or kernel_id != earlier) and earlier in self.kernels:
             await self.kernels.shutdown_kernel(earlier)
         if answer is not None:
             self.relay_answer(answer, status=200)
@@ -418,12 +406,10 @@ class SessionHandler(SessionsHandler):
     @web.authenticated
     @authorized
     async def delete(self, session_id: str) -> None:
-        """End the session, and its kernel."""
         session = self.session(session_id)
         self.sessions.remove(session_id)
         await self.kernels.shutdown_kernel(session.kernel_id)
-        self.set_status(204)
-        self.finish()
+        self.answer_done()
 
 
 class KernelSpecsHandler(GatewayHandler):
@@ -449,7 +435,6 @@ class KernelSpecHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_name: str) -> None:
-        """One kernelspec."""
         self.answer(await asyncio.to_thread(self.specs.model_for, kernel_name, self.user.username, self.base_url))
 
 
@@ -461,7 +446,6 @@ class KernelSpecResourceHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_name: str, path: str) -> None:
-        """A file of a kernelspec that the user may see."""
         content = await asyncio.to_thread(self.specs.resource, kernel_name, path, self.user.username)
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         self.finish(content, set_content_type=kind)
@@ -481,7 +465,6 @@ class AllocationsHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        """The user's allocations: jobs with their state, nodes, time and kernels."""
         self.answer(await with_peers(self, ALLOCATIONS, SlurmService.instance().allocations_of(self.owner)))
 
 
@@ -491,21 +474,18 @@ class AllocationHandler(AllocationsHandler):
     @web.authenticated
     @authorized
     async def get(self, jobid: str) -> None:
-        """One allocation."""
-        for allocation in SlurmService.instance().allocations_of(self.owner):
-            if allocation["jobid"] == jobid:
-                self.answer(allocation)
-                return
-        raise web.HTTPError(404, f"there is no allocation {jobid} of yours")
+        allocations = SlurmService.instance().allocations_of(self.owner)
+        found = next((allocation for allocation in allocations if allocation["jobid"] == jobid), None)
+        if found is None:
+            raise web.HTTPError(404, f"there is no allocation {jobid} of yours")
+        self.answer(found)
 
     @web.authenticated
     @authorized
     async def delete(self, jobid: str) -> None:
-        """End the allocation now, with its kernels."""
         service = SlurmService.instance()
         await service.run(service.cancel_allocation(self.owner, jobid))
-        self.set_status(204)
-        self.finish()
+        self.answer_done()
 
 
 class AllocationActionHandler(AllocationsHandler):
@@ -514,12 +494,10 @@ class AllocationActionHandler(AllocationsHandler):
     @web.authenticated
     @authorized
     async def post(self, jobid: str, action: str) -> None:
-        """Keep the allocation after its last kernel, or no longer."""
         service = SlurmService.instance()
         change = service.keep_allocation if action == "keep" else service.release_allocation
         await service.run(change(self.owner, jobid))
-        self.set_status(204)
-        self.finish()
+        self.answer_done()
 
 
 class StatusHandler(UntrackedHandler, GatewayHandler):
@@ -556,7 +534,6 @@ class LiveHandler(UntrackedHandler, GatewayHandler):
 
     @allow_unauthenticated
     async def get(self) -> None:
-        """Answer, which says that the process runs."""
         self.answer({"status": "live"})
 
 
@@ -568,18 +545,14 @@ class ReadyHandler(UntrackedHandler, GatewayHandler):
     @allow_unauthenticated
     async def get(self) -> None:
         """Answer 503 while launchers cannot reach this gateway, and until its earlier kernels are restored."""
-        reason = NOT_RESTORED
+        reason, service = NOT_RESTORED, SlurmService.instance()
         if self.kernels.restorer.done.is_set():
-            reason = await SlurmService.instance().run(_why_not_ready(SlurmService.instance()))
+            reason = await service.run(service.why_not_ready())
         if reason:
-            self.set_header("Retry-After", "1")
-        self.answer(
-            {"status": "not ready", "reason": reason} if reason else {"status": "ready"}, 503 if reason else 200
-        )
-
-
-async def _why_not_ready(service: SlurmService) -> str:
-    return await service.why_not_ready()
+            self.set_header("Retry-After", RETRY_AFTER)
+            self.answer({"status": "not ready", "reason": reason}, 503)
+        else:
+            self.answer({"status": "ready"})
 
 
 class DescriptionHandler(UntrackedHandler, GatewayHandler):

@@ -27,7 +27,6 @@ from gateway_slurm.allocations.owners import QueuedStart
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.auth.user import can_see
-from gateway_slurm.gateway.channels.channels import KernelChannels
 from gateway_slurm.gateway.channels.frontends import Frontends
 from gateway_slurm.gateway.channels.sockets import Activity, raise_socket_limit
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
@@ -54,21 +53,12 @@ def slurm_model(kernel: Any) -> dict[str, Any]:
     provisioner = getattr(kernel, "provisioner", None)
     if not isinstance(provisioner, SlurmProvisioner):
         return {}
-    slurm: dict[str, Any] = {
-        "jobid": provisioner.jobid,
-        "node": provisioner.node,
-        "connect": provisioner.connect,
-    }
+    slurm: dict[str, Any] = {"jobid": provisioner.jobid, "node": provisioner.node, "connect": provisioner.connect}
     waiting = None if ready_of(kernel).done() else SlurmService.instance().waiting(kernel.kernel_id)
     if waiting is None:
         return {"slurm": slurm}
-    slurm |= {
-        "jobid": waiting.jobid,
-        "state": waiting.state,
-        "reason": waiting.reason,
-        "place": waiting.queue_place,
-        "expected_start": waiting.expected_start,
-    }
+    slurm |= {"jobid": waiting.jobid, "state": waiting.state, "reason": waiting.reason}
+    slurm |= {"place": waiting.queue_place, "expected_start": waiting.expected_start}
     return {"slurm": slurm, "reason": _waiting_text(waiting)}
 
 
@@ -190,16 +180,12 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
 
     def models_for(self, user: Any) -> list[dict[str, Any]]:
         """The models of the kernels that ``user`` may see."""
-        return [
-            self.kernel_model(kernel_id) for kernel_id in self.list_kernel_ids() if self.is_visible(kernel_id, user)
-        ]
+        return [self.kernel_model(name) for name in self.list_kernel_ids() if self.is_visible(name, user)]
 
     def owner_of(self, kernel_id: str) -> str:
-        """The name of the user who owns the kernel."""
         return self._owners.get(kernel_id, ("", ""))[0]
 
     def maker_of(self, kernel_id: str) -> str:
-        """The name of the user or service that started the kernel."""
         return self._owners.get(kernel_id, ("", ""))[1]
 
     def check_limits(self, owner: str, at_peers: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -280,9 +266,9 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             return "the kernel was shut down"
         ready = ready_of(kernel)
         await asyncio.wait({ready})
-        error = None if ready.cancelled() else ready.exception()
         if ready.cancelled():
             return "its start was cancelled"
+        error = ready.exception()
         return failure_text(error) if error is not None else ""
 
     def adopt_kernel(self, kernel_id: str, kernel: Any, owner: str, maker: str) -> None:
@@ -341,10 +327,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self.log.warning("kernel %s is dead: %s", kernel_id, printable(reason))
         for channels in self.frontends.channels_of(kernel_id):
             channels.fail(reason)
-        loop = asyncio.get_running_loop()
-        remove = self._remove_dead
-        self._lingering[kernel_id] = loop.call_later(
-            self.dead_kernel_linger, lambda: self._tasks.create_task(remove(kernel_id))
+        self._lingering[kernel_id] = asyncio.get_running_loop().call_later(
+            self.dead_kernel_linger, lambda: self._tasks.create_task(self._remove_dead(kernel_id))
         )
 
     async def _remove_dead(self, kernel_id: str) -> None:
@@ -390,7 +374,11 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         kernel: Any = self.get_kernel(kernel_id)
         starting = jupyter_compat.pending_task(self, kernel_id)
         if starting is not None and not ready_of(kernel).done():
-            await self._cancel_start(kernel_id, kernel, starting)
+            KERNEL_CURRENTLY_RUNNING_TOTAL.labels(type=kernel.kernel_name).dec()
+            starting.cancel()
+            await asyncio.wait({starting}, timeout=CANCEL_SECONDS)
+            jupyter_compat.drop_pending_task(self, kernel_id)
+            self.remove_kernel(kernel_id)
             return
         await end_restart(kernel, self._restarting.get(kernel_id))
         await super().shutdown_kernel(kernel_id, now=now)
@@ -403,13 +391,6 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             jupyter_compat.drop_pending_task(self, kernel_id)
             self.remove_kernel(kernel_id)
         self._forget(kernel_id)
-
-    async def _cancel_start(self, kernel_id: str, kernel: Any, starting: asyncio.Task[None]) -> None:
-        KERNEL_CURRENTLY_RUNNING_TOTAL.labels(type=kernel.kernel_name).dec()
-        starting.cancel()
-        await asyncio.wait({starting}, timeout=CANCEL_SECONDS)
-        jupyter_compat.drop_pending_task(self, kernel_id)
-        self.remove_kernel(kernel_id)
 
     def remove_kernel(self, kernel_id: str) -> Any:
         kernel: Any = super().remove_kernel(kernel_id)
@@ -428,8 +409,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         finishing = jupyter_compat.take_finishing_task(self, kernel_id)
         if finishing is not None and finishing is not asyncio.current_task():
             finishing.cancel()
-        timer = self._lingering.pop(kernel_id, None)
-        if timer is not None:
+        if timer := self._lingering.pop(kernel_id, None):
             timer.cancel()
         self.frontends.close(kernel_id, "the kernel was shut down")
 
@@ -441,12 +421,11 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         waiting = self.frontends.channels_of(kernel_id)
         for channels in waiting:
             channels.hold()
-        was_dead = kernel_id in self._lingering
-        if was_dead:
-            self._lingering.pop(kernel_id).cancel()
+        if lingering := self._lingering.pop(kernel_id, None):
+            lingering.cancel()
         kernel.execution_state = "restarting"
-        restart = super().restart_kernel(kernel_id, now=now)
-        restarting = self._restarting[kernel_id] = asyncio.ensure_future(restart)
+        restarting = asyncio.ensure_future(super().restart_kernel(kernel_id, now=now))
+        self._restarting[kernel_id] = restarting
         try:
             result = await asyncio.shield(restarting)
         except Exception as error:
@@ -460,7 +439,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         finally:
             if self._restarting.get(kernel_id) is restarting:
                 del self._restarting[kernel_id]
-        if was_dead:
+        if lingering:
             self.start_watching_activity(kernel_id)
         kernel.execution_state = "starting"
         await asyncio.gather(*(channels.resume() for channels in waiting))
@@ -488,23 +467,11 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
 
     def counts(self) -> Iterator[tuple[str, int]]:
         """The number of kernels in each execution state."""
-        states = Counter(str(self.find_kernel(kernel_id).execution_state) for kernel_id in self.list_kernel_ids())
-        yield from sorted(states.items())
-
-    # -- frontends --------------------------------------------------------------------------------------
-
-    def open_channels(self, kernel_id: str, session_id: str) -> KernelChannels:
-        """The session's channels to the kernel; the first call creates them."""
-        self.get_kernel(kernel_id)  # raises HTTPError 404
-        return self.frontends.open_channels(kernel_id, session_id)
+        yield from Counter(str(self.find_kernel(name).execution_state) for name in self.list_kernel_ids()).items()
 
     async def _why_dead(self, kernel_id: str) -> str:
         reason = await self._wait_ready(kernel_id)
         return reason or (str(self.find_kernel(kernel_id).reason) if self._is_dead(kernel_id) else "")
-
-    def detached(self, kernel_id: str, channels: KernelChannels) -> None:
-        """A session's websocket has closed."""
-        self.frontends.detached(kernel_id, channels)
 
     # -- activity, idle kernels -----------------------------------------------------------------------------
 
@@ -519,8 +486,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         super().stop_watching_activity(kernel_id)
 
     def _close_activity(self, kernel_id: str) -> None:
-        activity = self._activities.pop(kernel_id, None)
-        if activity is not None:
+        if activity := self._activities.pop(kernel_id, None):
             activity.close()
 
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:

@@ -8,9 +8,10 @@ from gateway_slurm import __version__
 
 _UUID = {"type": "string", "format": "uuid"}
 _TEXT = {"type": "string"}
+_NUMBER = {"type": "integer"}
 
 
-def _object(properties: dict[str, Any], required: tuple[str, ...] = ()) -> dict[str, Any]:
+def _object(*required: str, **properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
@@ -22,69 +23,46 @@ def _list(name: str) -> dict[str, Any]:
     return {"type": "array", "items": _ref(name)}
 
 
+def _map(values: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": values}
+
+
+_KERNEL_CHOICE = _object(id=_UUID, name=_TEXT)
 SCHEMAS: dict[str, Any] = {
-    "Error": _object({"message": _TEXT, "reason": _TEXT}, ("message",)),
+    "Error": _object("message", message=_TEXT, reason=_TEXT),
     "Kernel": _object(
-        {
-            "id": _UUID,
-            "name": _TEXT,
-            "last_activity": _TEXT,
-            "execution_state": _TEXT,
-            "connections": {"type": "integer"},
-            "reason": {**_TEXT, "description": "where the kernel waits, or why it is dead"},
-            "slurm": {
-                "type": "object",
-                "description": "jobid and node; while the kernel waits also state, reason, place and expected_start",
-                "properties": {
-                    "connect": {
-                        "type": ["object", "null"],
-                        "description": "how clients connect to the kernel, once it has started",
-                        "properties": {"mode": {"enum": ["direct", "tunnel"]}, "why": _TEXT},
-                    }
-                },
+        *("id", "name", "last_activity", "execution_state", "connections"),
+        id=_UUID,
+        name=_TEXT,
+        last_activity=_TEXT,
+        execution_state=_TEXT,
+        connections=_NUMBER,
+        reason={**_TEXT, "description": "where the kernel waits, or why it is dead"},
+        slurm={
+            "type": "object",
+            "description": "jobid and node; while the kernel waits also state, reason, place and expected_start",
+            "properties": {
+                "connect": {
+                    "type": ["object", "null"],
+                    "description": "how clients connect to the kernel, once it has started",
+                    "properties": {"mode": {"enum": ["direct", "tunnel"]}, "why": _TEXT},
+                }
             },
         },
-        ("id", "name", "last_activity", "execution_state", "connections"),
     ),
-    "NewKernel": _object({"name": _TEXT, "kernel_id": _UUID, "env": {"type": "object", "additionalProperties": _TEXT}}),
-    "Session": _object(
-        {"id": _UUID, "path": _TEXT, "name": _TEXT, "type": _TEXT, "kernel": _ref("Kernel")}, ("id", "path", "kernel")
-    ),
+    "NewKernel": _object(name=_TEXT, kernel_id=_UUID, env=_map(_TEXT)),
+    "Session": _object("id", "path", "kernel", id=_UUID, path=_TEXT, name=_TEXT, type=_TEXT, kernel=_ref("Kernel")),
     "NewSession": _object(
-        {
-            "path": {**_TEXT, "minLength": 1},
-            "name": _TEXT,
-            "type": _TEXT,
-            "kernel": _object({"id": _UUID, "name": _TEXT}),
-            "env": {"type": "object", "additionalProperties": _TEXT},
-        },
-        ("path",),
+        "path", path={**_TEXT, "minLength": 1}, name=_TEXT, type=_TEXT, kernel=_KERNEL_CHOICE, env=_map(_TEXT)
     ),
-    "SessionChange": _object(
-        {"path": _TEXT, "name": _TEXT, "type": _TEXT, "kernel": _object({"id": _UUID, "name": _TEXT})}
-    ),
-    "KernelSpec": _object(
-        {"name": _TEXT, "spec": {"type": "object"}, "resources": {"type": "object"}}, ("name", "spec")
-    ),
-    "KernelSpecs": _object(
-        {"default": _TEXT, "kernelspecs": {"type": "object", "additionalProperties": _ref("KernelSpec")}},
-        ("default", "kernelspecs"),
-    ),
-    "Allocation": _object(
-        {"jobid": _TEXT, "state": _TEXT, "kernel_ids": {"type": "array", "items": _TEXT}}, ("jobid",)
-    ),
-    "Status": _object(
-        {
-            "started": _TEXT,
-            "last_activity": _TEXT,
-            "kernels": {"type": "integer"},
-            "connections": {"type": "integer"},
-        },
-        ("started", "kernels"),
-    ),
-    "Health": _object({"status": _TEXT, "reason": _TEXT}, ("status",)),
-    "Version": _object({"version": _TEXT}, ("version",)),
-    "Me": _object({"identity": {"type": "object"}, "permissions": {"type": "object"}}, ("identity",)),
+    "SessionChange": _object(path=_TEXT, name=_TEXT, type=_TEXT, kernel=_KERNEL_CHOICE),
+    "KernelSpec": _object("name", "spec", name=_TEXT, spec={"type": "object"}, resources={"type": "object"}),
+    "KernelSpecs": _object("default", "kernelspecs", default=_TEXT, kernelspecs=_map(_ref("KernelSpec"))),
+    "Allocation": _object("jobid", jobid=_TEXT, state=_TEXT, kernel_ids={"type": "array", "items": _TEXT}),
+    "Status": _object("started", "kernels", started=_TEXT, last_activity=_TEXT, kernels=_NUMBER, connections=_NUMBER),
+    "Health": _object("status", status=_TEXT, reason=_TEXT),
+    "Version": _object("version", version=_TEXT),
+    "Me": _object("identity", identity={"type": "object"}, permissions={"type": "object"}),
 }
 
 _PARAMETERS = {

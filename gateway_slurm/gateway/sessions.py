@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -55,24 +53,12 @@ class NoContents(AsyncContentsManager):
         return []
 
 
-@dataclass
-class DocumentSession:
-    """The session of one document."""
-
-    session_id: str
-    path: str
-    name: str
-    type: str
-    kernel_id: str
-    owner: str
-
-
 class GatewaySessionManager(SessionManager):
     """The gateway's sessions; two users' documents of the same path are two sessions."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sessions: dict[str, DocumentSession] = {}
+        self._sessions: dict[str, SessionRecord] = {}
         self._records = SessionRecords(self.kernel_manager, self._restore)
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -81,52 +67,40 @@ class GatewaySessionManager(SessionManager):
         return self._locks.setdefault((path, owner), asyncio.Lock())
 
     def _restore(self, records: list[SessionRecord]) -> None:
-        for record in records:
-            session = DocumentSession(
-                record.session_id, record.path, record.name, record.type, record.kernel_id, record.owner
-            )
-            self._sessions.setdefault(record.session_id, session)
+        self._sessions = {record.session_id: record for record in records} | self._sessions
 
-    def all(self) -> list[DocumentSession]:
+    def all(self) -> list[SessionRecord]:
         """The sessions with a kernel; others are removed."""
         for session in list(self._sessions.values()):
             if session.kernel_id not in self.kernel_manager:
                 self.remove(session.session_id)
         return list(self._sessions.values())
 
-    def find(self, session_id: str) -> DocumentSession | None:
+    def find(self, session_id: str) -> SessionRecord | None:
         return next((session for session in self.all() if session.session_id == session_id), None)
 
-    def at(self, path: str, owner: str) -> DocumentSession | None:
+    def at(self, path: str, owner: str) -> SessionRecord | None:
         """The user's session of this document."""
         return next((session for session in self.all() if (session.path, session.owner) == (path, owner)), None)
 
-    def add(self, *, path: str, name: str, type: str, kernel_id: str, owner: str) -> DocumentSession:  # noqa: A002 - the API's name
-        session = DocumentSession(str(uuid.uuid4()), path, name, type, kernel_id, owner)
+    def put(self, session: SessionRecord) -> None:
+        """Add a session, or replace it by one with another document or kernel."""
         self._sessions[session.session_id] = session
-        self.changed(session)
-        return session
-
-    def changed(self, session: DocumentSession) -> None:
-        """Put a session with another document or kernel on record."""
-        self._records.put(SessionRecord(**asdict(session)))
+        self._records.put(session)
 
     def remove(self, session_id: str) -> None:
         if self._sessions.pop(session_id, None) is not None:
             self._records.remove(session_id)
 
-    def model(self, session: DocumentSession) -> dict[str, Any]:
-        """The session as the sessions API represents it."""
-        model: dict[str, Any] = {
-            "id": session.session_id,
-            "path": session.path,
-            "name": session.name,
-            "type": session.type,
-            "kernel": self.kernel_manager.kernel_model(session.kernel_id),
-        }
-        if session.type == "notebook":
-            model["notebook"] = {"path": session.path, "name": session.name}
-        return model
+    def model(self, session: SessionRecord) -> dict[str, Any]:
+        return session_model(session, self.kernel_manager.kernel_model(session.kernel_id))
+
+
+def session_model(session: SessionRecord, kernel: dict[str, Any]) -> dict[str, Any]:
+    """A session as the sessions API represents it, with its kernel's model."""
+    document = {"path": session.path, "name": session.name}
+    model = {"id": session.session_id, **document, "type": session.type, "kernel": kernel}
+    return {**model, "notebook": document} if session.type == "notebook" else model
 
 
 def session_env(path: str, name: str) -> dict[str, str]:
@@ -135,7 +109,10 @@ def session_env(path: str, name: str) -> dict[str, str]:
 
 
 class SlurmSessionManager(SessionManager):
-    """Jupyter server's session manager, which puts each session of a kernel on Slurm on record."""
+    """Jupyter server's session manager, which puts each session of a kernel on Slurm on record.
+
+    It changes the record after each change of a session, and deletes it with the kernel.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -158,23 +135,19 @@ class SlurmSessionManager(SessionManager):
         self.records.put(SessionRecord(session_id=session_id, path=path, name=name, type=kind, kernel_id=kernel_id))
 
     async def save_session(self, session_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Do so, and update the record."""
         model = await super().save_session(session_id, *args, **kwargs)
         self._record(session_id)
         return model
 
     async def update_session(self, session_id: str, **kwargs: Any) -> None:
-        """Do so, and update the record."""
         await super().update_session(session_id, **kwargs)
         self._record(session_id)
 
     async def delete_session(self, session_id: str) -> None:
-        """Do so, and update the record."""
         await super().delete_session(session_id)
         self._record(session_id)
 
     async def row_to_model(self, row: Any, tolerate_culled: bool = False) -> Any:
-        """Delete the record as well, if the kernel does not exist any more."""
         if row["kernel_id"] not in self.kernel_manager:
             self.records.remove(row["session_id"])
         return await super().row_to_model(row, tolerate_culled)

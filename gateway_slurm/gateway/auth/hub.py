@@ -8,6 +8,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final
 
 from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
@@ -29,6 +30,7 @@ _MAX_ANSWER_BYTES: Final = 1 << 20
 Model = dict[str, Any]
 
 
+@dataclass(eq=False)
 class HubTokens:
     """Asks the hub at ``api_url`` which user owns a token (``GET /user``), and keeps the answer for ``cache_seconds``.
 
@@ -36,20 +38,14 @@ class HubTokens:
     gateway, for other users. Its owner calls ``close``, on the loop that it was used on.
     """
 
-    def __init__(
-        self,
-        api_url: str,
-        *,
-        timeout: float,
-        cache_seconds: float,
-        scopes: Collection[str] = (),
-        services: Collection[str] = (),
-    ) -> None:
-        self._url = api_url.rstrip("/") + "/user"
-        self._timeout = timeout
-        self._cache_seconds = cache_seconds
-        self._scopes = scopes
-        self._services = services
+    api_url: str
+    _: KW_ONLY
+    timeout: float
+    cache_seconds: float
+    scopes: Collection[str] = ()
+    services: Collection[str] = ()
+
+    def __post_init__(self) -> None:
         # By the token's hash: the cache holds no usable token. A model of None stands for a token unknown to the hub.
         self._users: OrderedDict[str, tuple[float, Model | None]] = OrderedDict()
         self._unknown: OrderedDict[str, tuple[float, Model | None]] = OrderedDict()
@@ -98,9 +94,9 @@ class HubTokens:
         model = _parse(await self._fetch(token))
         users = self._users, MAX_CACHED_USERS
         unknown = self._unknown, MAX_CACHED_UNKNOWN
-        (kept, most), (other, _) = (unknown, users) if model is None else (users, unknown)
+        (kept, most), (other, _most) = (unknown, users) if model is None else (users, unknown)
         other.pop(key, None)
-        kept[key] = time.monotonic() + self._cache_seconds, model
+        kept[key] = time.monotonic() + self.cache_seconds, model
         kept.move_to_end(key)
         while len(kept) > most:
             kept.popitem(last=False)
@@ -110,10 +106,10 @@ class HubTokens:
         if self._client is None:
             self._client = SimpleAsyncHTTPClient(force_instance=True, max_body_size=_MAX_ANSWER_BYTES)
         request = HTTPRequest(
-            self._url,
+            self.api_url.rstrip("/") + "/user",
             headers={"Authorization": f"token {token}", "Accept": "application/json"},
-            connect_timeout=self._timeout,
-            request_timeout=self._timeout,
+            connect_timeout=self.timeout,
+            request_timeout=self.timeout,
             # A redirect could carry the token to another host.
             follow_redirects=False,
         )
@@ -124,12 +120,12 @@ class HubTokens:
 
     def _user(self, model: Model) -> GatewayUser:
         name, kind = model.get("name"), model.get("kind", "user")
-        if kind == "service" and name not in self._services:
+        if kind == "service" and name not in self.services:
             raise NotAllowed("this service of the JupyterHub may not use the gateway", field="hub_services")
         if kind not in ("user", "service") or not is_name(name):
             raise NotAllowed(f"the JupyterHub's name for you cannot be used here; allowed are {NAMES}", field="name")
         if not self._scopes_suffice(model.get("scopes")):
-            raise NotAllowed(f"your token lacks the scope {' or '.join(self._scopes)}", field="scopes")
+            raise NotAllowed(f"your token lacks the scope {' or '.join(self.scopes)}", field="scopes")
         return GatewayUser(str(name), service=kind == "service")
 
     def _scopes_suffice(self, scopes: object) -> bool:
@@ -138,7 +134,7 @@ class HubTokens:
         Source: JupyterHub's documentation, "Scopes in JupyterHub".
         """
         have = set(map(str, scopes)) if isinstance(scopes, list) else set()
-        return not self._scopes or any(scope in have or scope.partition("!")[0] in have for scope in self._scopes)
+        return not self.scopes or any(scope in have or scope.partition("!")[0] in have for scope in self.scopes)
 
 
 def _parse(response: HTTPResponse) -> Model | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from jupyter_server.auth import IdentityProvider, User
@@ -23,18 +23,14 @@ from gateway_slurm.errors import ConfigError, IdentityUnavailable, NotAllowed
 from gateway_slurm.gateway.auth.hub import HubTokens
 from gateway_slurm.gateway.auth.proxy import TrustedHeader
 from gateway_slurm.gateway.auth.tokens import TokenFile, UserTokens, request_token, take_url_token
-from gateway_slurm.gateway.auth.user import GatewayUser, is_name, kernel_owner
-
-__all__ = ["Authenticator", "GatewayIdentityProvider", "GatewayUser", "is_name", "kernel_owner"]
-
-_NO_LOGIN = "log in with a token in the Authorization header; the gateway has no login page"
+from gateway_slurm.gateway.auth.user import GatewayUser
 
 
-class Authenticator(Protocol):
-    """Knows users by one kind of proof."""
-
-    async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
-        """The user of the request, or None. Raises NotAllowed and IdentityUnavailable."""
+def http_url(trait: str, url: str) -> str:
+    """``url``, which may be empty. Raises TraitError for a URL of another scheme."""
+    if url and not url.startswith(("http://", "https://")):
+        raise TraitError(f"{trait} must begin with http:// or https://, not {url!r}")
+    return url
 
 
 class GatewayIdentityProvider(IdentityProvider):
@@ -112,14 +108,6 @@ class GatewayIdentityProvider(IdentityProvider):
         scopes = json.loads(os.environ.get("JUPYTERHUB_OAUTH_ACCESS_SCOPES") or "[]")
         return [str(scope) for scope in scopes]
 
-    @default("token")
-    def _token_default(self) -> str:
-        return ""
-
-    @default("updatable_fields")
-    def _default_updatable_fields(self) -> list[str]:
-        return []
-
     @validate("updatable_fields")
     def _validate_updatable_fields(self, proposal: Any) -> list[str]:
         if proposal["value"]:
@@ -130,38 +118,29 @@ class GatewayIdentityProvider(IdentityProvider):
 
     @validate("hub_api_url")
     def _valid_url(self, proposal: Any) -> str:
-        url = str(proposal["value"])
-        if url and not url.startswith(("http://", "https://")):
-            raise TraitError(f"GatewayIdentityProvider.hub_api_url must begin with http:// or https://, not {url!r}")
-        return url
+        return http_url("GatewayIdentityProvider.hub_api_url", proposal["value"])
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # The user of each request that is being answered; jupyter_server asks more than once.
         self._users: WeakKeyDictionary[RequestHandler, GatewayUser] = WeakKeyDictionary()
         self._token_file = TokenFile(Path(self.tokens_file).expanduser()) if self.tokens_file else None
-        self._hub = self._make_hub() if self.hub_api_url else None
-        self.authenticators: list[Authenticator] = self._make_authenticators()
-
-    def _make_hub(self) -> HubTokens:
-        return HubTokens(
-            self.hub_api_url,
-            timeout=self.hub_timeout,
-            cache_seconds=self.hub_cache_seconds,
-            scopes=self.hub_scopes,
-            services=self.hub_services,
-        )
-
-    def _make_authenticators(self) -> list[Authenticator]:
-        """The authenticators in the order in which they are asked. The proxy is first: its header is never ignored."""
-        authenticators: list[Authenticator] = []
+        self._hub: HubTokens | None = None
+        # In the order in which they are asked. The proxy is first: its header is never ignored.
+        self.authenticators: list[TrustedHeader | UserTokens | HubTokens] = []
         if self.trusted_header:
-            authenticators.append(TrustedHeader(self.trusted_header, self.trusted_proxies))
+            self.authenticators.append(TrustedHeader(self.trusted_header, self.trusted_proxies))
         if self._token_file is not None:
-            authenticators.append(UserTokens(self._token_file, LogOnce(self.log)))
-        if self._hub is not None:
-            authenticators.append(self._hub)
-        return authenticators
+            self.authenticators.append(UserTokens(self._token_file, LogOnce(self.log)))
+        if self.hub_api_url:
+            self._hub = HubTokens(
+                self.hub_api_url,
+                timeout=self.hub_timeout,
+                cache_seconds=self.hub_cache_seconds,
+                scopes=self.hub_scopes,
+                services=self.hub_services,
+            )
+            self.authenticators.append(self._hub)
 
     def close(self) -> None:
         """Close the connections to the hub. The application calls this at its end."""
@@ -172,30 +151,28 @@ class GatewayIdentityProvider(IdentityProvider):
 
     async def get_user(self, handler: RequestHandler) -> User | None:
         """The user of a request; with None jupyter_server refuses the request where a user is needed."""
-        known = self._users.get(handler)
-        if known is not None:
-            return known
+        if handler in self._users:
+            return self._users[handler]
         self._take_url_token(handler.request)
         try:
-            user, authenticator = await self._authenticate(handler)
+            user = await self._authenticate(handler)
         except NotAllowed as error:
             raise HTTPError(403, str(error)) from None
         except IdentityUnavailable as error:
             raise HTTPError(503, str(error)) from None
-        if user is None or authenticator is None:
-            return None
-        if isinstance(authenticator, TrustedHeader):
-            self._refuse_other_sites(handler)
-        user.admin = user.admin or user.username in self.admins
-        self._users[handler] = user
+        if user is not None:
+            user.admin = user.admin or user.username in self.admins
+            self._users[handler] = user
         return user
 
-    async def _authenticate(self, handler: RequestHandler) -> tuple[GatewayUser | None, Authenticator | None]:
+    async def _authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         for authenticator in self.authenticators:
             user = await authenticator.authenticate(handler)
             if user is not None:
-                return user, authenticator
-        return None, None
+                if isinstance(authenticator, TrustedHeader):
+                    self._refuse_other_sites(handler)
+                return user
+        return None
 
     def _take_url_token(self, request: HTTPServerRequest) -> None:
         """Move a token from the URL to the header, where it is accepted. Raises HTTPError 403 where it is not."""
@@ -228,24 +205,16 @@ class GatewayIdentityProvider(IdentityProvider):
         return await self.get_user(handler)
 
     def get_user_cookie(self, handler: RequestHandler) -> None:
-        """Return None: there are no cookies."""
+        """None, and the next two methods do nothing: there are no cookies."""
 
-    def set_login_cookie(self, handler: RequestHandler, user: User) -> None:
-        """Do nothing: there are no cookies."""
+    def set_login_cookie(self, handler: RequestHandler, user: User) -> None: ...
 
-    def clear_login_cookie(self, handler: RequestHandler) -> None:
-        """Do nothing: there are no cookies."""
+    def clear_login_cookie(self, handler: RequestHandler) -> None: ...
 
     def process_login_form(self, handler: RequestHandler) -> User | None:
-        raise HTTPError(403, _NO_LOGIN)
+        raise HTTPError(403, "log in with a token in the Authorization header; the gateway has no login page")
 
-    @property
-    def login_available(self) -> bool:
-        return False
-
-    @property
-    def logout_available(self) -> bool:
-        return False
+    login_available = logout_available = False
 
     def validate_security(self, app: Any, ssl_options: dict[str, Any] | None = None) -> None:
         """Called before the server listens. Raises ConfigError if no user could be known, or a file is not safe."""

@@ -9,12 +9,13 @@ frontend that reads slowly fills its own bounded queue, and then its kernel's; o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol
 
-from jupyter_client.session import Session
+from jupyter_client.session import DELIM, Session
 
 from gateway_slurm._util import Backoff, TaskSet
 from gateway_slurm.gateway.channels import messages
@@ -58,10 +59,8 @@ class KernelChannels:
         log: logging.Logger,
         make_replay: Callable[[], Replay] = Replay,
     ) -> None:
-        self.kernel = kernel
-        self.log = log
-        self._ready = ready
-        self._subscribe_timeout = subscribe_timeout
+        self.kernel, self.log = kernel, log
+        self._ready, self._subscribe_timeout = ready, subscribe_timeout
         self._session = Session(session=session_id)
         self._sockets: dict[str, KernelSocket] = {}
         self._sink: Sink | None = None
@@ -96,7 +95,8 @@ class KernelChannels:
         if older is not None:
             older.end("a newer websocket of the same session")
         if self._out.dropped:
-            self._report_dropped(self._out.dropped)
+            text = f"gateway_slurm: {self._out.dropped} messages of output were dropped while no frontend was there\n"
+            self._out.put_first(QueuedMessage(*self._make_message("stream", {"name": "stderr", "text": text})))
             self._out.dropped = 0
         if self.failure:
             self.send_status("dead")
@@ -163,18 +163,14 @@ class KernelChannels:
     def _send_reply(self, header: dict[str, Any], content: dict[str, Any]) -> None:
         self._put("shell", self._make_message("execute_reply", content, header)[1])
 
-    def _report_dropped(self, count: int) -> None:
-        text = f"gateway_slurm: {count} messages of output were dropped while no frontend was there\n"
-        self._out.put_first(QueuedMessage(*self._make_message("stream", {"name": "stderr", "text": text})))
-
     def _make_message(
         self, msg_type: str, content: dict[str, Any], parent: dict[str, Any] | None = None
     ) -> tuple[str, list[bytes]]:
         """A message of the server's own: iopub, and its parts."""
         message = self._session.msg(msg_type, content, parent=parent)
-        pack = self._session.pack
-        parts = [pack(message[name]) for name in ("header", "parent_header", "metadata", "content")]
-        return "iopub", parts
+        return "iopub", [
+            self._session.pack(message[name]) for name in ("header", "parent_header", "metadata", "content")
+        ]
 
     # -- the kernel ---------------------------------------------------------------------------
 
@@ -234,8 +230,10 @@ class KernelChannels:
             await self._replay_missed()
             self.send_status(self.kernel.execution_state)
         if not self.failure:
-            self._send_held()
-            self._tasks.create_task(self._replay.find_lost_cells(self._probe_shell, self._refuse_lost))
+            held, self._held = self._held or [], None
+            for channel, parts in held:
+                self._send(channel, parts)
+            self._tasks.create_task(self._replay.find_lost_cells(partial(self._nudge, "shell"), self._refuse_lost))
 
     async def _replay_missed(self) -> None:
         """Queue what the session has not had: the kept messages, then those that came meanwhile."""
@@ -251,11 +249,6 @@ class KernelChannels:
             self._deliver(channel, parts)
         self._replay.finish()
 
-    def _send_held(self) -> None:
-        held, self._held = self._held or [], None
-        for channel, parts in held:
-            self._send(channel, parts)
-
     def _open(self) -> None:
         self._session.key = self.kernel.session.key
         identity = self._session.bsession
@@ -267,7 +260,7 @@ class KernelChannels:
             return
         if channel == "shell" and self._replay.cells.add_request(messages.header_of(parts)):
             self._replay.acknowledge_cells()
-        self._sockets[channel].send([messages.DELIMITER, self._session.sign(parts[:4]), *parts])
+        self._sockets[channel].send([DELIM, self._session.sign(parts[:4]), *parts])
 
     async def _wait_subscribed(self) -> None:
         """Wait until the kernel publishes to this session: its welcome message (JEP 65), or any other, proves it.
@@ -277,15 +270,13 @@ class KernelChannels:
         delays = Backoff(NUDGE_DELAY, MAX_NUDGE_DELAY)
         deadline = asyncio.get_running_loop().time() + self._subscribe_timeout
         while True:
-            try:
+            with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._subscribed.wait(), delays.next())
-            except asyncio.TimeoutError:
-                if asyncio.get_running_loop().time() > deadline:
-                    self.log.warning("kernel %s: no message came on iopub; continuing", self.kernel.kernel_id)
-                    return
-                self._nudge("control")
-            else:
                 return
+            if asyncio.get_running_loop().time() > deadline:
+                self.log.warning("kernel %s: no message came on iopub; continuing", self.kernel.kernel_id)
+                return
+            self._nudge("control")
 
     def _nudge(self, channel: str) -> str:
         """Request the kernel's info, only to make the kernel answer; return the request's id."""
@@ -297,16 +288,12 @@ class KernelChannels:
         self._send(channel, parts)
         return msg_id
 
-    def _probe_shell(self) -> str:
-        return self._nudge("shell")
-
     def _from_kernel(self, channel: str, frames: list[bytes]) -> None:
         parts = messages.parts_of(frames)
         if self._is_for_server(channel, parts):
             if channel == "shell":
                 self._replay.on_probe_reply(messages.parent_id(parts))
-            return
-        if not self._replay.hold_back(channel, parts):
+        elif not self._replay.hold_back(channel, parts):
             self._deliver(channel, parts)
 
     def _deliver(self, channel: str, parts: list[bytes]) -> None:
@@ -314,10 +301,8 @@ class KernelChannels:
             self._deliver_iopub(parts, self._replay.id_of(parts))
         elif channel != "shell":
             self._put(channel, parts)
-        else:
-            cell = messages.parent_id(parts)
-            if self._replay.on_reply(cell):
-                self._put(channel, parts, cell=cell)
+        elif self._replay.on_reply(cell := messages.parent_id(parts)):
+            self._put(channel, parts, cell=cell)
 
     def _deliver_iopub(self, parts: list[bytes], msg_id: str, *, kept: bool = False) -> None:
         if parts and b'"execute_input"' in parts[0]:
@@ -349,15 +334,12 @@ class KernelChannels:
     def _put(self, channel: str, parts: list[bytes], msg_id: str = "", cell: str = "") -> None:
         self._out.put(QueuedMessage(channel, parts, msg_id, cell))
         if self._out.queued > QUEUE_LIMIT:
-            self._overflow()
+            # Stop reading the kernel's iopub while the frontend is there; drop the oldest output while it is away.
+            if self._sink is None:
+                self._out.drop_oldest()
+            elif "iopub" in self._sockets:
+                self._sockets["iopub"].pause()
         self._wake.set()
-
-    def _overflow(self) -> None:
-        """Stop reading the kernel's iopub while the frontend is there; drop the oldest output while it is away."""
-        if self._sink is None:
-            self._out.drop_oldest()
-        elif "iopub" in self._sockets:
-            self._sockets["iopub"].pause()
 
     def _read_iopub(self) -> None:
         if "iopub" in self._sockets:
@@ -388,7 +370,6 @@ class KernelChannels:
             await self._out.flushed.wait()
 
     def close(self, reason: str) -> None:
-        """End the sockets, the tasks and the websocket."""
         self._closed = True
         self._subscribed.set()  # no message will come
         self._tasks.cancel()

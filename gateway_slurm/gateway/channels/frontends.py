@@ -46,41 +46,37 @@ class Frontends:
 
     def acks(self, kernel_id: str) -> OutputAcks | None:
         """The acknowledgements of a kernel's output; None for a kernel that has no launcher of ours."""
-        if kernel_id not in self._acks:
-            provisioner = self._provisioner(kernel_id)
-            if provisioner is None:
-                return None
+        if kernel_id not in self._acks and (provisioner := self._provisioner(kernel_id)):
             self._acks[kernel_id] = OutputAcks(provisioner.acknowledge)
-        return self._acks[kernel_id]
+        return self._acks.get(kernel_id)
 
     def _provisioner(self, kernel_id: str) -> SlurmProvisioner | None:
-        kernel = self._manager.find_kernel(kernel_id)
-        provisioner = getattr(kernel, "provisioner", None)
+        provisioner = getattr(self._manager.find_kernel(kernel_id), "provisioner", None)
         return provisioner if isinstance(provisioner, SlurmProvisioner) else None
 
     def open_channels(self, kernel_id: str, session_id: str) -> KernelChannels:
-        """The session's channels to the kernel; the first call creates them."""
+        """The session's channels to the kernel; the first call creates them. Raises HTTPError 404."""
+        kernel = self._manager.get_kernel(kernel_id)
         sessions = self._channels.setdefault(kernel_id, {})
         if not _SESSION_ID.fullmatch(session_id):
             session_id = uuid.uuid4().hex
         if session_id not in sessions:
-            manager = self._manager
             sessions[session_id] = KernelChannels(
-                manager.get_kernel(kernel_id),
+                kernel,
                 session_id,
                 ready=partial(self._wait_ready, kernel_id),
-                subscribe_timeout=manager.kernel_info_timeout,
-                log=manager.log,
+                subscribe_timeout=self._manager.kernel_info_timeout,
+                log=self._manager.log,
                 make_replay=partial(self._make_replay, kernel_id, session_id),
             )
         return sessions[session_id]
 
     async def _wait_ready(self, kernel_id: str) -> str:
         reason = await self._why_dead(kernel_id)
-        if not reason and kernel_id in self._positions:
-            await asyncio.shield(self._positions[kernel_id])
-            reason = await self._why_dead(kernel_id)
-        return reason
+        if reason or kernel_id not in self._positions:
+            return reason
+        await asyncio.shield(self._positions[kernel_id])
+        return await self._why_dead(kernel_id)
 
     def _make_replay(self, kernel_id: str, session_id: str) -> Replay:
         """Called once ``_wait_ready`` has returned."""
@@ -110,7 +106,6 @@ class Frontends:
             channels.reconnect()
 
     def follow_restart(self, kernel_id: str) -> None:
-        """The restarter begins to restart the kernel."""
         for channels in self.channels_of(kernel_id):
             channels.follow_restart()
 
@@ -132,23 +127,19 @@ class Frontends:
 
     def hand_over(self, kernel_id: str, reason: str) -> None:
         """Close the kernel's channels after a last acknowledgement, which gives the next server all positions."""
-        acks = self._acks.get(kernel_id)
-        if acks is not None:
+        if acks := self._acks.get(kernel_id):
             acks.flush()
         self.close(kernel_id, reason)
 
     def close(self, kernel_id: str, reason: str) -> None:
         """The kernel has ended, or belongs to another server."""
-        acks = self._acks.pop(kernel_id, None)
-        if acks is not None:
+        if acks := self._acks.pop(kernel_id, None):
             acks.close()
         for channels in self._channels.pop(kernel_id, {}).values():
             channels.close(reason)
-        timer = self._reconnect_timers.pop(kernel_id, None)
-        if timer is not None:
+        if timer := self._reconnect_timers.pop(kernel_id, None):
             timer.cancel()
-        positions = self._positions.pop(kernel_id, None)
-        if positions is not None and not positions.done():
+        if (positions := self._positions.pop(kernel_id, None)) and not positions.done():
             positions.set_result({})
         self._reading.pop(kernel_id, None)
 
@@ -166,11 +157,10 @@ class Frontends:
         known = self._positions[kernel_id]
         state, positions = "", {}
         try:
-            kept = await self._read_first_kept(kernel_id)
-            if kept is not None:
-                texts = {session: text for session, text in kept.positions.items() if session != STATE_KEY}
+            if kept := await self._read_first_kept(kernel_id):
+                texts = dict(kept.positions)
+                state = _last_state(texts.pop(STATE_KEY, ""), kept, self._manager.track_message_type)
                 positions = {session: Position.parse(text) for session, text in texts.items()}
-                state = _last_state(kept.positions.get(STATE_KEY, ""), kept, self._manager.track_message_type)
         except GatewaySlurmError as error:
             self._manager.log.warning("kernel %s: the output kept on its node cannot be read: %s", kernel_id, error)
         finally:
@@ -201,8 +191,7 @@ class Frontends:
         return None
 
     async def _read_kept(self, kernel_id: str) -> KeptOutput:
-        provisioner = self._provisioner(kernel_id)
-        if provisioner is None:
+        if (provisioner := self._provisioner(kernel_id)) is None:
             raise LinkError(f"kernel {kernel_id} has ended")
         # One at a time: each may be as large as a launcher's memory for output.
         async with self._reading.setdefault(kernel_id, asyncio.Lock()):

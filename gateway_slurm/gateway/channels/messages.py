@@ -13,8 +13,11 @@ import json
 import re
 import struct
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
+
+from jupyter_client.session import DELIM
+from jupyter_server.services.kernels.connection.base import serialize_msg_to_ws_v1
 
 V1 = "v1.kernel.websocket.jupyter.org"
 CHANNELS = ("shell", "control", "stdin", "iopub")
@@ -22,8 +25,6 @@ _JSON_PARTS = ("header", "parent_header", "metadata", "content")
 MAX_PARTS = 4096
 # As kernels write it: the header has one field of that name, and an id has nothing to escape.
 _ID = re.compile(rb'"msg_id"\s*:\s*"([!#-\[\]-~]{1,200})"')
-# Between identities and signature (jupyter_client, "The wire protocol").
-DELIMITER = b"<IDS|MSG>"
 
 
 class MessageError(ValueError):
@@ -33,10 +34,17 @@ class MessageError(ValueError):
 def encode(protocol: str, channel: str, parts: Sequence[bytes]) -> bytes | str:
     """A message for the websocket: bytes for a binary frame, str for a text frame."""
     if protocol == V1:
-        return _encode_v1(channel, parts)
-    text = _as_json(channel, parts)
-    buffers = parts[len(_JSON_PARTS) :]
-    return _with_buffers(text, buffers) if buffers else text.decode()
+        return serialize_msg_to_ws_v1(parts, channel)  # type: ignore[no-any-return]
+    # The parts are JSON already: they are joined, not parsed and written again.
+    header = header_of(parts)
+    ids = json.dumps({"channel": channel, "msg_id": header.get("msg_id"), "msg_type": header.get("msg_type")})
+    named = [b'"%s":%s' % (name.encode(), bytes(part)) for name, part in zip(_JSON_PARTS, parts, strict=False)]
+    text = b"{" + b",".join([*named, ids[1:-1].encode()]) + b"}"
+    if len(parts) <= len(_JSON_PARTS):
+        return text.decode()
+    pieces = [text, *parts[len(_JSON_PARTS) :]]
+    offsets = accumulate(map(len, pieces[:-1]), initial=4 * (len(pieces) + 1))
+    return b"".join([struct.pack(f"!{len(pieces) + 1}I", len(pieces), *offsets), *pieces])
 
 
 def decode(protocol: str, frame: bytes | str) -> tuple[str, list[bytes]]:
@@ -52,16 +60,13 @@ def decode(protocol: str, frame: bytes | str) -> tuple[str, list[bytes]]:
 
 def parts_of(frames: list[bytes]) -> list[bytes]:
     """The parts of a message from ZMQ, without identities, delimiter and signature; empty for a malformed one."""
-    try:
-        return frames[frames.index(DELIMITER) + 2 :]
-    except ValueError:
-        return []
+    return signed_parts(frames)[1]
 
 
 def signed_parts(frames: list[bytes]) -> tuple[bytes, list[bytes]]:
     """Signature and parts of a message from ZMQ; both empty for a malformed one."""
     try:
-        start = frames.index(DELIMITER) + 1
+        start = frames.index(DELIM) + 1
         return frames[start], frames[start + 1 :]
     except (ValueError, IndexError):
         return b"", []
@@ -101,18 +106,8 @@ def _object(parts: Sequence[bytes], number: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# -- v1: offsets, channel, parts -----------------------------------------------------------------
-
-
-def _encode_v1(channel: str, parts: Sequence[bytes]) -> bytes:
-    pieces = [channel.encode(), *parts]
-    offsets = [8 * (len(pieces) + 2)]
-    for piece in pieces:
-        offsets.append(offsets[-1] + len(piece))
-    return b"".join([struct.pack(f"<{len(offsets) + 1}Q", len(offsets), *offsets), *pieces])
-
-
 def _decode_v1(frame: bytes | str) -> tuple[str, list[bytes]]:
+    """From offsets, channel and parts."""
     if isinstance(frame, str):
         raise MessageError("a text frame, and the protocol has binary ones only")
     (count,) = struct.unpack_from("<Q", frame)
@@ -128,32 +123,10 @@ def _decode_v1(frame: bytes | str) -> tuple[str, list[bytes]]:
     return pieces[0].decode(), pieces[1:]
 
 
-# -- JSON: one text, or a binary frame with offsets, the text and buffers --------------------------
-
-
-def _as_json(channel: str, parts: Sequence[bytes]) -> bytes:
-    """The parts are JSON already: they are joined, not parsed and written again."""
-    header = header_of(parts)
-    ids = json.dumps({"channel": channel, "msg_id": header.get("msg_id"), "msg_type": header.get("msg_type")})
-    named = [b'"%s":%s' % (name.encode(), bytes(part)) for name, part in zip(_JSON_PARTS, parts, strict=False)]
-    return b"{" + b",".join([*named, ids[1:-1].encode()]) + b"}"
-
-
-def _with_buffers(text: bytes, buffers: Sequence[bytes]) -> bytes:
-    pieces = [text, *buffers]
-    offsets = [4 * (len(pieces) + 1)]
-    for piece in pieces[:-1]:
-        offsets.append(offsets[-1] + len(piece))
-    return b"".join([struct.pack(f"!{len(offsets) + 1}I", len(pieces), *offsets), *pieces])
-
-
 def _decode_json(frame: bytes | str) -> tuple[str, list[bytes]]:
-    buffers: list[bytes] = []
-    if isinstance(frame, bytes):
-        text, buffers = _take_buffers(frame)
-        message = json.loads(text)
-    else:
-        message = json.loads(frame)
+    """From one text, or from a binary frame with offsets, the text and buffers."""
+    text, buffers = _take_buffers(frame) if isinstance(frame, bytes) else (frame, [])
+    message = json.loads(text)
     if not isinstance(message, dict):
         raise MessageError("no JSON object")
     parts = []
@@ -165,7 +138,7 @@ def _decode_json(frame: bytes | str) -> tuple[str, list[bytes]]:
     return str(message.get("channel") or "shell"), [*parts, *buffers]
 
 
-def _take_buffers(frame: bytes) -> tuple[bytes, list[bytes]]:
+def _take_buffers(frame: bytes) -> tuple[bytes | str, list[bytes]]:
     (count,) = struct.unpack_from("!I", frame)
     if not 1 <= count <= MAX_PARTS or len(frame) < 4 * (count + 1):
         raise MessageError(f"{count} buffers")

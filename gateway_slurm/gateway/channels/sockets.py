@@ -70,13 +70,12 @@ class KernelSocket:
 
     def _schedule_read(self) -> None:
         if self._next_read is None and not self._socket.closed:
-            self._next_read = self._loop.call_soon(self._run_next_read)
-
-    def _run_next_read(self) -> None:
-        self._next_read = None
-        self._read()
+            self._next_read = self._loop.call_soon(self._read)
 
     def _read(self) -> None:
+        if self._next_read is not None:
+            self._next_read.cancel()
+            self._next_read = None
         until = time.monotonic() + LOOP_SLICE
         while not self._paused and not self._socket.closed:
             try:

@@ -30,26 +30,23 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         return self.websocket_handler.selected_subprotocol or ""
 
     async def connect(self) -> None:
-        """The websocket is open: attach it to its session's channels."""
         # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
         self.websocket_handler.set_nodelay(True)
         self._open = True
         self.multi_kernel_manager.notify_connect(self.kernel_id)
-        self._channels = self.multi_kernel_manager.open_channels(self.kernel_id, self.session_id)
+        self._channels = self.multi_kernel_manager.frontends.open_channels(self.kernel_id, self.session_id)
         self._channels.attach(self)
 
     def disconnect(self) -> None:  # type: ignore[override] # Jupyter server's own is no coroutine either
-        """The websocket is closed."""
         if not self._open:
             return
         self._open = False
         self.multi_kernel_manager.notify_disconnect(self.kernel_id)
         if self._channels is not None:
             self._channels.detach(self)
-            self.multi_kernel_manager.detached(self.kernel_id, self._channels)
+            self.multi_kernel_manager.frontends.detached(self.kernel_id, self._channels)
 
     def handle_incoming_message(self, incoming_msg: str | bytes) -> None:
-        """Pass a message on from the frontend to the kernel."""
         if self._channels is None or not self._open:
             return
         try:
@@ -68,7 +65,6 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
     # -- ``channels.Sink`` ------------------------------------------------------------------------
 
     def write(self, channel: str, parts: list[bytes]) -> asyncio.Future[None] | None:
-        """Send a message; the future is done when it is written. None: the websocket is closed."""
         frame = messages.encode(self._protocol, channel, parts)
         try:
             written = self.websocket_handler.write_message(frame, binary=isinstance(frame, bytes))

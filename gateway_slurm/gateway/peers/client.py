@@ -15,7 +15,7 @@ from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, S
 from tornado.websocket import WebSocketClientConnection, WebSocketError, websocket_connect
 
 from gateway_slurm.errors import ConfigError, GatewaySlurmError
-from gateway_slurm.gateway.peers.peers import Peer
+from gateway_slurm.gateway.peers.directory import Peer
 
 FORWARDED_BY: Final = "Gateway-Slurm-Forwarded-By"
 """The header of a forwarded request, with the id of the gateway that forwarded it. It is not forwarded again."""

@@ -10,17 +10,22 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from gateway_slurm.errors import StoreError
-from gateway_slurm.gateway.peers.peers import DirectoryUnavailable, Location, Peer, PeerRecords
+from gateway_slurm.errors import GatewaySlurmError, StoreError
+from gateway_slurm.gateway.sessions import session_model
 from gateway_slurm.service import SlurmService
-from gateway_slurm.store import KernelRecord, Registry, ServerRecord, SessionRecord
+from gateway_slurm.store import KernelRecord, Registry, ServerRecord
 
 if TYPE_CHECKING:
     from gateway_slurm.store.database import Store
 
 T = TypeVar("T")
+
+KERNELS: Final = "kernels"
+SESSIONS: Final = "sessions"
+ALLOCATIONS: Final = "allocations"
 
 ANSWER_SECONDS: Final = 3.0
 _THREADS: Final = 2
@@ -29,8 +34,45 @@ _SILENT: Final = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A gateway of this deployment; ``lives`` is False once its lease is over, or it has ended."""
+
+    server_id: str
+    url: str
+    lives: bool = True
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether requests can be forwarded to it: it lives, and its peers know its URL."""
+        return self.lives and bool(self.url)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """The gateway that has a kernel, session or allocation, and the user who owns it ("" if not known)."""
+
+    peer: Peer
+    owner: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerRecords:
+    """The records of other gateways: models of kernels and sessions, each after its owner and the user who made it."""
+
+    kernels: tuple[tuple[str, str, dict[str, Any]], ...] = ()
+    sessions: tuple[tuple[str, str, dict[str, Any]], ...] = ()
+
+
+class DirectoryUnavailable(GatewaySlurmError):
+    """The store does not answer: no gateway can tell now which one has a kernel."""
+
+
 class StoreDirectory:
-    """Queries the store of a service's registry. Its owner calls ``close``."""
+    """The records of which gateway has what, in the store of a service's registry. Its owner calls ``close``.
+
+    Every coroutine may raise DirectoryUnavailable; none blocks the loop.
+    """
 
     def __init__(self, service: SlurmService) -> None:
         self._service = service
@@ -38,6 +80,7 @@ class StoreDirectory:
 
     @property
     def server_id(self) -> str:
+        """The id of this gateway; "" before it has one."""
         return self._registry.server_id if self._registry is not None else ""
 
     @property
@@ -45,40 +88,67 @@ class StoreDirectory:
         return self._service.registry if self._service.is_open else None
 
     async def others(self) -> list[Peer]:
-        """The deployment's other gateways, and the dead ones that still have records."""
-        return await self._ask(lambda queries: queries.others(), [])
+        """The deployment's other gateways, and the dead ones whose kernels no gateway has taken over yet."""
+        return await self._ask(
+            lambda registry, deployment: [
+                _peer(server)
+                for server in registry.store.servers()
+                if server.deployment == deployment and server.server_id != registry.server_id
+            ],
+            [],
+        )
 
     async def kernel(self, kernel_id: str) -> Location | None:
-        """The gateway that has the kernel."""
-        return await self._ask(lambda queries: queries.kernel(kernel_id), None)
+        """The gateway that has the kernel, which may be this one; None if the kernel is not on record."""
+        return await self._locate(lambda store, deployment: store.kernel_ownership(deployment, kernel_id))
 
     async def session(self, session_id: str) -> Location | None:
         """The gateway that has the session."""
-        return await self._ask(lambda queries: queries.session(session_id), None)
+        return await self._locate(lambda store, deployment: store.session_ownership(deployment, session_id))
 
     async def session_at(self, owner: str, path: str) -> Location | None:
         """The other gateway that has this user's session of this document."""
-        found = await self._ask(lambda queries: queries.session_at(owner, path), None)
+        found = await self._locate(lambda store, deployment: store.document_ownership(deployment, owner, path))
         return None if found is None or found.peer.server_id == self.server_id else found
 
     async def owners(self) -> Mapping[str, str]:
-        """The owners of all other gateways' kernels, by kernel id."""
-        return await self._ask(lambda queries: queries.owners(), {})
+        """The owners of all other gateways' kernels, by kernel id; starting kernels are included."""
+        return await self._ask(
+            lambda registry, deployment: registry.store.kernel_owners(deployment, except_server=registry.server_id), {}
+        )
 
     async def records_of(self, server_ids: Collection[str]) -> PeerRecords:
         """The records of these gateways."""
-        return await self._ask(lambda queries: queries.records_of(server_ids), PeerRecords())
+        return await self._ask(lambda registry, _deployment: _records_of(registry.store, server_ids), PeerRecords())
 
     def close(self) -> None:
         """End the threads, without waiting for a query that hangs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _ask(self, query: Callable[[_StoreQueries], T], alone: T) -> T:
-        """Run a query in a thread. ``alone`` is the answer without other gateways. Raises DirectoryUnavailable."""
+    async def _locate(self, find: Callable[[Store, str], tuple[str, str] | None]) -> Location | None:
+        """The gateway, and the owner, that ``find`` returns from the store."""
+
+        def query(registry: Registry, deployment: str) -> Location | None:
+            ownership = find(registry.store, deployment)
+            if ownership is None:
+                return None
+            server_id, owner = ownership
+            peers = [
+                _peer(row) for row in registry.store.servers() if (row.deployment, row.server_id) == (deployment, server_id)
+            ]
+            return Location(peer=peers[0] if peers else Peer(server_id=server_id, url="", lives=False), owner=owner)
+
+        return await self._ask(query, None)
+
+    async def _ask(self, query: Callable[[Registry, str], T], alone: T) -> T:
+        """Run a query of the registry and the deployment in a thread. It may block, and raise StoreError.
+
+        ``alone`` is the answer without other gateways. Raises DirectoryUnavailable.
+        """
         registry, deployment = self._registry, self._service.deployment
         if registry is None or not deployment:
             return alone
-        asked = asyncio.get_running_loop().run_in_executor(self._threads, query, _StoreQueries(registry, deployment))
+        asked = asyncio.get_running_loop().run_in_executor(self._threads, query, registry, deployment)
         try:
             return await asyncio.wait_for(asked, ANSWER_SECONDS)
         except asyncio.TimeoutError as error:
@@ -87,54 +157,18 @@ class StoreDirectory:
             raise DirectoryUnavailable(str(error)) from error
 
 
-class _StoreQueries:
-    """Queries of the store. All methods block and raise StoreError."""
-
-    def __init__(self, registry: Registry, deployment: str) -> None:
-        self._registry, self._deployment = registry, deployment
-
-    def others(self) -> list[Peer]:
-        return [_peer(server) for server in self._servers() if server.server_id != self._registry.server_id]
-
-    def kernel(self, kernel_id: str) -> Location | None:
-        return self._location(self._store.kernel_ownership(self._deployment, kernel_id))
-
-    def session(self, session_id: str) -> Location | None:
-        return self._location(self._store.session_ownership(self._deployment, session_id))
-
-    def session_at(self, owner: str, path: str) -> Location | None:
-        return self._location(self._store.document_ownership(self._deployment, owner, path))
-
-    def owners(self) -> Mapping[str, str]:
-        return self._store.kernel_owners(self._deployment, except_server=self._registry.server_id)
-
-    def records_of(self, server_ids: Collection[str]) -> PeerRecords:
-        kernels, sessions = [], []
-        for rows in map(self._store.rows_of, server_ids):
-            models = {record.kernel_id: _kernel_model(record) for record in rows.kernels}
-            makers = {record.kernel_id: str(record.manager.get("maker", "")) for record in rows.kernels}
-            kernels += [(record.owner, makers[record.kernel_id], models[record.kernel_id]) for record in rows.kernels]
-            sessions += [
-                (session.owner, makers[session.kernel_id], _session_model(session, models[session.kernel_id]))
-                for session in rows.sessions
-                if session.kernel_id in models
-            ]
-        return PeerRecords(kernels=tuple(kernels), sessions=tuple(sessions))
-
-    @property
-    def _store(self) -> Store:
-        return self._registry.store
-
-    def _location(self, ownership: tuple[str, str] | None) -> Location | None:
-        if ownership is None:
-            return None
-        server_id, owner = ownership
-        server = next((server for server in self._servers() if server.server_id == server_id), None)
-        peer = Peer(server_id=server_id, url="", lives=False) if server is None else _peer(server)
-        return Location(peer=peer, owner=owner)
-
-    def _servers(self) -> list[ServerRecord]:
-        return [server for server in self._registry.store.servers() if server.deployment == self._deployment]
+def _records_of(store: Store, server_ids: Collection[str]) -> PeerRecords:
+    kernels, sessions = [], []
+    for rows in map(store.rows_of, server_ids):
+        models = {record.kernel_id: _kernel_model(record) for record in rows.kernels}
+        makers = {record.kernel_id: str(record.manager.get("maker", "")) for record in rows.kernels}
+        kernels += [(record.owner, makers[record.kernel_id], models[record.kernel_id]) for record in rows.kernels]
+        sessions += [
+            (session.owner, makers[session.kernel_id], session_model(session, models[session.kernel_id]))
+            for session in rows.sessions
+            if session.kernel_id in models
+        ]
+    return PeerRecords(kernels=tuple(kernels), sessions=tuple(sessions))
 
 
 def _peer(server: ServerRecord) -> Peer:
@@ -153,10 +187,3 @@ def _kernel_model(record: KernelRecord) -> dict[str, Any]:
         "reason": _SILENT,
         "slurm": {"jobid": None, "node": record.node},
     }
-
-
-def _session_model(record: SessionRecord, kernel: dict[str, Any]) -> dict[str, Any]:
-    model = {"id": record.session_id, "path": record.path, "name": record.name, "type": record.type, "kernel": kernel}
-    if record.type == "notebook":
-        model["notebook"] = {"path": record.path, "name": record.name}
-    return model

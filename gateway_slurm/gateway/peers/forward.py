@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from tornado import web
 from tornado.httpclient import HTTPResponse
@@ -19,16 +19,15 @@ from tornado.web import RequestHandler
 
 from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.peers.client import FORWARDED_BY, ForwardedRequest, PeerClient, PeerUnreachable
-from gateway_slurm.gateway.peers.peers import (
+from gateway_slurm.gateway.peers.directory import (
     ALLOCATIONS,
     KERNELS,
     SESSIONS,
-    WATCH_SECONDS,
     DirectoryUnavailable,
     Location,
     Peer,
-    Peers,
 )
+from gateway_slurm.gateway.peers.peers import WATCH_SECONDS, Peers
 from gateway_slurm.service import SlurmService
 
 ASK_SECONDS: Final = 3.0
@@ -57,7 +56,6 @@ class Forwarder:
         self.peers, self.client, self.proof = peers, client, proof
 
     def close(self) -> None:
-        """Close the websockets, the connections and the directory."""
         self.peers.close()
         self.client.close()
         self.peers.directory.close()
@@ -79,7 +77,10 @@ class Forwarder:
                 raise web.HTTPError(503, f"it is not known now which gateway has this: {error}") from error
         if found is None:
             return await self._ask_all(handler, collection, key)
-        return found if may_see(handler.current_user, found) else None
+        # The peer decides; a request that it must refuse is not forwarded.
+        user: Any = handler.current_user
+        may_see = not found.owner or user.admin or user.service or user.username == found.owner
+        return found if may_see else None
 
     async def _ask_all(self, handler: RequestHandler, collection: str, key: str) -> Location | None:
         # Look the gateways up again: one of them may have just started.
@@ -184,18 +185,12 @@ def is_here(handler: RequestHandler, collection: str, key: str) -> bool:
     return any(row["jobid"] == key for row in SlurmService.instance().allocations_of(None))
 
 
-def may_see(user: Any, found: Location) -> bool:
-    """Whether the user may be allowed to see it. The peer decides; a request that it must refuse is not forwarded."""
-    return not found.owner or user.admin or user.service or user.username == found.owner
-
-
 class ForwardsRequests(web.RequestHandler):
     """A handler whose routes name a kernel, session or allocation that another gateway may have."""
 
     @property
     def forwarder(self) -> Forwarder:
-        forwarder: Forwarder = self.settings["forwarder"]
-        return forwarder
+        return cast(Forwarder, self.settings["forwarder"])
 
     async def forward_to_holder(self) -> None:
         """Forward the request and relay the answer, if a peer has what the route names."""
@@ -235,10 +230,10 @@ class ForwardsRequests(web.RequestHandler):
         for name in _ANSWER_HEADERS:
             if name in answer.headers:
                 self.set_header(name, answer.headers[name])
-        kind = answer.headers.get("Content-Type", "application/json")
         if answer.code == 204 or not answer.body:
             self.finish()
         else:
+            kind = answer.headers.get("Content-Type", "application/json")
             self.finish(answer.body, set_content_type=kind)  # type: ignore[call-arg] # APIHandler has it
 
     # -- Sessions --

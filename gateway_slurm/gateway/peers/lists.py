@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any, Final
 
@@ -10,8 +11,8 @@ from tornado.web import RequestHandler
 
 from gateway_slurm.gateway.auth.user import can_see
 from gateway_slurm.gateway.peers.client import ForwardedRequest, PeerUnreachable
+from gateway_slurm.gateway.peers.directory import ALLOCATIONS, KERNELS, DirectoryUnavailable, Peer
 from gateway_slurm.gateway.peers.forward import Forwarder, is_forwarded
-from gateway_slurm.gateway.peers.peers import KERNELS, SESSIONS, DirectoryUnavailable, Peer, PeerRecords
 
 LIST_SECONDS: Final = 2.0
 """How long a list waits for the other gateways: a frontend asks for its lists every few seconds."""
@@ -35,9 +36,13 @@ async def with_peers(handler: RequestHandler, collection: str, local: Models) ->
     answers = await asyncio.gather(*(_list_of(forwarder, peer, request) for peer in others))
     silent = [peer.server_id for peer, answer in zip(others, answers, strict=True) if answer is None]
     models = [*local, *(model for answer in answers if answer is not None for model in answer)]
-    if silent:
-        models += _visible(await _records_of(forwarder, silent), collection, handler.current_user)
-    return list(_merged(models, "jobid" if collection not in (KERNELS, SESSIONS) else "id"))
+    if silent and collection != ALLOCATIONS:
+        # Without an answer of the store there are none: it was logged when the gateways were looked up.
+        with contextlib.suppress(DirectoryUnavailable):
+            records = await forwarder.peers.directory.records_of(silent)
+            entries = records.kernels if collection == KERNELS else records.sessions
+            models += [model for owner, maker, model in entries if can_see(handler.current_user, owner, maker)]
+    return _merged(models, "jobid" if collection == ALLOCATIONS else "id")
 
 
 async def _list_of(forwarder: Forwarder, peer: Peer, request: ForwardedRequest) -> Models | None:
@@ -57,18 +62,6 @@ async def _list_of(forwarder: Forwarder, peer: Peer, request: ForwardedRequest) 
         return None
     forwarder.peers.reachable(peer)
     return [model for model in models if isinstance(model, dict)]
-
-
-async def _records_of(forwarder: Forwarder, silent: list[str]) -> PeerRecords:
-    try:
-        return await forwarder.peers.directory.records_of(silent)
-    except DirectoryUnavailable:
-        return PeerRecords()  # logged when the gateways were looked up
-
-
-def _visible(records: PeerRecords, collection: str, user: Any) -> Models:
-    entries = {KERNELS: records.kernels, SESSIONS: records.sessions}.get(collection, ())
-    return [model for owner, maker, model in entries if can_see(user, owner, maker)]
 
 
 def _merged(models: Models, key: str) -> Models:

@@ -1,8 +1,8 @@
 """The other gateways of the deployment: which of them has a kernel, and whether it lives.
 
 Several gateways share one store. One gateway has each kernel, session and allocation. Another gateway forwards a
-request for it (``forward``), with the client's own credentials and at most once. A ``Directory`` tells a gateway about
-the others; in a deployment it reads the store.
+request for it (``forward``), with the client's own credentials and at most once. The ``directory`` has the records of
+all gateways.
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, TypeVar
 
 from gateway_slurm._util import LogOnce
-from gateway_slurm.errors import GatewaySlurmError
+from gateway_slurm.gateway.peers.directory import KERNELS, DirectoryUnavailable, Location, Peer, StoreDirectory
 
 T = TypeVar("T")
-
-KERNELS: Final = "kernels"
-SESSIONS: Final = "sessions"
-ALLOCATIONS: Final = "allocations"
 
 CACHED_SECONDS: Final = 2.0
 """How long a kernel's location is cached: a frontend asks for a kernel many times a second."""
@@ -35,91 +30,18 @@ SERVICE_RESTART: Final = 1012
 _STORE: Final = "store"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    """A gateway of this deployment; ``lives`` is False once its lease is over, or it has ended."""
-
-    server_id: str
-    url: str
-    lives: bool = True
-
-    @property
-    def can_be_asked(self) -> bool:
-        """Whether requests can be forwarded to it: it lives, and its peers know its URL."""
-        return self.lives and bool(self.url)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Location:
-    """The gateway that has a kernel, session or allocation, and the user who owns it ("" if not known)."""
-
-    peer: Peer
-    owner: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerRecords:
-    """The records of other gateways: models of kernels and sessions, each after its owner and the user who made it."""
-
-    kernels: tuple[tuple[str, str, dict[str, Any]], ...] = ()
-    sessions: tuple[tuple[str, str, dict[str, Any]], ...] = ()
-
-
-class Directory(Protocol):
-    """The records of which gateway has what. Every method may raise DirectoryUnavailable; none blocks the loop."""
-
-    @property
-    def server_id(self) -> str:
-        """The id of this gateway; "" before it has one."""
-
-    async def others(self) -> list[Peer]:
-        """The deployment's other gateways, and the dead ones whose kernels no gateway has taken over yet."""
-
-    async def kernel(self, kernel_id: str) -> Location | None:
-        """The gateway that has the kernel, which may be this one; None if the kernel is not on record."""
-
-    async def session(self, session_id: str) -> Location | None:
-        """The gateway that has the session."""
-
-    async def session_at(self, owner: str, path: str) -> Location | None:
-        """The other gateway that has this user's session of this document."""
-
-    async def owners(self) -> Mapping[str, str]:
-        """The owners of all other gateways' kernels, by kernel id; starting kernels are included."""
-
-    async def records_of(self, server_ids: Collection[str]) -> PeerRecords:
-        """The records of these gateways."""
-
-    def close(self) -> None:
-        """Release what the directory holds."""
-
-
-class DirectoryUnavailable(GatewaySlurmError):
-    """The store does not answer: no gateway can tell now which one has a kernel."""
-
-
-class ForwardedWebsocket(Protocol):
-    """A client's websocket that is forwarded to a peer."""
-
-    kernel_id: str
-    peer: Peer
-
-    def end(self, code: int, reason: str) -> None:
-        """Close it. The client connects again, and reaches the gateway that has the kernel then."""
-
-
 class Peers:
     """Finds the gateway that has a kernel, with a short cache, and ends websockets to gateways that are gone.
 
     Its owner calls ``close``, on its loop.
     """
 
-    def __init__(self, directory: Directory, *, log: logging.Logger) -> None:
+    def __init__(self, directory: StoreDirectory, *, log: logging.Logger) -> None:
         self.directory = directory
         self._log = log
         self._known: OrderedDict[tuple[str, str], tuple[float, Location]] = OrderedDict()
         self._others: tuple[float, list[Peer]] = (0.0, [])
-        self._websockets: set[ForwardedWebsocket] = set()
+        self._websockets: dict[Callable[[int, str], None], Peer] = {}
         self._watching: asyncio.Task[None] | None = None
         self._complaints = LogOnce(log)
 
@@ -150,16 +72,19 @@ class Peers:
         until, found = self._known.get((collection, key), (0.0, None))
         if found is not None and not fresh and time.monotonic() < until:
             return found
-        query = self.directory.kernel if collection == KERNELS else self.directory.session
         try:
-            found = await query(key)
+            found = await (self.directory.kernel(key) if collection == KERNELS else self.directory.session(key))
         except DirectoryUnavailable as error:
             self._store_is_silent(error)
             if found is None:
                 raise
             return found
         self._store_answers()
-        self._remember(collection, key, found)
+        self._known.pop((collection, key), None)
+        if found is not None:  # otherwise another gateway may have it the next moment
+            self._known[collection, key] = time.monotonic() + CACHED_SECONDS, found
+            while len(self._known) > MAX_CACHED:
+                self._known.popitem(last=False)
         return found
 
     async def session_at(self, owner: str, path: str) -> Location | None:
@@ -169,14 +94,6 @@ class Peers:
     async def owners(self) -> Mapping[str, str]:
         """The owners of the other gateways' kernels, by kernel id; empty while the store does not answer."""
         return await self._answer(self.directory.owners(), {})
-
-    def _remember(self, collection: str, key: str, found: Location | None) -> None:
-        self._known.pop((collection, key), None)
-        if found is None:
-            return  # another gateway may have it the next moment
-        self._known[collection, key] = time.monotonic() + CACHED_SECONDS, found
-        while len(self._known) > MAX_CACHED:
-            self._known.popitem(last=False)
 
     async def preferred_peer(self, *key: str) -> Peer | None:
         """The gateway that all gateways choose for a key, for what must be made only once; None for this gateway.
@@ -212,35 +129,33 @@ class Peers:
         self._complaints.warning(peer.server_id, "the gateway at %s does not answer: %s", peer.url, why)
 
     def reachable(self, peer: Peer) -> None:
-        """A peer has answered."""
         if self._complaints.clear(peer.server_id):
             self._log.info("the gateway at %s answers again", peer.url)
 
     # -- Forwarded websockets --
 
-    def watch(self, websocket: ForwardedWebsocket) -> None:
-        """End the websocket when its peer is gone, until ``unwatch``."""
-        self._websockets.add(websocket)
+    def watch(self, peer: Peer, end: Callable[[int, str], None]) -> None:
+        """Call ``end``, which closes a websocket with a code and a reason, when the peer is gone, until ``unwatch``."""
+        self._websockets[end] = peer
         if self._watching is None or self._watching.done():
             self._watching = asyncio.ensure_future(self._watch())
 
-    def unwatch(self, websocket: ForwardedWebsocket) -> None:
-        """The websocket has ended."""
-        self._websockets.discard(websocket)
+    def unwatch(self, end: Callable[[int, str], None]) -> None:
+        self._websockets.pop(end, None)
 
     async def _watch(self) -> None:
         while self._websockets:
             await asyncio.sleep(WATCH_SECONDS)
-            for websocket in list(self._websockets):
-                if not await self.lives(websocket.peer):
-                    websocket.end(SERVICE_RESTART, "the kernel's gateway is gone; connect again")
+            for end, peer in list(self._websockets.items()):
+                if not await self.lives(peer):
+                    end(SERVICE_RESTART, "the kernel's gateway is gone; connect again")
 
     def close(self) -> None:
         """End the forwarded websockets."""
         if self._watching is not None:
             self._watching.cancel()
-        for websocket in list(self._websockets):
-            websocket.end(SERVICE_RESTART, "this gateway ends; connect again")
+        for end in list(self._websockets):
+            end(SERVICE_RESTART, "this gateway ends; connect again")
 
 
 def _weight(server_id: str, key: tuple[str, ...]) -> bytes:

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, cast
 
 from tornado import web
 from tornado.httpclient import HTTPClientError
@@ -19,6 +20,7 @@ from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, W
 
 from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.peers.client import PeerUnreachable
+from gateway_slurm.gateway.peers.directory import KERNELS, Peer
 from gateway_slurm.gateway.peers.forward import (
     MOVED_STATUSES,
     POLL_SECONDS,
@@ -27,7 +29,7 @@ from gateway_slurm.gateway.peers.forward import (
     Forwarder,
     is_forwarded,
 )
-from gateway_slurm.gateway.peers.peers import KERNELS, SERVICE_RESTART, Peer, Peers
+from gateway_slurm.gateway.peers.peers import SERVICE_RESTART, Peers
 
 MAX_REASON_BYTES: Final = 120
 """Of a close frame's reason, which has room for 123 bytes (RFC 6455 section 5.5)."""
@@ -35,75 +37,67 @@ MAX_REASON_BYTES: Final = 120
 _NOT_SENT: Final = frozenset({1004, 1005, 1006, 1015})
 
 
+@dataclass(eq=False, kw_only=True)
 class PeerChannels:
     """The connection of a KernelWebsocketHandler to a kernel of ``peer``.
 
     It owns ``connection``, the websocket to the peer; ``disconnect`` closes it.
     """
 
-    def __init__(
-        self,
-        handler: WebSocketHandler,
-        connection: WebSocketClientConnection,
-        *,
-        kernel_id: str,
-        peer: Peer,
-        peers: Peers,
-        log: logging.Logger,
-    ) -> None:
-        self.kernel_id, self.peer = kernel_id, peer
-        self._handler, self._connection, self._peers, self._log = handler, connection, peers, log
-        self._forwarding: asyncio.Task[None] | None = None
-        self._subprotocol = connection.selected_subprotocol or ""
-        self._closed = False
+    handler: WebSocketHandler
+    connection: WebSocketClientConnection
+    kernel_id: str
+    peer: Peer
+    peers: Peers
+    log: logging.Logger
 
-    @property
-    def kernel_ws_protocol(self) -> str:
-        """The subprotocol that the kernel's gateway chose, which both websockets use."""
-        return self._subprotocol
+    def __post_init__(self) -> None:
+        # What the kernel's gateway chose, and both websockets use. jupyter_server's handler reads it.
+        self.kernel_ws_protocol = self.connection.selected_subprotocol or ""
+        self._closed = False
 
     async def connect(self) -> None:
         """The client's websocket is open: forward the peer's messages to it."""
-        self._handler.set_nodelay(True)
-        self._peers.watch(self)
+        self.handler.set_nodelay(True)
+        self.peers.watch(self.peer, self.end)
         self._forwarding = asyncio.ensure_future(self._to_client())
 
     async def handle_incoming_message(self, message: str | bytes) -> None:
         """Forward a client's message. The next one is read when this one is sent."""
         try:
-            await self._connection.write_message(message, binary=isinstance(message, bytes))
+            await self.connection.write_message(message, binary=isinstance(message, bytes))
         except (WebSocketClosedError, StreamClosedError):
             # _to_client sees that too, and closes the client's websocket.
-            self._log.debug("kernel %s: a client's message came after the peer had closed", self.kernel_id)
+            self.log.debug("kernel %s: a client's message came after the peer had closed", self.kernel_id)
 
     async def _to_client(self) -> None:
         """Forward the peer's messages until the peer closes. Those for a client that is gone are dropped."""
-        while (message := await self._connection.read_message()) is not None:
+        while (message := await self.connection.read_message()) is not None:
             if self._closed:
                 continue
             try:
-                await self._handler.write_message(message, binary=isinstance(message, bytes))
+                await self.handler.write_message(message, binary=isinstance(message, bytes))
             except (WebSocketClosedError, StreamClosedError):
                 self._close_peer(None)
-        code, reason = self._connection.close_code, self._connection.close_reason
+        code, reason = self.connection.close_code, self.connection.close_reason
         self.end(SERVICE_RESTART if code is None or code in _NOT_SENT else code, reason or "")
 
     def end(self, code: int, reason: str) -> None:
         """Close both websockets."""
         short = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
-        self._handler.close(code, short)
+        self.handler.close(code, short)
         self._close_peer(None)
 
     def disconnect(self) -> None:
         """The client's websocket is closed: close the peer's with the client's code."""
-        self._peers.unwatch(self)
-        code = self._handler.close_code
+        self.peers.unwatch(self.end)
+        code = self.handler.close_code
         self._close_peer(None if code in _NOT_SENT else code)
 
     def _close_peer(self, code: int | None) -> None:
         if not self._closed:
             self._closed = True
-            self._connection.close(code)
+            self.connection.close(code)
 
 
 class ForwardsWebsocket(WebSocketHandler):
@@ -114,8 +108,7 @@ class ForwardsWebsocket(WebSocketHandler):
 
     def on_message(self, message: str | bytes) -> Awaitable[None] | None:
         """A client's message. Tornado awaits the result before it reads the next message."""
-        waiting: Awaitable[None] | None = self.connection.handle_incoming_message(message)
-        return waiting
+        return cast("Awaitable[None] | None", self.connection.handle_incoming_message(message))
 
     async def forward_websocket(self, kernel_id: str) -> bool:
         """Forward the websocket until one side closes; False, at once, for a kernel that no peer has.
@@ -129,7 +122,9 @@ class ForwardsWebsocket(WebSocketHandler):
             return False
         peer, connection = found
         forwarder: Forwarder = self.settings["forwarder"]
-        channels = PeerChannels(self, connection, kernel_id=kernel_id, peer=peer, peers=forwarder.peers, log=self.log)
+        channels = PeerChannels(
+            handler=self, connection=connection, kernel_id=kernel_id, peer=peer, peers=forwarder.peers, log=self.log
+        )
         self.kernel_id, self.connection = kernel_id, channels
         try:
             await WebSocketHandler.get(self, kernel_id=kernel_id)
@@ -141,6 +136,8 @@ class ForwardsWebsocket(WebSocketHandler):
         """The websocket to the peer that has the kernel; None if no peer has it."""
         forwarder: Forwarder = self.settings["forwarder"]
         request, deadline = forwarder.request_of(self), time.monotonic() + WAIT_SECONDS
+        offered = self.request.headers.get("Sec-WebSocket-Protocol", "")
+        subprotocols = [name for part in offered.split(",") if (name := part.strip())]
         asked: Peer | None = None
         refused: HTTPClientError | None = None
         while True:
@@ -152,7 +149,7 @@ class ForwardsWebsocket(WebSocketHandler):
             if peer is None:
                 return None
             try:
-                return peer, await forwarder.client.websocket(peer, request, subprotocols_of(self))
+                return peer, await forwarder.client.websocket(peer, request, subprotocols)
             except PeerUnreachable as error:
                 forwarder.peers.unreachable(peer, str(error))
                 if time.monotonic() > deadline:
@@ -163,9 +160,3 @@ class ForwardsWebsocket(WebSocketHandler):
                     raise web.HTTPError(error.code, error.message) from error
                 refused = error
             asked = peer
-
-
-def subprotocols_of(handler: Any) -> list[str]:
-    """The subprotocols that the client offers."""
-    offered = handler.request.headers.get("Sec-WebSocket-Protocol", "")
-    return [name for part in offered.split(",") if (name := part.strip())]

@@ -39,19 +39,7 @@ MAX_RESOURCE_BYTES: Final = 4 << 20
 
 _PROJECT_NAME: Final = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
 _SPEC_NAME: Final = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}", re.ASCII)
-_KEYS: Final = frozenset(
-    {
-        "argv",
-        "display_name",
-        "env",
-        "interrupt_mode",
-        "kernel_protocol_version",
-        "language",
-        "metadata",
-        "mimetype",
-        "name",
-    }
-)
+_KEYS: Final = frozenset(KernelSpec.class_trait_names()) - {"resource_dir"}
 _RESOURCE: Final = re.compile(r"kernel\.(?:js|css)|logo-[A-Za-z0-9_.-]+", re.ASCII)
 # Values for required fields, so that a kernelspec can be checked before a client adds its own.
 _PLACEHOLDERS: Final = {"project": "any", "partition": "any", "nodes": 1, "runtime": 1, "kernel_argv": ["any"]}
@@ -86,7 +74,8 @@ def open_plain(path: Path, within: Path | None = None) -> Iterator[tuple[BinaryI
         raise ValueError("it is not a plain file")
     with open(descriptor, "rb") as file:
         # A directory above the file may have become a link since realpath(): the descriptor has its real path.
-        if within is not None and not _is_within(within, os.readlink(f"/proc/self/fd/{descriptor}")):
+        real = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if within is not None and not real.is_relative_to(os.path.realpath(within)):
             raise ValueError(f"it is a link that leads out of {within}")
         yield file, status
 
@@ -97,10 +86,6 @@ def read_bounded(file: BinaryIO, largest: int) -> bytes:
     if len(content) > largest:
         raise ValueError(f"it is larger than {largest} bytes")
     return content
-
-
-def _is_within(folder: Path, real: str) -> bool:
-    return real.startswith(os.path.realpath(folder).rstrip("/") + "/")
 
 
 @dataclass(frozen=True)
@@ -199,7 +184,7 @@ class Catalog:
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
-        self._projects = FileCache(_project_file)
+        self._projects = FileCache(lambda path, content, _status: parse_project(path.parent.name, content))
         self._specs = FileCache(_strict_spec_file)
         self._installed = FileCache(_spec_file)
         self._resources: dict[Path, tuple[Stamp, list[str]]] = {}
@@ -211,15 +196,18 @@ class Catalog:
         project_name, _dot, spec_name = name.partition(".")
         if self._root is None or not _PROJECT_NAME.fullmatch(project_name) or not _SPEC_NAME.fullmatch(spec_name):
             return None
-        folder = self._root / project_name
-        directory = folder / spec_name
+        path = self._root / project_name / spec_name / SPEC_FILE
         try:
-            (directory / SPEC_FILE).stat()
+            path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise ConfigError(f"{directory / SPEC_FILE} cannot be read: {error.strerror}") from error
-        return ServedSpec(name, directory, self._spec(folder, directory), self.project(project_name))
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            file = self._specs.get(path, within=path.parent.parent)
+        except (OSError, ValueError, ConfigError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        return ServedSpec(name, path.parent, file, self.project(project_name))
 
     def project(self, name: str) -> Project:
         """The project of this name. Raises ConfigError that names the file."""
@@ -229,13 +217,6 @@ class Catalog:
             return self._projects.get(path)
         except FileNotFoundError as error:
             raise ConfigError(f"{path} is missing, so no user sees this project; a file with {{}} is enough") from error
-        except (OSError, ValueError, ConfigError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-
-    def _spec(self, folder: Path, directory: Path) -> SpecFile:
-        path = directory / SPEC_FILE
-        try:
-            return self._specs.get(path, within=folder)
         except (OSError, ValueError, ConfigError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -285,12 +266,9 @@ class Catalog:
         directories = {served.directory for served in found.values()}
         self._specs.forget_others({directory / SPEC_FILE for directory in directories})
         self._projects.forget_others({directory.parent / FILE_NAME for directory in directories})
-        unserved = [path for path in list(self._resources) if path not in directories and self._is_in_project(path)]
-        for directory in unserved:
-            self._resources.pop(directory, None)
-
-    def _is_in_project(self, directory: Path) -> bool:
-        return self._root is not None and self._root in directory.parents
+        for path in list(self._resources):
+            if path not in directories and self._root in path.parents:
+                self._resources.pop(path, None)
 
     # -- Jupyter's path --
 
@@ -344,26 +322,19 @@ def _beyond_limits(served: ServedSpec) -> list[str]:
     """What the kernelspec requests beyond its project's limits. It is served: a client may request less."""
     if served.file.is_local:
         return []
-    fields = merge_fields(served.project, served.file.config, {})
+    partitions = served.project.partitions if served.project else None
+    partition = {"partition": partitions[0]} if partitions else {}
     try:
-        check_request({**_PLACEHOLDERS, **_partition(served), **fields}, served.project)
+        fields = {**_PLACEHOLDERS, **partition, **merge_fields(served.project, served.file.config, {})}
+        check_request(fields, served.project)
     except NotAllowed as error:
         return [f"no start will be allowed as it stands: {error}"]
     except GatewaySlurmError:
-        return []
+        pass  # the client's own fields may mend it
     return []
 
 
-def _partition(served: ServedSpec) -> dict[str, object]:
-    partitions = served.project.partitions if served.project else None
-    return {"partition": partitions[0]} if partitions else {}
-
-
 # -- Parsers of the files --
-
-
-def _project_file(path: Path, content: bytes, _status: os.stat_result) -> Project:
-    return parse_project(path.parent.name, content)
 
 
 def _strict_spec_file(path: Path, content: bytes, status: os.stat_result) -> SpecFile:

@@ -16,18 +16,9 @@ PREFIX: Final = "KERNEL_SLURM_"
 
 COUNTED: Final = frozenset({"nodes", "gpus", "gres", "cpus", "memory", "runtime", "time", "partition"})
 """Request fields that the limits count."""
-UNCOUNTED: Final = NEVER_CLIENT_FIELDS | {
-    "project",
-    "reservation",
-    "jobid",
-    "node",
-    "qos",
-    "constraint",
-    "connect",
-    "share",
-    "isolate",
-    "keep_allocation",
-}
+UNCOUNTED: Final = NEVER_CLIENT_FIELDS.union(
+    ("project", "reservation", "jobid", "node", "qos", "constraint", "connect", "share", "isolate", "keep_allocation")
+)
 """Request fields that do not make a job larger. A field in neither set is refused where there are limits."""
 
 _KNOWN: Final = frozenset(field.name for field in FIELDS)
@@ -104,8 +95,8 @@ def check_request(fields: Mapping[str, object], project: Project | None) -> Kern
     limits, nodes = project.limits, request.nodes or 1
     _check("nodes", nodes, limits.max_nodes, "nodes", project)
     if limits.max_gpus is not None:
-        gpus = (request.gpus + _gpus_in(request.gres, project)) * nodes
-        _check("gpus", gpus, limits.max_gpus, f"GPUs on {nodes} nodes", project)
+        in_gres = sum(_gpus_of(item, project) for item in (request.gres or "").lower().split(","))
+        _check("gpus", (request.gpus + in_gres) * nodes, limits.max_gpus, f"GPUs on {nodes} nodes", project)
     _check("cpus", (request.cpus or 1) * nodes, limits.max_cpus, f"CPUs on {nodes} nodes", project)
     _check_memory(request, nodes, project)
     if limits.max_runtime is not None:
@@ -160,27 +151,20 @@ def _check_memory(request: KernelRequest, nodes: int, project: Project) -> None:
 def _check_times(request: KernelRequest, limit: int, project: Project) -> None:
     """Check both fields, although one has precedence: whichever is used is within the limit."""
     _check("runtime", request.runtime or 0, limit, "minutes", project)
-    if request.time is None:
-        return
-    if request.minutes is None:
-        raise _too_much("time", repr(request.time), f"max_runtime={limit}", project)
-    if request.minutes > limit:
-        raise _too_much("time", f"{request.minutes} minutes", f"max_runtime={limit}", project)
-
-
-def _gpus_in(gres: str | None, project: Project) -> int:
-    """The GPUs of one node in ``gres``, of all types. A share of a GPU counts as one."""
-    return sum(_gpus_of(item, project) for item in (gres or "").lower().split(","))
+    if request.time is not None and (request.minutes is None or request.minutes > limit):
+        time = repr(request.time) if request.minutes is None else f"{request.minutes} minutes"
+        raise _too_much("time", time, f"max_runtime={limit}", project)
 
 
 def _gpus_of(item: str, project: Project) -> int:
-    """Source: sbatch(1), ``--gres``: ``name[[:type]:count]``; ``gres/`` or ``gres:`` may stand before the name."""
+    """The GPUs of one node in an item of ``gres``. A share of a GPU counts as one.
+
+    Source: sbatch(1), ``--gres``: ``name[[:type]:count]``; ``gres/`` or ``gres:`` may stand before the name.
+    """
     name, *rest = re.split(r"[:/=]", re.sub(r"^(?:gres[:/])+", "", item))
-    if name in _GPU_SHARES:
-        return 1
-    if name != "gpu":
+    if name not in ("gpu", *_GPU_SHARES):
         return 0
-    if not rest:
+    if name in _GPU_SHARES or not rest:
         return 1
     if rest[-1].isdigit():
         return int(rest[-1])

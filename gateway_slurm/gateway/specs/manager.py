@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
     membership_age = CFloat(
         300.0,
         config=True,
-        help="""Seconds for which the members of Unix groups and Slurm accounts are cached.""",
+        help="Seconds for which the members of Unix groups and Slurm accounts are cached.",
     )
 
     @validate("allowed_client_fields")
@@ -110,8 +110,15 @@ class GatewayKernelSpecManager(KernelSpecManager):
 
     def specs_for(self, user: str, base_url: str | None = None) -> dict[str, dict[str, Any]]:
         """The ``kernelspecs`` of ``GET /api/kernelspecs`` for this user. The caller must not change them."""
-        visible = {name: served for name, served in self._all().items() if self._can_see(served, user)}
-        names = _display_names(list(visible.values()))
+        visible = {
+            name: served
+            for name, served in self._all().items()
+            if served.file.admits(user) and self._is_member(served, user)
+        }
+        # A display name that occurs twice gets the project's title, and then if needed the whole name.
+        names = {name: _display_name(served) for name, served in visible.items()}
+        _distinguish(names, {name: served.project.title for name, served in visible.items() if served.project})
+        _distinguish(names, {name: name for name in visible})
         return {name: self._model(served, names[name], base_url) for name, served in visible.items()}
 
     def model_for(self, name: str, user: str, base_url: str | None = None) -> dict[str, Any]:
@@ -203,7 +210,11 @@ class GatewayKernelSpecManager(KernelSpecManager):
                 except ConfigError as error:
                     problems.append(str(error))
             self._log_problems(problems)
-        return {name: served for name, served in found.items() if self._is_served(served)}
+        return {
+            name: served
+            for name, served in found.items()
+            if (self.allow_local or not served.file.is_local) and self._is_allowed(name)
+        }
 
     def _log_problems(self, problems: list[str]) -> None:
         for problem in problems:
@@ -211,10 +222,8 @@ class GatewayKernelSpecManager(KernelSpecManager):
                 self.log.warning("%s", problem)
         self._problems = list(dict.fromkeys(problems))
 
-    def _is_served(self, served: ServedSpec) -> bool:
-        if self.allowed_kernelspecs and served.name not in self.allowed_kernelspecs:
-            return False
-        return self.allow_local or not served.file.is_local
+    def _is_allowed(self, name: str) -> bool:
+        return not self.allowed_kernelspecs or name in self.allowed_kernelspecs
 
     def _installed_directories(self, problems: list[str]) -> dict[str, str]:
         try:
@@ -247,7 +256,7 @@ class GatewayKernelSpecManager(KernelSpecManager):
         except ConfigError as error:
             self._log_problems([*self._problems, str(error)])
             raise NoSuchKernel(name) from error
-        if found is None or (self.allowed_kernelspecs and key not in self.allowed_kernelspecs):
+        if found is None or not self._is_allowed(key):
             raise NoSuchKernel(name)
         return found
 
@@ -263,37 +272,22 @@ class GatewayKernelSpecManager(KernelSpecManager):
             )
         return served
 
-    def _can_see(self, served: ServedSpec, user: str) -> bool:
-        return served.file.admits(user) and self._is_member(served, user)
-
     def _is_member(self, served: ServedSpec, user: str) -> bool:
         return served.project is None or self._membership.is_member(user, served.project.members)
 
     def _model(self, served: ServedSpec, display_name: str, base_url: str | None) -> dict[str, Any]:
         base = base_url if base_url is not None else str(getattr(self.parent, "base_url", "/"))
-        resources = {
-            _resource_name(file): url_path_join(base, "kernelspecs", served.name, file)
-            for file in self._catalog.resources(served)
-        }
+        resources = {}
+        for file in self._catalog.resources(served):
+            # As in jupyter_server's models: ``kernel.js``, and ``logo-64x64`` for logo-64x64.png.
+            name = file if file.startswith("kernel.") else Path(file).stem
+            resources[name] = url_path_join(base, "kernelspecs", served.name, file)
         spec = {**served.kernel_spec().to_dict(), "display_name": display_name}
         return {"name": served.name, "spec": spec, "resources": resources}
 
 
-def _resource_name(file: str) -> str:
-    """The name in jupyter_server's models: ``kernel.js``, and ``logo-64x64`` for logo-64x64.png."""
-    return file if file.startswith("kernel.") else Path(file).stem
-
-
 def _display_name(served: ServedSpec) -> str:
     return str(served.file.content.get("display_name") or served.name)
-
-
-def _display_names(specs: Collection[ServedSpec]) -> dict[str, str]:
-    """Display names without duplicates. A duplicate gets the project's title, and then if needed the whole name."""
-    names = {served.name: _display_name(served) for served in specs}
-    _distinguish(names, {served.name: served.project.title for served in specs if served.project})
-    _distinguish(names, {served.name: served.name for served in specs})
-    return names
 
 
 def _distinguish(names: dict[str, str], additions: Mapping[str, str]) -> None:

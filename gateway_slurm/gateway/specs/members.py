@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import grp
 import logging
 import os
@@ -41,9 +42,7 @@ class Membership:
         max_age: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ask_accounts = ask_accounts
-        self._max_age = max_age
-        self._clock = clock
+        self._ask_accounts, self._max_age, self._clock = ask_accounts, max_age, clock
         self._lock = threading.Lock()
         self._accounts: Accounts = {}
         self._accounts_until = float("-inf")
@@ -87,14 +86,11 @@ def unix_groups(user: str) -> frozenset[str]:
         numbers = os.getgrouplist(user, entry.pw_gid)
     except (KeyError, OSError, ValueError):
         return frozenset()
-    return frozenset(name for name in map(_group_name, numbers) if name)
-
-
-def _group_name(number: int) -> str:
-    try:
-        return grp.getgrgid(number).gr_name
-    except KeyError:
-        return ""
+    names = set()
+    for number in numbers:
+        with contextlib.suppress(KeyError):
+            names.add(grp.getgrgid(number).gr_name)
+    return frozenset(names)
 
 
 # -- Slurm's accounts --

@@ -20,18 +20,7 @@ from gateway_slurm.slurm.formats import memory_in_mebibytes
 FILE_NAME: Final = "project.json"
 NEVER_CLIENT_FIELDS: Final = frozenset({"kernel_argv", "kernel_name", "kernel_language"})
 """Request fields that decide which program runs: a client never sets them."""
-CLIENT_FIELDS: Final = (
-    "jobid",
-    "node",
-    "nodes",
-    "gpus",
-    "cpus",
-    "memory",
-    "runtime",
-    "time",
-    "share",
-    "isolate",
-)
+CLIENT_FIELDS: Final = ("jobid", "node", "nodes", "gpus", "cpus", "memory", "runtime", "time", "share", "isolate")
 """Request fields that clients may set by default: the size of the kernel's job, or the job to run in.
 
 Not the fields that decide which account, partition or nodes are used (project, partition, qos, reservation, constraint,
@@ -88,29 +77,21 @@ class Project:
     @property
     def defaults(self) -> dict[str, object]:
         """Request fields for kernelspecs that do not set them."""
-        partition = self.partition
-        if partition is None and self.partitions is not None and len(self.partitions) == 1:
-            partition = self.partitions[0]
-        found = {"project": self.account, "partition": partition}
+        only = self.partitions[0] if self.partitions and len(self.partitions) == 1 else None
+        found = {"project": self.account, "partition": self.partition or only}
         return {name: value for name, value in found.items() if value is not None}
 
 
 # -- The table of keys --
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Key:
     """One key of the file. A key ``section.key`` is in the JSON object ``section``."""
 
     name: str
     parse: Callable[[object], Any]
     help: str
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not _TITLE.fullmatch(value):
-        raise ValueError("text of 1 to 100 characters without control characters")
-    return value
 
 
 def _field(name: str) -> Callable[[object], Any]:
@@ -138,7 +119,7 @@ def _memory(value: object) -> int:
     return mebibytes
 
 
-def _each(parse: Callable[[object], str], *, what: str) -> Callable[[object], tuple[str, ...]]:
+def _each(parse: Callable[[object], str], what: str) -> Callable[[object], tuple[str, ...]]:
     def parse_all(value: object) -> tuple[str, ...]:
         if not isinstance(value, list):
             raise ValueError(f"a list of {what}")
@@ -147,8 +128,8 @@ def _each(parse: Callable[[object], str], *, what: str) -> Callable[[object], tu
     return parse_all
 
 
-def _set(parse: Callable[[object], str], *, what: str) -> Callable[[object], frozenset[str]]:
-    parse_all = _each(parse, what=what)
+def _set(parse: Callable[[object], str], what: str) -> Callable[[object], frozenset[str]]:
+    parse_all = _each(parse, what)
     return lambda value: frozenset(parse_all(value))
 
 
@@ -165,6 +146,7 @@ _CLIENT_FIELD: Final = _matching(
     lambda text: text in _FIELDS and text not in NEVER_CLIENT_FIELDS,
     f"request fields except {', '.join(sorted(NEVER_CLIENT_FIELDS))}",
 )
+_TEXT: Final = _matching(_TITLE.fullmatch, "text of 1 to 100 characters without control characters")
 _ENV: Final = _matching(_VARIABLE.fullmatch, "names of variables, or beginnings of names followed by *")
 
 
@@ -174,48 +156,36 @@ def _account(value: object) -> str:
 
 
 KEYS: Final[tuple[Key, ...]] = (
-    Key(name="title", parse=_text, help="the project's display name (default: the directory's name)"),
-    Key(name="account", parse=_field("project"), help="`project` of kernelspecs that do not set it"),
-    Key(name="partition", parse=_one_partition, help="`partition` of kernelspecs that do not set it"),
+    Key("title", _TEXT, "the project's display name (default: the directory's name)"),
+    Key("account", _field("project"), "`project` of kernelspecs that do not set it"),
+    Key("partition", _one_partition, "`partition` of kernelspecs that do not set it"),
+    Key("partitions", _each(_one_partition, "partitions"), "the allowed partitions; a single one is also the default"),
+    Key("limits.max_nodes", _FIELDS["nodes"].parse, "nodes"),
+    Key("limits.max_gpus", _FIELDS["gpus"].parse, "GPUs: `gpus` and those in `gres`, times nodes"),
+    Key("limits.max_cpus", _FIELDS["cpus"].parse, "CPUs: `cpus` (1 if unset) times nodes"),
     Key(
-        name="partitions",
-        parse=_each(_one_partition, what="partitions"),
-        help="the allowed partitions; a single one is also the default",
+        "limits.max_memory",
+        _memory,
+        "memory: `memory` times nodes (Slurm's format; MiB if it has no unit); then `memory` must be set",
     ),
-    Key(name="limits.max_nodes", parse=_FIELDS["nodes"].parse, help="nodes"),
-    Key(name="limits.max_gpus", parse=_FIELDS["gpus"].parse, help="GPUs: `gpus` and those in `gres`, times nodes"),
-    Key(name="limits.max_cpus", parse=_FIELDS["cpus"].parse, help="CPUs: `cpus` (1 if unset) times nodes"),
+    Key("limits.max_runtime", _FIELDS["runtime"].parse, "`runtime` and `time` (minutes)"),
     Key(
-        name="limits.max_memory",
-        parse=_memory,
-        help="memory: `memory` times nodes (Slurm's format; MiB if it has no unit); then `memory` must be set",
-    ),
-    Key(name="limits.max_runtime", parse=_FIELDS["runtime"].parse, help="`runtime` and `time` (minutes)"),
-    Key(
-        name="allowed_client_fields",
-        parse=_each(_CLIENT_FIELD, what="request fields"),
-        help="request fields that clients may set by `KERNEL_SLURM_<FIELD>` (default: the gateway's setting)",
+        "allowed_client_fields",
+        _each(_CLIENT_FIELD, "request fields"),
+        "request fields that clients may set by `KERNEL_SLURM_<FIELD>` (default: the gateway's setting)",
     ),
     Key(
-        name="allowed_envs",
-        parse=_each(_ENV, what="names"),
-        help="variables of the client that kernels get, besides `KERNEL_*` and those of the gateway's setting",
+        "allowed_envs",
+        _each(_ENV, "names"),
+        "variables of the client that kernels get, besides `KERNEL_*` and those of the gateway's setting",
     ),
+    Key("members.users", _set(_matching(is_name, "users' names"), "users"), "users who are members"),
     Key(
-        name="members.users",
-        parse=_set(_matching(is_name, "users' names"), what="users"),
-        help="users who are members",
+        "members.groups",
+        _set(_matching(_GROUP.fullmatch, "names of groups"), "groups"),
+        "Unix groups of the gateway's host; their users are members",
     ),
-    Key(
-        name="members.groups",
-        parse=_set(_matching(_GROUP.fullmatch, "names of groups"), what="groups"),
-        help="Unix groups of the gateway's host; their users are members",
-    ),
-    Key(
-        name="members.accounts",
-        parse=_set(_account, what="accounts"),
-        help="Slurm accounts; their users are members (needs slurmdbd)",
-    ),
+    Key("members.accounts", _set(_account, "accounts"), "Slurm accounts; their users are members (needs slurmdbd)"),
 )
 _KEYS: Final = {key.name: key for key in KEYS}
 _SECTIONS: Final = frozenset(name.partition(".")[0] for name in _KEYS if "." in name)
@@ -226,18 +196,16 @@ _SECTIONS: Final = frozenset(name.partition(".")[0] for name in _KEYS if "." in 
 
 def parse_project(name: str, text: str | bytes) -> Project:
     """The project that the file's ``text`` describes. Raises ConfigError that names the key and what is allowed."""
+    sections: dict[str, dict[str, Any]] = {"": {"title": name}}
     content = load_object(text)
-    values: dict[str, Any] = {key: _parse(key, value) for key, value in _flat(content)}
+    for key, value in _flat(content):
+        section, _dot, field = key.rpartition(".")
+        sections.setdefault(section, {})[field] = _parse(key, value)
     project = Project(
         name=name,
-        title=values.get("title", name),
-        account=values.get("account"),
-        partition=values.get("partition"),
-        partitions=values.get("partitions"),
-        limits=Limits(**_section(values, "limits")),
-        allowed_client_fields=values.get("allowed_client_fields"),
-        allowed_envs=values.get("allowed_envs", ()),
-        members=Members(**_section(values, "members")) if "members" in content else None,
+        limits=Limits(**sections.get("limits", {})),
+        members=Members(**sections.get("members", {})) if "members" in content else None,
+        **sections[""],
     )
     if project.partition and project.partitions is not None and project.partition not in project.partitions:
         raise ConfigError(f"partition={project.partition!r} is not one of the project's partitions")
@@ -279,8 +247,3 @@ def _parse(name: str, value: object) -> object:
         return _KEYS[name].parse(value)
     except ValueError as error:
         raise ConfigError(f"{name}={repr(value)[:200]} is not valid; allowed is {error}") from error
-
-
-def _section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
-    prefix = section + "."
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}

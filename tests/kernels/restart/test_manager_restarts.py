@@ -249,14 +249,14 @@ async def test_a_session_that_is_over_stays_so_when_its_kernel_is_restarted(serv
         kernel_id, kernel = await started(manager)
         sessions = []
         for number in range(3):  # a page that is reloaded
-            channels, sink = manager.open_channels(kernel_id, f"s{number}"), Sink()
+            channels, sink = manager.frontends.open_channels(kernel_id, f"s{number}"), Sink()
             channels.attach(sink)
             assert await poll_async(lambda channels=channels: channels._held is None, timeout=READY)
             sessions.append(channels)
             if number < 2:
                 channels.detach(sink)
-                manager.detached(kernel_id, channels)
-        manager.detached(kernel_id, sessions[2])
+                manager.frontends.detached(kernel_id, channels)
+        manager.frontends.detached(kernel_id, sessions[2])
         assert [len(one._sockets) for one in sessions] == [0, 0, 4]
         os.kill(process_of(kernel).pid, signal.SIGKILL)
         assert await poll_async(lambda: process_of(kernel).generation == 2, timeout=READY)
@@ -275,7 +275,7 @@ async def test_a_session_that_came_before_its_kernel_hears_of_the_restarters_res
     async with managing(tmp_path) as manager:
         kernel_id = await manager.start_kernel(kernel_name="slurm")
         kernel, sink = manager._kernels[kernel_id], Sink()
-        channels = manager.open_channels(kernel_id, "early")
+        channels = manager.frontends.open_channels(kernel_id, "early")
         channels.attach(sink)
         assert await poll_async(lambda: channels._held is None, timeout=READY)
         os.kill(process_of(kernel).pid, signal.SIGKILL)

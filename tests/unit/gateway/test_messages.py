@@ -89,7 +89,7 @@ def test_deep_nesting_is_a_message_error():
 
 def test_the_kernels_parts_follow_the_delimiter():
     """Identities and signature go; what is no message has no parts."""
-    assert messages.parts_of([b"id", messages.DELIMITER, b"signature", b"{}", b"{}"]) == [b"{}", b"{}"]
+    assert messages.parts_of([b"id", messages.DELIM, b"signature", b"{}", b"{}"]) == [b"{}", b"{}"]
     assert messages.parts_of([b"garbage"]) == []
     assert messages.header_of([]) == {}
     assert messages.header_of([b"[1]"]) == {}

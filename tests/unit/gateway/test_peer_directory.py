@@ -9,8 +9,7 @@ import pytest
 
 from gateway_slurm.errors import StoreUnavailable
 from gateway_slurm.gateway.peers import directory as peer_directory
-from gateway_slurm.gateway.peers.directory import StoreDirectory
-from gateway_slurm.gateway.peers.peers import DirectoryUnavailable
+from gateway_slurm.gateway.peers.directory import DirectoryUnavailable, StoreDirectory
 from gateway_slurm.store import AllocationRecord, KernelRecord, Registry, SessionRecord
 
 KERNEL = "11111111-1111-1111-1111-111111111111"

@@ -22,9 +22,10 @@ from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.peers import forward, lists, peers
 from gateway_slurm.gateway.peers import websocket as peer_websocket
 from gateway_slurm.gateway.peers.client import FORWARDED_BY, PeerClient
+from gateway_slurm.gateway.peers.directory import KERNELS, DirectoryUnavailable, Location, Peer, PeerRecords
 from gateway_slurm.gateway.peers.forward import Forwarder, ForwardsRequests
 from gateway_slurm.gateway.peers.lists import with_peers
-from gateway_slurm.gateway.peers.peers import KERNELS, DirectoryUnavailable, Location, Peer, PeerRecords, Peers
+from gateway_slurm.gateway.peers.peers import Peers
 from gateway_slurm.gateway.peers.websocket import ForwardsWebsocket
 from helpers.proxies import Certificate
 
