@@ -133,10 +133,10 @@ class StoreDirectory:
             if ownership is None:
                 return None
             server_id, owner = ownership
-            peers = [
-                _peer(row) for row in registry.store.servers() if (row.deployment, row.server_id) == (deployment, server_id)
-            ]
-            return Location(peer=peers[0] if peers else Peer(server_id=server_id, url="", lives=False), owner=owner)
+            servers = [server for server in registry.store.servers() if server.deployment == deployment]
+            server = next((server for server in servers if server.server_id == server_id), None)
+            peer = Peer(server_id=server_id, url="", lives=False) if server is None else _peer(server)
+            return Location(peer=peer, owner=owner)
 
         return await self._ask(query, None)
 

@@ -95,12 +95,12 @@ async def test_what_nobody_has_is_not_found(directory, registries):
     assert await directory.session(nobody) is None
     assert await directory.session_at("bob", "a ä.ipynb") is None
     registries[2].put(KernelRecord(kernel_id=nobody, launcher_id="l3", record_key="l3"))
-    registries[2].flush()
+    await registries[2].flushed()
     assert await directory.kernel(nobody) is None
     own = "55555555-5555-5555-5555-555555555555"
     registries[0].put(KernelRecord(kernel_id=own, launcher_id="l4", record_key="l4", owner="alice"))
     registries[0].put(SessionRecord(session_id=own, owner="alice", kernel_id=own, path="own"))
-    registries[0].flush()
+    await registries[0].flushed()
     assert (await directory.kernel(own)).peer.server_id == directory.server_id
     assert own not in await directory.owners()
     assert await directory.session_at("alice", "own") is None
