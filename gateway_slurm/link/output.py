@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from gateway_slurm.errors import LinkError
 from gateway_slurm.link import wire
@@ -90,24 +89,20 @@ async def read_kept(streams: Streams, kernel_id: str, *, limit: int) -> KeptOutp
     reader.number = streams.open(reader, kernel_id, wire.KEPT_OUTPUT)
     if reader.number is None:
         raise LinkError(f"the launcher of kernel {kernel_id} is gone, and the kept output with it")
+    received = -1
     try:
-        await _until_ended(reader, kernel_id)
+        while not reader.ended.done():
+            if reader.received == received:
+                raise LinkError(
+                    f"the kept output of kernel {kernel_id} cannot be read: the launcher sent nothing for "
+                    f"{SILENCE_SECONDS:g} s; try again when its link is up"
+                )
+            received = reader.received
+            await asyncio.wait([reader.ended], timeout=SILENCE_SECONDS)
+        reader.ended.result()
     finally:
         streams.close(reader.number)
     return _parse(reader.records)
-
-
-async def _until_ended(reader: _Reader, kernel_id: str) -> None:
-    received = -1
-    while not reader.ended.done():
-        if reader.received == received:
-            raise LinkError(
-                f"the kept output of kernel {kernel_id} cannot be read: the launcher sent nothing for "
-                f"{SILENCE_SECONDS:g} s; try again when its link is up"
-            )
-        received = reader.received
-        await asyncio.wait([reader.ended], timeout=SILENCE_SECONDS)
-    reader.ended.result()
 
 
 def _parse(records: list[bytes]) -> KeptOutput:
@@ -118,18 +113,14 @@ def _parse(records: list[bytes]) -> KeptOutput:
     try:
         fields = json.loads(header)
         messages = [wire.unpack(record) for record in rest]
-        unreadable = messages.count([])
+        positions = fields.get("positions")
+        pairs = positions.items() if isinstance(positions, dict) else ()
         return KeptOutput(
             messages=[message for message in messages if message],
-            dropped=max(0, int(fields.get("dropped", 0))) + unreadable,
-            positions=_positions(fields.get("positions")),
+            dropped=max(0, int(fields.get("dropped", 0))) + messages.count([]),
+            positions={str(key)[:_MAX_ID]: str(value)[:_MAX_POSITION] for key, value in pairs},
             acked=str(fields.get("acked", ""))[:_MAX_ID],
             keeps=bool(fields.get("keeps")),
         )
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LinkError(f"the launcher did not send kept output: {error}") from error
-
-
-def _positions(given: Any) -> dict[str, str]:
-    pairs = given.items() if isinstance(given, dict) else ()
-    return {str(key)[:_MAX_ID]: str(value)[:_MAX_POSITION] for key, value in pairs}

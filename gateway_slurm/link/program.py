@@ -10,21 +10,6 @@ from functools import cache
 from pathlib import Path
 
 LINK_MODULES = ("wire", "flow", "envelope", "steps", "endpoints")
-LAUNCHER_MODULES = (
-    "reactor",
-    "dial",
-    "uplink",
-    "ports",
-    "guard",
-    "stderr",
-    "kernel",
-    "subscriber",
-    "output",
-    "tunnel",
-    "node",
-    "steps",
-    "main",
-)
 _QUOTES = "'''"
 
 _LOADER = """\
@@ -61,12 +46,9 @@ def launcher_program() -> str:
     link = Path(__file__).resolve().parent
     sources = {"gateway_slurm": "", "gateway_slurm.link": "", "launchers": ""}
     sources |= {f"gateway_slurm.link.{name}": (link / f"{name}.py").read_text() for name in LINK_MODULES}
-    directory = launchers_directory()
-    sources |= {f"launchers.{name}": (directory / f"{name}.py").read_text() for name in LAUNCHER_MODULES}
-    return "SOURCES = {\n" + "".join(map(_entry, sources, sources.values())) + "}\n" + _LOADER
-
-
-def _entry(name: str, source: str) -> str:
-    if _QUOTES in source or source.endswith("\\"):
-        raise ValueError(f"{name} holds {_QUOTES}, which would end the quoted source in the job script")
-    return f"{name!r}: r{_QUOTES}{source}{_QUOTES},\n"
+    sources |= {f"launchers.{path.stem}": path.read_text() for path in sorted(launchers_directory().glob("[!_]*.py"))}
+    for name, source in sources.items():
+        if _QUOTES in source or source.endswith("\\"):
+            raise ValueError(f"{name} holds {_QUOTES}, which would end the quoted source in the job script")
+    entries = [f"{name!r}: r{_QUOTES}{source}{_QUOTES},\n" for name, source in sources.items()]
+    return "SOURCES = {\n" + "".join(entries) + "}\n" + _LOADER

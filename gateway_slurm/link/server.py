@@ -177,30 +177,25 @@ class ResponseSocket:
 
     async def listen(self, hosts: list[str] | None, ports: range) -> None:
         """Listen on the first free port of ``ports`` (0: any); raise OSError if none is free."""
-        error: OSError | None = None
+        error = OSError("the port range is empty")
         for port in [wanted for wanted in ports for _attempt in range(1 if wanted else ANY_PORT_ATTEMPTS)]:
             try:
-                server = await self._listen_on(hosts, port)
+                self.port = await self.also_listen(hosts, port)
+                return
             except OSError as failure:
                 error = failure
-                continue
-            self._servers.append(server)
-            self.port = server.sockets[0].getsockname()[1]
-            return
-        raise error or OSError("the port range is empty")
+        raise error
 
-    async def also_listen(self, hosts: list[str] | None, port: int) -> None:
+    async def also_listen(self, hosts: list[str] | None, port: int) -> int:
         """Listen on one more port, such as the port of an earlier server; raise OSError if it is not free."""
-        self._servers.append(await self._listen_on(hosts, port))
-
-    async def _listen_on(self, hosts: list[str] | None, port: int) -> asyncio.Server:
         server = await asyncio.get_running_loop().create_server(lambda: Link(self), hosts, port, backlog=1024)
-        chosen = [sock.getsockname()[1] for sock in server.sockets]
-        if len(set(chosen)) == 1:
-            return server
-        # The system chose different free ports for IPv4 and IPv6: use the first for both.
-        server.close()
-        return await self._listen_on(hosts, chosen[0])
+        chosen = [int(sock.getsockname()[1]) for sock in server.sockets]
+        if len(set(chosen)) > 1:
+            # The system chose different free ports for IPv4 and IPv6: use the first for both.
+            server.close()
+            return await self.also_listen(hosts, chosen[0])
+        self._servers.append(server)
+        return chosen[0]
 
     def connected(self, transport: asyncio.Transport) -> Link:
         """A launcher has connected by another way (a relay) than the listeners; return its protocol object."""
@@ -214,9 +209,8 @@ class ResponseSocket:
         ``tokens`` are its launch token and the successor, which the launcher gets with its first WELCOME. Both were
         drawn when the launcher was created, so that every server with its record can authenticate it.
         """
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        expected = Expected(launcher_id, list(tokens), future, handler)
-        self._expected[launcher_id] = expected
+        jobid: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        expected = self._expected[launcher_id] = Expected(launcher_id, list(tokens), jobid, handler)
         return expected
 
     def forget(self, launcher_id: str) -> None:
@@ -471,10 +465,7 @@ class Link(asyncio.Protocol):
         if self._seal is None or self.closed or self._transport is None:
             return
         moved = False
-        while self._writable:
-            body = self.outbox.next_frame()
-            if body is None:
-                break
+        while self._writable and (body := self.outbox.next_frame()) is not None:
             moved = True
             self._transport.write(wire.frame(self._seal(body)))
         if moved and self.expected is not None:

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from gateway_slurm.errors import LinkError
@@ -45,12 +46,9 @@ def stale_socket_directories(parent: str) -> list[str]:
             for entry in entries
             if (match := _DIRECTORY.fullmatch(entry.name))
             and not os.path.exists(f"/proc/{match[1]}")
-            and _is_ours(entry)
+            and entry.is_dir(follow_symlinks=False)
+            and entry.stat(follow_symlinks=False).st_uid == os.getuid()
         ]
-
-
-def _is_ours(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.getuid()
 
 
 class StreamEnd(Protocol):
@@ -224,9 +222,9 @@ class Client(asyncio.Protocol):
         self._took()
 
     def _took(self) -> None:
-        taken, self._untaken = self._untaken, 0
         if self._number is not None:
-            self._tunnel.streams.took(self._number, taken)
+            self._tunnel.streams.took(self._number, self._untaken)
+        self._untaken = 0
 
     def end(self) -> None:
         """The kernel closed the connection; its earlier data still reaches the client."""
@@ -272,24 +270,20 @@ class KernelTunnel:
         if len(os.fsencode(self.prefix)) > 100:
             raise LinkError(f"{self.prefix} is too long for Unix sockets: set a shorter SlurmService.tunnel_directory")
         self._close_servers()
-        for channel, number in self.ports.items():
-            self._servers.append(await self._listen(channel, f"{self.prefix}-{number}"))
-
-    async def _listen(self, channel: str, path: str) -> asyncio.AbstractServer:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        return await loop.create_unix_server(lambda: Client(self, channel), path)
+        for channel, number in self.ports.items():
+            path = f"{self.prefix}-{number}"
+            self._servers.append(await loop.create_unix_server(partial(Client, self, channel), path))
 
     def close(self) -> None:
         self._close_servers()
         for client in list(self.clients):
             client.close()
-        for number in self.ports.values():
-            with contextlib.suppress(FileNotFoundError):  # the kernel manager may have removed it already
-                os.unlink(f"{self.prefix}-{number}")
 
     def _close_servers(self) -> None:
-        servers, self._servers = self._servers, []
-        for server in servers:
-            server.close()
+        """Stop listening, and remove the sockets that the kernel manager has not removed already."""
+        while self._servers:
+            self._servers.pop().close()
+        for number in self.ports.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.prefix}-{number}")

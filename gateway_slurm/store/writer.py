@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gateway_slurm._util import Backoff
 from gateway_slurm.errors import StoreError, StoreUnavailable
 from gateway_slurm.store.records import RENEW_SECONDS, KernelRecord, LauncherRecord, LostRows, ServerRecord
-from gateway_slurm.store.rows import Change, Record, RowKey, key_of
+from gateway_slurm.store.rows import KINDS, Change, Record, RowKey, key_of
 
 if TYPE_CHECKING:
     from gateway_slurm.store.database import Store
@@ -69,9 +69,7 @@ class RecordWriter:
     def remove(self, *keys: RowKey) -> None:
         """Remove these rows, if they exist."""
         with self._changed:
-            known = [key for key in keys if key in self._rows]
-            for key in known:
-                del self._rows[key]
+            known = [key for key in keys if self._rows.pop(key, None) is not None]
             if known:
                 self._change(dict.fromkeys(known))
 
@@ -92,10 +90,9 @@ class RecordWriter:
     def add_claimed(self, records: Iterable[Record]) -> None:
         """Add the records that this server has claimed; the database has them already."""
         with self._changed:
-            for record in records:
-                key = key_of(record)
-                self._rows[key] = record
-                self._written.add(key)
+            claimed = {key_of(record): record for record in records}
+            self._rows |= claimed
+            self._written.update(claimed)
 
     def announce(self, url: str, addresses: tuple[str, ...], relays: tuple[dict[str, Any], ...]) -> None:
         """Record where clients and launchers reach this server."""
@@ -127,17 +124,19 @@ class RecordWriter:
             if self._deadline is not None:
                 return
             removed = [key for key, record in self._rows.items() if not keep(record)]
-            self._change(dict.fromkeys(removed) if self._thread is not None else {}, start=False)
-            self._rows = {key: record for key, record in self._rows.items() if key not in removed}
+            for key in removed:
+                del self._rows[key]
+            if self._thread is not None:
+                self._pending.update(dict.fromkeys(removed))
             self._deadline = time.monotonic() + seconds
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(seconds + 1.0)
 
-    def _change(self, changes: dict[RowKey, Record | None], *, start: bool = True) -> None:
+    def _change(self, changes: dict[RowKey, Record | None]) -> None:
         """The caller holds the lock."""
         self._pending.update(changes)
-        if self._thread is None and start:
+        if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="gateway_slurm-store", daemon=True)
             self._thread.start()
         self._changed.notify_all()
@@ -185,9 +184,8 @@ class RecordWriter:
         except StoreError:
             # The database may refuse only one of the rows.
             self._write_one_by_one(store, changes)
-        self._written = (self._written | {(table, key) for table, key, record in changes if record}) - {
-            (table, key) for table, key, record in changes if record is None
-        }
+        for table, key, record in changes:
+            (self._written.discard if record is None else self._written.add)((table, key))
         self._on_written(set(batch))
 
     def _write_one_by_one(self, store: Store, changes: list[Change]) -> None:
@@ -203,11 +201,12 @@ class RecordWriter:
         """Register this server (again), and drop the rows that other servers have taken over."""
         taken = store.rejoin(self.server)
         with self._changed:
-            lost = {key for key in self._written if key in taken}
-            launchers = {key for table, key in lost if table == "launchers"}
-            for key, record in self._rows.items():
-                if isinstance(record, KernelRecord) and record.launcher_id in launchers:
-                    lost.add(key)
+            lost = self._written & taken
+            lost |= {
+                key
+                for key, record in self._rows.items()
+                if isinstance(record, KernelRecord) and ("launchers", record.launcher_id) in lost
+            }
             for key in lost:
                 self._rows.pop(key, None)
                 self._pending.pop(key, None)
@@ -221,7 +220,8 @@ class RecordWriter:
                 sum(table == "kernels" for table, _key in lost),
             )
             try:
-                self._on_lost(_lost_rows(lost))
+                tables = {name: frozenset(key for table, key in lost if table == name) for name in KINDS}
+                self._on_lost(LostRows(**tables))
             except Exception:  # noqa: BLE001 - the callback's fault must not end the writing
                 _log.exception("the kernels that another server has taken over could not be dropped")
 
@@ -255,12 +255,3 @@ class RecordWriter:
         for future in flushes:
             if future.set_running_or_notify_cancel():
                 future.set_result(None)
-
-
-def _lost_rows(keys: set[RowKey]) -> LostRows:
-    def of(table: str) -> frozenset[str]:
-        return frozenset(key for name, key in keys if name == table)
-
-    return LostRows(
-        allocations=of("allocations"), launchers=of("launchers"), kernels=of("kernels"), sessions=of("sessions")
-    )

@@ -469,7 +469,7 @@ def test_a_registry_that_only_reads_is_no_server(new_registry):
     """The command line looks, and leaves nothing."""
     reader = new_registry()
     assert reader.all_allocations() == []
-    assert reader.servers() == []
+    assert reader.store.servers() == []
 
 
 # -- several processes --------------------------------------------------------------------------
