@@ -267,19 +267,16 @@ class OutputBuffer:
             self._lost(str(error))
             return False
         if self._subscriber.subscribed:
-            self._subscribed()
+            self._attempts, self._stands = 0, True
+            self._retry.reset()
+            if self._interrupted and self._wanted:
+                self.ring.add(Message("", None))
+            self._interrupted = False
         for message in messages:
             self.ring.add(message)
         if self._subscriber.outgoing:
             self._write()
         return True
-
-    def _subscribed(self) -> None:
-        self._attempts, self._stands = 0, True
-        self._retry.reset()
-        if self._interrupted and self._wanted:
-            self.ring.add(Message("", None))
-        self._interrupted = False
 
     def _lost(self, reason: str) -> None:
         """Subscribe again after a pause, MAX_ATTEMPTS times."""

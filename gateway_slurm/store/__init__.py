@@ -1,7 +1,7 @@
 """Keep records of jobs, launchers, kernels and sessions beyond the process, and of the server that owns them.
 
-This room knows records only. The database module (``store.database``: ``Store``, ``open_store``) is imported late,
-off the loop: SQLAlchemy is large.
+This room knows records only. The modules ``database``, ``claims``, ``engine`` and ``schema`` import SQLAlchemy,
+which is large: they are imported late, off the loop.
 """
 
 from gateway_slurm.store.export import EXPORT_NAME, by_job

@@ -1,4 +1,4 @@
-"""Takeovers from dead servers, each in one transaction. This module imports SQLAlchemy: import it late, off the loop.
+"""Takeovers from dead servers, each in one transaction.
 
 Only one claim runs at a time: each begins with the lock on the epoch's row (SQLite: on the file). A server that renews
 its lease or writes locks its own row, and so does a claim. Either the server has renewed before the claim looks, and

@@ -1,7 +1,4 @@
-"""The store: one database, its rows, and the queries on them.
-
-This module imports SQLAlchemy: import it late, off the loop.
-"""
+"""The store: one database, its rows, and the queries on them."""
 
 from __future__ import annotations
 
@@ -115,32 +112,27 @@ class Store:
     """
 
     def __init__(self, database: Database, cipher: RowCipher) -> None:
-        self._database, self._cipher = database, cipher
+        self.database, self._cipher = database, cipher
         self.name, self.store_id = database.name, cipher.store_id
         self.is_sqlite = database.is_sqlite
         self._leases: dict[str, float] = {}
 
-    @property
-    def was_removed(self) -> bool:
-        """Whether SQLite's file has been removed or replaced."""
-        return self._database.was_removed
-
     def close(self) -> None:
         """Close the connections."""
-        self._database.close()
+        self.database.close()
 
     # -- Servers --
 
     def register(self, server: ServerRecord) -> None:
         """Record a living server, with a lease from now. Dead servers without rows are removed."""
-        with self._database.writing() as connection:
+        with self.database.writing() as connection:
             self._register(connection, server)
             others = self._servers(connection, SERVERS.c.server_id != server.server_id)
             claims.remove_empty_servers(connection, [other.server_id for other in others if other.is_dead])
 
     def _register(self, connection: sa.Connection, server: ServerRecord) -> None:
         self._leases[server.server_id] = LEASE_SECONDS if self.is_leased(server) else math.inf
-        now = self._database.now(connection)
+        now = self.database.now(connection)
         values: dict[str, Any] = {
             **dataclasses.asdict(server.process),
             "deployment": server.deployment,
@@ -166,23 +158,23 @@ class Store:
 
     def end(self, server_id: str) -> None:
         """Record the end of a server. Other servers may claim the rows that it still has."""
-        with self._database.writing() as connection:
+        with self.database.writing() as connection:
             connection.execute(sa.update(SERVERS).where(SERVERS.c.server_id == server_id).values(ended=True))
             claims.remove_empty_servers(connection, [server_id])
 
     def servers(self) -> list[ServerRecord]:
         """All living servers, and the dead ones that still have rows."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             return self._servers(connection)
 
     def _servers(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> list[ServerRecord]:
-        now = self._database.now(connection)
+        now = self.database.now(connection)
         rows = connection.execute(sa.select(SERVERS).where(*conditions)).mappings()
         return [claims.server_of(row, time.time() - now) for row in rows]
 
     def rejoin(self, server: ServerRecord) -> set[RowKey]:
         """Register a server that others took for dead. Returns the keys of all rows that other servers have."""
-        with self._database.writing() as connection:
+        with self.database.writing() as connection:
             self._register(connection, server)
             others: set[RowKey] = set()
             for name, table in TABLES.items():
@@ -199,8 +191,8 @@ class Store:
         Returns False, and writes nothing, where others have taken over from the server. Raises RowRefused for a row
         that the database will never accept. A row of another living server stays as it is.
         """
-        with self._database.writing() as connection:
-            now = self._database.now(connection)
+        with self.database.writing() as connection:
+            now = self.database.now(connection)
             renewed = (
                 sa.update(SERVERS)
                 .where(SERVERS.c.server_id == server_id, SERVERS.c.ended.is_(False))
@@ -237,7 +229,7 @@ class Store:
 
     def rows_of(self, server_id: str) -> Rows:
         """All records of one server."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             own = {name: sa.select(table).where(table.c.server_id == server_id) for name, table in TABLES.items()}
             rows = {name: [dict(row) for row in connection.execute(of).mappings()] for name, of in own.items()}
         return collect(rows, self._cipher)
@@ -255,7 +247,7 @@ class Store:
         return next(self._all("launchers", LAUNCHERS.c.launcher_id == launcher_id), None)
 
     def _all(self, name: str, *conditions: sa.ColumnElement[bool]) -> Iterator[tuple[ServerRecord, Any]]:
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             servers = {server.server_id: server for server in self._servers(connection)}
             rows = connection.execute(sa.select(TABLES[name]).where(*conditions)).mappings().all()
         for row in rows:
@@ -275,17 +267,17 @@ class Store:
         request = claims.ClaimRequest(server_id, deployment, None if kernel_ids is None else set(kernel_ids))
         if not deployment and kernel_ids is None:
             return ClaimedRows()
-        with self._database.reading() as connection:
-            if not claims.dead_servers(connection, request, self._database.now(connection)):
+        with self.database.reading() as connection:
+            if not claims.dead_servers(connection, request, self.database.now(connection)):
                 return ClaimedRows()  # the usual case, which takes no lock
-        with self._database.writing() as connection:
-            moved = claims.claim(connection, request, lambda: self._database.now(connection))
+        with self.database.writing() as connection:
+            moved = claims.claim(connection, request, lambda: self.database.now(connection))
         rows = collect(moved.rows, self._cipher)
         return ClaimedRows(**vars(rows), epoch=moved.epoch, servers=tuple(moved.servers))
 
     def drop(self, allocations: Iterable[ServerAllocation]) -> None:
         """Remove allocations of dead servers, with the launchers, kernels and sessions in them."""
-        with self._database.writing() as connection:
+        with self.database.writing() as connection:
             for server, record in allocations:
                 claims.remove_allocation(connection, server.server_id, record.launcher_id)
             dead = [server.server_id for server in self._servers(connection) if server.is_dead]
@@ -295,7 +287,7 @@ class Store:
 
     def kernel_ownership(self, deployment: str, kernel_id: str) -> Ownership | None:
         """The server and owner of a kernel. Only the allocation names a kernel that is still starting."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             found = _first(connection, _ownership(KERNELS, deployment, KERNELS.c.kernel_id == kernel_id))
             if found is not None:
                 return found
@@ -304,13 +296,13 @@ class Store:
 
     def session_ownership(self, deployment: str, session_id: str) -> Ownership | None:
         """The server and owner of a session."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             return _first(connection, _ownership(SESSIONS, deployment, SESSIONS.c.session_id == session_id))
 
     def document_ownership(self, deployment: str, owner: str, path: str) -> Ownership | None:
         """The server and owner of this user's session of the document at ``path``."""
         sessions = _ownership(SESSIONS, deployment, SESSIONS.c.owner == owner).add_columns(SESSIONS.c.record)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             for server_id, name, record in connection.execute(sessions):
                 if json.loads(record).get("path") == path:
                     return str(server_id), str(name)
@@ -320,7 +312,7 @@ class Store:
         """The owner of each kernel of the deployment's other servers, by kernel id. Starting kernels are included."""
         starting = _ownership(ALLOCATIONS, deployment, ALLOCATIONS.c.server_id != except_server)
         running = _ownership(KERNELS, deployment, KERNELS.c.server_id != except_server)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             owners = {
                 str(kernel_id): str(owner)
                 for _server, owner, record in connection.execute(starting.add_columns(ALLOCATIONS.c.record))

@@ -1,7 +1,4 @@
-"""The connection to a database: how each kind is opened, and its errors as StoreErrors that say what to do.
-
-This module imports SQLAlchemy: import it late, off the loop.
-"""
+"""The connection to a database: how each kind is opened, and its errors as StoreErrors that say what to do."""
 
 from __future__ import annotations
 
@@ -46,11 +43,7 @@ class Database:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
         """One transaction, which commits all changes or none. Raises StoreError."""
-        with (
-            self._errors(),
-            self.engine.connect() as connection,
-            connection.execution_options(writes=True).begin(),
-        ):
+        with self._errors(), self.engine.connect() as connection, connection.execution_options(writes=True).begin():
             yield connection
 
     def now(self, connection: sa.Connection) -> float:

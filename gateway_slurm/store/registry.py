@@ -107,7 +107,7 @@ class Registry:
     def store(self) -> Store:
         """Blocking. The open store."""
         with self._opening:
-            if self._store is not None and self._store.was_removed:
+            if self._store is not None and self._store.database.was_removed:
                 # The user has removed the file: what is written to it is lost. The records go into a new file.
                 self._store.close()
                 self._store = None

@@ -1,4 +1,4 @@
-"""The tables and their version. This module imports SQLAlchemy: import it late, off the loop."""
+"""The tables and their version."""
 
 from __future__ import annotations
 

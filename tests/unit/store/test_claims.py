@@ -87,8 +87,8 @@ def keys(claimed: Rows) -> dict[str, list[str]]:
 
 def end_lease(store: Store, server_id: str, ago: float = 1.0) -> None:
     """As if the server had not been heard of for a while: its lease was over ``ago`` seconds before now."""
-    with store._database.writing() as connection:
-        now = store._database.now(connection)
+    with store.database.writing() as connection:
+        now = store.database.now(connection)
         ended = sa.update(SERVERS).where(SERVERS.c.server_id == server_id).values(lease_until=now - ago)
         connection.execute(ended)
 
@@ -178,7 +178,7 @@ def test_a_server_that_ended_left_all_to_the_next(store):
 def test_leases_are_by_the_databases_clock(store, monkeypatch):
     """A host with a clock that is an hour off takes no server for dead."""
     if store.is_sqlite:
-        monkeypatch.setattr(store._database, "now", lambda connection: time.time() - 3600)
+        monkeypatch.setattr(store.database, "now", lambda connection: time.time() - 3600)
     else:
         monkeypatch.setattr(time, "time", lambda real=time.time: real() + 3600)
     server(store, "there", *job(1), process=ELSEWHERE)
@@ -198,7 +198,7 @@ def test_after_an_outage_the_others_may_renew_first(store):
     # A server without a process is dead all the same.
     assert keys(store.claim("new", "gateway"))["kernels"] == ["k2.0"]
     assert store.write("there", [])
-    with store._database.writing() as connection:
+    with store.database.writing() as connection:
         connection.execute(sa.update(SERVERS).values(leased_since=SERVERS.c.leased_since - LEASE_SECONDS - 1))
     assert store.claim("new", "gateway") == ClaimedRows()
     end_lease(store, "there")

@@ -240,7 +240,7 @@ def test_an_encrypted_value_can_be_decrypted_in_its_row_only(registry, caplog):
     registry.put(LAUNCHER)
     registry.put(other)
     registry.flush()
-    with registry.store._database.writing() as connection:
+    with registry.store.database.writing() as connection:
         connection.exec_driver_sql(
             "UPDATE launchers SET encrypted = (SELECT encrypted FROM launchers WHERE launcher_id = 'gs-1') "
             "WHERE launcher_id = 'gs-2'"
@@ -460,7 +460,7 @@ def test_a_record_of_another_version_is_understood(local):
     assert allocations(local) == [RECORD]
     local.put(replace(RECORD, launcher_id="gs-2"))
     local.flush()
-    with local.store._database.writing() as connection:
+    with local.store.database.writing() as connection:
         connection.exec_driver_sql("UPDATE allocations SET record = replace(record, '{', '{\"colour\": \"blue\", ')")
     assert [one.launcher_id for one in local.store.rows_of(local.server_id).allocations] == ["gs-2"]
 

@@ -169,7 +169,7 @@ def set_schema(state: Path, url: str, version: str) -> None:
 def test_a_database_of_something_else_is_refused(state, store_url):
     """Its tables are not ours to use."""
     store = open_store(store_url, file_of(state).parent)
-    with store._database.writing() as connection:
+    with store.database.writing() as connection:
         for table in ("meta", "allocations"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
     store.close()
@@ -365,7 +365,7 @@ def test_a_postgresql_that_restarts_loses_nothing(state, postgres, how, caplog):
 
 def test_what_a_database_lost_is_written_again(running):
     """An admin put an older copy back: no other server has these rows, so they are still this server's."""
-    with running.store._database.writing() as connection:
+    with running.store.database.writing() as connection:
         for table in (schema.SERVERS, schema.ALLOCATIONS):
             connection.execute(table.delete())
     running.put(with_jobid(13))
@@ -414,7 +414,7 @@ def test_a_session_in_the_middle_of_a_claim_does_not_hold_the_others(postgres, s
     store: Store = open_store(url, state / "host")
     for name in ("stopped", "other"):
         store.register(ServerRecord(server_id=name, deployment="gateway", process=this_process()))
-    stopped = store._database.engine.connect()
+    stopped = store.database.engine.connect()
     stopped.begin()
     stopped.execute(schema.sa.select(schema.META.c.value).where(schema.META.c.key == "epoch").with_for_update())
     store.register(ServerRecord(server_id="gone", deployment="gateway", process=this_process()))
