@@ -20,7 +20,6 @@ from gateway_slurm.access import SlurmUsers, cluster_access
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.manager import Allocations
-from gateway_slurm.allocations.model import Owner
 from gateway_slurm.allocations.owners import Owners, QueuedStart
 from gateway_slurm.allocations.recovery import recover, watch_orphans
 from gateway_slurm.allocations.start import DialAddresses
@@ -208,12 +207,9 @@ class SlurmService(ServiceSettings):
     def _allocations_for(self, owner: str) -> Allocations:
         separate_users = self.run_as == "user"
         return Allocations(
-            Owner(
-                name=owner,
-                user=self._users.user_of(owner),
-                may_adopt=lambda jobid: self.owners.may_adopt(owner, jobid, separate_users=separate_users),
-            ),
             OwnerContext(
+                owner=owner,
+                user=self._users.user_of(owner),
                 driver=self._users.driver_of(owner),
                 socket=self._socket,
                 watcher=self._watcher,
@@ -223,6 +219,7 @@ class SlurmService(ServiceSettings):
             ),
             self._keep_flags,
             DialAddresses(first=self.addresses.of_this_server, later=self.addresses.of_all_servers),
+            may_adopt=lambda jobid: self.owners.may_adopt(owner, jobid, separate_users=separate_users),
             log_end=self._users.log_end,
         )
 

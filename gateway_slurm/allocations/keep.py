@@ -21,14 +21,10 @@ class KeepFlags:
 
     def __init__(self, files: KeepFlagFiles, *, interval: float, log: logging.Logger) -> None:
         self._files, self._interval, self.log = files, interval, log
-        self._tables: list[AllocationTable] = []
+        self.tables: list[AllocationTable] = []
         # Kept by request where the file could not be written: for as long as this process remembers it.
         self._without_file: set[Allocation] = set()
         self._complaints = LogOnce(log)
-
-    def add(self, table: AllocationTable) -> None:
-        """Watch the allocations of one more table."""
-        self._tables.append(table)
 
     async def watch(self) -> None:
         """Read the flags again and again; the caller owns the task."""
@@ -38,14 +34,14 @@ class KeepFlags:
 
     async def refresh(self) -> None:
         """Read all flags with one listing; where that fails, all allocations stay as they are."""
-        if not any(table.by_jobid for table in self._tables):
+        if not any(table.by_jobid for table in self.tables):
             return
         try:
             flags = await asyncio.to_thread(self._files.all)
         except OSError as error:
             self._complain(error)
             return
-        for allocation in [allocation for table in self._tables for allocation in table.listed()]:
+        for allocation in [allocation for table in self.tables for allocation in table.listed()]:
             flagged = (allocation.jobid, allocation.identity) in flags or allocation in self._without_file
             self._set(allocation, flagged)
 
@@ -83,7 +79,7 @@ class KeepFlags:
         allocation.set_keep(kept)
         for launcher in allocation.launchers.values():
             launcher.beat()
-        for table in self._tables:
+        for table in self.tables:
             if table.by_jobid.get(allocation.jobid) is allocation:
                 table.record(allocation)
                 change = "is kept, as requested" if kept else "is no longer kept"

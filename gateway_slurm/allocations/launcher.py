@@ -12,7 +12,14 @@ from typing import Any, Final, Protocol
 
 from gateway_slurm._util import printable
 from gateway_slurm.config import ServiceSettings
-from gateway_slurm.errors import AllocationError, CryptoMissing, GatewaySlurmError, LinkError, SlurmUnavailable
+from gateway_slurm.errors import (
+    AllocationError,
+    CryptoMissing,
+    GatewaySlurmError,
+    LauncherFailed,
+    LinkError,
+    SlurmUnavailable,
+)
 from gateway_slurm.link import steps, wire
 from gateway_slurm.link.output import KeptOutput, read_kept
 from gateway_slurm.link.server import Expected, Link
@@ -371,8 +378,9 @@ class Launcher:
         self.leaving = True
         self.send("RELEASE")
 
-    def end_kernels(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
         """The job or the launcher is over for this server, and its kernels with it."""
+        self.fail(LauncherFailed(reason))
         for kernel in list(self.kernels.values()):
             kernel.ended_with_job(reason)
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.launcher import Launcher
-from gateway_slurm.allocations.model import Allocation, Owner, Place
+from gateway_slurm.allocations.model import Allocation, Place
 from gateway_slurm.allocations.monitor import AllocationMonitor
 from gateway_slurm.allocations.release import AllocationReleaser
 from gateway_slurm.allocations.sharing import ForeignAllocations, Offer, choose, misfit
@@ -34,27 +34,30 @@ SUBMIT_TIMEOUT = 10.0
 class Allocations:
     """All allocations of one owner; its maker awaits ``close``.
 
-    Owners share the response socket, the watcher, the keep flags and the records. ``log_end`` reads the end of a
+    Owners share the response socket, the watcher, the keep flags and the records. ``may_adopt`` says whether a job
+    with this id, which Slurm says is one of the Unix user's, can be the owner's. ``log_end`` reads the end of a
     launcher's log; it returns an empty text where the log cannot be read.
     """
 
     def __init__(
         self,
-        owner: Owner,
         context: OwnerContext,
         keep_flags: KeepFlags,
         addresses: DialAddresses,
         *,
+        may_adopt: Callable[[str], Awaitable[bool]],
         log_end: Callable[[str], Awaitable[str]],
     ) -> None:
-        self._owner, self._driver, self.table, self.log = owner, context.driver, context.table, context.log
-        self._min_time_left, self.keep_flags = context.settings.min_time_left, keep_flags
-        keep_flags.add(self.table)
+        self._driver, self.table, self.log = context.driver, context.table, context.log
+        self._owner, self._user, self._may_adopt = context.owner, context.user, may_adopt
+        self._watcher, self.keep_flags = context.watcher, keep_flags
+        self._min_time_left = context.settings.min_time_left
+        keep_flags.tables.append(self.table)
         self.releaser = AllocationReleaser(context, keep_flags)
         self._monitor = AllocationMonitor(context, keep_flags, self.releaser, WalltimeMonitor(context))
         self._starter = LauncherStarter(context, self._monitor, addresses, log_end=log_end)
         self._foreign = ForeignAllocations(
-            self._driver, self.table.registry, owner=owner.name, user=owner.user, log=self.log
+            self._driver, self.table.registry, owner=self._owner, user=self._user, log=self.log
         )
         self._submissions: dict[asyncio.Task[None], Allocation] = {}
 
@@ -98,7 +101,7 @@ class Allocations:
                 if shared is not None:
                     return shared
         # No await from here to its submission: another start would submit a second job.
-        return Allocation(ours=True, owner=self._owner.name, request=request, account=account.account)
+        return Allocation(ours=True, owner=self._owner, request=request, account=account.account)
 
     async def _shared(self, request: KernelRequest, account: Account) -> Allocation | None:
         """The best fit among this server's jobs, for which Slurm is not asked; else among other servers' jobs."""
@@ -153,9 +156,6 @@ class Allocations:
             self.table.record(allocation)
             self.table.mark_pending_cancel(allocation)
             raise
-        self._accepted(allocation, launcher, jobid)
-
-    def _accepted(self, allocation: Allocation, launcher: Launcher, jobid: str) -> None:
         allocation.accept(jobid)
         launcher.set_jobid(jobid)
         self.table.add(allocation)
@@ -174,10 +174,10 @@ class Allocations:
         if known is None:
             # The error does not say whether another user's job exists: that is not every user's to know.
             text = f"jobid {jobid} is not a job of yours; name one of your own, or none"
-            if not await self._owner.may_adopt(jobid):
+            if not await self._may_adopt(jobid):
                 raise AllocationError(text, jobid=jobid)
             info = await self._driver.describe(jobid)
-            if info.user != self._owner.user:
+            if info.user != self._user:
                 raise AllocationError(text, jobid=jobid)
             if info.meaning not in (Meaning.USABLE, Meaning.WAITING, Meaning.HELD):
                 raise AllocationEnded(
@@ -202,7 +202,7 @@ class Allocations:
         """A job that this server has not submitted; another start may have adopted it a moment ago."""
         known = self.table.find(info.jobid)
         if known is None:
-            known = Allocation.adopted(info, self._owner.name)
+            known = Allocation.adopted(info, self._owner)
             self.table.add(known)
             self._monitor.watch(known)
         return known
@@ -217,8 +217,12 @@ class Allocations:
         elif not allocation.is_running:
             await self._starter.wait_until_running(allocation)
         place.node = allocation.choose_node(request.node)
-        launcher = None if request.isolate else self._launcher_on(allocation, place.node)
-        if launcher is None:
+        # One that has not dialled in yet counts, too.
+        shared = [launcher for launcher in allocation.launchers.values() if not launcher.isolated]
+        found = [launcher for launcher in shared if place.node in (None, launcher.node)]
+        if found and not request.isolate:
+            launcher = found[0]
+        else:
             isolated = request if request.isolate else None
             launcher, step = await self._starter.start_step(allocation, place.node, isolated)
             watch = self._starter.watch_step(allocation, launcher, step)
@@ -227,14 +231,6 @@ class Allocations:
         await self._starter.wait_for(allocation, launcher)
         place.node = launcher.node
         return launcher
-
-    @staticmethod
-    def _launcher_on(allocation: Allocation, node: str | None) -> Launcher | None:
-        """A launcher on ``node`` (None: any node) that is not isolated; one that has not dialled in yet may be it."""
-        for launcher in allocation.launchers.values():
-            if not launcher.isolated and (node is None or launcher.node == node):
-                return launcher
-        return None
 
     # -- Between server processes --
 
@@ -272,7 +268,7 @@ class Allocations:
 
     def hand_over(self, allocation: Allocation) -> None:
         """Another server has the allocation now: drop it here, without a word to Slurm or its launchers."""
-        self._monitor.unwatch(allocation)
+        self._watcher.unwatch(allocation.jobid)
         allocation.detach()
         self.table.discard(allocation)
         for launcher in list(allocation.launchers.values()):

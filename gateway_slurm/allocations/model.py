@@ -7,7 +7,6 @@ import contextlib
 import enum
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,18 +51,6 @@ TRANSITIONS: dict[AllocationPhase, frozenset[AllocationPhase]] = {
 }
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The user that allocations belong to."""
-
-    name: str
-    """Empty for the user of this process."""
-    user: str
-    """The Unix user that submits the jobs to Slurm."""
-    may_adopt: Callable[[str], Awaitable[bool]]
-    """Whether a job with this id, which Slurm says is one of ``user``'s, can be this owner's."""
-
-
 @dataclass(eq=False)
 class Place:
     """A kernel's place in an allocation, from before its launcher is up until the kernel leaves."""
@@ -91,8 +78,8 @@ class Allocation:
     queue_place: int | None = None
     """Of a waiting job in its partition's queue, 1 for the next; None where it is not known."""
     launchers: dict[str, Launcher] = field(default_factory=dict)
-    own_steps: set[str] = field(default_factory=set)
-    """The steps that are or were launchers of this server; other servers' launchers are not among them."""
+    past_steps: set[str] = field(default_factory=set)
+    """The steps of removed launchers."""
     places: set[Place] = field(default_factory=set)
     ended: asyncio.Future[AllocationEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Resolved with the reason once the phase is ENDED."""
@@ -204,22 +191,22 @@ class Allocation:
         self.places.clear()
 
     def add_launcher(self, launcher: Launcher) -> None:
-        """Count a launcher as one of the job's. A restored one brings the step id on record."""
+        """Count a launcher as one of the job's."""
         self.launchers[launcher.launcher_id] = launcher
         if launcher.holds_job:
             self.identity = launcher.launcher_id
-        if launcher.stepid:
-            self.own_steps.add(launcher.stepid)
 
     def remove_launcher(self, launcher: Launcher) -> None:
         """Forget a launcher; an unknown one is ignored."""
         self.launchers.pop(launcher.launcher_id, None)
-
-    def note_own_steps(self) -> None:
-        """Note the steps that the launchers say they are."""
-        self.own_steps |= {launcher.stepid for launcher in self.launchers.values()}
+        self.past_steps.add(launcher.stepid)
 
     # -- What is known --
+
+    @property
+    def own_steps(self) -> set[str]:
+        """The steps that are or were launchers of this server; other servers' launchers are not among them."""
+        return self.past_steps | {launcher.stepid for launcher in self.launchers.values()}
 
     @property
     def is_over(self) -> bool:
@@ -281,15 +268,15 @@ class Allocation:
         ``state`` and ``reason`` are Slurm's words; ``queue_place`` is 1 for the next in the queue;
         ``expected_start`` and ``end_time`` are seconds since the epoch. None means that it is not known.
         """
-        info, waits = self.info, not self.is_running
+        waiting = None if self.is_running else self.info
         return {
             "jobid": self.jobid,
             "owner": self.owner,
             "ours": self.ours,
             "state": self.state,
-            "reason": info.reason if waits and info is not None else "",
-            "queue_place": self.queue_place if waits else None,
-            "expected_start": info.start_time if waits and info is not None else None,
+            "reason": waiting.reason if waiting else "",
+            "queue_place": self.queue_place if waiting else None,
+            "expected_start": waiting.start_time if waiting else None,
             "nodes": self.nodes,
             "end_time": self.end_time,
             "kernel_ids": self.kernel_ids,

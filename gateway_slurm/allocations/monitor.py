@@ -40,10 +40,6 @@ class AllocationMonitor:
         """Ask Slurm about the job until its launchers are linked or it is over."""
         self._watcher.watch(allocation.jobid, lambda info: self._update(allocation, info))
 
-    def unwatch(self, allocation: Allocation) -> None:
-        """Ask Slurm no more about the job."""
-        self._watcher.unwatch(allocation.jobid)
-
     def ask_soon(self, allocation: Allocation) -> None:
         """Ask Slurm at once, and again until the launcher or Slurm says more. The job's state is unknown, not over."""
         if not allocation.is_over and allocation.jobid:
@@ -52,7 +48,6 @@ class AllocationMonitor:
 
     def linked(self, allocation: Allocation) -> None:
         """A launcher's link is up."""
-        allocation.note_own_steps()
         for launcher in allocation.launchers.values():
             self._table.record_launcher(allocation, launcher)
         if all(launcher.link and not launcher.slurmd_missing for launcher in allocation.launchers.values()):
@@ -82,29 +77,26 @@ class AllocationMonitor:
         elif waits and any(launcher.was_up for launcher in allocation.launchers.values()):
             # Its kernels are gone, and its launcher's token is spent: the launcher cannot come back.
             reason = f"job {allocation.jobid} was taken off its nodes and queued again"
-            self._end(allocation, info.state, reason, pending_cancel=allocation.ours)
-            if allocation.ours:
-                self._table.tasks.create_task(self._releaser.cancel(allocation))
+            self._end(allocation, info.state, reason, cancel=allocation.ours)
         elif state is Meaning.USABLE and allocation.launchers:
             self.linked(allocation)
 
     def _node_failed(self, allocation: Allocation) -> None:
         """The node's slurmd stayed away. The kernels live until it comes back and ends them, or their link breaks."""
         self._watcher.unwatch(allocation.jobid)
-        text = (
-            f"job {allocation.jobid} is NODE_FAIL: Slurm has given its node up, and will end the kernel; save your work"
-        )
-        kernels = [kernel for launcher in allocation.launchers.values() for kernel in launcher.kernels.values()]
-        for kernel in kernels:
-            kernel.warn(text)
+        text = "is NODE_FAIL: Slurm has given its node up, and will end the kernel; save your work"
+        for launcher in allocation.launchers.values():
+            for kernel in list(launcher.kernels.values()):
+                kernel.warn(f"job {allocation.jobid} {text}")
 
-    def _end(self, allocation: Allocation, state: str, reason: str, *, pending_cancel: bool = False) -> None:
-        """The job is over for its kernels. With ``pending_cancel`` it stays on record until Slurm has ended it."""
+    def _end(self, allocation: Allocation, state: str, reason: str, *, cancel: bool = False) -> None:
+        """The job is over for its kernels. With ``cancel`` it stays on record until Slurm has ended it."""
         self._watcher.unwatch(allocation.jobid)
         allocation.end(AllocationEnded(reason, jobid=allocation.jobid, state=state))
         self.log.warning("%s", reason)
-        if pending_cancel:
+        if cancel:
             self._table.mark_pending_cancel(allocation)
+            self._table.tasks.create_task(self._releaser.cancel(allocation))
         else:
             self._table.forget(allocation)
         self._keep_flags.forget(allocation)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from gateway_slurm.allocations.identity import JOB_NAME
@@ -59,9 +59,8 @@ class Owners:
 
     def steps_of(self, jobid: str) -> LauncherSteps | None:
         """Starts steps from inside the job: through the launcher that holds it, where that one is linked."""
-        found = (allocations.table.find(jobid) for allocations in self._by_name.values())
-        allocation = next((allocation for allocation in found if allocation is not None), None)
-        launchers = allocation.launchers.values() if allocation is not None else ()
+        found = [known for allocations in self._by_name.values() if (known := allocations.table.find(jobid))]
+        launchers = [launcher for allocation in found for launcher in allocation.launchers.values()]
         return next((launcher.steps for launcher in launchers if launcher.holds_job and launcher.link), None)
 
     async def may_adopt(self, owner: str, jobid: str, *, separate_users: bool) -> bool:
@@ -77,36 +76,28 @@ class Owners:
         recorded = await asyncio.to_thread(self._registry.owners_of, jobid)
         return recorded == {owner} or (owner == "" and not recorded)
 
-    def listed(self) -> list[Allocation]:
-        """All owners' allocations that are not over."""
-        return [allocation for allocations in self._known(None) for allocation in allocations.table.listed()]
+    def listed(self, owner: str | None = None) -> list[Allocation]:
+        """The owner's allocations that are not over."""
+        return [allocation for allocations in self._known(owner) for allocation in allocations.table.listed()]
 
     # -- Requests of owners and admins --
 
     def rows(self, owner: str | None) -> list[dict[str, Any]]:
         """``Allocation.row`` of each allocation, by job id."""
-        rows = [allocation.row() for allocations in self._known(owner) for allocation in allocations.table.listed()]
-        return sorted(rows, key=lambda row: int(row["jobid"]))
+        return sorted((allocation.row() for allocation in self.listed(owner)), key=lambda row: int(row["jobid"]))
 
     def waiting(self, kernel_id: str, owner: str | None) -> QueuedStart | None:
         """Why a kernel's start takes its time; None when it does not wait for Slurm."""
-        for allocation in (found for known in self._known(owner) for found in list(known.table.by_jobid.values())):
+        for allocation in self.listed(owner):
             if not allocation.is_running and kernel_id in allocation.kernel_ids:
-                info = allocation.info
-                return QueuedStart(
-                    jobid=allocation.jobid,
-                    state=info.state if info is not None else "PENDING",
-                    reason=info.reason if info is not None else "",
-                    queue_place=allocation.queue_place,
-                    expected_start=info.start_time if info is not None else None,
-                )
+                row = allocation.row()
+                return QueuedStart(**{field.name: row[field.name] for field in fields(QueuedStart)})
         return None
 
     def find(self, owner: str | None, jobid: str) -> tuple[Allocations, Allocation]:
         """The allocation with this id. Raises UnknownJob for one that is over, or not this owner's."""
         for allocations in self._known(owner):
-            allocation = allocations.table.find(jobid)
-            if allocation is not None:
+            if allocation := allocations.table.find(jobid):
                 return allocations, allocation
         raise UnknownJob(f"{jobid[:20]!r} is no allocation of yours that kernels run in")
 

@@ -112,8 +112,9 @@ class AllocationReleaser:
                 jobid = next((key for key, info in found.items() if identity_of(info) == allocation.identity), None)
                 if jobid is not None:
                     self.log.warning("job %s was submitted by an sbatch that gave no answer; it is cancelled", jobid)
-                    await self._cancel(jobid)
-                if jobid is not None or last:
+                    await self.cancel(allocation, jobid)
+                    return
+                if last:
                     self._table.forget(allocation)
                     return
             await backoff.sleep()
@@ -154,7 +155,12 @@ class AllocationReleaser:
         try:
             steps = await self._driver.steps(allocation.jobid)
         except SlurmError as error:
-            return self._may_be_used(allocation, error)
+            now = asyncio.get_running_loop().time()
+            since = self._unknown_since.setdefault(allocation, now) if allocation.ours else now
+            kept = now - since < MAX_STEPS_UNKNOWN
+            outcome = "it is kept for now" if kept else "it is released"
+            self.log.warning("job %s: its steps could not be listed (%s); %s", allocation.jobid, error, outcome)
+            return kept
         self._unknown_since.pop(allocation, None)
         # Launchers of other servers count as use, and so does the shell of an interactive step.
         others = [step for step in steps if step.number not in allocation.own_steps | {"batch", "extern"}]
@@ -163,15 +169,6 @@ class AllocationReleaser:
             text = "job %s is kept after its last kernel: step %s (%s) runs in it"
             self.log.warning(text, allocation.jobid, step.stepid, printable(step.name))
         return bool(others)
-
-    def _may_be_used(self, allocation: Allocation, error: SlurmError) -> bool:
-        """Whether a job whose steps are unknown counts as used: a job of ours does for MAX_STEPS_UNKNOWN only."""
-        now = asyncio.get_running_loop().time()
-        since = self._unknown_since.setdefault(allocation, now) if allocation.ours else now
-        kept = now - since < MAX_STEPS_UNKNOWN
-        outcome = "it is kept for now" if kept else "it is released"
-        self.log.warning("job %s: its steps could not be listed (%s); %s", allocation.jobid, error, outcome)
-        return kept
 
     async def _release(self, allocation: Allocation) -> None:
         """End the job. Waits END_TIMEOUT at most; the end goes on if the caller is cancelled."""
@@ -199,9 +196,10 @@ class AllocationReleaser:
             self._table.forget(allocation)
             self.log.info("job %s is left to the server that submitted it", allocation.jobid)
             return
-        if not (holder and all_gone):
-            await self._cancel(allocation.jobid)
-        self._table.forget(allocation)
+        if holder and all_gone:
+            self._table.forget(allocation)
+        else:
+            await self.cancel(allocation)
         self._keep_flags.forget(allocation)
         self.log.info("job %s is released", allocation.jobid)
 
@@ -237,17 +235,17 @@ class AllocationReleaser:
             self._socket.forget(launcher.launcher_id)
         return bool(linked) and all(launcher.gone.is_set() for launcher in linked)
 
-    async def cancel(self, allocation: Allocation) -> None:
-        """End a job that is over for this server, and forget it once Slurm knows. The caller owns the task."""
-        await self._cancel(allocation.jobid)
-        self._table.forget(allocation)
+    async def cancel(self, allocation: Allocation, jobid: str = "") -> None:
+        """End a job by scancel, and forget it once Slurm knows. The caller owns the task.
 
-    async def _cancel(self, jobid: str) -> None:
-        """End a job by scancel; retries for as long as Slurm does not answer and this process lives."""
+        Retries for as long as Slurm does not answer and this process lives.
+        """
+        jobid = jobid or allocation.jobid
         backoff, failures = Backoff(CANCEL_RETRY_DELAY, MAX_CANCEL_RETRY_DELAY), 0
         while True:
             try:
                 await self._driver.cancel(jobid)
+                self._table.forget(allocation)
                 return
             except SlurmError as error:
                 failures += 1

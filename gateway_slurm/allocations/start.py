@@ -173,7 +173,13 @@ class LauncherStarter:
             await step.wait()
         except GatewaySlurmError as error:
             reason = f"its launcher's job step in job {allocation.jobid} failed: {error}"
-            launcher.fail(self._step_error(launcher, allocation, error))
+            if launcher.isolated and "nodes are busy" in str(error):
+                error = AllocationError(
+                    f"job {allocation.jobid} has no such share free now: {error}; stop an isolated kernel in it, "
+                    "or ask for fewer cpus, gpus or less memory",
+                    jobid=allocation.jobid,
+                )
+            launcher.fail(error)
             if launcher.was_up:
                 await self.watch_restored_step(allocation, launcher, reason)
                 return
@@ -203,16 +209,6 @@ class LauncherStarter:
             self.log.info("job %s: its steps could not be listed: %s", allocation.jobid, error)
             return False
         return launcher.stepid not in {step.number for step in steps}
-
-    @staticmethod
-    def _step_error(launcher: Launcher, allocation: Allocation, error: GatewaySlurmError) -> GatewaySlurmError:
-        if launcher.isolated and "nodes are busy" in str(error):
-            return AllocationError(
-                f"job {allocation.jobid} has no such share free now: {error}; stop an isolated kernel in it, "
-                "or ask for fewer cpus, gpus or less memory",
-                jobid=allocation.jobid,
-            )
-        return error
 
     # -- Waiting for a launcher --
 

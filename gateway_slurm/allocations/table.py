@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from gateway_slurm._util import TaskSet
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.config import ServiceSettings
-from gateway_slurm.errors import LauncherFailed
 from gateway_slurm.link.server import ResponseSocket
 from gateway_slurm.slurm.driver import SlurmDriver
 from gateway_slurm.slurm.watcher import JobWatcher
@@ -50,6 +48,9 @@ class AllocationTable:
         """Put an allocation on record, for a later server process; one that is over is not recorded."""
         if allocation.is_over:
             return
+        config = allocation.request.as_config()
+        if argv := config.get("kernel_argv"):
+            config["kernel_argv"] = [item[:MAX_CHARACTERS] for item in argv[:MAX_ARGUMENTS]]
         self.registry.put(
             AllocationRecord(
                 launcher_id=allocation.assign_record_key(),
@@ -59,7 +60,7 @@ class AllocationTable:
                 nodelist=allocation.nodes,
                 end_time=allocation.end_time,
                 kernel_ids=allocation.kernel_ids,
-                config=_shortened(allocation.request.as_config()),
+                config=config,
                 keep=allocation.keep,
                 owner=allocation.owner,
                 account=allocation.account,
@@ -113,15 +114,12 @@ class AllocationTable:
         self._socket.forget(launcher.launcher_id)
         self.registry.remove("launchers", launcher.launcher_id)
         allocation.remove_launcher(launcher)
-        launcher.fail(LauncherFailed(reason))
-        launcher.end_kernels(reason)
+        launcher.end(reason)
 
     def hand_over_launcher(self, allocation: Allocation, launcher: Launcher) -> None:
         """Another server has the launcher now: close its link here and send it nothing."""
-        reason = "another server has taken over its job"
         allocation.remove_launcher(launcher)
-        launcher.end_kernels(reason)  # kernels that are starting
-        launcher.fail(LauncherFailed(reason))
+        launcher.end("another server has taken over its job")  # kernels that are starting
         self._socket.forget(launcher.launcher_id)
         if launcher.step_watch is not None:
             launcher.step_watch.cancel()
@@ -131,17 +129,14 @@ class AllocationTable:
 class OwnerContext:
     """What all objects that handle one owner's allocations share; each lives on the service's loop."""
 
+    owner: str
+    """The owner's name; empty for the user of this process."""
+    user: str
+    """The Unix user that submits the owner's jobs to Slurm."""
     driver: SlurmDriver
-    """Reaches Slurm as the owner's Unix user."""
+    """Reaches Slurm as that user."""
     socket: ResponseSocket
     watcher: JobWatcher
     table: AllocationTable
     settings: ServiceSettings
     log: logging.Logger
-
-
-def _shortened(config: dict[str, Any]) -> dict[str, Any]:
-    argv = config.get("kernel_argv")
-    if argv is None:
-        return config
-    return {**config, "kernel_argv": [item[:MAX_CHARACTERS] for item in argv[:MAX_ARGUMENTS]]}

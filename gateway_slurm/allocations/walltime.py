@@ -71,7 +71,13 @@ class WalltimeMonitor:
         if end is None:
             return
         if calculated is None or abs(end - calculated) > SAME_END:
-            self._send_end(allocation, end, calculated)
+            # The time limit was changed: the launchers set their clocks by the new end.
+            change = "was given" if calculated is None else "was given more" if end > calculated else "has less"
+            clock = time.strftime("%H:%M", time.localtime(end))
+            self.log.info("job %s %s time: its time limit was changed, it ends at %s", allocation.jobid, change, clock)
+            for other in allocation.launchers.values():
+                other.end_time = end
+                other.send("END_TIME", end_time=end)
             due = end - time.time() < self._first_warning and (calculated is None or end < calculated)
         if due:
             launcher.warn_of_end(end)
@@ -93,12 +99,3 @@ class WalltimeMonitor:
         allocation.update(info)
         self._table.record(allocation)
         return info.end_time
-
-    def _send_end(self, allocation: Allocation, end: float, calculated: float | None) -> None:
-        """The time limit was changed: the launchers set their clocks by the new end."""
-        change = "was given" if calculated is None else "was given more" if end > calculated else "has less"
-        clock = time.strftime("%H:%M", time.localtime(end))
-        self.log.info("job %s %s time: its time limit was changed, it ends at %s", allocation.jobid, change, clock)
-        for launcher in allocation.launchers.values():
-            launcher.end_time = end
-            launcher.send("END_TIME", end_time=end)

@@ -161,7 +161,7 @@ def changes(tree: ast.AST) -> Iterator[int]:
         "allocation.keep = True",
         "launcher.jobid = allocation.jobid = jobid",
         "held.allocation.used, other = True, 1",
-        "allocation.own_steps |= {'1'}",
+        "allocation.past_steps |= {'1'}",
         "allocation.launchers['a'] = launcher",
         "del self._allocation.launchers['a']",
         "allocation.places.add(place)",

@@ -324,7 +324,7 @@ async def limits(owner: Owner) -> AsyncIterator[SimpleNamespace]:
     table: Any = SimpleNamespace(tasks=SimpleNamespace(create_task=create_task), record=lambda _allocation: None)
     owner.launcher.warn_of_end = warned.append  # type: ignore[method-assign]
     settings = ServiceSettings(walltime_warnings=[10])
-    context = OwnerContext(slurm, owner.socket, None, table, settings, LOG)  # type: ignore[arg-type]
+    context = OwnerContext("", "ada", slurm, owner.socket, None, table, settings, LOG)  # type: ignore[arg-type]
     found = WalltimeMonitor(context)
     yield SimpleNamespace(
         look=lambda *arguments, due: found.check(owner.allocation, owner.launcher, *arguments, due=due),
