@@ -282,7 +282,7 @@ class Allocations:
         if self._submissions:
             # A job that Slurm has accepted must be known here, to be ended. Slower submissions stay on record.
             await asyncio.wait(set(self._submissions), timeout=SUBMIT_TIMEOUT)
-        await (self.releaser.detach_all() if leave else self.releaser.release_all())
+        await self.releaser.close(leave=leave)
         await self.table.tasks.close()
 
     # -- Requests of the owner --

@@ -186,10 +186,6 @@ class Allocation:
         """Give a kernel's place back; an unknown one is ignored."""
         self.places.discard(place)
 
-    def clear_places(self) -> None:
-        """Give all places back: the server ends."""
-        self.places.clear()
-
     def add_launcher(self, launcher: Launcher) -> None:
         """Count a launcher as one of the job's."""
         self.launchers[launcher.launcher_id] = launcher

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gateway_slurm.allocations.identity import JOB_NAME
@@ -91,7 +91,7 @@ class Owners:
         for allocation in self.listed(owner):
             if not allocation.is_running and kernel_id in allocation.kernel_ids:
                 row = allocation.row()
-                return QueuedStart(**{field.name: row[field.name] for field in fields(QueuedStart)})
+                return QueuedStart(**{item.name: row[item.name] for item in fields(QueuedStart)})
         return None
 
     def find(self, owner: str | None, jobid: str) -> tuple[Allocations, Allocation]:
@@ -124,25 +124,22 @@ class Owners:
 # -- Slurm for the jobs of several Unix users --
 
 
+@dataclass(frozen=True)
 class MultiUserSlurm:
     """What the process asks Slurm about jobs of all owners.
 
     Jobs are watched together as the process's own user (``driver``). What a dead server left is ended as the user
-    that it was found as. ``owner_of`` returns the owner of a job that this process has, or None. ``driver_of``
-    returns an owner's driver; it raises NotAllowed for a user that may no longer run jobs.
+    that it was found as.
     """
 
-    def __init__(
-        self,
-        driver: SlurmDriver,
-        registry: Registry,
-        *,
-        owner_of: Callable[[str], str | None],
-        driver_of: Callable[[str], Awaitable[SlurmDriver]],
-    ) -> None:
-        self._driver = driver
-        self._registry, self._owner_of, self._driver_of = registry, owner_of, driver_of
-        self._found: dict[str, SlurmDriver] = {}
+    driver: SlurmDriver
+    registry: Registry
+    owner_of: Callable[[str], str | None]
+    """Returns the owner of a job that this process has, or None."""
+    driver_of: Callable[[str], Awaitable[SlurmDriver]]
+    """Returns an owner's driver. Raises NotAllowed for a user that may no longer run jobs."""
+    found: dict[str, SlurmDriver] = field(default_factory=dict)
+    """The driver of the user that a job was found as, by job id."""
 
     async def jobs(self, jobids: Collection[str]) -> dict[str, JobInfo]:
         """Ask for all with one squeue.
@@ -150,35 +147,35 @@ class MultiUserSlurm:
         A single job that is not found may be visible to its user only (slurm.conf, PrivateData): squeue then runs
         as that user, too.
         """
-        found = await self._driver.jobs(jobids)
-        owner = self._owner_of(next(iter(jobids))) if len(jobids) == 1 and not found else None
-        return await (await self._driver_of(owner)).jobs(jobids) if owner else found
+        found = await self.driver.jobs(jobids)
+        owner = self.owner_of(next(iter(jobids))) if len(jobids) == 1 and not found else None
+        return await (await self.driver_of(owner)).jobs(jobids) if owner else found
 
     async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
         """Each waiting job's place in its partition's queue, as the process's own user sees it."""
-        return await self._driver.queue_positions(partitions)
+        return await self.driver.queue_positions(partitions)
 
     async def find(self, name: str) -> dict[str, JobInfo]:
         """Ask with one squeue for each owner on record, and one for the process's own user."""
-        jobs = await self._driver.find(name)
-        records = await asyncio.to_thread(self._registry.all_allocations)
+        jobs = await self.driver.find(name)
+        records = await asyncio.to_thread(self.registry.all_allocations)
         owner_of = {f"{JOB_NAME}:{record.launcher_id}": record.owner for _process, record in records}
         for owner in sorted(set(owner_of.values()) - {""}):
             try:
-                driver = await self._driver_of(owner)
+                driver = await self.driver_of(owner)
             except NotAllowed:
                 continue
             for jobid, info in (await driver.find(name)).items():
                 # Any user may give a job of theirs any comment.
                 if owner_of.get(info.comment) == owner:
                     jobs[jobid] = info
-                    self._found[jobid] = driver
+                    self.found[jobid] = driver
         return jobs
 
     async def steps(self, jobid: str) -> list[StepInfo]:
         """List a job's running steps, as the user that the job was found as."""
-        return await self._found.get(jobid, self._driver).steps(jobid)
+        return await self.found.get(jobid, self.driver).steps(jobid)
 
     async def cancel(self, jobid: str) -> None:
         """End a job, as the user that it was found as."""
-        await self._found.get(jobid, self._driver).cancel(jobid)
+        await self.found.get(jobid, self.driver).cancel(jobid)

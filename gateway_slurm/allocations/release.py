@@ -256,33 +256,30 @@ class AllocationReleaser:
 
     # -- The server ends --
 
-    async def detach_all(self) -> None:
-        """Leave every allocation that has kernels or is kept to the next server; end the others."""
+    async def close(self, *, leave: bool) -> None:
+        """Release every allocation, as its last kernel would, and wait for all jobs that are being ended.
+
+        With ``leave``, allocations that have kernels or are kept stay for the next server. It also ends what takes
+        longer than END_TIMEOUT.
+        """
         await self._keep_flags.refresh()
-        idle = [allocation for allocation in self._table.listed() if not allocation.places and not allocation.keep]
-        await self._drain(idle)
-        for allocation in list(self._table.by_jobid.values()):
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + END_TIMEOUT
+        allocations = list(self._table.by_jobid.values())
+        idle = [allocation for allocation in allocations if not leave or not (allocation.places or allocation.keep)]
+        await asyncio.gather(*map(self._release_at_exit, idle), return_exceptions=True)
+        # Only now: a start that was cancelled may have begun to end its job meanwhile.
+        if self._ending:
+            await asyncio.wait(set(self._ending), timeout=max(0.0, deadline - loop.time()))
+        for allocation in list(self._table.by_jobid.values()) if leave else ():
             if not allocation.is_over:
                 allocation.detach()
             for launcher in allocation.launchers.values():
                 launcher.leaving = True  # its link goes down now, as is expected
 
-    async def release_all(self) -> None:
-        """Release every allocation, as its last kernel would; wait for those that are being released already."""
-        await self._keep_flags.refresh()
-        await self._drain(list(self._table.by_jobid.values()))
-
-    async def _drain(self, allocations: list[Allocation]) -> None:
-        """Release these, and wait for all jobs that are being ended; the next server ends what takes longer."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + END_TIMEOUT
-        await asyncio.gather(*map(self._release_at_exit, allocations), return_exceptions=True)
-        # Only now: a start that was cancelled may have begun to end its job meanwhile.
-        if self._ending:
-            await asyncio.wait(set(self._ending), timeout=max(0.0, deadline - loop.time()))
-
     async def _release_at_exit(self, allocation: Allocation) -> None:
-        allocation.clear_places()
+        for place in tuple(allocation.places):
+            allocation.remove_place(place)
         if allocation.is_over:
             return
         if allocation.used and allocation.keep:

@@ -217,20 +217,17 @@ class LauncherStarter:
 
         Raises AllocationError or LauncherFailed, with the reason.
         """
-        waiter = asyncio.ensure_future(asyncio.shield(launcher.ready))
         deadline = asyncio.ensure_future(self._deadline(allocation, launcher))
         try:
-            awaited: set[asyncio.Future[object]] = {waiter, allocation.ended, deadline}  # type: ignore[arg-type]
+            awaited: set[asyncio.Future[object]] = {launcher.ready, allocation.ended, deadline}  # type: ignore[arg-type]
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             # The end of the job fails ``ready``, too, but with less of a reason.
             if allocation.ended.done():
                 raise await self._why_no_launcher(allocation)
-            if waiter.done():
-                waiter.result()
-            else:
+            if not launcher.ready.done():
                 raise deadline.result()
+            launcher.ready.result()
         finally:
-            waiter.cancel()
             deadline.cancel()
 
     async def _deadline(self, allocation: Allocation, launcher: Launcher) -> AllocationError | LauncherFailed:
