@@ -102,33 +102,20 @@ def parse_submit(exit_status: int, stdout: str, stderr: str, requested: str = ""
     jobid = lines[-1].partition(";")[0].strip() if lines else ""
     if exit_status == 0 and re.fullmatch(r"[0-9]{1,10}", jobid, re.ASCII):
         return jobid
+    details: dict[str, Any] = {"argv": ["sbatch"], "exit_status": exit_status, "stderr": stderr}
     if exit_status == 0:
-        raise Unanswered(
-            f"sbatch printed {stdout[:200]!r} instead of a job id; look for the job with squeue --me",
-            exit_status=exit_status,
-            stderr=stderr,
-        )
+        text = f"sbatch printed {stdout[:200]!r} instead of a job id; look for the job with squeue --me"
+        raise Unanswered(text, **details)
+    message = slurm_message(stderr)
     if _UNANSWERED.search(stderr):
-        raise Unanswered(
-            f"sbatch got no answer from Slurm: {slurm_message(stderr)}. The job may have been submitted; "
-            "check that slurmctld is up",
-            argv=["sbatch"],
-            exit_status=exit_status,
-            stderr=stderr,
-        )
+        text = f"sbatch got no answer from Slurm: {message}. The job may have been submitted"
+        raise Unanswered(f"{text}; check that slurmctld is up", **details)
     if _UNAVAILABLE.search(stderr):
         raise unavailable("sbatch", exit_status, stderr)
-    message = slurm_message(stderr)
     if exit_status < 0 or not message:
-        raise Unanswered(
-            f"sbatch ended with status {exit_status} ({message or 'no message'}); look for the job with squeue --me",
-            argv=["sbatch"],
-            exit_status=exit_status,
-            stderr=stderr,
-        )
-    raise SubmitRefused(
-        f"Slurm refused the job{requested}: {message}", argv=["sbatch"], exit_status=exit_status, stderr=stderr
-    )
+        text = f"sbatch ended with status {exit_status} ({message or 'no message'}); look for the job with squeue --me"
+        raise Unanswered(text, **details)
+    raise SubmitRefused(f"Slurm refused the job{requested}: {message}", **details)
 
 
 # -- squeue: jobs, queues, steps --

@@ -94,7 +94,6 @@ class JobInfo:
 
     @property
     def meaning(self) -> Meaning:
-        """The meaning of the state."""
         return meaning(self.state)
 
     @property
@@ -114,7 +113,6 @@ class StepInfo:
 
     @property
     def jobid(self) -> str:
-        """The id of the step's job."""
         return self.stepid.partition(".")[0]
 
     @property

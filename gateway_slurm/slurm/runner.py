@@ -64,7 +64,6 @@ class Runner:
         self._max_output = max_output
 
     def environment(self, extra_env: ExtraEnv = None) -> dict[str, str]:
-        """Return the environment of a command."""
         env = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         env["PATH"] = self._search_path or env.get("PATH", _DEFAULT_PATH)
         if self._slurm_conf:

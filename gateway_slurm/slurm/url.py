@@ -39,7 +39,6 @@ class ClusterUrl:
 
     @property
     def http_scheme(self) -> str:
-        """``http`` or ``https``."""
         return "https" if self.tls else "http"
 
     @property

@@ -56,11 +56,6 @@ class JobWatcher:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    @property
-    def watched(self) -> frozenset[str]:
-        """The watched job ids."""
-        return frozenset(self._watched)
-
     def watch(self, jobid: str, callback: Callback) -> None:
         """Call ``callback`` with each answer about ``jobid`` until ``unwatch``; a second watch replaces the first."""
         if self._closed:

@@ -38,7 +38,6 @@ class RestAccess(ClusterAccess):
         """Return: slurmrestd needs no command on this machine."""
 
     async def connect(self) -> str:
-        """Request slurmrestd's API versions with this user's token."""
         version = await self._rest.version(self.user)
         return f"{self._rest.client} accepts {self.user}'s token and serves {version.name}"
 

@@ -7,6 +7,7 @@ A response counts only if it has a 2xx status, JSON and no errors. Any other res
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import Callable, Collection
@@ -25,17 +26,10 @@ from gateway_slurm.slurm.commands import partitions_in, version_in
 from gateway_slurm.slurm.driver import StepProcess, not_adoptable, plain_job
 from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import ClusterInfo, JobInfo, JobSpec, StepInfo, StepSpec
+from gateway_slurm.slurm.rest import responses
 from gateway_slurm.slurm.rest.http import RestClient, RestResponse
-from gateway_slurm.slurm.rest.responses import (
-    ALREADY_DONE_ERROR,
-    NO_CONTROLLER_ERROR,
-    UNKNOWN_JOB_ERROR,
-    error_text,
-    jobid_of,
-    jobs_in,
-)
 from gateway_slurm.slurm.rest.tokens import Tokens
-from gateway_slurm.slurm.rest.versions import Version, encode, newest_known, offered_versions, submission
+from gateway_slurm.slurm.rest.versions import Version, newest_known, offered_versions, submission
 from gateway_slurm.slurm.url import USER_NAME
 
 _log = logging.getLogger(__name__)
@@ -87,7 +81,7 @@ class Slurmrestd:
         """
         for last in (False, True):
             version = await self.version(user)
-            body = None if spec is None else encode(submission(spec, version))
+            body = None if spec is None else json.dumps(submission(spec, version)).encode()
             response = await self.send(method, f"/slurm/{version.name}/{resource}", user, body)
             # For an unknown job slurmrestd also answers 404, but with a JSON document.
             if response.status != 404 or response.document or last:
@@ -108,7 +102,7 @@ class Slurmrestd:
 
     def unusable(self, response: RestResponse, user: str) -> SlurmUnavailable:
         """Return the error for a response that tells nothing about any job."""
-        message = error_text(response.errors) or response.excerpt or "nothing"
+        message = responses.error_text(response.errors) or response.excerpt or "nothing"
         text = f"{self.client} answered {response.status}: {message}"
         if response.refuses_token:
             text += f". It refuses {user}'s token: see SlurmService.rest_token_file and rest_token_command"
@@ -172,14 +166,14 @@ class RestDriver:
             response = await self.rest.request("POST", "job/submit", self.user, spec)
         except SlurmUnavailable as error:
             return "", error, False
-        if jobid := jobid_of(response.document):
+        if jobid := responses.jobid_of(response.document):
             # A job id may come with an error; the job is pending then ("Requested partition configuration not
             # available now").
             return jobid, SlurmUnavailable(""), True
         if response.is_refusal:
-            text = error_text(response.errors)
+            text = responses.error_text(response.errors)
             raise SubmitRefused(f"Slurm refused the job{spec.requested}: {text}", argv=["slurmrestd"], stderr=text)
-        if response.refuses_token or response.reports(NO_CONTROLLER_ERROR):
+        if response.refuses_token or response.reports(responses.NO_CONTROLLER_ERROR):
             raise self.rest.unusable(response, self.user)
         return "", self.rest.unusable(response, self.user), bool(response.errors)
 
@@ -212,9 +206,9 @@ class RestDriver:
     async def _single_job(self, jobid: str) -> dict[str, JobInfo]:
         """Return the job, or an array's tasks, or a heterogeneous job's components; empty for an unknown job."""
         response = await self.rest.request("GET", f"job/{jobid}", self.user)
-        if response.reports(UNKNOWN_JOB_ERROR):
+        if response.reports(responses.UNKNOWN_JOB_ERROR):
             return {}
-        found = jobs_in(self._document(response))
+        found = responses.jobs_in(self._document(response))
         if not found:
             # A response for one job with neither a job nor an error tells nothing.
             raise self.rest.unusable(response, self.user)
@@ -223,7 +217,7 @@ class RestDriver:
     async def _all_jobs(self) -> dict[str, JobInfo]:
         document = self._document(await self.rest.request("GET", "jobs", self.user))
         # In a thread: 10,000 jobs take as long as a kernel's start.
-        return await asyncio.to_thread(jobs_in, document)
+        return await asyncio.to_thread(responses.jobs_in, document)
 
     def _document(self, response: RestResponse) -> Any:
         """Return a successful response's document. Raises SlurmUnavailable."""
@@ -254,11 +248,11 @@ class RestDriver:
     async def cancel(self, jobid: str) -> None:
         """End the job. slurmrestd requests SIGKILL from slurmctld, which sends SIGTERM first (KillWait)."""
         response = await self.rest.request("DELETE", f"job/{_checked_jobid(jobid)}", self.user)
-        if response.is_success or response.reports(UNKNOWN_JOB_ERROR, ALREADY_DONE_ERROR):
+        if response.is_success or response.reports(responses.UNKNOWN_JOB_ERROR, responses.ALREADY_DONE_ERROR):
             return
         if not response.is_refusal:
             raise self.rest.unusable(response, self.user)
-        text = error_text(response.errors)
+        text = responses.error_text(response.errors)
         raise SlurmError(f"job {jobid} could not be cancelled: {text}", argv=["slurmrestd"], stderr=text)
 
     async def steps(self, jobid: str) -> list[StepInfo]:
@@ -275,7 +269,6 @@ class RestDriver:
         return await launcher.list_steps(jobid)
 
     async def start_step(self, spec: StepSpec) -> StepProcess:
-        """Let this server's launcher in the job start the step."""
         launcher = self._find_launcher(spec.jobid)
         if launcher is None:
             raise not_adoptable(spec.jobid)

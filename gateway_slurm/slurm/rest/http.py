@@ -20,14 +20,7 @@ from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, S
 
 from gateway_slurm.errors import ConfigError, SlurmUnavailable
 from gateway_slurm.slurm.commands import means_unavailable
-from gateway_slurm.slurm.rest.responses import (
-    NOT_AUTHENTICATED_ERROR,
-    NOT_PERMITTED_ERROR,
-    UNSPECIFIED_ERROR,
-    ZERO_BYTES_ERROR,
-    ReportedError,
-    reported_errors,
-)
+from gateway_slurm.slurm.rest import responses
 from gateway_slurm.slurm.url import ClusterUrl
 
 MAX_RESPONSE: Final = 64 << 20
@@ -47,7 +40,7 @@ class RestResponse:
 
     status: int
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    errors: tuple[ReportedError, ...] = ()
+    errors: tuple[responses.ReportedError, ...] = ()
     excerpt: str = ""
     content_type: str = ""
 
@@ -57,13 +50,11 @@ class RestResponse:
         return 200 <= self.status < 300 and bool(self.document) and not self.errors
 
     def reports(self, *numbers: int) -> bool:
-        """Whether one of the errors has one of these numbers."""
         return any(error.number in numbers for error in self.errors)
 
     @property
     def refuses_token(self) -> bool:
-        """Whether the server refused the token."""
-        return self.status in _NOT_AUTHENTICATED_STATUSES or self.reports(NOT_AUTHENTICATED_ERROR)
+        return self.status in _NOT_AUTHENTICATED_STATUSES or self.reports(responses.NOT_AUTHENTICATED_ERROR)
 
     @property
     def may_refuse_token(self) -> bool:
@@ -71,8 +62,8 @@ class RestResponse:
 
         22.05 reports a refused token in this way, and 24.11 and later a cancellation while the controller is down.
         """
-        ambiguous = self.status >= 500 and self.reports(UNSPECIFIED_ERROR, ZERO_BYTES_ERROR)
-        return self.refuses_token or ambiguous or self.reports(NOT_PERMITTED_ERROR)
+        ambiguous = self.status >= 500 and self.reports(responses.UNSPECIFIED_ERROR, responses.ZERO_BYTES_ERROR)
+        return self.refuses_token or ambiguous or self.reports(responses.NOT_PERMITTED_ERROR)
 
     @property
     def is_refusal(self) -> bool:
@@ -164,7 +155,7 @@ class RestClient:
         document: Mapping[str, Any] = {}
         if content_type == "application/json":
             document = _parse(raw, token) if len(raw) < _MAX_ON_LOOP else await asyncio.to_thread(_parse, raw, token)
-        errors = tuple(reported_errors(document))
+        errors = tuple(responses.reported_errors(document))
         return RestResponse(response.code, document, errors, "" if errors else _excerpt(raw, token), content_type)
 
     def _unavailable(

@@ -103,16 +103,11 @@ class CommandTokens:
         """Return the kept token if it is fresh; else run the command, one at a time for a user."""
         async with self._locks.setdefault(user, asyncio.Lock()):
             issued = self._issued.get(user)
-            if issued is None or not self._is_fresh(issued, refused):
+            # If a new token is refused at once, the next one would be as well: the fault lies elsewhere.
+            is_new = issued is not None and time.monotonic() - issued.issued_at < MIN_RENEWAL_INTERVAL
+            if issued is None or time.time() >= issued.renew_at or (issued.token == refused and not is_new):
                 issued = self._issued[user] = await self._issue(user)
             return issued.token
-
-    @staticmethod
-    def _is_fresh(issued: _IssuedToken, refused: str) -> bool:
-        if time.time() >= issued.renew_at:
-            return False
-        # If a new token is refused at once, the next one would be as well: the fault lies elsewhere.
-        return issued.token != refused or time.monotonic() - issued.issued_at < MIN_RENEWAL_INTERVAL
 
     async def _issue(self, user: str) -> _IssuedToken:
         argv = [item.replace("{user}", user) for item in self._argv]

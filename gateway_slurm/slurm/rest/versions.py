@@ -8,7 +8,6 @@ the documentation.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -168,8 +167,3 @@ def _structure_options(spec: JobSpec, version: Version) -> dict[str, Any]:
 def _struct(number: int | None) -> dict[str, Any]:
     """Return a number in the shape STRUCT; None is infinite."""
     return {"set": True, "infinite": number is None, "number": number or 0}
-
-
-def encode(document: Mapping[str, Any]) -> bytes:
-    """Return a document as the body of a request."""
-    return json.dumps(document, separators=(",", ":")).encode()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gateway_slurm.environment import MACHINE, PERSONAL, without
-from gateway_slurm.errors import GatewaySlurmError, SshError
+from gateway_slurm.errors import ConfigError, GatewaySlurmError, SshError
 from gateway_slurm.slurm.access import MAX_LOG_END, AcceptLauncher, ClusterAccess
 from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
-from gateway_slurm.slurm.ssh.relay import SshRelay, check_relay_address
+from gateway_slurm.slurm.ssh.relay import SshRelay
 from gateway_slurm.slurm.ssh.runner import SshRunner
 
 
@@ -19,16 +19,18 @@ class SshAccess(ClusterAccess):
 
     ``relay`` says whether launchers use the relay: ``auto``, ``always`` or ``never``. The relay listens on the first
     free port of ``relay_ports`` (0: any). Launchers first dial the login node's address ``relay_address``, unless it
-    is empty.
+    is empty. Raises ConfigError for an address with a port.
     """
 
     def __init__(
         self, runner: SshRunner, *, relay: str, relay_ports: range, relay_address: str, log: logging.Logger
     ) -> None:
+        if relay_address.startswith("[") or not {"/", "@", " "}.isdisjoint(relay_address):
+            raise ConfigError(f"SlurmService.relay_address must be a host name or an IP address, not {relay_address!r}")
         super().__init__(runner)
         self.runner: SshRunner = runner
         self._connection = runner.connection
-        self._use_relay, self._ports, self._address = relay, relay_ports, check_relay_address(relay_address)
+        self._use_relay, self._ports, self._address = relay, relay_ports, relay_address
         self.log = log
         self.relay: SshRelay | None = None
 

@@ -24,16 +24,8 @@ import paramiko
 
 from gateway_slurm._util import exposure
 from gateway_slurm.errors import ConfigError, LoginRefused, SshError, SshTurnedAway
+from gateway_slurm.slurm.ssh import host_keys
 from gateway_slurm.slurm.ssh.config import Destination
-from gateway_slurm.slurm.ssh.host_keys import (
-    CERTIFICATE_SUFFIX,
-    HostCertificate,
-    KnownKey,
-    check_host_key,
-    fingerprint,
-    known_keys,
-    read_certificate,
-)
 
 PROMPT_TIMEOUT: Final = 60.0  # seconds; sshd's own limit for a login (LoginGraceTime) is 120
 # In Python, AES-GCM costs a third of AES-CTR with an HMAC. Algorithms that OpenSSH no longer offers are left out.
@@ -90,7 +82,6 @@ class LoginAnswers:
 
     @property
     def can_answer(self) -> bool:
-        """Whether there may be a further answer."""
         return bool(self._from_file or self._remembered) or self.may_prompt
 
     def answer(self, login: str, prompt: str, *, echo: bool = False) -> str:
@@ -204,7 +195,7 @@ def log_in(sock: Any, destination: Destination, answers: LoginAnswers, *, timeou
 
     ``timeout`` (seconds) limits each step that waits for the host alone.
     """
-    known = known_keys(destination.known_hosts_name, destination.known_hosts)
+    known = host_keys.known_keys(destination.known_hosts_name, destination.known_hosts)
     transport = _Transport(sock, known)
     transport.set_log_channel(_PARAMIKO_LOG)
     try:
@@ -215,7 +206,7 @@ def log_in(sock: Any, destination: Destination, answers: LoginAnswers, *, timeou
         options.digests = [mac for mac in MACS if mac in options.digests]
         _start_client(transport, destination, timeout)
         key = transport.get_remote_server_key()
-        check_host_key(destination.known_hosts_name, key, known, destination.known_hosts, _certificate(key))
+        host_keys.check_host_key(destination.known_hosts_name, key, known, destination.known_hosts, _certificate(key))
         _Login(transport, destination, answers).run()
         answers.keep()
     except BaseException:
@@ -241,7 +232,7 @@ def _start_client(transport: paramiko.Transport, destination: Destination, timeo
 class _Transport(paramiko.Transport):  # type: ignore[misc]
     """Requests a host key that can be checked: of a known kind, or a certificate if authorities are known."""
 
-    def __init__(self, sock: Any, known: list[KnownKey]) -> None:
+    def __init__(self, sock: Any, known: list[host_keys.KnownKey]) -> None:
         super().__init__(sock)
         self._kinds = {line.kind for line in known if not line.authority}
         if "ssh-rsa" in self._kinds:  # an RSA key has two signature algorithms with names of their own
@@ -252,15 +243,17 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]
     def preferred_keys(self) -> tuple[str, ...]:
         """The kinds of host keys to request, the preferred one first."""
         plain = sorted(self._preferred_keys, key=lambda kind: kind not in self._kinds)
-        return (*(f"{kind}{CERTIFICATE_SUFFIX}" for kind in plain), *plain) if self._certified else tuple(plain)
+        return (
+            (*(f"{kind}{host_keys.CERTIFICATE_SUFFIX}" for kind in plain), *plain) if self._certified else tuple(plain)
+        )
 
 
-def _certificate(key: paramiko.PKey) -> HostCertificate | None:
+def _certificate(key: paramiko.PKey) -> host_keys.HostCertificate | None:
     """Return the certificate of a host key, if it came with one. Raises SshError if it cannot be read."""
     if key.public_blob is None:
         return None
     try:
-        return read_certificate(key.public_blob.key_blob)
+        return host_keys.read_certificate(key.public_blob.key_blob)
     except ValueError as error:
         raise SshError(str(error)) from error
 
@@ -370,7 +363,7 @@ class _Login:
         if self._destination.identities_only:
             wanted = {blob for path in self._destination.identities for blob in _public_blob(path)}
             keys = [key for key in keys if key.asbytes() in wanted]
-        return [(key, f"agent's {key.get_name()} {fingerprint(key.asbytes())}") for key in keys]
+        return [(key, f"agent's {key.get_name()} {host_keys.fingerprint(key.asbytes())}") for key in keys]
 
     def _file_keys(self) -> Iterator[tuple[paramiko.PKey, str]]:
         for path in self._destination.identities:
@@ -379,10 +372,12 @@ class _Login:
             key = self._load(path)
             if key is None:
                 continue
-            for certificate in (f"{path}-cert.pub", *self._destination.certificates):
-                certified = _with_certificate(key, certificate)
-                if certified is not None:
-                    yield certified, certificate
+            for certificate in filter(os.path.exists, (f"{path}-cert.pub", *self._destination.certificates)):
+                try:
+                    key.load_certificate(certificate)
+                except (paramiko.SSHException, OSError, ValueError):  # it belongs to another key
+                    continue
+                yield key, certificate
             key.public_blob = None
             yield key, path
 
@@ -426,17 +421,6 @@ def _read_key(path: str, passphrase: str | None) -> paramiko.PKey:
         except (paramiko.SSHException, ValueError, IndexError) as error:
             last_error = error
     raise paramiko.SSHException(str(last_error)) from last_error
-
-
-def _with_certificate(key: paramiko.PKey, certificate: str) -> paramiko.PKey | None:
-    """Return the key with the certificate; None if there is no certificate or it belongs to another key."""
-    if not os.path.exists(certificate):
-        return None
-    try:
-        key.load_certificate(certificate)
-    except (paramiko.SSHException, OSError, ValueError):
-        return None
-    return key
 
 
 def _public_blob(path: str) -> list[bytes]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from gateway_slurm._util import Backoff, TaskSet
-from gateway_slurm.errors import ConfigError, GatewaySlurmError, SshError
+from gateway_slurm.errors import GatewaySlurmError, SshError
 from gateway_slurm.slurm.access import AcceptLauncher, LauncherLink
 from gateway_slurm.slurm.ssh.connection import SshConnection
 from gateway_slurm.slurm.ssh.login_node import protocol
@@ -249,7 +249,6 @@ class SshRelay:
                 self._connections[number].received(kind, payload)
 
     def forget(self, number: int) -> None:
-        """Drop the connection of this number, which has ended."""
         self._connections.pop(number, None)
 
 
@@ -273,7 +272,6 @@ class RelayedConnection(asyncio.Transport):
     # -- Frames from the relay --
 
     def received(self, kind: int, payload: bytes) -> None:
-        """Handle one frame of this connection."""
         if kind == protocol.DATA:
             self._data(payload)
         elif kind == protocol.CREDIT:
@@ -344,7 +342,6 @@ class RelayedConnection(asyncio.Transport):
             self._pump()
 
     def abort(self) -> None:
-        """Close at once."""
         self._closing = True
         self._waiting.clear()
         self._pump()
@@ -365,10 +362,3 @@ class RelayedConnection(asyncio.Transport):
                 self.link.pause_writing()
             else:
                 self.link.resume_writing()
-
-
-def check_relay_address(address: str) -> str:
-    """Return ``address`` if it is a host name or an IP address without a port. Raises ConfigError."""
-    if address and (address.startswith("[") or any(character in address for character in "/@ ")):
-        raise ConfigError(f"SlurmService.relay_address must be a host name or an IP address, not {address!r}")
-    return address

@@ -232,7 +232,6 @@ class RemoteProcess(DetachedProcess):
         return self._status
 
     async def _watch_again(self) -> None:
-        """Watch the process over a new connection."""
         backoff = Backoff(_RETRY_DELAY, _MAX_RETRY_DELAY)
         while True:
             try:

@@ -162,7 +162,7 @@ async def test_nothing_watched_nothing_asked(slurm: FakeSlurm, watcher: JobWatch
     """There is no request before the first watch or after the last unwatch."""
     slurm.table = {"1": "PENDING"}
     watcher.watch("1", lambda info: watcher.unwatch("1"))
-    await until(lambda: not watcher.watched)
+    await until(lambda: not watcher._watched)
     asked = len(slurm.asked)
     task = watcher._task
     assert task is not None

@@ -48,7 +48,6 @@ class Commands:
                 data = data[os.write(1, data) :]
 
     def handle(self, kind: int, number: int, payload: bytes) -> None:
-        """Carry out one frame's request."""
         if kind == protocol.PING:
             self.send(protocol.PONG, number)
         elif kind == protocol.KILL:

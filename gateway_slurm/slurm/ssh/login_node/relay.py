@@ -94,7 +94,6 @@ class RelayProgram:
             self._selector.modify(file, events, data)
 
     def _send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Queue a frame for the server."""
         self._stdout += protocol.frame(kind, number, payload)
 
     def _flush(self) -> None:
