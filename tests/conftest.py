@@ -16,7 +16,8 @@ from jupyter_client import KernelManager
 
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
-from helpers import kernel_clients
+from helpers import kernel_clients, slurm_accesses
+from helpers.login_node import LoginNode, login_node, sessions
 from helpers.postgres import PrivatePostgres, private_postgres
 from helpers.private_slurm import jobs_of, poll, private_cluster, slurm
 
@@ -185,6 +186,41 @@ def admin_settings(service: SlurmService) -> Iterator[Callable[..., SlurmService
     yield write
     for path in written:
         path.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[LoginNode]:
+    """A login node that forwards nothing."""
+    with login_node() as node:
+        yield node
+
+
+@pytest.fixture(params=slurm_accesses.ACCESSES)
+def access(
+    request: pytest.FixtureRequest,
+    cluster: PrivateCluster,
+    kernelspecs: Path,
+    admin_settings: Callable[..., SlurmService],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[slurm_accesses.SlurmAccess]:
+    """An access to Slurm: each test that asks for it runs by Slurm's commands, over SSH and by REST.
+
+    The module's ``cluster`` must have slurmrestd. By REST no command of Slurm's in this process finds the cluster.
+    After a test over SSH nothing runs on the login node.
+    """
+    name, node = str(request.param), None
+    if name == slurm_accesses.REST:
+        monkeypatch.delenv("SLURM_CONF")
+        slurm_accesses.keep_ipython_out_of_home(kernelspecs)
+    elif name == slurm_accesses.SSH:
+        node = request.getfixturevalue("node")
+    settings = slurm_accesses.settings_of(name, cluster, node, tmp_path)
+    yield slurm_accesses.SlurmAccess(name, settings, admin_settings)
+    if node is not None:
+        if SlurmService._instance is not None:
+            SlurmService._instance.close()
+        assert poll(lambda: sessions(node) == [], timeout=15), sessions(node)
 
 
 @pytest.fixture(params=["tunnel", "direct"])

@@ -12,20 +12,23 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.store import AllocationRecord, Registry
+from gateway_slurm.testing import PrivateCluster
 from gateway_slurm.testing.processes import free_port
 from helpers.daemons import start_daemon, stop_daemon
 from helpers.doctor_cli import REQUEST, STEPS, check_path, command, failed_at
 from helpers.failing_starts import all_nodes_taken, jobs_of_ours, nothing_left, spec
 from helpers.kernel_clients import IPYKERNEL, READY, install_kernelspec, write_admin_settings
-from helpers.login_node import LoginNode, login_node, make_key
+from helpers.login_node import make_key
 from helpers.private_slurm import poll
+from helpers.rest_cluster import cluster_with_rest, write_token
+from helpers.slurm_accesses import BY_REST, COMMANDS, REST, SSH
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[LoginNode]:
-    """A login node that forwards nothing."""
-    with login_node() as node:
-        yield node
+def cluster() -> Iterator[PrivateCluster]:
+    """A cluster with slurmrestd, in place of the session's."""
+    with cluster_with_rest() as private:
+        yield private
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +42,30 @@ def state(kernelspecs, tmp_path, monkeypatch) -> None:
 # -- checks that pass --------------------------------------------------------------------------------------
 
 
-def test_every_step_passes_with_slurms_commands_on_this_machine(service, cluster):
-    """An account and a partition suffice: ipykernel of the launcher's Python is started, and nothing is left."""
+# What the result of some steps names by each access; "{port}" is the port of the login node.
+SAID = {
+    COMMANDS: {"slurm": "batch*"},
+    SSH: {"login": "127.0.0.1:{port}", "slurm": "batch*"},
+    REST: {"login": "serves v0.0.", "slurm": "batch"},
+}
+
+
+def test_every_step_passes(access, node, cluster):
+    """An account and a partition suffice: ipykernel of the launcher's Python is started, and nothing is left.
+
+    Over SSH the launcher dials the relay on the login node. By REST, version and partitions come from slurmrestd.
+    """
+    access.service()
     output = check_path(*REQUEST)
     assert output.is_good, output.steps
     assert output.said("execute").startswith("2 ")
-    assert "batch*" in output.said("slurm")
-    assert "22." in output.said("slurm") or "version 2" in output.said("slurm")
+    for step, words in SAID[access.name].items():
+        assert words.format(port=node.port) in output.said(step)
+    if access.name != REST:
+        assert "22." in output.said("slurm") or "version 2" in output.said("slurm")
+    assert "partition batch" in output.said("submit")
     assert sys.executable in output.said("python")
-    assert nothing_left(cluster)
+    assert poll(lambda: nothing_left(cluster), timeout=1)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +87,6 @@ def test_without_options_the_first_kernelspec_is_taken(service, cluster):
     path = os.path.join(os.environ["JUPYTER_PATH"], "kernels", "slurm")
     assert failed_at(output := check_path("--kernelspec", path, "--partition", "nosuch"), "submit", "nosuch")
     assert f"kernelspec {path} with" in output.said("settings")
-
-
-def test_every_step_passes_over_ssh(node, admin_settings, cluster):
-    """The launcher dials the relay on the login node, and the result names its address."""
-    admin_settings(**node.settings(), relay="always")
-    output = check_path(*REQUEST)
-    assert output.is_good, output.steps
-    assert f"127.0.0.1:{node.port}" in output.said("login")
-    assert poll(lambda: nothing_left(cluster), timeout=1)
 
 
 def test_a_line_for_each_step_is_printed_and_findings_follow(service, cluster):
@@ -164,15 +173,35 @@ def test_a_refused_login_is_reported_with_the_keys_that_were_tried(node, admin_s
     assert failed_at(check_path(*REQUEST), "login", "publickey", "stranger", "SlurmService.ssh_identity_files")
 
 
-def test_a_login_node_without_sshd_python_or_slurm_is_reported(node, admin_settings):
+@pytest.mark.parametrize("access", [SSH, REST], indirect=True)
+def test_a_port_without_a_listener_is_reported_with_the_setting(access):
+    """Where sshd or slurmrestd does not run."""
+    port = free_port()
+    url, words = {
+        SSH: (f"ssh://127.0.0.1:{port}", (f"port {port}", "refused")),
+        REST: (f"rest+http://127.0.0.1:{port}", (str(port),)),
+    }[access.name]
+    access.service(cluster=url)
+    assert failed_at(check_path(*REQUEST), "login", *words, "SlurmService.cluster")
+
+
+def test_a_login_node_without_python_or_slurm_is_reported(node, admin_settings):
     """Each with the setting to change."""
     settings = node.settings()
-    admin_settings(**{**settings, "cluster": f"ssh://127.0.0.1:{(port := free_port())}"})
-    assert failed_at(check_path(*REQUEST), "login", f"port {port}", "refused", "SlurmService.cluster")
     admin_settings(**{**settings, "ssh_python": "nosuchpython"})
     assert failed_at(check_path(*REQUEST), "login", "nosuchpython", "ssh_python")
     admin_settings(**{**settings, "slurm_path": "/nonexistent"})
     assert failed_at(check_path(*REQUEST), "slurm", "not found", "SlurmService.slurm_path")
+
+
+@BY_REST
+def test_a_token_that_is_refused_is_reported_with_the_setting(access, tmp_path):
+    """Either slurmrestd does not accept it, or other users can read its file."""
+    file = write_token(tmp_path / "token", "eyJhbGciOiJIUzI1NiJ9.eyJzdW4iOiJyb290In0.x")
+    access.service(rest_token_command=[], rest_token_file=str(file))
+    assert failed_at(check_path(*REQUEST), "slurm", "token has expired or is not valid", "rest_token_command")
+    file.chmod(0o644)
+    assert failed_at(check_path(*REQUEST), "login", str(file), "rest_token_file")
 
 
 def test_a_relay_whose_port_is_taken_is_reported(node, admin_settings):

@@ -45,6 +45,17 @@ def jobs_of(cluster: PrivateCluster) -> list[str]:
     return output.splitlines()
 
 
+def state_of(cluster: PrivateCluster, jobid: str) -> str:
+    """The state that squeue shows of a job; empty for one that it does not list (any more)."""
+    return {line.split()[0]: line.split()[1] for line in jobs_of(cluster)}.get(jobid, "")
+
+
+def steps_of(cluster: PrivateCluster, jobid: str) -> list[str]:
+    """The numbers of the job's running steps, without the batch step."""
+    lines = slurm("squeue", "--steps", "--noheader", f"--jobs={jobid}", "--format=%i", cluster=cluster).stdout.split()
+    return [line.partition(".")[2] for line in lines if not line.endswith((".batch", ".extern"))]
+
+
 @contextmanager
 def private_cluster(**options: Any) -> Iterator[PrivateCluster]:
     """A real Slurm of four nodes with two pretended GPUs each; nothing of it is left afterwards."""

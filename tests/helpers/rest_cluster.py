@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from gateway_slurm.slurm.rest.driver import RestDriver, Slurmrestd
+from gateway_slurm.slurm.rest.http import RestClient
+from gateway_slurm.slurm.rest.tokens import FileTokens
+from gateway_slurm.slurm.url import parse_cluster_url
 from gateway_slurm.testing import PrivateCluster
 from helpers.private_slurm import private_cluster
 
@@ -36,6 +40,17 @@ def cluster_by_rest() -> Iterator[PrivateCluster]:
             os.environ["SLURM_CONF"] = before
 
 
+@contextmanager
+def cluster_with_rest() -> Iterator[PrivateCluster]:
+    """A cluster with slurmrestd that SLURM_CONF names, for modules whose tests run by several accesses to Slurm."""
+    with cluster_by_rest() as private:
+        os.environ.update(private.environment())
+        try:
+            yield private
+        finally:
+            del os.environ["SLURM_CONF"]
+
+
 def mint_command(cluster: PrivateCluster, counted: Path, *, lifespan: int = 600) -> list[str]:
     """A value for SlurmService.rest_token_command; ``counted`` gets a line for each token."""
     return [sys.executable, "-c", _MINT, str(counted), str(cluster.slurm_conf), str(lifespan), "{user}"]
@@ -48,3 +63,13 @@ def write_token(path: Path, token: str) -> Path:
     temporary.write_text(token + "\n")
     temporary.replace(path)
     return path
+
+
+@asynccontextmanager
+async def driver_for(url: str, token_file: Path, timeout: float = 60) -> AsyncIterator[RestDriver]:
+    """A driver for a slurmrestd."""
+    rest = Slurmrestd(RestClient(parse_cluster_url(url), timeout=timeout), FileTokens(str(token_file)))
+    try:
+        yield RestDriver(rest, USER, find_launcher=lambda _jobid: None)
+    finally:
+        rest.client.close()

@@ -1,9 +1,11 @@
-"""Log in to a test login node, and find the user of the login."""
+"""Log in to a test login node: find the user of the login, and run commands there."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from gateway_slurm.slurm.ssh.config import Destination, resolve_destination
@@ -11,6 +13,7 @@ from gateway_slurm.slurm.ssh.connection import SshConnection
 from gateway_slurm.slurm.ssh.login import Credentials
 from gateway_slurm.slurm.ssh.runner import SshRunner
 from gateway_slurm.slurm.url import parse_cluster_url
+from helpers.login_node import LoginNode
 
 
 def logged_in(
@@ -37,5 +40,31 @@ async def _whoami(destination: Destination, credentials: Credentials) -> str:
     try:
         runner = SshRunner(connection, None, None, timeout=20)
         return (await runner.run(["id", "-un"])).stdout.strip()
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def runner_for(
+    node: LoginNode,
+    *,
+    port: int = 0,
+    timeout: float = 20,
+    heartbeat: float = 10,
+    python: str = "/usr/bin/python3",
+    slurm_conf: str | None = None,
+) -> AsyncIterator[SshRunner]:
+    """A runner on the node; it connects to ``port`` if a proxy is in between."""
+    url = parse_cluster_url(node.url.replace(f":{node.port}", f":{port or node.port}"))
+    destination = resolve_destination(
+        url,
+        config_file=str(node.directory / "ssh_config"),
+        identity_files=(str(node.key),),
+        known_hosts=(str(node.known_hosts(*([port] if port else []))),),
+    )
+    log = logging.getLogger("test")
+    connection = SshConnection(destination, Credentials(), python=python, timeout=20, heartbeat=heartbeat, log=log)
+    try:
+        yield SshRunner(connection, None, slurm_conf, timeout=timeout)
     finally:
         await connection.close()

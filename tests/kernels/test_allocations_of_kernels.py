@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway_slurm.errors import AllocationEnded, KernelStartError, RequestError, SubmitRefused
+from gateway_slurm.errors import AllocationEnded, KernelStartError, RequestError
 from helpers.kernel_clients import (
     JOB,
     READY,
@@ -213,13 +213,6 @@ def test_time_cpus_and_memory_reach_slurm(service, kernelspecs, cluster):
     with running_kernel("more") as (manager, _client):
         argv = ["squeue", "--noheader", f"--jobs={jobid_of(manager)}", "--format=%l %C %m"]
         assert slurm(*argv, cluster=cluster).stdout.split() == ["20:00", "2", "300M"]
-
-
-def test_a_refusal_is_told_in_slurms_words(service, kernelspecs):
-    """A partition that is not there fails at once, with what sbatch said, and leaves no job."""
-    install_kernelspec(kernelspecs, "nowhere", config_overrides={"partition": "nowhere"})
-    with pytest.raises(SubmitRefused, match="nvalid partition name"), running_kernel("nowhere"):
-        pass
 
 
 @pytest.mark.parametrize(

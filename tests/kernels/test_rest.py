@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import logging
 import pwd
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from jupyter_client import AsyncKernelManager
 
-from gateway_slurm.errors import AllocationError, ConfigError, SlurmUnavailable, SubmitRefused
+from gateway_slurm.errors import AllocationError, ConfigError, SlurmUnavailable
+from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
 from gateway_slurm.testing.processes import job_processes
@@ -24,19 +25,16 @@ from helpers.daemons import slurm_token, start_daemon, stop_daemon
 from helpers.kernel_clients import (
     JOB,
     KERNEL_NAMES,
-    PID,
     READY,
     async_execute,
     async_kernel,
-    async_until_reply,
     forget_service,
     install_kernelspec,
     jobid_of,
     poll_async,
-    until_printed,
     write_admin_settings,
 )
-from helpers.private_slurm import jobs_of, poll, slurm
+from helpers.private_slurm import jobs_of, poll, slurm, state_of, steps_of
 from helpers.slurm_versions import slurm_says
 
 NODE = "import os; print(os.environ['SLURMD_NODENAME'])"
@@ -95,17 +93,6 @@ def service(by_rest: Settings) -> SlurmService:
     return by_rest()
 
 
-def state_of(cluster: PrivateCluster, jobid: str) -> str:
-    """What squeue says of a job; empty for one that it does not list."""
-    return {line.split()[0]: line.split()[1] for line in jobs_of(cluster)}.get(jobid, "")
-
-
-def steps_of(cluster: PrivateCluster, jobid: str) -> list[str]:
-    """The numbers of the job's steps that run, without the batch step's."""
-    lines = slurm("squeue", "--steps", "--noheader", f"--jobs={jobid}", "--format=%i", cluster=cluster).stdout.split()
-    return [line.partition(".")[2] for line in lines if not line.endswith((".batch", ".extern"))]
-
-
 def requests(service: SlurmService) -> int:
     """How often slurmrestd was asked."""
     return sum(count for name, count in service.runner.counts.items() if name.startswith("slurmrestd"))
@@ -128,30 +115,6 @@ async def start_error(name: str) -> BaseException:
         return error
 
 
-async def test_a_kernels_life(cluster, service, kernel_name):
-    """Start, execute, interrupt, restart, shut down; Slurm is asked for the job, and not again at a restart."""
-    async with async_kernel(kernel_name) as (manager, client):
-        jobid = jobid_of(manager)
-        assert await async_execute(client, JOB) == jobid
-        assert state_of(cluster, jobid) == "RUNNING"
-        first = await async_execute(client, PID)
-        sleeping = client.execute("import time\nprint('go')\ntime.sleep(600)")
-        await until_printed(client, "go")
-        await manager.interrupt_kernel()
-        assert (await async_until_reply(client, sleeping))["content"]["ename"] == "KeyboardInterrupt"
-        assert await async_execute(client, "print(1)") == "1"
-        before = requests(service)
-        await manager.restart_kernel()
-        await client.wait_for_ready(timeout=READY)
-        assert await async_execute(client, PID) != first
-        assert jobid_of(manager) == jobid
-        assert requests(service) == before
-    assert await poll_async(lambda: state_of(cluster, jobid) == "", timeout=READY)
-    assert poll(lambda: job_processes(cluster.slurm_conf) == [], timeout=READY)
-    # What makes tokens is the one command that ran.
-    assert {name for name in service.runner.counts if not name.startswith("slurmrestd")} == {sys.executable}
-
-
 async def test_the_job_has_a_login_environment(service):
     """slurmrestd gives a job no HOME and no PATH; the kernel has both, as the node's user database says."""
     async with async_kernel("slurm") as (_manager, client):
@@ -159,35 +122,6 @@ async def test_the_job_has_a_login_environment(service):
     assert user == rest_cluster.USER
     assert home == pwd.getpwnam(rest_cluster.USER).pw_dir
     assert int(paths) >= 1
-
-
-async def test_further_kernels_in_the_job(cluster, service, kernelspecs):
-    """By jobid: beside the first; on another node; with a share of its own. All by the job's own launcher."""
-    spec(kernelspecs, "two", nodes="2", gpus="1", runtime="5")
-    async with contextlib.AsyncExitStack() as stack:
-        manager, client = await stack.enter_async_context(async_kernel("two"))
-        jobid, node = jobid_of(manager), await async_execute(client, NODE)
-        before = requests(service)
-        spec(kernelspecs, "beside", jobid=jobid, node=node)
-        _manager, beside = await stack.enter_async_context(async_kernel("beside"))
-        assert await async_execute(beside, NODE) == node
-        assert steps_of(cluster, jobid) == []
-        other = next(name for name in service.allocations_of("")[0]["nodes"] if name != node)
-        spec(kernelspecs, "other", jobid=jobid, node=other)
-        _manager, there = await stack.enter_async_context(async_kernel("other"))
-        assert await async_execute(there, NODE) == other
-        assert len(steps_of(cluster, jobid)) == 1
-        isolated = {"jobid": jobid, "node": node, "isolate": True, "gpus": "1", "cpus": 1, "memory": "200M"}
-        spec(kernelspecs, "apart", **isolated)
-        apart, own = await stack.enter_async_context(async_kernel("apart"))
-        assert await async_execute(own, GPUS) in ("0", "1")
-        assert len(steps_of(cluster, jobid)) == 2
-        assert requests(service) == before
-        await apart.shutdown_kernel()
-        assert await poll_async(lambda: len(steps_of(cluster, jobid)) == 1, timeout=READY)
-        assert await async_execute(there, JOB) == jobid
-    assert await poll_async(lambda: state_of(cluster, jobid) == "", timeout=READY)
-    assert poll(lambda: job_processes(cluster.slurm_conf) == [], timeout=READY)
 
 
 async def test_a_share_that_is_not_free_is_refused(service, kernelspecs):
@@ -229,32 +163,6 @@ async def test_a_job_in_which_somebody_works_is_kept(cluster, service):
         other.terminate()
         await other.wait()
     assert await poll_async(lambda: state_of(cluster, jobid) == "", timeout=READY)
-
-
-async def test_a_start_that_is_cancelled_takes_its_pending_job_with_it(cluster, service):
-    """Cancelled while the job waits in the queue, it leaves none there."""
-    argv = ["sbatch", "--parsable", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 300"]
-    taken = slurm(*argv, cluster=cluster).stdout.strip()
-    assert await poll_async(lambda: state_of(cluster, taken) == "RUNNING", timeout=READY)
-    try:
-        starting = asyncio.ensure_future(start_error("slurm"))
-        assert await poll_async(lambda: len(jobs_of(cluster)) == 2, timeout=READY)
-        waiting = next(row for row in service.allocations_of("") if row["jobid"])
-        assert waiting["state"] == "PENDING"
-        starting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await starting
-        assert await poll_async(lambda: len(jobs_of(cluster)) == 1, timeout=READY)
-    finally:
-        slurm("scancel", taken, cluster=cluster)
-
-
-async def test_refused_in_slurms_words(service, kernelspecs):
-    """A wrong partition is an error at once, in Slurm's words."""
-    spec(kernelspecs, "wrong", partition="nope")
-    error = await start_error("wrong")
-    assert isinstance(error, SubmitRefused)
-    assert "Invalid partition name specified" in str(error)
 
 
 async def test_a_job_that_somebody_else_made_is_refused(cluster, service, kernelspecs):
@@ -362,14 +270,6 @@ async def test_slurmrestd_is_restarted(cluster, service):
             assert await async_execute(other, "print(2)") == "2"
 
 
-async def test_scancel_is_noticed(cluster, service):
-    """A job that somebody ends with scancel takes its kernel with it, and the service knows."""
-    async with async_kernel("slurm") as (manager, _client):
-        jobid = jobid_of(manager)
-        slurm("scancel", jobid, cluster=cluster)
-        assert await poll_async(lambda: service.allocations_of("") == [], timeout=READY)
-
-
 async def test_the_command_line_lists_and_cancels(cluster, service, capfd):
     """``jupyter slurm allocations`` asks slurmrestd, too."""
     from gateway_slurm.cli.app import main
@@ -382,3 +282,64 @@ async def test_the_command_line_lists_and_cancels(cluster, service, capfd):
         assert await asyncio.to_thread(main, ["allocations", "cancel", jobid]) == 0
         assert await poll_async(lambda: state_of(cluster, jobid) in ("", "COMPLETING"), timeout=READY)
     assert poll(lambda: state_of(cluster, jobid) == "", timeout=READY)
+
+
+@pytest.mark.slow
+async def test_slurmctld_is_down_for_a_while(by_rest, cluster, caplog):
+    """Kernels live and restart; a start is refused in Slurm's words; later starts succeed again."""
+    by_rest(watch_interval=0.2)
+    async with async_kernel("slurm") as (manager, client):
+        process = manager.provisioner._handle.process
+        await asyncio.to_thread(stop_daemon, cluster, "slurmctld")
+        try:
+            began = time.monotonic()
+            with pytest.raises(SlurmUnavailable) as refused:
+                await AsyncKernelManager(kernel_name="slurm").start_kernel()
+            assert "Unable to contact slurm controller" in str(refused.value)
+            # slurmrestd itself waits for ten.
+            assert time.monotonic() - began < 20
+            await manager.restart_kernel()
+            await client.wait_for_ready(timeout=READY)
+            # A link that breaks meanwhile does not mean that the job is over.
+            launcher = psutil.Process(int(await async_execute(client, "import os; print(os.getppid())")))
+            launcher.suspend()
+            process.launcher.link.close("broken by the test")
+            assert process.phase is Phase.LOST
+            assert await poll_async(lambda: "Slurm did not report the jobs" in caplog.text, timeout=READY)
+            assert process.phase is Phase.LOST
+            launcher.resume()
+            assert await poll_async(lambda: process.phase is Phase.RUNNING, timeout=READY)
+            assert await async_execute(client, "print(1)") == "1"
+        finally:
+            await asyncio.to_thread(start_daemon, cluster, "slurmctld")
+        async with async_kernel("slurm") as (_second, other):
+            assert await async_execute(other, "print(2)") == "2"
+    assert await poll_async(lambda: jobs_of(cluster) == [], timeout=READY)
+    assert poll(lambda: job_processes(cluster.slurm_conf) == [], timeout=READY)
+
+
+async def test_the_token_is_in_no_log_and_no_command_line(by_rest, cluster, tmp_path, monkeypatch, caplog):
+    """Neither this process nor the launcher logs it at any level, with slurmrestd and without it."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    caplog.set_level(logging.DEBUG)
+    token = slurm_token(cluster, rest_cluster.USER)
+    path = rest_cluster.write_token(tmp_path / "token", token)
+    service = by_rest(rest_token_command=[], rest_token_file=str(path), deployment="tests")
+    service._ensure_thread().set_debug(True)
+    async with async_kernel("slurm") as (_manager, client):
+        assert await async_execute(client, "import os; print(any('JWT' in name for name in os.environ))") == "False"
+        lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        assert not any(token in line for line in lines)
+        await asyncio.to_thread(stop_daemon, cluster, "slurmrestd")
+        try:
+            with pytest.raises(SlurmUnavailable):
+                await AsyncKernelManager(kernel_name="slurm").start_kernel()
+        finally:
+            await asyncio.to_thread(start_daemon, cluster, "slurmrestd")
+    assert "slurmrestd" in caplog.text
+    assert token not in caplog.text
+    written = [path.read_text(errors="replace") for path in (tmp_path / "logs").rglob("*") if path.is_file()]
+    assert written
+    assert not any(token in text for text in written)
+    state = [path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file()]
+    assert not any(token.encode() in data for data in state)

@@ -18,18 +18,10 @@ from gateway_slurm.testing.processes import free_port
 from helpers.doctor_cli import REQUEST, PathCheckOutput, check_path, failed_at
 from helpers.failing_starts import nothing_left, start_error
 from helpers.kernel_clients import AUTO_KERNEL, execute, install_auto, running_kernel, write_admin_settings
-from helpers.login_node import LoginNode, login_node
 from helpers.namespaces import IsolatedNetwork, forward_into, forward_out, isolated_network, silent_port
 from launchers.dial import HEAD_START
 
 Settings = Callable[..., SlurmService]
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[LoginNode]:
-    """A login node that forwards nothing."""
-    with login_node() as node:
-        yield node
 
 
 @pytest.fixture(scope="module")

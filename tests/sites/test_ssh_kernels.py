@@ -17,33 +17,23 @@ import pytest
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.service import SlurmService
-from helpers.failing_starts import nothing_left, script, spec, start_error
+from helpers.failing_starts import nothing_left, script, start_error
 from helpers.kernel_clients import (
     PID,
     READY,
-    async_execute,
     async_kernel,
-    commands_run,
     execute,
-    job_state,
     jobid_of,
     processes_of_job,
     running_kernel,
     until_printed,
     until_reply,
 )
-from helpers.login_node import LoginNode, login_node, sessions
+from helpers.login_node import LoginNode, sessions
 from helpers.private_slurm import jobs_of, poll
 from helpers.tcp_proxy import TcpProxy, tcp_proxy_to
 
 KILLED_FOR = 20.0  # seconds
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[LoginNode]:
-    """A login node that forwards nothing."""
-    with login_node() as node:
-        yield node
 
 
 @pytest.fixture
@@ -79,31 +69,6 @@ def unreachable(service: SlurmService) -> Iterator[None]:
 def relay_of(service: SlurmService) -> Any:
     """The server's end of the relay."""
     return service.access.relay  # type: ignore[attr-defined]
-
-
-async def test_a_kernel_starts_executes_is_interrupted_restarted_and_shut_down(by_ssh, cluster, kernel_name):
-    """All that users do works, and nothing is left on either side."""
-    service = by_ssh()
-    async with async_kernel(kernel_name) as (manager, client):
-        jobid = jobid_of(manager)
-        assert await async_execute(client, "x = 6; print(x * 7)") == "42"
-        client.execute("import time\nprint('begun')\ntime.sleep(100)")
-        await until_printed(client, "begun")
-        await manager.interrupt_kernel()
-        with pytest.raises(AssertionError, match="KeyboardInterrupt"):
-            await async_execute(client, "time.sleep(0.1); raise KeyboardInterrupt")
-        assert await async_execute(client, "print(x)") == "6"
-        asked = commands_run(service)
-        await manager.restart_kernel()
-        await client.wait_for_ready(timeout=READY)
-        assert await async_execute(client, "print('x' in globals())") == "False"
-        assert jobid_of(manager) == jobid
-        assert commands_run(service) == asked
-        assert relay_of(service).was_used
-        await manager.shutdown_kernel()
-    assert poll(lambda: job_state(jobid) == "", timeout=15)
-    assert nothing_left(cluster)
-    assert set(service.runner.counts) <= {"sbatch", "squeue", "scancel"}
 
 
 async def test_100_mb_of_output_arrive_whole(by_ssh):
@@ -221,18 +186,6 @@ def test_a_warm_start_needs_no_new_connection_channel_or_round_trip_but_slurms_c
             execute(second, "print(2)")
             assert dict(counts) == {"connect": 1, "connected": 1, "channel": 2, "request": 2}
             assert dict(service.runner.counts) == {"sbatch": 2}
-
-
-def test_an_isolated_kernel_gets_its_step_by_srun_on_the_login_node(by_ssh, cluster, kernelspecs):
-    """A second launcher in a job that is there; its srun ends with it."""
-    service = by_ssh()
-    with running_kernel("slurm") as (manager, client):
-        name = spec(kernelspecs, jobid=jobid_of(manager), isolate=True, cpus=1)
-        with running_kernel(name) as (other, second):
-            assert jobid_of(other) == jobid_of(manager)
-            assert execute(second, PID) != execute(client, PID)
-            assert service.runner.counts["srun"] == 1
-    assert nothing_left(cluster)
 
 
 def test_launchers_that_reach_the_server_do_not_take_the_relay(by_ssh):

@@ -1,10 +1,10 @@
-"""The driver against a real Slurm."""
+"""The drivers with a real Slurm: by Slurm's commands, over SSH and by REST."""
 
 from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,31 +18,61 @@ from gateway_slurm.errors import (
     Unanswered,
     UnknownJob,
 )
-from gateway_slurm.slurm.driver import CommandLineDriver
+from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
 from gateway_slurm.slurm.formats import Meaning, expand_hostlist
 from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.watcher import JobWatcher
 from gateway_slurm.testing import PrivateCluster
-from helpers.daemons import start_daemon, stop_daemon
+from helpers.daemons import slurm_token, start_daemon, stop_daemon
 from helpers.driver_jobs import SLEEP, WITHIN, Jobs, failure, submitting, until
+from helpers.login_node import LoginNode
+from helpers.private_slurm import slurm
+from helpers.rest_cluster import USER, cluster_with_rest, driver_for, write_token
+from helpers.slurm_accesses import ACCESSES, COMMANDS, REST, SSH
+from helpers.ssh_login import runner_for
+
+BY_COMMANDS = pytest.mark.parametrize("access_name", [COMMANDS])
+BY_EACH_RUNNER = pytest.mark.parametrize("access_name", [COMMANDS, SSH])
 
 
-@pytest.fixture
-def driver(cluster: PrivateCluster) -> CommandLineDriver:
-    """The driver on the private cluster."""
-    return CommandLineDriver(Runner())
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[PrivateCluster]:
+    """A cluster with slurmrestd, in place of the session's."""
+    with cluster_with_rest() as private:
+        yield private
+
+
+@pytest.fixture(params=ACCESSES)
+def access_name(request: pytest.FixtureRequest) -> str:
+    """The access to Slurm: each test runs by all of them, unless its decorator names some."""
+    return str(request.param)
 
 
 @pytest_asyncio.fixture
-async def jobs(driver: CommandLineDriver) -> AsyncIterator[Jobs]:
+async def driver(
+    access_name: str, cluster: PrivateCluster, node: LoginNode, tmp_path: Path
+) -> AsyncIterator[SlurmDriver]:
+    """The driver for the private cluster."""
+    if access_name == COMMANDS:
+        yield CommandLineDriver(Runner())
+    elif access_name == SSH:
+        async with runner_for(node, slurm_conf=str(cluster.slurm_conf), timeout=60) as runner:
+            yield CommandLineDriver(runner)
+    else:
+        async with driver_for(cluster.rest_url, write_token(tmp_path / "token", slurm_token(cluster, USER))) as driver:
+            yield driver
+
+
+@pytest_asyncio.fixture
+async def jobs(driver: SlurmDriver) -> AsyncIterator[Jobs]:
     """Jobs that do not outlive the test."""
     async with submitting(driver) as jobs:
         yield jobs
 
 
-async def test_submit_and_describe(jobs: Jobs, driver: CommandLineDriver) -> None:
-    """What was asked for is what Slurm made, odd characters in name and comment included."""
+async def test_submit_and_describe(jobs: Jobs, driver: SlurmDriver) -> None:
+    """Slurm makes the job as the spec asks, with odd characters in its name and comment."""
     name, comment = "a b'\"$(id)\n\x1f|x,:é", "c;\n;d"
     jobid = await jobs.running(name=name, comment=comment, nodes=2, gres=["gpu:1"], time=7)
     info = await driver.describe(jobid)
@@ -52,24 +82,31 @@ async def test_submit_and_describe(jobs: Jobs, driver: CommandLineDriver) -> Non
     assert info.end_time == info.start_time + 7 * 60
 
 
-async def test_environment_reaches_the_job(jobs: Jobs, tmp_path: Path) -> None:
-    """The job gets the variables of its spec, and neither our locale nor our time format."""
+async def test_environment_reaches_the_job(jobs: Jobs, access_name: str, tmp_path: Path) -> None:
+    """The job gets the variables of its spec, and neither this process's locale nor its time format."""
     out = tmp_path / "env"
-    jobid = await jobs.submit(f"#!/bin/sh\nenv >{out}\n", env={"TOKEN": "a b\nc"})
+    jobid = await jobs.submit(f"#!/bin/sh\nenv >{out}\n", env={"TOKEN": "a b\nc", "X": "='\""})
     await jobs.reaches(jobid, Meaning.OVER)
     lines = out.read_text().splitlines()
-    assert "TOKEN=a b" in lines
+    assert {"TOKEN=a b", "c", "X=='\""} <= set(lines)
     assert not [line for line in lines if line.startswith(("LC_ALL=", "SLURM_TIME_FORMAT="))]
+    # slurmrestd passes no environment on: the driver sets what a login would. The commands pass this process's on.
+    login = {"PATH", "HOME", "USER", "LOGNAME", "SHELL"} if access_name == REST else {"PATH", "HOME"}
+    assert {line.partition("=")[0] for line in lines} >= login
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("access_name", "spec", "words"),
     [
-        ({"partition": "nope"}, "invalid partition specified: nope"),
-        ({"gres": ["foo:1"]}, "Invalid generic resource (gres) specification"),
-        ({"reservation": "zz"}, "Requested reservation is invalid"),
-        ({"script": "no script"}, "This does not look like a batch script"),
-        ({"memory": "lots"}, "Invalid --mem specification"),
+        (COMMANDS, {"partition": "nope"}, "invalid partition specified: nope"),
+        (COMMANDS, {"reservation": "zz"}, "Requested reservation is invalid"),
+        (COMMANDS, {"gres": ["foo:1"]}, "Invalid generic resource (gres) specification"),
+        (COMMANDS, {"script": "no script"}, "This does not look like a batch script"),
+        (COMMANDS, {"memory": "lots"}, "Invalid --mem specification"),
+        (SSH, {"partition": "nope"}, "invalid partition specified: nope"),
+        (SSH, {"reservation": "zz"}, "Requested reservation is invalid"),
+        (REST, {"partition": "nope"}, "Invalid partition name specified"),
+        (REST, {"reservation": "zz"}, "Requested reservation is invalid"),
     ],
 )
 async def test_refused_in_slurms_words(jobs: Jobs, spec: dict[str, object], words: str) -> None:
@@ -79,8 +116,9 @@ async def test_refused_in_slurms_words(jobs: Jobs, spec: dict[str, object], word
     assert words in str(error)
 
 
+@BY_EACH_RUNNER
 async def test_one_squeue_for_many(jobs: Jobs, driver: CommandLineDriver) -> None:
-    """One call asks for all jobs, and a job that is not known is not in the answer."""
+    """One squeue asks for all jobs; the answer has no job that Slurm does not know."""
     first, second = await jobs.submit(), await jobs.submit()
     before = driver.runner.counts["squeue"]
     found = await driver.jobs([first, second, "99999999"])
@@ -90,6 +128,7 @@ async def test_one_squeue_for_many(jobs: Jobs, driver: CommandLineDriver) -> Non
     assert await driver.jobs([]) == {}
 
 
+@BY_EACH_RUNNER
 async def test_ids_are_compared_whole(jobs: Jobs, driver: CommandLineDriver) -> None:
     """A job's id that begins with another's is not that other's."""
     jobid = await jobs.running()
@@ -100,26 +139,45 @@ async def test_ids_are_compared_whole(jobs: Jobs, driver: CommandLineDriver) -> 
 
 @pytest.mark.parametrize(("script", "code", "signal"), [("exit 3", 3, None), ("kill -9 $$", 0, 9), ("exit 0", 0, None)])
 async def test_how_a_job_ended(jobs: Jobs, script: str, code: int, signal: int | None) -> None:
-    """A finished job's exit code or signal is known without any accounting database."""
+    """A finished job's exit code or signal is known without an accounting database."""
     jobid = await jobs.submit(f"#!/bin/sh\n{script}\n")
     info = await jobs.reaches(jobid, Meaning.OVER)
     assert (info.exit_code, info.exit_signal) == (code, signal)
     assert info.end_time is not None
 
 
-async def test_cancel(jobs: Jobs, driver: CommandLineDriver) -> None:
-    """Cancelling ends a job, and is fine for one that is over and for one that never was."""
-    jobid = await jobs.running()
+async def test_jobs_are_found_by_name(jobs: Jobs, driver: SlurmDriver) -> None:
+    """The user's own jobs of that name that are not over."""
+    over = await jobs.submit("#!/bin/sh\n", name="ours")
+    lives, _other = await jobs.submit(name="ours"), await jobs.submit(name="another")
+    await jobs.reaches(over, Meaning.OVER)
+    assert set(await driver.find("ours")) == {lives}
+
+
+async def test_cancel(jobs: Jobs, driver: SlurmDriver, access_name: str, tmp_path: Path) -> None:
+    """A running script gets SIGTERM before its job ends; a job that is over or unknown can be cancelled as well."""
+    ready, out = tmp_path / "ready", tmp_path / "out"
+    jobid = await jobs.submit(f"#!/bin/sh\ntrap 'echo bye >{out}; exit' TERM\ntouch {ready}\nsleep 300 & wait\n")
+
+    async def is_ready() -> bool:
+        return ready.exists()
+
+    await until(is_ready, bool)
     await driver.cancel(jobid)
     info = await jobs.reaches(jobid, Meaning.OVER)
-    assert info.state.startswith("CANCELLED")
+    assert info.state == "CANCELLED"
+    assert out.read_text() == "bye\n"
     await driver.cancel(jobid)
     await driver.cancel("99999999")
 
 
-async def test_describe_refuses_what_cannot_be_adopted(jobs: Jobs, driver: CommandLineDriver) -> None:
-    """An array, its task, a heterogeneous job and an unknown one are each refused with the reason."""
-    array = await jobs.submit(extra=["--array=1-2"])
+async def test_describe_refuses_what_cannot_be_adopted(
+    jobs: Jobs, driver: SlurmDriver, cluster: PrivateCluster
+) -> None:
+    """An array, its task and an unknown job are each refused with the reason."""
+    argv = ["sbatch", "--parsable", "--array=1-2", "--wrap=sleep 300"]
+    array = (await asyncio.to_thread(slurm, *argv, cluster=cluster)).stdout.strip()
+    jobs.ids.append(array)
     for jobid in (array, f"{array}_1"):
         error = await failure(driver.describe(jobid))
         assert type(error) is AllocationError
@@ -127,6 +185,7 @@ async def test_describe_refuses_what_cannot_be_adopted(jobs: Jobs, driver: Comma
     assert isinstance(await failure(driver.describe("99999999")), UnknownJob)
 
 
+@BY_EACH_RUNNER
 async def test_step(jobs: Jobs, driver: CommandLineDriver, tmp_path: Path) -> None:
     """A step runs beside the others, on the node asked for, with its environment and a large script."""
     jobid = await jobs.running(nodes=2)
@@ -139,6 +198,7 @@ async def test_step(jobs: Jobs, driver: CommandLineDriver, tmp_path: Path) -> No
     assert out.read_text() == f"{node} bar 100000\n"
 
 
+@BY_EACH_RUNNER
 async def test_steps_are_listed_until_killed(jobs: Jobs, driver: CommandLineDriver) -> None:
     """A running step is listed beside the batch step; killed, it is gone, and the job is not."""
     jobid = await jobs.running()
@@ -152,6 +212,7 @@ async def test_steps_are_listed_until_killed(jobs: Jobs, driver: CommandLineDriv
     assert (await driver.describe(jobid)).meaning is Meaning.USABLE
 
 
+@BY_EACH_RUNNER
 async def test_step_failures(jobs: Jobs, driver: CommandLineDriver) -> None:
     """A step in an unknown job, on a foreign node, or whose program fails is an error of its own kind."""
     jobid = await jobs.running()
@@ -166,6 +227,7 @@ async def test_step_failures(jobs: Jobs, driver: CommandLineDriver) -> None:
         assert type(await failure(asyncio.wait_for(step.wait(), WITHIN))) is kind
 
 
+@BY_COMMANDS
 async def test_hostnames_as_slurm_expands_them(jobs: Jobs, driver: CommandLineDriver) -> None:
     """The host list of a real allocation expands as scontrol expands it."""
     jobid = await jobs.running(nodes=3)
@@ -176,8 +238,8 @@ async def test_hostnames_as_slurm_expands_them(jobs: Jobs, driver: CommandLineDr
     assert expand_hostlist(nodes) == theirs.stdout.split()
 
 
-async def test_watcher_on_the_real_thing(jobs: Jobs, driver: CommandLineDriver) -> None:
-    """The watcher tells of a job's life and of a job that Slurm does not know."""
+async def test_watcher_on_the_real_thing(jobs: Jobs, driver: SlurmDriver) -> None:
+    """The watcher reports the states of a job, and a job that Slurm does not know."""
     watcher = JobWatcher(driver, interval=(0.05, 0.2))
     seen: list[Meaning] = []
     missing: list[object] = []
@@ -198,22 +260,28 @@ async def test_watcher_on_the_real_thing(jobs: Jobs, driver: CommandLineDriver) 
     assert missing[0] is None
 
 
-async def test_controller_down(cluster: PrivateCluster, driver: CommandLineDriver, jobs: Jobs) -> None:
-    """With the controller down every question is "unavailable", and the job is there when it is back."""
+@pytest.mark.parametrize(
+    "access_name", [COMMANDS, *(pytest.param(name, marks=pytest.mark.slow) for name in (SSH, REST))]
+)
+async def test_controller_down(cluster: PrivateCluster, driver: SlurmDriver, access_name: str, jobs: Jobs) -> None:
+    """Without the controller each request fails as "unavailable"; the job is there when the controller is back."""
     jobid = await jobs.running()
     await asyncio.to_thread(stop_daemon, cluster, "slurmctld")
     try:
-        impatient = CommandLineDriver(Runner(timeout=1))
-        asked = [
-            driver.submit(JobSpec(name="t", script=SLEEP)),
+        asked: list[Awaitable[object]] = [
+            driver.submit(JobSpec(name="t", script=SLEEP, comment="t:1")),
             driver.jobs([jobid]),
             driver.describe(jobid),
+            driver.find("t"),
             driver.cancel(jobid),
-            driver.steps(jobid),
-            impatient.jobs([jobid]),
         ]
-        errors = await asyncio.gather(*(failure(one) for one in asked))
+        if access_name != REST:
+            asked.append(driver.steps(jobid))
+        errors = await asyncio.gather(*map(failure, asked))
+        if access_name == COMMANDS:
+            impatient = CommandLineDriver(Runner(timeout=1))
+            assert type(await failure(impatient.jobs([jobid]))) is Unanswered
     finally:
         await asyncio.to_thread(start_daemon, cluster, "slurmctld")
-    assert [type(error) for error in errors] == [SlurmUnavailable] * 5 + [Unanswered]
+    assert [type(error) for error in errors] == [SlurmUnavailable] * len(asked)
     assert (await jobs.reaches(jobid, Meaning.USABLE)).jobid == jobid

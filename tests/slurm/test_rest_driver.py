@@ -1,9 +1,11 @@
-"""The driver for Slurm's REST interface against a real slurmrestd, beside what Slurm's commands say."""
+"""The driver for Slurm's REST interface, with a real slurmrestd, compared with the reports of Slurm's commands.
+
+test_driver.py has what is common to all drivers.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -13,19 +15,16 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from gateway_slurm.errors import AllocationError, SlurmUnavailable, SubmitRefused, UnknownJob
+from gateway_slurm.errors import SlurmUnavailable, SubmitRefused, UnknownJob
 from gateway_slurm.slurm.driver import CommandLineDriver
 from gateway_slurm.slurm.formats import Meaning
 from gateway_slurm.slurm.model import JobSpec
-from gateway_slurm.slurm.rest.driver import MAX_SINGLE_REQUESTS, RestDriver, Slurmrestd
-from gateway_slurm.slurm.rest.http import RestClient
-from gateway_slurm.slurm.rest.tokens import FileTokens
+from gateway_slurm.slurm.rest.driver import MAX_SINGLE_REQUESTS, RestDriver
 from gateway_slurm.slurm.runner import Runner
-from gateway_slurm.slurm.url import parse_cluster_url
 from gateway_slurm.testing import PrivateCluster
 from helpers import rest_cluster
-from helpers.daemons import kill_daemon, slurm_token, start_daemon, stop_daemon
-from helpers.driver_jobs import SLEEP, Jobs, failure, submitting, until
+from helpers.daemons import kill_daemon, slurm_token
+from helpers.driver_jobs import SLEEP, Jobs, failure, submitting
 from helpers.slurm_versions import slurm_says
 
 
@@ -42,20 +41,10 @@ def token_file(cluster: PrivateCluster, tmp_path: Path) -> Path:
     return rest_cluster.write_token(tmp_path / "token", slurm_token(cluster, rest_cluster.USER))
 
 
-@contextlib.asynccontextmanager
-async def asking(url: str, token_file: Path, timeout: float = 60) -> AsyncIterator[RestDriver]:
-    """A driver for a slurmrestd."""
-    rest = Slurmrestd(RestClient(parse_cluster_url(url), timeout=timeout), FileTokens(str(token_file)))
-    try:
-        yield RestDriver(rest, rest_cluster.USER, find_launcher=lambda _jobid: None)
-    finally:
-        rest.client.close()
-
-
 @pytest_asyncio.fixture
 async def driver(cluster: PrivateCluster, token_file: Path) -> AsyncIterator[RestDriver]:
     """The driver on the private cluster."""
-    async with asking(cluster.rest_url, token_file) as driver:
+    async with rest_cluster.driver_for(cluster.rest_url, token_file) as driver:
         yield driver
 
 
@@ -103,7 +92,7 @@ async def test_it_says_what_squeue_says(
 
 
 async def test_a_job_with_more_nodes_than_there_are(jobs: Jobs) -> None:
-    """It waits for ever, with an error beside its id, or it is refused, as the release has it."""
+    """Some releases of Slurm let it wait without a limit, with an error beside its id; others refuse it."""
     if slurm_says("a job with more nodes than there are") == "refused":
         assert isinstance(await failure(jobs.submit(nodes=99)), SubmitRefused)
     else:
@@ -132,30 +121,6 @@ async def test_what_is_asked_for_reaches_slurm(jobs: Jobs, cluster: PrivateClust
     assert {name: said.get(name) for name in wanted} == wanted
 
 
-async def test_the_environment_reaches_the_job(jobs: Jobs, tmp_path: Path) -> None:
-    """The variables of its spec, a PATH, and what a login would set."""
-    out = tmp_path / "env"
-    jobid = await jobs.submit(f"#!/bin/sh\nenv >{out}\n", env={"TOKEN": "a b\nc", "X": "='\""})
-    await jobs.reaches(jobid, Meaning.OVER)
-    lines = out.read_text().splitlines()
-    assert {"TOKEN=a b", "c", "X=='\""} <= set(lines)
-    assert {line.partition("=")[0] for line in lines} >= {"PATH", "HOME", "USER", "LOGNAME", "SHELL"}
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ({"partition": "nope"}, "Invalid partition name specified"),
-        ({"reservation": "zz"}, "Requested reservation is invalid"),
-    ],
-)
-async def test_refused_in_slurms_words(jobs: Jobs, spec: dict[str, object], words: str) -> None:
-    """A job that Slurm refuses is an error at once, in Slurm's words."""
-    error = await failure(jobs.submit(**spec))  # type: ignore[arg-type]
-    assert isinstance(error, SubmitRefused)
-    assert words in str(error)
-
-
 async def test_a_few_are_asked_about_one_by_one_and_many_by_one_list(jobs: Jobs, driver: RestDriver) -> None:
     """A job that is not known is not in the answer; of none nothing is asked."""
     first, second = await jobs.submit(), await jobs.submit()
@@ -169,46 +134,6 @@ async def test_a_few_are_asked_about_one_by_one_and_many_by_one_list(jobs: Jobs,
     assert (counts["slurmrestd GET job"], counts["slurmrestd GET jobs"]) == (3, 1)
     assert await driver.jobs(["99999999"]) == {}
     assert isinstance(await failure(driver.describe("99999999")), UnknownJob)
-
-
-async def test_jobs_are_found_by_name(jobs: Jobs, driver: RestDriver) -> None:
-    """The user's own ones that are not over."""
-    over = await jobs.submit("#!/bin/sh\n", name="ours")
-    lives, _other = await jobs.submit(name="ours"), await jobs.submit(name="another")
-    await jobs.reaches(over, Meaning.OVER)
-    assert set(await driver.find("ours")) == {lives}
-
-
-async def test_cancelling_gives_time_to_say_goodbye(jobs: Jobs, driver: RestDriver, tmp_path: Path) -> None:
-    """What runs gets SIGTERM; to cancel a job that is over, or never was, is fine."""
-    ready, out = tmp_path / "ready", tmp_path / "out"
-    jobid = await jobs.submit(f"#!/bin/sh\ntrap 'echo bye >{out}; exit' TERM\ntouch {ready}\nsleep 300 & wait\n")
-
-    async def is_ready() -> bool:
-        return ready.exists()
-
-    await until(is_ready, bool)
-    await driver.cancel(jobid)
-    info = await jobs.reaches(jobid, Meaning.OVER)
-    assert info.state == "CANCELLED"
-    assert out.read_text() == "bye\n"
-    await driver.cancel(jobid)
-    await driver.cancel("99999999")
-
-
-async def test_arrays_are_not_adopted(cluster: PrivateCluster, driver: RestDriver) -> None:
-    """An array, and its task, are refused with the reason."""
-    argv = ["sbatch", "--parsable", "--array=1-2", "--output=/dev/null", "--wrap=sleep 300"]
-    env = {"PATH": "/usr/bin:/bin", **cluster.environment()}
-    made = await asyncio.to_thread(subprocess.run, argv, env=env, check=True, capture_output=True, text=True)
-    array = made.stdout.strip()
-    try:
-        for jobid in (array, f"{array}_1"):
-            error = await failure(driver.describe(jobid))
-            assert type(error) is AllocationError
-            assert "cannot be adopted yet" in str(error)
-    finally:
-        await driver.cancel(array)
 
 
 async def test_an_answer_that_is_lost_costs_no_job(jobs: Jobs, cluster: PrivateCluster, token_file: Path) -> None:
@@ -241,7 +166,7 @@ async def test_an_answer_that_is_lost_costs_no_job(jobs: Jobs, cluster: PrivateC
     proxy = await asyncio.start_server(forward, "127.0.0.1", 0)
     url = f"rest+http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
     try:
-        async with asking(url, token_file) as driver:
+        async with rest_cluster.driver_for(url, token_file) as driver:
             spec = JobSpec(name="lost", comment="lost:1", script=SLEEP, time=5)
             jobid = await driver.submit(spec)
             jobs.ids.append(jobid)
@@ -253,7 +178,7 @@ async def test_an_answer_that_is_lost_costs_no_job(jobs: Jobs, cluster: PrivateC
 
 async def test_a_slow_slurmrestd_is_unavailable(cluster: PrivateCluster, token_file: Path) -> None:
     """One that is stopped says nothing about any job; when it goes on, it answers again."""
-    async with asking(cluster.rest_url, token_file, timeout=1) as impatient:
+    async with rest_cluster.driver_for(cluster.rest_url, token_file, timeout=1) as impatient:
         assert await impatient.jobs(["99999999"]) == {}
         kill_daemon(cluster, "slurmrestd", signal.SIGSTOP)
         try:
@@ -263,24 +188,3 @@ async def test_a_slow_slurmrestd_is_unavailable(cluster: PrivateCluster, token_f
         assert isinstance(error, SlurmUnavailable)
         assert "within 1 s" in str(error)
         assert await impatient.jobs(["99999999"]) == {}
-
-
-@pytest.mark.slow
-async def test_controller_down(cluster: PrivateCluster, driver: RestDriver, jobs: Jobs) -> None:
-    """With the controller down every question is "unavailable", and the job is there when it is back."""
-    jobid = await jobs.submit()
-    await jobs.reaches(jobid, Meaning.USABLE)
-    await asyncio.to_thread(stop_daemon, cluster, "slurmctld")
-    try:
-        asked = [
-            driver.submit(JobSpec(name="t", script=SLEEP, comment="t:1")),
-            driver.jobs([jobid]),
-            driver.describe(jobid),
-            driver.find("t"),
-            driver.cancel(jobid),
-        ]
-        errors = await asyncio.gather(*(failure(one) for one in asked))
-    finally:
-        await asyncio.to_thread(start_daemon, cluster, "slurmctld")
-    assert [type(error) for error in errors] == [SlurmUnavailable] * len(errors)
-    assert (await jobs.reaches(jobid, Meaning.USABLE)).jobid == jobid

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import paramiko
@@ -14,42 +11,11 @@ import psutil
 import pytest
 
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable, SshError
-from gateway_slurm.slurm.ssh.config import resolve_destination
-from gateway_slurm.slurm.ssh.connection import SshConnection
-from gateway_slurm.slurm.ssh.login import Credentials
-from gateway_slurm.slurm.ssh.runner import SshRunner
-from gateway_slurm.slurm.url import parse_cluster_url
 from helpers.kernel_clients import poll_async
 from helpers.login_node import LoginNode, login_node
 from helpers.private_slurm import poll
+from helpers.ssh_login import runner_for
 from helpers.tcp_proxy import tcp_proxy_to
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[LoginNode]:
-    """A login node that forwards nothing."""
-    with login_node() as node:
-        yield node
-
-
-@asynccontextmanager
-async def runner_for(
-    node: LoginNode, *, port: int = 0, timeout: float = 20, heartbeat: float = 10, python: str = "/usr/bin/python3"
-) -> AsyncIterator[SshRunner]:
-    """A runner on the node, by another port where a line is between."""
-    url = parse_cluster_url(node.url.replace(f":{node.port}", f":{port or node.port}"))
-    destination = resolve_destination(
-        url,
-        config_file=str(node.directory / "ssh_config"),
-        identity_files=(str(node.key),),
-        known_hosts=(str(node.known_hosts(*([port] if port else []))),),
-    )
-    log = logging.getLogger("test")
-    connection = SshConnection(destination, Credentials(), python=python, timeout=20, heartbeat=heartbeat, log=log)
-    try:
-        yield SshRunner(connection, None, None, timeout=timeout)
-    finally:
-        await connection.close()
 
 
 def running(word: str) -> list[psutil.Process]:

@@ -24,13 +24,6 @@ from helpers.ssh_login import logged_in
 OURS = "one two"  # what the tests' own server takes for a password
 
 
-@pytest.fixture(scope="module")
-def node() -> Iterator[LoginNode]:
-    """A login node that forwards nothing."""
-    with login_node() as node:
-        yield node
-
-
 @pytest.fixture(autouse=True)
 def no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever runs the tests may have keys of their own."""

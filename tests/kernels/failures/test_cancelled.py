@@ -28,20 +28,6 @@ async def cancel(task):
         await asyncio.wait_for(task, 10)
 
 
-async def test_a_start_that_is_cancelled_in_the_queue_takes_its_job_along(service, cluster):
-    """Cancelling a start whose job is pending leaves no job, and ``ready`` resolves with the reason."""
-    with all_nodes_taken(cluster):
-        manager = AsyncKernelManager(kernel_name="slurm")
-        task = asyncio.ensure_future(manager.start_kernel())
-        assert await poll_async(lambda: jobs_of_ours(cluster), timeout=10)
-        await cancel(task)
-        with pytest.raises(Exception, match="cancelled"):
-            await asyncio.wait_for(asyncio.wrap_future(manager.ready), 5)
-        assert await poll_async(lambda: not jobs_of_ours(cluster), timeout=10)
-        assert not manager.has_kernel
-    assert nothing_left(cluster)
-
-
 async def test_a_cancelled_manager_can_start_again(service, cluster):
     """After a cancelled start the same manager starts a kernel."""
     manager = AsyncKernelManager(kernel_name="slurm")

@@ -91,22 +91,6 @@ def test_a_dead_kernel_is_restarted_in_its_job(service, kernel_name):
         assert jobid_of(manager) == job
 
 
-def test_scancel_is_told_as_such(service, cluster, kernel_name, caplog):
-    """A kernel whose job is cancelled by somebody is dead at once, and Slurm's word is its reason."""
-    with running_kernel(kernel_name) as (manager, _client):
-        job = jobid_of(manager)
-        began = time.monotonic()
-        slurm("scancel", job, cluster=cluster)
-        assert poll(lambda: not manager.is_alive(), timeout=10)
-        assert time.monotonic() - began < 5
-        assert poll(lambda: "CANCELLED" in manager.provisioner.exit_reason, timeout=15)
-        assert re.search(rf"job {job}.*CANCELLED", caplog.text)
-        assert re.search(rf"job {job}: Slurm is ending it", caplog.text)
-        with pytest.raises(Exception, match=f"job {job}"):
-            manager.restart_kernel(now=True)
-    assert nothing_left(cluster)
-
-
 def test_a_kernel_that_ignores_sigterm_ends_with_its_job(service, cluster, kernel_name):
     """scancel ends a kernel that ignores SIGTERM, too."""
     with running_kernel(kernel_name) as (manager, client):
