@@ -1,4 +1,4 @@
-"""Everything under a gateway breaks, again and again, while kernels count: nobody loses a number.
+"""Everything under a gateway breaks, again and again, while kernels count: no client loses a number.
 
 The last test takes CHAOS_ROUNDS with CHAOS_KERNELS for each kind of store, in the order that CHAOS_SEED gives; ``make
 chaos`` has a hundred rounds with twenty kernels. CHAOS_KINDS names some kinds, with commas, where not all are wanted.
@@ -32,7 +32,7 @@ ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "9"))
 KERNELS = int(os.environ.get("CHAOS_KERNELS", "6"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 ONLY = [kind for kind in os.environ.get("CHAOS_KINDS", "").split(",") if kind]
-FEW = 4  # kernels, where a run is to be short
+FEW = 4  # kernels, for a short run
 STUB = [sys.executable, str(HELPERS / "stub_kernel.py"), "-f", "{connection_file}"]
 # What a gateway may have grown by at the end: modules that are loaded when they are first needed, caches.
 GROWN_BYTES, GROWN_DESCRIPTORS = 64 << 20, 8
@@ -79,7 +79,7 @@ async def disturb(world: World, users: list[User], kinds: list[str]) -> Report:
         await KINDS[kind](world)
         seconds = await until_live(users, time.time())
         report.round(kind, began, seconds)
-        sys.stdout.write(f"round {number}, {clock(began)}: {kind}, everybody was back after {seconds:.1f} s\n")
+        sys.stdout.write(f"round {number}, {clock(began)}: {kind}, all clients were back after {seconds:.1f} s\n")
         sys.stdout.flush()
     return report
 

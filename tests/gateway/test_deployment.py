@@ -108,14 +108,14 @@ async def test_a_kernel_is_used_through_tls(proxy):
 
 
 def test_what_a_client_says_of_itself_does_not_count(proxy):
-    """The user's header from a client is taken away: nobody stays nobody, and alice does not become carol."""
+    """A client's own user header is removed: a client without a login gets no user, and alice does not become carol."""
     for headers in ({}, {"X-Remote-User": "carol"}, {"X_Remote_User": "carol"}, password("carol", "guessed")):
         assert proxy.ask("/api/me", headers)[0] == 403
     assert who(proxy.ask("/api/me", {"X-Remote-User": "carol", **token(proxy, "alice")})) == "alice"
 
 
 def test_the_word_of_a_proxy_that_knows_its_users_counts(proxy_with_users):
-    """Who has given the right password is who they are, whatever header they send; nobody else gets in."""
+    """The password determines the user, whatever header a client sends; a wrong one gives no access."""
     assert who(proxy_with_users.ask("/api/me", password("alice"))) == "alice"
     assert who(proxy_with_users.ask("/api/me", {"X-Remote-User": "carol", **password("alice")})) == "alice"
     for headers in ({}, password("alice", "guessed"), {"X-Remote-User": "carol"}, token(proxy_with_users, "alice")):
@@ -132,7 +132,7 @@ def check_health_and_metrics(proxy: Proxy) -> None:
     assert proxy.ask("/metrics", token(proxy, "alice"), source="127.0.0.2")[0] == 403
 
 
-def test_health_is_for_everybody_and_metrics_for_this_machine(proxy):
+def test_health_is_for_all_clients_and_metrics_for_this_machine(proxy):
     """Where users have tokens."""
     check_health_and_metrics(proxy)
 
@@ -148,7 +148,7 @@ def test_a_body_that_is_too_large_is_refused(proxy):
     try:
         status = proxy.ask("/api/kernels", token(proxy, "alice"), method="POST", body=body)[0]
     except OSError:
-        return  # it hung up while it was being told
+        return  # it hung up before the whole answer was sent
     assert status in (400, 413)
 
 
@@ -288,7 +288,7 @@ def test_sudo_works_with_the_drop_in():
 
 
 def test_a_restart_leaves_job_steps_alone():
-    """Only the gateway's own process is killed: an srun of its holds somebody's job step."""
+    """Only the gateway's own process is killed: one of its sruns holds a user's job step."""
     assert settings(UNIT)["KillMode"] == "process"
 
 

@@ -197,7 +197,7 @@ SCOPES = ["access:services!service=gateway", "self"]
 
 
 @pytest.mark.parametrize("path", ["/api/me", "/api/kernels", "/api/kernelspecs", "/api/status", "/api/sessions"])
-def test_nobody_gets_in_without_saying_who_it_is(gateway, path):
+def test_no_client_gets_in_without_a_login(gateway, path):
     """Without a token, with a wrong one, or with the token of the environment there is no entry, and no cookie."""
     wrong = gateway.tokens.add("ada")
     gateway.tokens.remove(lambda record: record.id == wrong.split("_")[1])
@@ -252,7 +252,7 @@ def test_services_and_admins_are_what_their_token_or_the_setting_says(gateway):
         assert (identity["admin"], identity["service"]) == (admin, service)
 
 
-def test_a_file_that_others_may_read_lets_nobody_in_and_says_why(gateway):
+def test_a_file_that_others_may_read_admits_no_client_and_says_why(gateway):
     """The answer is 503, not 403, since it is no token's fault; the log names the file."""
     token = gateway.tokens.add("ada")
     gateway.tokens.path.chmod(0o644)
@@ -425,7 +425,7 @@ async def test_invented_tokens_take_no_users_place(gateway, hub_tokens):
     assert gateway.hub.asked.count(good) == 1
 
 
-async def test_a_token_that_the_hub_has_taken_back_is_nobodys(gateway):
+async def test_a_token_that_the_hub_has_taken_back_has_no_user(gateway):
     """A token that the hub has come to know is a user's: the last answer counts."""
     tokens = HubTokens(gateway.hub.url, timeout=60.0, cache_seconds=0.0)
     token = new_token()
@@ -453,7 +453,7 @@ async def test_only_so_many_tokens_are_asked_about_at_a_time(gateway, hub_tokens
         one.cancel()
 
 
-def test_a_slow_hub_holds_up_nobody_else(gateway):
+def test_a_slow_hub_delays_no_other_client(gateway):
     """While it is waited for the server answers others; after ``hub_timeout`` it is 503."""
     gateway.hub.delay = 4.0
     slow: list[Answer] = []

@@ -264,7 +264,7 @@ async def test_limits_count_kernels_that_still_wait(gateway_environment, kernels
 
 @pytest.mark.slow
 async def test_an_idle_kernel_is_culled_and_its_allocation_is_free(gateway_environment, kernelspecs, cluster):
-    """Nobody deletes it; it goes from the list and its job from the queue."""
+    """No client deletes it: it disappears from the list, and its job from the queue."""
     culling = ["--SlurmMappingKernelManager.cull_idle_timeout=1", "--SlurmMappingKernelManager.cull_interval=1"]
     with running_gateway(gateway_environment / "culling", *culling) as gateway:
         alice = gateway.of("alice")

@@ -1,4 +1,4 @@
-"""A class comes in: many starts at one moment, while the gateway goes on answering everybody else."""
+"""A class comes in: many starts at one moment, while the gateway still answers all other users."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def percentile(seconds):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("gateway", "clients_processor")
-async def test_fifty_starts_at_once_all_succeed_and_hold_nobody_up(gateway):
+async def test_fifty_starts_at_once_all_succeed_and_delay_no_other_request(gateway):
     """Two users' kernels, in running jobs of theirs; each executes, and GET /api stays as quick as it was."""
     alice, bob = gateway.of("alice"), gateway.of("bob")
     jobids = [await ask(server, await start(server), JOB) for server in (alice, bob)]

@@ -41,7 +41,7 @@ def gateway(gateway_environment, kernelspecs, tmp_path):
 
 
 class SlowFrontend:
-    """A session whose websocket is read only when it is told to: tornado's own reads ahead."""
+    """A session whose websocket is read only when the test reads: tornado's own reads ahead."""
 
     def __init__(self, server, kernel_id):
         self.session_id = uuid.uuid4().hex

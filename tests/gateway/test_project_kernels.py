@@ -77,7 +77,7 @@ async def test_a_members_account_opens_the_project(accounting, admin_settings, r
         assert list(await asyncio.to_thread(specs.specs_for, user)) == names
 
 
-def test_without_accounting_nobody_is_a_member_by_account(cluster, service, root):
+def test_without_accounting_no_user_is_a_member_by_account(cluster, service, root):
     """A Slurm without slurmdbd gives no answer, which is none in favour of anybody."""
     with pytest.raises(SlurmUnavailable):
         ask_accounts(Runner())

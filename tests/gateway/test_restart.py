@@ -1,4 +1,4 @@
-"""A gateway that ends while kernels compute, and the next one: nobody's work is lost, and frontends go on."""
+"""A gateway that ends while kernels compute, and the next one: no user's work is lost, and frontends go on."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ async def test_kernels_end_with_a_gateway_that_is_told_so(gateway_environment, k
 
 
 async def test_a_start_that_still_waits_is_given_up_with_the_gateway(gateway, kernelspecs, cluster):
-    """Nobody could be told of its kernel: its job goes."""
+    """No client could learn of its kernel: its job ends."""
     await start(gateway.of("alice"), env={"KERNEL_SLURM_NODES": "4", "KERNEL_SLURM_CPUS": "8"})
     await start(gateway.of("bob"), env={"KERNEL_SLURM_NODES": "4", "KERNEL_SLURM_CPUS": "8"})
     assert await poll_async(lambda: any("PENDING" in line for line in jobs_of(cluster)), timeout=READY)

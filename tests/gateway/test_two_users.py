@@ -64,7 +64,7 @@ async def status(server, verb, path):
 
 
 async def test_what_is_another_users_is_not_there(gateway):
-    """Every route and verb of a kernel, session or allocation of somebody else's says 404, and changes nothing."""
+    """Every route and verb of another user's kernel, session or allocation says 404, and changes nothing."""
     alice, bob = gateway.of("alice"), gateway.of("bob")
     theirs = [route for route in ROUTES if "{" in route[1] and "{kernel_name}" not in route[1]]
     assert len(theirs) >= 11
@@ -111,7 +111,7 @@ async def test_lists_have_ones_own_and_the_admin_sees_all(gateway):
         assert await bob.json("GET", "/api/kernels") == await alice.json("GET", "/api/kernels") == []
 
 
-async def test_a_service_acts_for_its_users_and_nobody_else_does(gateway):
+async def test_only_a_service_acts_for_its_users(gateway):
     """KERNEL_USERNAME of a service's request is whose kernel it is; anybody else's is 403 unless it is their own."""
     alice, bob, portal = gateway.of("alice"), gateway.of("bob"), gateway.of("portal")
     for_alice = {"KERNEL_USERNAME": "alice"}
@@ -186,7 +186,7 @@ async def test_overlapping_starts_never_mix_what_they_were_sent(gateway):
 
 
 async def test_no_token_is_in_the_log(gateway):
-    """Whatever is asked, and however it is refused; also where somebody put their token into a URL."""
+    """Whatever is asked, and however it is refused; also where a user put the token into a URL."""
     alice = gateway.of("alice")
     async with session_of(alice):
         pass

@@ -257,7 +257,7 @@ async def until_live(users: list[User], since: float, *, timeout: float = READY)
 
 
 def plan(kinds: list[str], rounds: int, seed: int) -> list[str]:
-    """Which disturbance each round has: all kinds in turn, each time shuffled anew; the same for the same seed."""
+    """The disturbance of each round: all kinds in turn, shuffled for each turn; the same for the same seed."""
     rng = random.Random(seed)  # noqa: S311 - an order, not a secret
     drawn: list[str] = []
     while len(drawn) < rounds:
@@ -309,7 +309,7 @@ class Report:
     def lines(self) -> list[str]:
         """Each kind with its count and the longest time, then the sums."""
         kinds = [
-            f"{kind}: {count} rounds, everybody had new output after {max(self.seconds[kind]):.1f} s at the most"
+            f"{kind}: {count} rounds, all clients had new output after {max(self.seconds[kind]):.1f} s at the most"
             for kind, count in sorted(self.rounds.items())
         ]
         return [

@@ -78,7 +78,7 @@ async def restart_slurmctld(world: World) -> None:
 
 
 async def restart_munged(world: World) -> None:
-    """Nobody can prove who they are to Slurm, for a moment."""
+    """For a moment no process can authenticate to Slurm."""
     await _restart_daemon(world, "munged")
 
 
@@ -88,13 +88,13 @@ async def restart_slurmd(world: World) -> None:
 
 
 async def fill_disk(world: World) -> None:
-    """Nothing more can be written to the store's disk, for a while; meanwhile something is to be written."""
+    """For a while nothing can be written to the store's disk; meanwhile the gateway has something to write."""
     with disk_full(world.state, world.gateway.process.pid):
         await _use_sessions(world)
 
 
 async def restart_postgres(world: World) -> None:
-    """The database crashes and is away for a while; meanwhile something is to be written."""
+    """The database crashes and is away for a while; meanwhile the gateway has something to write."""
     assert world.postgres is not None
     await asyncio.to_thread(world.postgres.down, signal.SIGQUIT)
     try:

@@ -34,7 +34,7 @@ def slurm(*argv: str, cluster: PrivateCluster, check: bool = True) -> subprocess
         capture_output=True,
         text=True,
         timeout=60,
-        # What jobs print is to be nowhere, unless a test says where.
+        # Discard the output of jobs, unless a test says where it goes.
         env={**environment, **cluster.environment(), "SBATCH_OUTPUT": "/dev/null"},
     )
 

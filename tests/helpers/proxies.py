@@ -20,7 +20,7 @@ from helpers.notebook_server import Server
 
 ETC = Path(__file__).parents[2] / "etc"
 SOCKET = "/run/gateway_slurm/http.sock"
-PASSWORD = "correct horse"  # noqa: S105 - of nobody
+PASSWORD = "correct horse"  # noqa: S105 - only these tests use it
 
 
 def adapted(path: Path, changes: Mapping[str, str], *, unmark: str = "") -> str:
@@ -83,7 +83,7 @@ def running(
 
 
 def connects(family: int, address: object) -> bool:
-    """Whether somebody listens there."""
+    """Whether a process listens there."""
     with socket.socket(family) as probe:
         return probe.connect_ex(address) == 0
 

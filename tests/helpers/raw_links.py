@@ -1,4 +1,4 @@
-"""Launchers' ends of links that a test makes by hand, and the response socket's owner that notes what it is told."""
+"""Launchers' ends of links that a test makes by hand, and a response socket's owner that records the calls to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway_slurm.link import envelope, server, wire
 
 
 class RecordingHandler:
-    """A LinkHandler that keeps what it is told."""
+    """A LinkHandler that records the calls to it."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []

@@ -75,7 +75,7 @@ def on_record() -> list[ServerAllocation]:
 
 
 def noticed(jobid: str, *, keep: bool) -> bool:
-    """Whether the job's server soon has it on record that the job is to be kept, or not."""
+    """Whether the job's server soon records whether to keep the job."""
 
     def there() -> bool:
         return [one.keep for _server, one in on_record() if one.jobid == jobid] == [keep]

@@ -1,7 +1,7 @@
 """Sites of the tests: a cluster whose nodes may dial one address and port, and a server that reaches Slurm one way.
 
 Three hosts with a firewall between them (``networks``): ``node`` has the slurmds, ``login`` slurmctld, munged, sshd
-and slurmrestd, ``gateway`` the server, but where Slurm's commands are to be on its machine: then it is on ``login``.
+and slurmrestd, ``gateway`` the server, except where its machine needs Slurm's commands: then it is on ``login``.
 """
 
 from __future__ import annotations
@@ -128,11 +128,11 @@ class Site:
 
 @contextmanager
 def site(way: str) -> Iterator[Site]:
-    """A site, with this process where its server is to be; nothing of it is left afterwards."""
+    """A site, with this process in its server's place; nothing of it is left afterwards."""
     with ExitStack() as stack:
         base = Path(tempfile.mkdtemp(prefix="gsm-", dir="/tmp"))
         stack.callback(shutil.rmtree, base, ignore_errors=True)
-        base.chmod(0o755)  # slurmrestd, as nobody, reads slurm.conf
+        base.chmod(0o755)  # slurmrestd reads slurm.conf as another user
         for name in ("sockets", "logs"):
             (base / name).mkdir(mode=0o700)
         patch = stack.enter_context(pytest.MonkeyPatch.context())

@@ -220,7 +220,7 @@ async def test_a_pending_job_is_adopted_and_waited_for(service, kernelspecs, clu
 
 
 async def test_a_job_of_salloc_is_adopted_while_it_waits(service, kernelspecs, cluster):
-    """Somebody's salloc that still waits for its nodes is good, too."""
+    """A user's salloc that still waits for its nodes is accepted, too."""
     with all_nodes_taken(cluster):
         waiting = await asyncio.create_subprocess_exec("salloc", "--no-shell", "-N2", "-t5", "-J", "mine")
         await until(lambda: any(line.endswith("PENDING mine") for line in jobs_of(cluster)))
@@ -253,10 +253,10 @@ async def test_a_job_that_is_held_in_the_queue_waits_and_says_so(service, kernel
 
 
 async def test_a_job_of_another_user_is_refused(admin_settings, kernelspecs, cluster, tmp_path):
-    """Whose it is is Slurm's word; nothing is started in it, and no new job is taken instead."""
+    """Slurm's report decides who owns the job; nothing is started in it, and no new job is submitted instead."""
     user = pwd.getpwuid(os.geteuid()).pw_name
     path = os.environ["PATH"]
-    script(tmp_path / "squeue", f'#!/bin/sh\nPATH={shlex.quote(path)}\nsqueue "$@" | sed s/{user}/somebody/g\n')
+    script(tmp_path / "squeue", f'#!/bin/sh\nPATH={shlex.quote(path)}\nsqueue "$@" | sed s/{user}/another/g\n')
     service = admin_settings(slurm_path=f"{tmp_path}:{path}")
     jobid = slurm("sbatch", "--parsable", "-t5", "-o/dev/null", "--wrap", "sleep 60", cluster=cluster).stdout.strip()
     install_kernelspec(kernelspecs, "join", config_overrides={"jobid": jobid})
@@ -282,7 +282,7 @@ async def test_a_suspended_kernel_is_lost_and_comes_back(admin_settings, kernels
 
 
 async def test_a_requeued_job_ends_its_kernels(service, kernelspecs, cluster):
-    """A job of somebody's that is put back into the queue has lost its kernels, and the reason says so."""
+    """An adopted job that is put back into the queue has lost its kernels, and the reason says so."""
     argv = ("sbatch", "--parsable", "--requeue", "-t5", "-o/dev/null", "--wrap", "sleep 300")
     jobid = slurm(*argv, cluster=cluster).stdout.strip()
     await until(lambda: job_state(jobid) == "RUNNING")

@@ -1,4 +1,4 @@
-"""Which job a kernel runs in: its own, one shared by jobid, one that somebody else made; and which node."""
+"""Which job a kernel runs in: its own, one shared by jobid, one that the user made; and which node."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def job_node(jobid, cluster):
 
 @pytest.fixture
 def salloc_job(cluster) -> Iterator[str]:
-    """A job of two nodes as somebody makes it in a terminal: ``salloc --no-shell``."""
+    """A job of two nodes as a user makes it in a terminal: ``salloc --no-shell``."""
     said = slurm("salloc", "--no-shell", "-N2", "-t5", "-J", "mine", cluster=cluster).stderr
     jobid = said.split("Granted job allocation ")[1].split()[0]
     yield jobid
@@ -148,7 +148,7 @@ def test_a_job_in_which_the_user_works_is_not_ended(service, kernelspecs, salloc
 
 
 def test_a_start_that_fails_leaves_the_adopted_job(service, kernelspecs, salloc_job):
-    """A mistake in kernel_argv does not cost the job that somebody made and waited for."""
+    """A mistake in kernel_argv does not cost the job that the user made and waited for."""
     config = {"jobid": salloc_job, "kernel_argv": ["/nonexistent/python", "{connection_file}"]}
     install_kernelspec(kernelspecs, "join", config_overrides=config)
     with pytest.raises(KernelStartError, match="/nonexistent/python"), running_kernel("join"):

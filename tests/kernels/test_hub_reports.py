@@ -1,4 +1,4 @@
-"""Kernel starts that a JupyterHub is told of, as jupyter-slurm-provisioner tells it."""
+"""Reports of kernel starts to a JupyterHub, in the form of jupyter-slurm-provisioner."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_each_start_is_reported(reporting, caplog):
     assert TOKEN not in caplog.text
 
 
-def test_a_kernel_in_somebodys_job_is_reported_with_its_step(reporting, cluster, kernelspecs):
+def test_a_kernel_in_an_adopted_job_is_reported_with_its_step(reporting, cluster, kernelspecs):
     """The name is that of the adopted job, and the step is one that Slurm lists."""
     argv = ["sbatch", "--parsable", "--job-name=mine", "--time=10", "--wrap=sleep 300"]
     jobid = slurm(*argv, cluster=cluster).stdout.strip()

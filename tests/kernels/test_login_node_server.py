@@ -77,7 +77,7 @@ async def test_input_comes_by_the_websocket(server):
 
 
 async def test_an_idle_kernel_that_is_deleted_leaves_no_job(server, cluster, kernel_name):
-    """DELETE of a kernel to which nobody ever connected ends its job."""
+    """DELETE of a kernel to which no client ever connected ends its job."""
     kernel_id = await start(server, kernel_name)
     await server.request("DELETE", f"/api/kernels/{kernel_id}")
     assert poll(lambda: jobs_of(cluster) == [], timeout=15)
@@ -94,7 +94,7 @@ async def test_sessions_start_and_end_kernels(server, cluster):
 
 
 async def test_the_server_answers_while_a_kernel_waits_in_the_queue(server, kernelspecs, cluster):
-    """A start that has to wait holds nobody up; when its kernel is there, it works."""
+    """A start that has to wait delays no other request; when its kernel is there, it works."""
     install_kernelspec(kernelspecs, "whole", config_overrides={"nodes": "4", "cpus": "8"})
     first = await start(server, "whole")
     second = asyncio.ensure_future(start(server, "whole"))

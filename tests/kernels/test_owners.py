@@ -72,7 +72,7 @@ async def test_an_owner_of_a_shared_account_names_no_job_from_elsewhere(service,
 
 
 async def test_each_owner_is_shown_their_own_allocations(service, kernelspecs):
-    """The list has state, nodes, end, kernels and what was asked for; an admin's has everybody's."""
+    """The list has state, nodes, end, kernels and what was asked for; an admin's list has those of all users."""
     assert service.allocations_of("ada") == service.allocations_of(None) == []
     async with kernel_of("ada", gpus=1) as (first, _), kernel_of("bob") as (second, _):
         (row,) = service.allocations_of("ada")
@@ -88,8 +88,8 @@ async def test_each_owner_is_shown_their_own_allocations(service, kernelspecs):
         assert row["nodes"] == [first.provisioner._handle.process.launcher.node]
         assert row["config"]["gpus"] == 1
         assert row["end_time"] > 0
-        everybodys = [row["jobid"] for row in service.allocations_of(None)]
-        assert everybodys == sorted([jobid_of(first), jobid_of(second)], key=int)
+        all_users = [row["jobid"] for row in service.allocations_of(None)]
+        assert all_users == sorted([jobid_of(first), jobid_of(second)], key=int)
         assert service.allocations_of("") == service.allocations_of("eve") == []
         owners = {record.jobid: record.owner for _server, record in on_record()}
         assert owners == {jobid_of(first): "ada", jobid_of(second): "bob"}

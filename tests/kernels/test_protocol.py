@@ -26,7 +26,7 @@ from helpers.private_slurm import poll
 
 
 class IPyKernelSuite:
-    """What jupyter_kernel_test is told of ipykernel, and one kernel for all of its tests."""
+    """The properties of ipykernel for jupyter_kernel_test, and one kernel for all of its tests."""
 
     language_name = "python"
     file_extension = ".py"

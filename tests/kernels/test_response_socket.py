@@ -21,7 +21,7 @@ LOG = logging.getLogger("test.link")
 
 
 class Store:
-    """What the response socket asks of launchers that nobody expects."""
+    """The response socket's questions about launchers that it does not expect."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -196,7 +196,7 @@ async def test_a_forged_frame_ends_the_link(socket):
 
 
 async def test_a_complaint_under_the_token_is_believed_and_one_without_is_not(socket):
-    """A launcher without pycryptodome can still say so, and nobody else can in its name."""
+    """A launcher without pycryptodome can still say so, and no other process can in its name."""
     handler, token = expect(socket)
     for key in (os.urandom(32), token):
         peer = await LauncherEnd.dial(socket.port)
@@ -231,7 +231,7 @@ def claimed_at_leisure(socket, store):
 
 
 async def test_another_server_lets_the_launcher_in_by_its_record(socket, store):
-    """One that nobody expects is looked up once, however many connections it has, and served if it is ours now."""
+    """An unexpected launcher is looked up once, however many connections it has, and served if it is ours now."""
     handler, tokens = claimed_at_leisure(socket, store)
     peers = [await LauncherEnd.dial(socket.port) for _ in range(3)]
     for peer in peers:
@@ -254,7 +254,7 @@ async def test_a_launcher_of_another_server_is_told_where_that_is(socket, store)
 
 @pytest.mark.parametrize("jobid", ["12", "13"])
 async def test_only_the_launcher_itself_is_told(socket, store, jobid):
-    """Somebody without its tokens, or of another job, learns nothing."""
+    """A client without the launcher's tokens, or of another job, learns nothing."""
     tokens = draw_tokens()
     store.answer = server.Redirect(tokens, "12", ["192.0.2.1:77"], 3)
     peer = await LauncherEnd.dial(socket.port)
@@ -277,7 +277,7 @@ async def test_a_store_that_fails_ends_that_connection_only(socket, store):
 
 
 async def test_a_store_that_does_not_answer_holds_a_bounded_number_of_lookups(socket, store, monkeypatch):
-    """Names that nobody knows cost at most so many questions at a time, each with its deadline; others get in."""
+    """Unknown names cost a bounded number of questions at a time, each with its deadline; others get in."""
     monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 1.0)
     _handler, token = expect(socket)
     store.may_answer.clear()
@@ -324,7 +324,7 @@ async def test_one_of_two_peers_that_goes_takes_no_answer_from_the_other(socket,
 
 
 async def test_a_bounded_number_of_launchers_is_looked_up(socket, store):
-    """Whoever comes when so many are waited for is turned away, and dials again."""
+    """A launcher that comes when that many are pending is turned away, and dials again."""
     socket._lookups._limit = 10
     store.may_answer.clear()
     peers = [await LauncherEnd.dial(socket.port) for _ in range(11)]

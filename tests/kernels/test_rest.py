@@ -111,7 +111,7 @@ async def start_error(name: str) -> BaseException:
     try:
         async with async_kernel(name):
             raise AssertionError("the kernel started")
-    except Exception as error:  # noqa: BLE001 - the test says which it is to be
+    except Exception as error:  # noqa: BLE001 - the test checks its class
         return error
 
 
@@ -150,7 +150,7 @@ async def test_the_end_of_a_steps_launcher_is_the_end_of_its_kernels(cluster, se
             assert await async_execute(client, JOB) == jobid
 
 
-async def test_a_job_in_which_somebody_works_is_kept(cluster, service):
+async def test_a_job_with_another_step_is_kept(cluster, service):
     """The last kernel's stop leaves a job in which another step of the user's runs; it ends with that one."""
     async with async_kernel("slurm") as (manager, _client):
         jobid = jobid_of(manager)
@@ -165,7 +165,7 @@ async def test_a_job_in_which_somebody_works_is_kept(cluster, service):
     assert await poll_async(lambda: state_of(cluster, jobid) == "", timeout=READY)
 
 
-async def test_a_job_that_somebody_else_made_is_refused(cluster, service, kernelspecs):
+async def test_a_job_of_another_program_is_refused(cluster, service, kernelspecs):
     """Nothing can be started in a job from outside: one without our launcher is refused, and stays as it is."""
     argv = ["sbatch", "--parsable", "-t5", "-o", "/dev/null", "--wrap", "sleep 300"]
     jobid = slurm(*argv, cluster=cluster).stdout.strip()

@@ -35,7 +35,7 @@ def folk(cluster) -> Iterator[People]:
 
 
 def give_token(folk: People, cluster: PrivateCluster, user: str) -> None:
-    """Put a token of the user's where the gateway's account, and nobody else, reads it."""
+    """Put a token of the user's where only the gateway's account reads it."""
     directory = folk.base / "tokens"
     directory.mkdir(mode=0o755, exist_ok=True)
     path = rest_cluster.write_token(directory / f"{user}.jwt", slurm_token(cluster, user))
@@ -56,7 +56,7 @@ def gateway(folk, cluster) -> Iterator[GatewayProcess]:
 
 
 def test_each_users_kernels_are_theirs_to_slurm(folk, gateway, cluster):
-    """Jobs are of whoever the token is for; another's are not joined; who has no token yet gets no job."""
+    """The token's user owns the jobs; another user's are not joined; a user without a token gets no job."""
     with pytest.raises(GatewayError, match=f"SlurmUnavailable: .*{folk.bob}.jwt"):
         gateway.ask("start", kernel="two", owner=folk.bob)
     give_token(folk, cluster, folk.bob)

@@ -243,7 +243,7 @@ threading.Thread(target=tick, daemon=True).start()
 
 
 def test_the_next_gateway_cancels_what_a_killed_one_left_in_the_queue(folk, cluster):
-    """A job that waits for a start that nobody waits for any more is found and ended as its user."""
+    """A job in the queue whose start was given up is found and ended as its user."""
     argv = ("sbatch", "--parsable", "--exclusive", "-N4", "-o/dev/null", "--wrap", "sleep 300")
     filler = slurm(*argv, cluster=cluster).stdout.strip()
     assert poll(lambda: job_state(filler) == "RUNNING", timeout=READY)

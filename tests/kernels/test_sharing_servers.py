@@ -77,7 +77,7 @@ def test_the_guest_goes_first(cluster, sharer):
 
 
 def test_both_are_killed(cluster, sharer):
-    """Nobody is left to end the job but the launchers, and they do."""
+    """Only the launchers are left to end the job, and they do."""
     with server() as owner, server(sharer) as guest:
         assert guest.jobid == owner.jobid
         guest.end("SIGKILL")

@@ -1,4 +1,4 @@
-"""When an allocation ends: Slurm's word on it, also when somebody changes the time limit."""
+"""When an allocation ends: Slurm's word on it, also when a user changes the time limit."""
 
 from __future__ import annotations
 

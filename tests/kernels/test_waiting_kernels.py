@@ -125,7 +125,7 @@ async def seconds_of_delete(server, cluster, blocker):
 
 
 async def test_a_waiting_kernel_cannot_be_interrupted_or_restarted(server, cluster):
-    """An interrupt is told that it is still starting; Jupyter server's own restart says 500 to everything."""
+    """An interrupt's answer says that it is still starting; Jupyter server's own restart says 500 to everything."""
     with all_nodes_taken(cluster):
         kernel = await start(server, "slurm")
         for action, status, words in (("interrupt", 409, b"still starting"), ("restart", 500, b"restarting")):
@@ -159,7 +159,7 @@ async def until_expected(server, kernel_id, cluster):
             argv = ["squeue", "--start", "--noheader", "--format=%S", f"--jobs={waiting['slurm']['jobid']}"]
             told = slurm(*argv, cluster=cluster).stdout.strip()
             at = time.localtime(expected)
-            # Slurm reckons anew each second: they are the same once both are of the same reckoning.
+            # Slurm computes them each second: they are equal once both are from the same computation.
             if told == time.strftime("%Y-%m-%dT%H:%M:%S", at):
                 return waiting, at
         await asyncio.sleep(0.1)

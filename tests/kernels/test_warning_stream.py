@@ -121,7 +121,7 @@ def test_a_busy_cell_shows_the_line_and_loses_nothing(service, kernel_name, tmp_
         seen = [
             streams_until(each, lambda m: printed(m) and "before 199\n" in m["content"]["text"]) for each in clients
         ]
-        # Somebody who comes while the cell runs sees it there, too.
+        # A client that connects while the cell runs sees it there, too.
         late = another_client(manager)
         assert poll(lambda: hears(late), timeout=READY)
         warn(manager)

@@ -1,4 +1,4 @@
-"""All bytes between nodes and server, recorded: what somebody on the network can read."""
+"""All bytes between nodes and server, recorded: what an observer on the network can read."""
 
 from __future__ import annotations
 

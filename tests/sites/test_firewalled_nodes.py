@@ -1,4 +1,4 @@
-"""``connect = auto`` on a real network: direct where the node can be dialled, else the tunnel; and why is told."""
+"""``connect = auto`` on a real network: direct where the node can be dialled, else the tunnel, with the reason."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def must_be_direct(kernelspecs):
 
 @pytest.fixture
 def another_service():
-    """The port of one that answers whoever connects, as many do."""
+    """The port of a server that speaks first to each client, as many do."""
 
     class Greets(socketserver.BaseRequestHandler):
         def handle(self):

@@ -44,7 +44,7 @@ def check_apart(network, node, cluster, service) -> Iterator[Callable[..., PathC
     with forward_out(network, node.port) as way_out:
 
         def check_there(*, arguments: tuple[str, ...] = REQUEST, **settings: object) -> PathCheckOutput:
-            # The nodes try the server's port at addresses of their own, too: here, nobody else is to have it.
+            # The nodes try the server's port at their own addresses, too: here, no other process may have it.
             common = {**node.settings(way_out.port), "link_timeout": 10.0, "response_port": str(free_port())}
             written.append(write_admin_settings(**{**common, **settings}))
             return check_path(*arguments, inside=network.inside)
@@ -57,7 +57,7 @@ def check_apart(network, node, cluster, service) -> Iterator[Callable[..., PathC
 
 
 def test_a_server_that_nodes_cannot_dial_is_told_why_at_each_of_its_addresses(check_apart, cluster):
-    """One that does not answer, those where nobody listens, the host's name; what to change; no job is left."""
+    """One that does not answer, those without a listener, the host's name; what to change; no job is left."""
     with silent_port() as silent:
         output = check_apart(relay="never", response_address=f"127.0.0.1:{silent}")
     assert failed_at(output, "dial", f"127.0.0.1:{silent}: no answer within 3 s", "Connection refused", "relay")
@@ -97,7 +97,7 @@ def test_a_host_name_and_a_port_will_do(check_apart, network, cluster):
 
 
 def test_something_on_the_way_that_changes_bytes_is_told(check_apart, network, cluster):
-    """Nobody is let in who cannot prove that it is the launcher; the rest of the way is good."""
+    """A client that cannot prove that it is the launcher is refused; the rest of the path works."""
 
     def spoil(data: bytes) -> bytes:
         return data[:-1] + bytes([data[-1] ^ 1])

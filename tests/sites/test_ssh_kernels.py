@@ -60,7 +60,7 @@ def by_ssh(
 
 @contextmanager
 def unreachable(service: SlurmService) -> Iterator[None]:
-    """Nobody answers at the address that the server has of its own."""
+    """No process answers at the server's own address."""
     service.submit(service.open()).result(READY)
     service.addresses.direct = ["127.0.0.1:9"]
     yield
@@ -139,7 +139,7 @@ def test_a_cell_goes_on_while_the_connection_is_killed_for_20_s(by_ssh, line, ca
 
 
 def test_a_relay_that_dies_is_there_again(by_ssh, node):
-    """Its port stays the same, and the launcher finds it; the connection is not made anew for that."""
+    """Its port stays the same, and the launcher finds it over the same connection."""
     service = by_ssh()
     with running_kernel("slurm") as (manager, client):
         relay, process = relay_of(service), manager.provisioner._handle.process
@@ -155,7 +155,7 @@ def test_a_relay_that_dies_is_there_again(by_ssh, node):
 
 
 def test_an_old_relay_that_does_not_know_that_its_connection_broke_is_ended(by_ssh, line):
-    """sshd may not have noticed: it would hold the port for ever."""
+    """sshd may not have noticed: it would hold the port without a limit."""
     service = by_ssh()
     with running_kernel("slurm") as (manager, client):
         relay, process = relay_of(service), manager.provisioner._handle.process
@@ -203,7 +203,7 @@ def test_launchers_that_reach_the_server_do_not_take_the_relay(by_ssh):
 
 
 def test_launchers_that_reach_only_the_login_node_find_it(by_ssh):
-    """``auto``, with an address of the server's that nobody answers at: the relay's are tried after it."""
+    """``auto``, with a server's address that does not answer: the relay's addresses are tried after it."""
     service = by_ssh(relay="auto")
     with unreachable(service), running_kernel("slurm") as (_manager, client):
         assert execute(client, "print(1)") == "1"

@@ -104,7 +104,7 @@ def test_auto_takes_the_way_that_the_network_has(site, mode):
 
 
 def test_a_job_that_slurm_refuses_is_an_error_at_once(site, mode):
-    """In Slurm's words, or for its reason to let the job wait for ever; there is no job."""
+    """In Slurm's words, or with its reason to let the job wait without a limit; there is no job."""
     wrong = (("partition", "nosuch"), ("nodes", 3), ("runtime", 31))
     for field, value in wrong:
         error, seconds = start_error(site.install("asked", mode, **{"partition": "devel", field: value}))
@@ -199,7 +199,7 @@ def test_a_killed_kernel_is_known_and_restarted_in_its_job(site, mode):
 
 
 def test_no_kernel_outlives_its_launcher(site, mode):
-    """kill -9 of the launcher ends its kernel on the node, and is told as Slurm tells it."""
+    """kill -9 of the launcher ends its kernel on the node, and the reason is Slurm's."""
     with running_kernel(KERNEL_NAMES[mode]) as (manager, client):
         kernel = psutil.Process(int(execute(client, PID)))
         kernel.parent().kill()
@@ -237,7 +237,7 @@ def test_a_kernel_out_of_reach_is_not_dead(site, mode, admin_settings):
 
 
 def test_a_cancelled_job_is_told_as_such(site, mode):
-    """scancel by somebody is the kernel's end, and Slurm's word the reason."""
+    """scancel by another process ends the kernel, and Slurm's report is the reason."""
     with running_kernel(KERNEL_NAMES[mode]) as (manager, _client):
         slurm("scancel", jobid_of(manager), cluster=site.cluster)
         assert poll(lambda: not manager.is_alive(), timeout=20)

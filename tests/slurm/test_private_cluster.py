@@ -122,7 +122,7 @@ def test_srun_runs_on_each_node(cluster: PrivateCluster) -> None:
 
 
 def test_sbatch_runs_a_script(cluster: PrivateCluster, tmp_path: Path) -> None:
-    """A batch job runs and writes its output where it was told."""
+    """A batch job runs and writes its output to the file that was asked for."""
     output = tmp_path / "out"
     slurm("sbatch", "--wait", f"--output={output}", "--wrap=echo $SLURM_JOB_PARTITION", cluster=cluster)
     assert output.read_text() == "batch\n"

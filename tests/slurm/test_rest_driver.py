@@ -137,7 +137,7 @@ async def test_a_few_are_asked_about_one_by_one_and_many_by_one_list(jobs: Jobs,
 
 
 async def test_an_answer_that_is_lost_costs_no_job(jobs: Jobs, cluster: PrivateCluster, token_file: Path) -> None:
-    """A job whose submission was answered to nobody is found by its comment, and is there once."""
+    """A job whose submission's answer was lost is found by its comment, and is there once."""
     port = int(cluster.rest_url.rpartition(":")[2])
     lost: list[bytes] = []
 

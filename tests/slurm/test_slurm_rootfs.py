@@ -69,7 +69,7 @@ def test_a_suite_that_has_moved_on_is_an_error(rootfs, tmp_path):
     assert "Debian's sid has slurm-wlm 26.11.1 now, not 26.05" in result.stderr
 
 
-def test_the_work_tree_is_copied_anew_and_the_venv_stays(rootfs, tmp_path):
+def test_the_work_tree_is_copied_again_and_the_venv_stays(rootfs, tmp_path):
     """A file that is gone here is gone there; the venv is what makes a second run quick."""
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "kept").touch()

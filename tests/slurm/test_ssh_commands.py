@@ -100,7 +100,7 @@ async def test_a_command_that_is_not_there_is_an_error_with_the_place(node: Logi
 
 
 async def test_many_commands_share_one_connection_and_one_channel(node: LoginNode) -> None:
-    """Each is one request; nobody waits for another's answer."""
+    """Each is one request, and waits for no other's answer."""
     async with runner_for(node) as runner:
         await runner.run(["true"])
         before = runner.connection.counts["channel"]

@@ -26,7 +26,7 @@ OURS = "one two"  # what the tests' own server takes for a password
 
 @pytest.fixture(autouse=True)
 def no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may have keys of their own."""
+    """The user who runs the tests may have SSH keys."""
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
 
 
@@ -52,7 +52,7 @@ def test_an_unknown_host_is_refused_with_its_fingerprint_and_what_to_do(node: Lo
 
 
 def test_a_changed_key_is_refused(node: LoginNode, tmp_path: Path) -> None:
-    """Both fingerprints are told, and the line that has the other one."""
+    """The error has both fingerprints, and the line that has the other one."""
     other = Path(f"{make_key(tmp_path / 'other')}.pub").read_text()
     known = tmp_path / "known"
     known.write_text(f"# a comment\n[127.0.0.1]:{node.port} {other}")
@@ -208,8 +208,8 @@ def test_the_agents_keys_are_taken(node: LoginNode, tmp_path: Path, monkeypatch:
         agent.wait()
 
 
-def test_a_key_with_a_passphrase_is_refused_where_nobody_can_be_asked(node: LoginNode, tmp_path: Path) -> None:
-    """It is told that it has one; nothing waits for an answer."""
+def test_a_key_with_a_passphrase_is_refused_without_a_user_to_ask(node: LoginNode, tmp_path: Path) -> None:
+    """The error says that it has one; nothing waits for an answer."""
     key = make_key(tmp_path / "key", passphrase=OURS)
     with pytest.raises(LoginRefused, match="passphrase"):
         logged_in(node.url, identities=(key,), known=node.known_hosts())
@@ -406,7 +406,9 @@ def test_a_host_may_want_several_things_one_after_another(
     assert logged_in(url, known=known, password_file=secrets_file(tmp_path / "pw", *lines)) == USER
 
 
-def test_a_question_that_nobody_can_answer_is_told(asking: Callable[..., tuple[str, Path]], tmp_path: Path) -> None:
+def test_a_question_that_no_user_can_answer_is_an_error(
+    asking: Callable[..., tuple[str, Path]], tmp_path: Path
+) -> None:
     """With the host's own words, and the setting."""
     url, known = asking("keyboard-interactive")
     with pytest.raises(LoginRefused, match=r"Code.*ssh_password_file"):

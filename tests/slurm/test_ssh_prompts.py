@@ -84,7 +84,7 @@ WAYS = pytest.mark.parametrize(
 
 @WAYS
 def test_a_user_is_asked_once_and_what_is_typed_is_not_shown(options: tuple[str, ...], question: str) -> None:
-    """A connection that is made again needs nobody."""
+    """A connection that is made again needs no user."""
     with with_password(*options) as node:
         child = logging_in(node)
         child.expect(question)
@@ -113,7 +113,7 @@ def test_a_wrong_answer_is_refused_in_words(options: tuple[str, ...], question: 
 
 
 @WAYS
-def test_without_a_terminal_nobody_is_asked_and_nothing_waits(options: tuple[str, ...], question: str) -> None:
+def test_without_a_terminal_no_user_is_asked_and_nothing_waits(options: tuple[str, ...], question: str) -> None:
     """A server in the background says which setting is there for that."""
     with with_password(*options) as node:
         argv = [sys.executable, "-c", LOG_IN, node.url, str(node.known_hosts())]

@@ -1,4 +1,4 @@
-"""How much of a login node is used: one connection for everybody, few sessions, and patience where it is busy."""
+"""How much of a login node is used: one connection for all users, few sessions, and patience where it is busy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from helpers.tcp_proxy import tcp_proxy_to
 
 @pytest.fixture(autouse=True)
 def no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may have keys of their own."""
+    """The user who runs the tests may have SSH keys."""
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
 
 
@@ -82,7 +82,7 @@ def test_an_sshd_that_allows_one_session_only_is_an_error_with_its_setting(by_ss
 
 
 def at_the_door(node: LoginNode) -> socket.socket:
-    """Whom sshd waits for to log in; nobody else was there before."""
+    """The connections that sshd waits for to log in; there were no others before."""
     found: list[socket.socket] = []
 
     def let_in() -> bool:

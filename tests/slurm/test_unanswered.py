@@ -56,7 +56,7 @@ async def test_a_job_whose_sbatch_was_timed_out_is_the_kernels(admin_settings, c
 
 @pytest.mark.parametrize("after", ["sleep 600", "echo thank you", "kill -9 $$"])
 async def test_a_job_is_found_however_its_sbatch_ended(cluster, tmp_path, after):
-    """Killed after a while, by somebody, or with words that are no id."""
+    """Killed after a while, by another process, or with words that are no id."""
     path = an_sbatch(tmp_path / "bin", f"submit >/dev/null\n{after}")
     driver = CommandLineDriver(Runner(search_path=path, timeout=3))
     jobid = await driver.submit(JobSpec(name="found", comment=f"mine {after}", script="#!/bin/sh\nsleep 300\n"))
@@ -82,7 +82,7 @@ async def test_a_job_that_comes_after_its_start_has_failed_is_cancelled(admin_se
 
 
 async def test_a_start_that_is_cancelled_twice_takes_its_job_with_it(admin_settings, cluster, tmp_path):
-    """Its sbatch is not killed, which would leave a job that nobody knows."""
+    """Its sbatch is not killed, which would leave a job that no server knows."""
     go = tmp_path / "go"
     slow = f"id=$(submit); until test -e {go}; do sleep 0.1; done; echo $id"
     service = admin_settings(slurm_path=an_sbatch(tmp_path / "bin", slow))
@@ -126,7 +126,7 @@ async def test_starts_that_may_share_and_come_together_share_one_job(service, ke
 
 
 async def test_starts_that_may_share_each_hear_that_their_job_is_refused(service, kernelspecs, cluster):
-    """A submission that fails keeps nobody waiting."""
+    """A submission that fails delays no other."""
     spec(kernelspecs, share=True, partition="nope")
     starts = (AsyncKernelManager(kernel_name="asked").start_kernel() for _ in range(3))
     errors = await asyncio.wait_for(asyncio.gather(*starts, return_exceptions=True), READY)

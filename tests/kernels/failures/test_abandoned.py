@@ -1,4 +1,4 @@
-"""Kernels that nobody ends: the cases in which jupyter_client calls nothing, and processes that go."""
+"""Kernels that no client ends: the cases in which jupyter_client calls nothing, and processes that go."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_manager_that_fails_after_the_launch_takes_the_kernel_along(admin_sett
 
     class Failing(KernelManager):
         def _reconcile_connection_info(self, info):
-            raise RuntimeError("somebody's extension")
+            raise RuntimeError("another extension")
 
     with pytest.raises(RuntimeError, match="extension"):
         Failing(kernel_name="slurm").start_kernel()

@@ -98,7 +98,7 @@ async def test_a_start_that_is_cancelled_in_its_last_moment_ends_the_kernel(serv
     await cancel(task)
     assert manager.ready.done()
     assert not manager.has_kernel
-    assert nothing_left(cluster, timeout=8)  # sooner than post_launch_timeout would see to it
+    assert nothing_left(cluster, timeout=8)  # sooner than post_launch_timeout would end it
 
 
 def sleepers():
@@ -132,7 +132,7 @@ def test_a_job_that_waits_too_long_is_given_up(admin_settings, cluster):
 
 
 def test_a_job_that_is_cancelled_in_the_queue_is_told(service, cluster):
-    """scancel of a pending job by somebody else is a start error that says CANCELLED."""
+    """scancel of a pending job by another process is a start error that says CANCELLED."""
     errors = []
     with all_nodes_taken(cluster):
         thread = threading.Thread(target=lambda: errors.append(start_error("slurm")))

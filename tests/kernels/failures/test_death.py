@@ -71,12 +71,12 @@ def test_a_kernel_that_exits_by_itself_tells_its_code(service, kernel_name):
 
 
 def test_what_a_kernel_printed_last_is_known(service, kernel_name):
-    """The last lines of a dead kernel's output are kept for whoever asks why."""
-    code = "import os; os.write(2, b'out of memory, said somebody\\n'); os._exit(1)"
+    """The last lines of a dead kernel's output are kept as the reason of its death."""
+    code = "import os; os.write(2, b'out of memory, said the program\\n'); os._exit(1)"
     with running_kernel(kernel_name) as (manager, client):
         client.execute(code)
         assert poll(lambda: not manager.is_alive(), timeout=10)
-        assert "out of memory, said somebody" in process_of(manager).output_tail
+        assert "out of memory, said the program" in process_of(manager).output_tail
 
 
 def test_a_dead_kernel_is_restarted_in_its_job(service, kernel_name):

@@ -50,7 +50,7 @@ def test_a_hostile_field_is_refused_or_data(service, cluster, kernelspecs, marke
     for kind, value in hostile(marker).items():
         fields = {"kernel_argv": None, field: value} if field == "kernel_name" else {field: value}
         if field == "kernel_language":
-            # Free text that only frontends show: it is given to nobody but the launcher, as data.
+            # Free text that only frontends show: only the launcher gets it, as data.
             fields["partition"] = "nosuch"
         error, _seconds = start_error(spec(kernelspecs, **fields))
         assert isinstance(error, GatewaySlurmError), kind

@@ -37,7 +37,7 @@ exec {squeue} "$@"
 
 
 class FakeSqueue:
-    """Slurm's commands with a squeue before them that does as it is told."""
+    """Slurm's commands with a squeue before them that the test controls."""
 
     def __init__(self, directory: Path) -> None:
         self._mode = directory / "mode"
@@ -394,8 +394,8 @@ def test_kernels_start_and_run_under_siege(besieged, kernel_name):
         assert execute(client, "print(6 * 9)") == "54"
 
 
-def test_a_recorded_hello_lets_nobody_in(service, kernel_name):
-    """What a launcher sent to be let in, sent again by somebody else, changes nothing."""
+def test_a_recorded_hello_admits_no_launcher(service, kernel_name):
+    """A launcher's HELLO that another process sends again changes nothing."""
     recorded = []
     with running_kernel(kernel_name) as (manager, client):
         take = wire.Opening.decode

@@ -27,7 +27,7 @@ def state(service, tmp_path, monkeypatch) -> None:
 
 
 class Failing:
-    """One of Slurm's commands, which finds no controller while it is told so."""
+    """One of Slurm's commands, which finds no controller while the test says so."""
 
     def __init__(self, directory: Path, command: str) -> None:
         self.down, self.asked = directory / f"{command}-is-down", directory / f"{command}-was-asked"
@@ -97,7 +97,7 @@ async def test_who_works_in_a_job_goes_on_when_its_last_kernel_stops_without_a_l
 
 
 async def test_who_works_in_a_job_goes_on_while_slurm_does_not_say_so(admin_settings, cluster, tmp_path, monkeypatch):
-    """It is asked again, and the job ends when it has said that nobody works there any more."""
+    """The server asks it again, and ends the job when it reports that no other step runs there."""
     monkeypatch.setattr(release, "IN_USE_RETRY_DELAY", 0.2)
     squeue = Failing(tmp_path, "squeue")
     admin_settings(slurm_path=squeue.path)
@@ -114,7 +114,7 @@ async def test_who_works_in_a_job_goes_on_while_slurm_does_not_say_so(admin_sett
 
 
 async def test_a_job_of_ours_is_not_kept_on_a_guess_for_ever(admin_settings, cluster, tmp_path, monkeypatch, caplog):
-    """Where Slurm goes on to say nothing the launcher is told to go."""
+    """If Slurm still does not answer, the server sends the launcher away."""
     monkeypatch.setattr(release, "IN_USE_RETRY_DELAY", 0.2)
     monkeypatch.setattr(release, "MAX_STEPS_UNKNOWN", 0.5)
     squeue = Failing(tmp_path, "squeue")

@@ -103,7 +103,7 @@ def test_a_kernel_that_never_listens_is_given_up(admin_settings, cluster, kernel
 
 
 def test_a_node_without_pycryptodome_is_told_at_once(admin_settings, cluster, bare_python):
-    """The launcher itself says what it lacks, and where; nobody waits for link_timeout."""
+    """The launcher itself says what it lacks, and where; the start does not wait for link_timeout."""
     admin_settings(launcher_python=[bare_python])
     error, seconds = start_error("slurm")
     assert isinstance(error, LauncherFailed)
@@ -147,7 +147,7 @@ def test_a_node_that_cannot_dial_back_is_told_with_the_addresses(admin_settings,
 
 
 def test_a_wrong_address_among_good_ones_only_costs_a_moment(admin_settings, cluster):
-    """A response_address that nobody answers is tried first, and the next one works."""
+    """A response_address without a listener is tried first, and the next one works."""
     admin_settings(response_address="127.0.0.1:9")
     with running_kernel("slurm") as (_manager, client):
         assert execute(client, "print(1)") == "1"
@@ -236,7 +236,7 @@ def test_too_few_ports_are_no_trouble_to_the_tunnel(admin_settings, cluster, ker
 
 
 def test_a_kernel_that_loses_a_race_for_a_port_gets_others(service, cluster, kernelspecs, tmp_path):
-    """A kernel that dies since somebody was faster at its port is started again, with other ports."""
+    """A kernel that dies since another process took its port is started again, with other ports."""
     tries = tmp_path / "tries"
     argv = [python_script(tmp_path / "race", RACE), str(tries), "{connection_file}", "1"]
     with running_kernel(direct(kernelspecs, kernel_argv=argv)) as (manager, client):

@@ -96,7 +96,7 @@ class Storm:
 async def test_twenty_kernels_in_three_jobs_leave_nothing_whatever_breaks(
     admin_settings, kernelspecs, cluster, tmp_path, monkeypatch, seed
 ):
-    """No job of ours, no process on a node, no record is left, and nobody else's job was touched."""
+    """No job of ours, no process on a node, no record is left, and no other job was touched."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     service = admin_settings(release_grace=5)
     argv = ("sbatch", "--parsable", "-o/dev/null", "--wrap", "sleep 600")

@@ -81,11 +81,11 @@ async def test_a_kernel_whose_srun_was_killed_outlives_a_break_of_its_link(servi
 async def test_a_job_of_ours_of_which_the_record_is_lost_is_adopted_by_its_jobid(
     state, admin_settings, kernelspecs, cluster
 ):
-    """Its old launcher, which nobody can let in again, ends its own kernel after a while, and not the new one's job."""
+    """Its old launcher, which no server accepts again, ends its own kernel after a while, and not the new one's job."""
     admin_settings(orphan_timeout=1.0, heartbeat=0.3)
     with server() as one:
         launcher = psutil.Process(one.kernel).parent()
-        launcher.suspend()  # until somebody else works in the job
+        launcher.suspend()  # until another step runs in the job
         one.end("SIGKILL")
     shutil.rmtree(state)
     async with async_kernel(spec(kernelspecs, jobid=one.jobid)) as (manager, client):

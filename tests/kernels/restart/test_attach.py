@@ -48,7 +48,7 @@ def connection_file(kernel_id: str) -> Path:
 
 @contextmanager
 def attached(kernel_id: str) -> Iterator[subprocess.Popen[str]]:
-    """The command in the foreground of somebody's terminal, ready."""
+    """The command in the foreground of a user's terminal, ready."""
     process = subprocess.Popen(attach_command(kernel_id), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None
@@ -102,7 +102,7 @@ def test_a_kernel_that_ended_while_it_is_attached_is_told(abandoned):
 
 
 def test_only_kernels_without_a_server_can_be_attached(service, kernelspecs, tmp_path, monkeypatch):
-    """One whose server lives is nobody else's, and neither is one that there is not."""
+    """No other process can attach to a kernel whose server lives, or to a kernel that does not exist."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with driven_server() as first:
         known = first.call("start", name="slurm")

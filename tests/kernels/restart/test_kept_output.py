@@ -1,4 +1,4 @@
-"""A kernel's output while its server is away: kept on the node, read by whoever has the kernel next."""
+"""A kernel's output while its server is away: kept on the node, and read by the next server that has the kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers.kernel_clients import (
 )
 
 TUNNEL = KERNEL_NAMES["tunnel"]
-# Prints on, at its own pace, whoever is there; ends with the last number.
+# Prints at its own pace, with or without a server; ends with the last number.
 COUNT = """
 import pathlib, time
 for number in range(60):
@@ -249,7 +249,7 @@ async def test_the_launch_token_is_void_on_record_too(service):
         assert len({*record.tokens, *launcher.expected.tokens}) == 1
 
 
-async def test_a_restarted_kernel_begins_anew(service):
+async def test_a_restarted_kernel_begins_with_no_output(service):
     """What its predecessor had published is no output of its own."""
     async with async_kernel(TUNNEL) as (manager, client):
         await acknowledge_and_wait(manager.provisioner, "", {"s": "x"})
@@ -279,7 +279,7 @@ async def test_more_than_the_bound_is_dropped_and_counted(admin_settings):
 
 
 async def test_nothing_is_kept_where_the_admin_says_so(admin_settings):
-    """And whoever asks is told."""
+    """A reader gets an error that says so."""
     admin_settings(kept_output=0)
     async with async_kernel(TUNNEL) as (manager, _client):
         kept = await manager.provisioner.kept_output()

@@ -24,7 +24,7 @@ from helpers.private_slurm import slurm
 
 
 class Sink:
-    """A websocket that notes the states it is told."""
+    """A websocket that records the states that are sent to it."""
 
     def __init__(self):
         self.states, self.ended = [], ""
@@ -101,7 +101,7 @@ async def test_a_kernel_whose_restart_failed_for_want_of_a_link_can_be_shut_down
 
 
 async def test_a_restart_that_failed_and_is_not_tried_again_leaves_no_job(admin_settings, cluster, impatient):
-    """Where nobody says another word after a restart that found no link, the job ends after release_grace."""
+    """If no client acts after a restart that found no link, the job ends after release_grace."""
     service = admin_settings(release_grace=0.5)
     manager = AsyncKernelManager(kernel_name="slurm")
     await manager.start_kernel()
@@ -184,7 +184,7 @@ async def test_a_kernel_can_be_shut_down_while_it_is_restarted(service, cluster,
 
 
 async def test_a_kernel_can_be_shut_down_while_its_restarter_restarts_it(service, cluster, tmp_path):
-    """A DELETE in that moment ends it, and nobody starts it again."""
+    """A DELETE in that moment ends it, and the restarter does not start it again."""
     async with managing(tmp_path) as manager:
         kernel_id, kernel = await started(manager)
         begun = asyncio.Event()
@@ -229,7 +229,7 @@ async def test_a_kernel_that_cannot_be_shut_down_keeps_no_other_from_it(service,
 
         async def broken(restart=False):
             await cleanup(restart)
-            raise OSError("somebody's extension")
+            raise OSError("another extension")
 
         bad.provisioner.cleanup = broken
         await manager.shutdown_all()
@@ -271,7 +271,7 @@ async def test_a_session_that_is_over_stays_so_when_its_kernel_is_restarted(serv
 
 
 async def test_a_session_that_came_before_its_kernel_hears_of_the_restarters_restart(service, tmp_path):
-    """A notebook that was opened while the job waited is told "restarting" like any other."""
+    """A notebook that was opened while the job waited gets "restarting" like any other."""
     async with managing(tmp_path) as manager:
         kernel_id = await manager.start_kernel(kernel_name="slurm")
         kernel, sink = manager._kernels[kernel_id], Sink()

@@ -59,7 +59,7 @@ def test_a_kernel_with_a_share_of_its_own_ends_alone(admin_settings, kernelspecs
 
 
 def test_where_it_is_0_they_wait_for_ever(admin_settings, cluster):
-    """Longer, at any rate, than one does that is told to wait for a second."""
+    """Longer, at any rate, than a launcher whose timeout is a second."""
     admin_settings(orphan_timeout=0, heartbeat=0.3)
     with server() as patient:
         patient.end("SIGKILL")

@@ -118,7 +118,7 @@ async def test_what_an_adopted_or_suspended_job_is_on_record_for_stays_until_it_
     driver, cluster, tmp_path, registry
 ):
     """They are not ours to cancel, and their user is to find them; another job with the id is not meant."""
-    adopted = submit(cluster, "somebody's", "--job-name=theirs")
+    adopted = submit(cluster, "another job", "--job-name=theirs")
     suspended = submit(cluster, f"{JOB_NAME}:gs-2")
     assert poll(lambda: job_state(adopted) == job_state(suspended) == "RUNNING", timeout=READY)
     slurm("scontrol", "suspend", suspended, cluster=cluster)

@@ -141,7 +141,7 @@ async def test_a_cancelled_job_is_known_at_once(service, cluster):
 
 
 async def test_a_server_is_told_of_a_cancelled_job_with_slurms_word_and_no_restart(service, cluster, tmp_path):
-    """A manager that waits for the job's end shows the kernel dead, and why; nobody hears "restarting" before."""
+    """A manager that waits for the job's end shows the kernel dead, and why; no client gets "restarting" before."""
     manager = SlurmMappingKernelManager(root_dir=str(tmp_path))
     kernel_id = await manager.start_kernel(kernel_name="slurm")
     kernel = manager._kernels[kernel_id]

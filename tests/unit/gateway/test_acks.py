@@ -83,7 +83,7 @@ async def test_a_kernel_that_never_had_a_frontend_is_not_acknowledged(launcher):
 
 
 async def test_sessions_of_an_earlier_server_go_on_from_where_they_were(launcher):
-    """What was kept is in the kernel's order, whoever reads it first."""
+    """What was kept is in the kernel's order, for whichever session reads it first."""
     acks = OutputAcks(launcher)
     acks.join("ahead", Position("7"))
     acks.join("behind", Position("5"))

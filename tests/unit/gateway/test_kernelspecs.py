@@ -79,7 +79,7 @@ def manager(root, installed):
 # -- who sees what ------------------------------------------------------------------------------------
 
 
-def test_members_see_their_projects_and_everybody_what_is_installed(manager):
+def test_members_see_their_projects_and_all_users_what_is_installed(manager):
     """The list is each user's own."""
     specs = manager()
     assert list(specs.specs_for("ada")) == ["clim.python", "slurm"]
@@ -320,7 +320,7 @@ def test_a_broken_kernelspec_takes_out_itself_only(manager, root, content, caplo
 
 
 @pytest.mark.parametrize("content", ["", "{", {"limit": {}}, {"members": {"users": "ada"}}, None])
-def test_a_broken_project_is_nobodys(manager, root, content):
+def test_a_broken_project_has_no_members(manager, root, content):
     """Without a valid file the project is served to no user, rather than to all; other projects are served."""
     path = root / "clim" / "project.json"
     path.unlink() if content is None else write_json(path, content)
@@ -389,7 +389,7 @@ def test_a_kernelspec_does_not_lead_out_of_its_project(manager, root, tmp_path):
     assert all("leads out of" in problem for problem in specs.problems())
 
 
-def test_a_link_that_leads_nowhere_is_in_nobodys_way(manager, root):
+def test_a_link_that_leads_nowhere_harms_no_other_kernelspec(manager, root):
     """Circular and broken links: as directories they are ignored, as files they are reported."""
     (root / "circle").symlink_to("circle")
     (root / "gone").symlink_to("missing")
@@ -513,7 +513,7 @@ def test_a_link_that_becomes_a_file_while_it_is_followed_is_no_error_of_the_serv
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_a_file_that_becomes_a_pipe_while_it_is_looked_at_is_waited_for_by_nobody(manager, root, monkeypatch, call):
+def test_a_file_that_becomes_a_pipe_while_it_is_read_blocks_no_reader(manager, root, monkeypatch, call):
     """Opening a pipe waits for a writer: the list of all kernelspecs would wait with it."""
     path = root / "clim" / "python" / "kernel.json"
     specs = manager()
@@ -588,7 +588,7 @@ def test_a_setting_that_would_let_clients_say_what_runs_is_refused(manager):
             manager(allowed_client_fields=["gpus", name])
 
 
-def test_a_kernelspec_is_not_changed_by_whoever_has_it(manager):
+def test_a_kernelspec_is_not_changed_by_its_callers(manager):
     """Each caller has one of their own."""
     specs = manager()
     specs.get_kernel_spec("clim.python").metadata["kernel_provisioner"]["config"]["nodes"] = 99

@@ -161,7 +161,7 @@ TOO_MUCH = [
 
 @pytest.mark.parametrize("who", ["client", "kernelspec"])
 @pytest.mark.parametrize(("field", "asked"), TOO_MUCH)
-def test_too_much_is_refused_by_name_whoever_asks_for_it(field, asked, who):
+def test_too_much_is_refused_by_name_for_each_user(field, asked, who):
     """The message has the field, the project and what it allows; a kernelspec is held to it as well."""
     with pytest.raises(NotAllowed, match="demo") as caught:
         start(**asked) if who == "client" else start(asked)

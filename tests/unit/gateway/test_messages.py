@@ -1,4 +1,4 @@
-"""Kernel messages on websockets: both formats, and frames that nobody honest sends."""
+"""Kernel messages on websockets: both formats, and frames that no honest client sends."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_any_other_frame_is_a_message_error(protocol, frame):
 
 
 @pytest.mark.parametrize("count", [0, 5, 1 << 20, 1 << 40, (1 << 64) - 1])
-def test_a_count_that_nobody_means_costs_nothing(count):
+def test_an_absurd_count_costs_nothing(count):
     """A frame that announces 2^64 parts is refused before anything is made of it."""
     with pytest.raises(MessageError, match="offsets"):
         messages.decode(V1, struct.pack("<Q", count) + b"x" * 100)

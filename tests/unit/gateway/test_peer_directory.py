@@ -87,7 +87,7 @@ async def test_a_kernel_a_session_and_a_document_are_the_other_gateways(director
     assert [peer.server_id for peer in await directory.others()] == [other.server_id]
 
 
-async def test_what_nobody_has_is_not_found(directory, registries):
+async def test_what_no_server_has_is_not_found(directory, registries):
     """Nor what is another user's document, or of a server that is no gateway; what is one's own is said to be."""
     nobody = "44444444-4444-4444-4444-444444444444"
     assert await directory.kernel(nobody) is None

@@ -45,13 +45,13 @@ def test_every_key_is_read():
     assert said == {key.name for key in KEYS}
 
 
-def test_an_empty_file_is_a_project_for_everybody():
+def test_an_empty_file_is_a_project_for_all_users():
     """Nothing is limited, and its title is its directory's name."""
     empty = project()
     assert (empty.title, empty.members, empty.defaults, empty.limits.are_any) == ("demo", None, {}, False)
 
 
-def test_members_that_name_nobody_are_nobody():
+def test_members_that_name_no_user_are_no_members():
     """An empty ``members`` is not the same as none."""
     assert project(members={}).members == Members()
 
@@ -147,7 +147,7 @@ def test_a_user_whom_the_host_does_not_know_has_no_groups():
     assert unix_groups("a\0b") == frozenset()
 
 
-def test_slurm_is_asked_once_for_everybody_and_again_when_that_is_old():
+def test_slurm_is_asked_once_for_all_users_and_again_when_that_is_old():
     """Not at all where no project names an account, and not for members by name."""
     slurm = Slurm(ada="clim", ben="clim")
     membership = slurm.membership()
@@ -166,7 +166,7 @@ def test_slurm_is_asked_once_for_everybody_and_again_when_that_is_old():
     assert slurm.asked == 2
 
 
-def test_while_slurm_does_not_answer_nobody_is_a_member_by_account(caplog):
+def test_while_slurm_does_not_answer_no_user_is_a_member_by_account(caplog):
     """It is logged, not asked at each request, and over when slurmdbd is back."""
     slurm = Slurm(ada="clim")
     membership = slurm.membership()

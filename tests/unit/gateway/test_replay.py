@@ -270,7 +270,7 @@ async def test_the_kernels_own_reply_is_the_one_where_it_comes(kernel, open_chan
 
 
 async def test_a_cell_that_the_kernel_never_got_is_refused_in_words(kernel, open_channels):
-    """It answers others and has not begun with it: so it does not show as running for ever."""
+    """It answers others and has not begun with it: so it does not show as running without an end."""
     one = open_channels(Kept(), Position("none", {"lost": "-"}))
     frontend = Frontend()
     one.attach(frontend)
@@ -298,7 +298,7 @@ async def test_a_cell_that_is_still_before_the_kernel_is_not_refused(kernel, ope
 
 
 async def test_what_is_not_signed_by_the_kernel_is_not_delivered(kernel, open_channels):
-    """Whoever could put a message into what was kept has no key."""
+    """A process that could put a message into the kept ones has no key."""
     forged = kernel.output("forged ")
     forged[2] = b"0" * 64
     one = open_channels(Kept([forged, [b"garbage"], [], kernel.output("real ")]), Position("none"))

@@ -211,7 +211,7 @@ def test_the_command_says_what_is_wrong(file, capsys):
     """A token that is not there, a name that is none and a directory that is missing are errors in words."""
     for argv in (
         ["token", "remove", secrets.token_hex(6), f"--tokens={file.path}"],
-        ["token", "remove", "--user=nobody", f"--tokens={file.path}"],
+        ["token", "remove", "--user=eve", f"--tokens={file.path}"],
         ["token", "add", "0", f"--tokens={file.path}"],
         ["token", "add", "ada", f"--tokens={file.path.parent / 'missing' / 'tokens'}"],
     ):

@@ -28,14 +28,14 @@ ADA, HUB = GatewayUser("ada"), GatewayUser("hub", service=True)
         (GatewayUser("root-of-all", admin=True), {}, "root-of-all"),
     ],
 )
-def test_a_kernel_belongs_to_whoever_asks_or_to_whom_a_service_names(user, env, owner):
+def test_a_kernel_belongs_to_its_client_or_to_the_user_that_a_service_names(user, env, owner):
     """Users act as themselves; a service acts for the user whom it names, or as itself."""
     assert kernel_owner(user, env) == owner
 
 
 @pytest.mark.parametrize("user", [ADA, GatewayUser("root-of-all", admin=True)])
 @pytest.mark.parametrize("name", ["ben", "Ada", "ada.", "hub"])
-def test_nobody_but_a_service_starts_kernels_for_others(user, name):
+def test_only_a_service_starts_kernels_for_others(user, name):
     """Not even an admin; the message says whom they are known as."""
     with pytest.raises(NotAllowed, match=user.username) as caught:
         kernel_owner(user, {"KERNEL_USERNAME": name})
@@ -111,7 +111,7 @@ def test_a_hubs_service_asks_the_hub_for_its_own_scope(monkeypatch):
     assert provider.hub_scopes == ["access:services!service=gateway"]
 
 
-def test_a_token_for_everybody_cannot_be_set(monkeypatch):
+def test_a_token_for_all_users_cannot_be_set(monkeypatch):
     """Jupyter's own token, from the environment or a setting, opens nothing here."""
     monkeypatch.setenv("JUPYTER_TOKEN", "everybodys")
     provider = GatewayIdentityProvider()

@@ -50,7 +50,7 @@ class Dialled:
 
 @pytest.fixture
 def server() -> Iterator[Address]:
-    """Somebody who takes connections."""
+    """A server that accepts connections."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()
 
@@ -64,7 +64,7 @@ def silent() -> Iterator[Address]:
 
 @pytest.fixture
 def closed() -> Address:
-    """An address where nobody listens."""
+    """An address without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()
 
@@ -77,7 +77,7 @@ def test_addresses_that_do_not_answer_cost_a_head_start_each_and_no_timeout(sile
 
 
 def test_an_address_that_fails_at_once_is_not_waited_for(closed, server):
-    """The next one is dialled in the same moment; why the others failed is told."""
+    """The next one is dialled in the same moment; the reasons of the other failures are reported."""
     dialled = Dialled(closed, ("192.0.2.1%nosuch", 1), closed, server)
     assert dialled.reached == server
     assert dialled.seconds < dialling.HEAD_START + 0.3
@@ -85,7 +85,7 @@ def test_an_address_that_fails_at_once_is_not_waited_for(closed, server):
 
 
 def test_the_first_one_that_is_there_is_taken(server, silent, closed):
-    """Those behind it are not even dialled; what is not known to be dead is told, for the case that it is no good."""
+    """Those behind it are not even dialled; those not known to be dead are reported, in case it is no good."""
     dialled = Dialled(server, silent)
     assert (dialled.reached, dialled.left) == (server, [silent])
     behind = ("192.0.2.1", 9)
@@ -93,7 +93,7 @@ def test_the_first_one_that_is_there_is_taken(server, silent, closed):
     assert (dialled.reached, dialled.left) == (server, [silent, behind])
 
 
-def test_a_round_in_which_nobody_answers_ends(silent, closed, monkeypatch):
+def test_a_round_without_an_answer_ends(silent, closed, monkeypatch):
     """With the reason for each."""
     monkeypatch.setattr(dialling, "CONNECT_TIMEOUT", 0.5)
     dialled = Dialled(silent, closed, silent)
@@ -134,7 +134,7 @@ def test_a_name_that_is_not_found_is_told_of_and_the_next_address_is_tried(close
     assert Dialled(("no-such-host", 1), server).reached == server
 
 
-def test_a_resolver_that_hangs_keeps_nobody_waiting(server, monkeypatch):
+def test_a_resolver_that_hangs_delays_no_dialling(server, monkeypatch):
     """Numbers behind the name are dialled meanwhile, other work goes on, and the child that asks is ended."""
     before = set(psutil.Process().children())
     resolver(monkeypatch, lambda _port: time.sleep(600))

@@ -187,7 +187,7 @@ class Kernel:
             self.turn_until_read(marker)
 
     def turn_until_read(self, marker: str) -> None:
-        """Until a message that nobody wants has come through the socket, and been dropped."""
+        """Until a message without a reader has come through the socket, and been dropped."""
         subscriber, data = self.output._subscriber, bytearray()
         feed = subscriber.feed
 
@@ -290,7 +290,7 @@ def test_a_client_is_welcomed_before_the_launcher_subscribes(kernel):
 
 
 def test_a_last_word_is_read_from_a_kernel_that_is_over(kernel):
-    """What its socket still holds when somebody reads what is kept belongs to that."""
+    """What its socket still holds when a server reads the kept output belongs to that output."""
     kernel.linked = False
     kernel.output.begin()
     kernel.until_subscribed()
@@ -321,7 +321,7 @@ def test_an_interruption_is_counted(kernel):
 
 
 def test_a_kernel_that_cannot_be_subscribed_to_is_given_up(kernel, monkeypatch):
-    """After a number of tries; readers are told that nothing is kept."""
+    """After a number of tries; readers get the answer that nothing is kept."""
     monkeypatch.setattr(kernel.output, "_retry", Backoff(0.01, 0.01))
     kernel.socket.close(linger=0)
     kernel.linked = False

@@ -57,7 +57,7 @@ def turn_until(reactor, condition, seconds=10.0):
 
 
 def dial(reactor, port):
-    """What is told to somebody who asks."""
+    """The answer to a client that asks."""
     with socket.create_connection((HERE, port), timeout=10) as sock:
         sock.sendall(QUESTION.encode())
         sock.setblocking(False)
@@ -177,7 +177,7 @@ def test_it_ends_by_itself(launcher, reactor, said, monkeypatch):
 
 
 def test_a_kernels_ports_are_kept_where_they_are_free(launcher, said):
-    """A restart's are those of before; if somebody has taken one, all are others."""
+    """A restart keeps the ports; if another process has taken one, all are new."""
     launcher.listen(asked(), HERE)
     launcher.close("k")
     before = said[0][1]["ports"]
@@ -213,7 +213,7 @@ def test_there_are_only_so_many(launcher, said, monkeypatch):
 
 
 def test_who_connects_too_often_is_sent_away(launcher, reactor, said, monkeypatch):
-    """Connections that stay are bounded, and nobody who stays keeps the server's dialling from its answer for ever."""
+    """Connections that stay are bounded, and none of them holds back the answer to the server's dialling."""
     monkeypatch.setattr(probes, "MAX_CONNECTIONS", 2)
     launcher.listen(asked(), HERE)
     port = said[0][1]["ports"]["shell"]

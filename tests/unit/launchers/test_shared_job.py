@@ -25,7 +25,7 @@ def test_steps_beside_the_jobs_own_are_others(listed, others):
 
 @pytest.mark.parametrize(("script", "answer"), [("echo 12.3", True), ("exit 1", None), ("echo", False), (None, False)])
 def test_an_answer_that_fails_is_none(tmp_path, monkeypatch, script, answer):
-    """A squeue that fails says nothing; where there is none, nobody can ever be asked."""
+    """A squeue that fails says nothing; where there is none, the launcher cannot ask at all."""
     monkeypatch.setenv("PATH", str(tmp_path))
     if script is not None:
         (tmp_path / "squeue").write_text(f"#!/bin/sh\n{script}\n")

@@ -123,7 +123,7 @@ def test_a_message_over_the_bound_is_passed_over_by_its_id(publisher):
     assert most <= 100_000 + 65536
 
 
-def test_what_nobody_wants_is_not_kept(publisher):
+def test_what_has_no_subscriber_is_not_kept(publisher):
     """While it is not wanted it is read, so that the kernel drops nothing, and that is all."""
     reader = Subscriber(LIMIT)
     publisher.subscribe(reader)

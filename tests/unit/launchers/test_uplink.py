@@ -29,7 +29,7 @@ class Server:
         self.dials = 0
 
     def accepts(self) -> bool:
-        """Whether somebody dialled; he is greeted."""
+        """Whether a launcher dialled; it gets a greeting."""
         try:
             self.connection, _peer = self.listener.accept()
         except BlockingIOError:
@@ -66,7 +66,7 @@ class Server:
 
 
 class Launcher:
-    """An uplink that notes what it is told; WELCOME and the like are handled as the launcher does."""
+    """An uplink that records the messages to it; it handles WELCOME and the like as the launcher does."""
 
     def __init__(self, *addresses: str) -> None:
         self.reactor = Reactor()
@@ -122,7 +122,7 @@ def link(launcher: Launcher, server: Server, *bodies: bytes) -> None:
 
 @pytest.fixture
 def servers() -> Iterator[list[Server]]:
-    """Three servers that nobody has told of one another."""
+    """Three servers that do not know one another."""
     servers = [Server() for _ in range(3)]
     yield servers
     for server in servers:
@@ -143,7 +143,7 @@ def test_a_launcher_goes_on_at_the_server_that_it_was_told_of(servers):
 
 
 def test_the_address_that_works_is_dialled_first_and_none_is_forgotten(servers):
-    """HEARTBEAT tells new ones; those that were told before, and at the start, stay behind them, to a bound."""
+    """HEARTBEAT brings new ones; the earlier ones, and those of the start, stay behind them, to a bound."""
     first, second, third = servers
     launcher = Launcher(first.name)
     link(launcher, first, welcome(0, [second.name]))

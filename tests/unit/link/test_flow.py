@@ -98,7 +98,7 @@ def test_credit_is_given_back_in_steps():
 
 
 def test_a_far_end_that_exceeds_its_credit_is_refused():
-    """Nobody fills our memory by ignoring the window."""
+    """A sender that ignores the window cannot fill this process's memory."""
     window = flow.ReceiveWindow()
     window.arrived(flow.WINDOW)
     with pytest.raises(wire.WireError):
@@ -283,7 +283,7 @@ def play(pair: Pair, steps: list[tuple[str, int, int, int]]) -> None:
 @given(st.lists(st.one_of(*traffic, *breaks), min_size=15, max_size=80))
 @settings(max_examples=200)
 def test_whatever_links_break_where_each_byte_arrives_once_and_in_order(steps):
-    """Streams are pipes of one window each, whoever writes and reads how much and wherever links are cut."""
+    """Streams are pipes of one window each, however much each side writes and reads and wherever links are cut."""
     pair = Pair()
     pair.link()
     for number in range(1, STREAMS):

@@ -1,4 +1,4 @@
-"""Launchers that hold their token and mean harm: what one says costs its own user, and nobody else much."""
+"""Launchers that hold their token and mean harm: what one says harms its own user, and hardly any other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOG = logging.getLogger("test.hostile")
 
 
 class Owner:
-    """A response socket and one launcher that it expects, of job 12; notes what the launcher's owner is told."""
+    """A response socket and one launcher that it expects, of job 12; records the calls to the launcher's owner."""
 
     def __init__(self, socket: server.ResponseSocket) -> None:
         self.socket = socket
@@ -96,7 +96,7 @@ NODELISTS = {
 
 @pytest.mark.parametrize("text", NODELISTS.values(), ids=NODELISTS)
 async def test_a_list_of_nodes_that_is_none_is_as_nothing(owner: Owner, text: str) -> None:
-    """Lists of everybody's allocations hold this one, too, after a restart as well: without nodes."""
+    """Lists of all users' allocations hold this one, too, after a restart as well: without nodes."""
     await owner.connect(slurm_job_nodelist=text)
     assert owner.allocation.row()["nodes"] == []
     assert owner.launcher.nodelist == ""
@@ -105,7 +105,7 @@ async def test_a_list_of_nodes_that_is_none_is_as_nothing(owner: Owner, text: st
 
 
 async def test_the_nodes_are_reckoned_once_a_link(owner: Owner) -> None:
-    """Whoever asks gets the list that was made when the link came up."""
+    """A caller gets the list that was made when the link came up."""
     await owner.connect(slurm_job_nodelist="c[1-2]")
     assert owner.allocation.nodes == ["c1", "c2"]
     made = owner.launcher.nodes
@@ -127,7 +127,7 @@ async def test_an_end_that_no_job_has_is_not_believed(owner: Owner, end: Any) ->
 
 
 @pytest.mark.parametrize("text", ["²", "1" * 8, "9" * 400, "x"])
-async def test_a_time_that_slurm_would_not_say_keeps_nobody_out(owner: Owner, text: str) -> None:
+async def test_a_time_that_slurm_would_not_say_keeps_no_launcher_out(owner: Owner, text: str) -> None:
     """The link comes up without it."""
     await owner.connect(slurm_job_end_time=text)
     assert owner.launcher.end_time is None
@@ -143,7 +143,7 @@ async def test_an_end_that_a_job_may_have_is_believed(owner: Owner) -> None:
 
 
 async def test_a_hello_that_its_owner_cannot_take_ends_the_link(socket: server.ResponseSocket) -> None:
-    """Nobody would watch over it."""
+    """No process would watch over it."""
 
     class Failing(RecordingHandler):
         def link_up(self, link: server.Link, hello: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ async def reading(launcher: Launcher) -> asyncio.Task[KeptOutput]:
 
 
 async def test_what_the_launcher_kept_is_read_whole():
-    """Messages in their order, and what is to be known of them; the stream is closed."""
+    """Messages in their order, with the fields that describe them; the stream is closed."""
     launcher = Launcher()
     task = await reading(launcher)
     launcher.say(records(HEADER, [b"topic", b"x" * 50_000], [b"", b"y"]))
@@ -102,7 +102,7 @@ async def test_credit_is_given_for_what_was_read():
     ids=["nothing", "no json", "no object", "no number", "half a frame", "a huge record", "more than was kept"],
 )
 async def test_a_launcher_that_sends_something_else_is_an_error(data):
-    """It ends that reading and nothing else; memory is bounded by what was to be kept."""
+    """It ends that reading and nothing else; memory is bounded by the amount that the settings keep."""
     launcher = Launcher()
     task = await reading(launcher)
     launcher.say(data)
@@ -127,7 +127,7 @@ def test_whatever_a_launcher_sends_is_kept_output_or_an_error(data, cut):
 
 
 async def test_without_a_word_it_is_given_up(monkeypatch):
-    """A launcher that is silent, or out of reach, does not hold the reader for ever."""
+    """A launcher that is silent, or out of reach, does not hold the reader without a limit."""
     monkeypatch.setattr(kept, "SILENCE_SECONDS", 0.05)
     launcher = Launcher()
     task = await reading(launcher)

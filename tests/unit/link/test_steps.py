@@ -212,7 +212,7 @@ async def test_how_a_step_failed_is_told_in_sruns_words(ends: Ends, programs: Pa
 
 
 async def test_a_node_without_srun(ends: Ends) -> None:
-    """Is told, and is no reason to wait."""
+    """It is reported, and is no reason to wait."""
     ends.launcher._env["PATH"] = "/nonexistent"
     step = await ends.inside.start(SPEC)
     with pytest.raises(AllocationError, match="srun is not in /nonexistent"):
@@ -229,7 +229,7 @@ async def test_a_step_is_ended(ends: Ends, programs: Path) -> None:
 
 
 async def test_an_end_without_a_link_is_told_with_the_next(ends: Ends, programs: Path) -> None:
-    """Nothing is lost while the link is down, and nothing is kept once it was told."""
+    """Nothing is lost while the link is down, and nothing is kept once it was reported."""
     install(programs, "srun", "exec sleep 600")
     step = await ends.inside.start(SPEC)
     ends.linked = False
@@ -277,7 +277,7 @@ async def test_without_a_link_no_step_is_started(ends: Ends) -> None:
 
 
 async def test_a_launcher_that_is_gone_takes_its_steps_with_it(ends: Ends, programs: Path) -> None:
-    """Whoever waits hears of it."""
+    """A caller that waits gets the error."""
     install(programs, "srun", "exec sleep 600")
     step = await ends.inside.start(SPEC)
     ends.inside.gone()

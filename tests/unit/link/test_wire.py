@@ -60,7 +60,7 @@ def test_unpacking_noise_gives_messages_or_a_wire_error(noise):
 @given(
     st.sampled_from(sorted(wire.MESSAGES)), st.dictionaries(texts, json_values, max_size=4), st.integers(0, 2**32 - 1)
 )
-def test_every_message_of_the_table_round_trips_from_who_may_send_it_and_from_nobody_else(name, fields, stream):
+def test_every_message_of_the_table_round_trips_from_its_senders_only(name, fields, stream):
     """The table says who may send what; the other side's messages are refused."""
     _number, who, form = wire.MESSAGES[name]
     is_json = form == wire.JSON

@@ -43,10 +43,10 @@ def test_without_a_rest_interface_nothing_is_made_for_one() -> None:
 def test_another_users_commands_are_run_by_the_helper() -> None:
     """They are counted with the process's own commands."""
     access = cluster_access(settings())
-    driver = access.driver("somebody-else")
+    driver = access.driver("another-user")
     assert isinstance(driver, CommandLineDriver)
     assert isinstance(driver.runner, SudoRunner)
-    assert driver.runner.user == "somebody-else"
+    assert driver.runner.user == "another-user"
     assert driver.runner.counts is access.runner.counts
 
 

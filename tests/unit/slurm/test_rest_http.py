@@ -22,7 +22,7 @@ SECRET = "a.secret.token"  # noqa: S105 - to be looked for in messages
 OPENAPI = {"paths": {"/slurm/v0.0.42/job/submit": {}}}
 NO_PARTITION = {"errors": [{"error_number": 2000, "error": "Invalid partition name specified"}]}
 NOT_YOURS = {"errors": [{"error_number": 2002, "error": "Access/permission denied", "description": "Signal failed"}]}
-# From 24.05 on each job that was to be cancelled has an answer of its own.
+# From 24.05 on the response has an entry for each job.
 NOT_YOURS_EITHER = {"errors": [], "status": [{"error": {"code": 2002, "string": "Access/permission denied"}}]}
 GONE = {"errors": [], "status": [{"error": {"code": 2017, "string": "Invalid job id specified"}}]}
 DONE = {"errors": [], "status": [{"error": {"code": 0, "string": "No error"}}]}

@@ -11,7 +11,7 @@ from gateway_slurm.allocations.walltime import MAX_SIGNAL_SECONDS, signal_second
     ("warnings", "minutes", "seconds"),
     [
         ([10, 5, 1], 30, 600),
-        ([1, 5, 10], None, 600),  # no limit yet: somebody may set one
+        ([1, 5, 10], None, 600),  # no limit yet: an admin may set one
         ([10, 5, 1], 12, 600),
         ([10, 5, 1], 11, 300),  # 600 would come with the start, or soon after
         ([10, 5, 1], 3, 60),

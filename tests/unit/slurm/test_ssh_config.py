@@ -36,7 +36,7 @@ Host loop
 Host command
   ProxyCommand nc %h %p
 Host *
-  User everybody
+  User anyone
 """
 
 
@@ -74,7 +74,7 @@ def test_the_url_comes_before_the_configuration(home: Path) -> None:
 def test_what_the_configuration_does_not_say_is_as_ssh_has_it(home: Path) -> None:
     """Port 22, the usual keys, the usual known_hosts files."""
     found = destination("ssh://elsewhere.example.org")
-    assert (found.host, found.port, found.user) == ("elsewhere.example.org", 22, "everybody")
+    assert (found.host, found.port, found.user) == ("elsewhere.example.org", 22, "anyone")
     assert found.identities[0] == f"{home}/.ssh/id_ed25519"
     assert f"{home}/.ssh/known_hosts" in found.known_hosts
     assert "/etc/ssh/ssh_known_hosts" in found.known_hosts
@@ -108,7 +108,7 @@ def test_a_configuration_that_others_can_write_is_refused(home: Path) -> None:
 def test_jump_hosts_come_in_the_order_in_which_they_are_dialled(home: Path) -> None:
     """The first one's own jump hosts come before it, each with its own user and port."""
     hops = [(hop.user, hop.host, hop.port) for hop in destination("ssh://behind").jumps]
-    assert hops == [("everybody", "zeroth", 22), ("bob", "first", 2200), ("everybody", "second", 22)]
+    assert hops == [("anyone", "zeroth", 22), ("bob", "first", 2200), ("anyone", "second", 22)]
 
 
 def test_a_host_on_its_own_way_is_dialled_itself(home: Path) -> None:

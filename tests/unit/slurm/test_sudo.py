@@ -384,7 +384,7 @@ def test_impossible_and_unknown_names_are_refused(name):
 
 @pytest.mark.parametrize("name", ["root", "daemon", "nobody"])
 def test_system_accounts_are_refused(name):
-    """With any settings root and nobody are refused, and so is every uid below the lowest one."""
+    """With any settings root and ``nobody`` are refused, and so is every uid below the lowest one."""
     with pytest.raises(NotAllowed, match="system account"):
         check_user(name, min_uid=0 if name != "daemon" else 1000, allow_own=True)
 

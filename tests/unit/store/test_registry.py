@@ -285,7 +285,7 @@ def test_a_pid_that_lives_again_is_not_the_process_that_died():
     assert not replace(this_process(), host="elsewhere", start="1").is_dead
 
 
-def test_a_process_that_nobody_waits_for_is_dead():
+def test_a_process_without_a_waiting_parent_is_dead():
     """It is still in the process table, and does nothing any more."""
     pid = os.fork()
     if pid == 0:
