@@ -200,11 +200,9 @@ def env_field(body: dict[str, Any]) -> dict[str, str]:
 def object_field(body: dict[str, Any], name: str) -> dict[str, Any]:
     """An object field of the body, empty for none; raises HTTPError 400 for anything else."""
     value = body.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | None):
         raise web.HTTPError(400, f"{name} must be an object")
-    return value
+    return value or {}
 
 
 # -- Kernels, sessions, kernelspecs --
@@ -556,13 +554,12 @@ class ReadyHandler(UntrackedHandler, GatewayHandler):
 
 
 class DescriptionHandler(UntrackedHandler, GatewayHandler):
-    """``/api/spec.json``: this API in OpenAPI."""
+    """``/api/spec.json``: this API in OpenAPI. It needs no authentication: no secret is in it."""
 
     waits_for_kernels = False
 
     @allow_unauthenticated
     async def get(self) -> None:
-        """The description, which needs no authentication: no secret is in it."""
         self.answer(description(self.base_url))
 
 

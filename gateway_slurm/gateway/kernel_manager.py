@@ -175,8 +175,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         """Whether the kernel exists and ``user`` may see it: its owner, the service that started it, or an admin."""
         if user is None or kernel_id not in self:
             return False
-        owner, maker = self._owners.get(kernel_id, ("", ""))
-        return can_see(user, owner, maker)
+        return can_see(user, self.owner_of(kernel_id), self.maker_of(kernel_id))
 
     def models_for(self, user: Any) -> list[dict[str, Any]]:
         """The models of the kernels that ``user`` may see."""
@@ -481,7 +480,6 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self._activities[kernel_id] = Activity(self, self.get_kernel(kernel_id), acks)
 
     def stop_watching_activity(self, kernel_id: str) -> None:
-        """Close the iopub socket of ``start_watching_activity``."""
         self._close_activity(kernel_id)
         super().stop_watching_activity(kernel_id)
 

@@ -36,7 +36,6 @@ class GatewayCollector(Collector):
         yield commands
 
     def close(self) -> None:
-        """Remove the collector from the registry."""
         REGISTRY.unregister(self)
 
 

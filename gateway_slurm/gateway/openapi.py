@@ -72,14 +72,8 @@ _PARAMETERS = {
     "jobid": {"type": "string", "pattern": "^[0-9]{1,10}$"},
     "path": {"type": "string", "pattern": r"^(kernel\.js|kernel\.css|logo-[A-Za-z0-9_.\-]+)$"},
 }
-_QUERIES = {
-    "/api/kernelspecs": {
-        "user": {
-            "schema": _TEXT,
-            "description": "the user for which a service requests the list; other clients may name themselves only",
-        }
-    }
-}
+_SERVICES_USER = "the user for which a service requests the list; other clients may name themselves only"
+_QUERIES = {"/api/kernelspecs": {"user": {"schema": _TEXT, "description": _SERVICES_USER}}}
 
 # By path and method: the summary, the body's schema or "", the status of success, and the answer: "" for none, a schema
 # of JSON, or a media type.
@@ -172,10 +166,8 @@ def _operation(path: str, summary: str, body: str, status: int, answer: str | di
     if path in _PAGES:
         content["text/html"] = {"schema": _TEXT}
     failure = {"description": "the reason", "content": content}
-    operation: dict[str, Any] = {
-        "summary": summary,
-        "responses": {str(status): success, "4XX": failure, "5XX": failure},
-    }
+    responses = {str(status): success, "4XX": failure, "5XX": failure}
+    operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if body:
         operation["requestBody"] = {"content": {"application/json": {"schema": _ref(body)}}}
     if path in _OPEN:

@@ -76,13 +76,11 @@ class KernelRestorer:
     async def hand_over_kernels(self) -> None:
         """Leave running kernels to the next server: report to frontends, acknowledge, and detach."""
         manager, self.is_handing_over = self._manager, True
-        service = SlurmService.instance(self.log)
         kernels = {kernel_id: manager.get_kernel(kernel_id) for kernel_id in manager.list_kernel_ids()}
         running = {kernel_id: kernel for kernel_id, kernel in kernels.items() if _runs_on_a_node(kernel)}
-        reason = "the server was stopped before the kernel had this cell: run it again"
         channels = [session for kernel_id in running for session in manager.frontends.channels_of(kernel_id)]
         for session in channels:
-            session.refuse_held(reason)
+            session.refuse_held("the server was stopped before the kernel had this cell: run it again")
         if channels:
             flushes = [asyncio.ensure_future(session.flushed()) for session in channels]
             await asyncio.wait(flushes, timeout=FLUSH_SECONDS)
@@ -91,13 +89,11 @@ class KernelRestorer:
             manager.frontends.hand_over(kernel_id, "the server was stopped")
             self.detach(kernel_id)
         if running:
+            count = "1 kernel" if len(running) == 1 else f"{len(running)} kernels"
+            seconds = SlurmService.instance(self.log).orphan_timeout
+            limit = f" if it is started within {seconds:g} s; otherwise they end" if seconds else ""
             self.log.warning(
-                "%s left running, in jobs %s. The next server restores them%s",
-                "1 kernel" if len(running) == 1 else f"{len(running)} kernels",
-                ", ".join(jobs),
-                f" if it is started within {service.orphan_timeout:g} s; otherwise they end"
-                if service.orphan_timeout
-                else "",
+                "%s left running, in jobs %s. The next server restores them%s", count, ", ".join(jobs), limit
             )
 
     async def close_service(self) -> None:
@@ -179,12 +175,11 @@ class KernelRestorer:
                 # A record that this version cannot read affects neither other kernels nor its own.
                 self.log.exception("kernel %s was not restored", restored.record.kernel_id)
         registry = SlurmService.instance().registry
-        sessions = []
-        for session in registry.sessions():
-            if session.kernel_id in self._manager:
-                sessions.append(session)
-            else:
+        sessions = registry.sessions()
+        for session in sessions:
+            if session.kernel_id not in self._manager:
                 registry.remove("sessions", session.session_id)
+        sessions = [session for session in sessions if session.kernel_id in self._manager]
         for callback in self.on_sessions:
             callback(sessions)
 
@@ -193,11 +188,12 @@ class KernelRestorer:
         if record.kernel_id in manager:
             return
         kernel = self._kernel_manager(restored)
-        provisioner = SlurmProvisioner(
-            kernel_id=record.kernel_id, kernel_spec=kernel.kernel_spec, parent=kernel, **_fields_of(kernel.kernel_spec)
-        )
-        kernel.provisioner = provisioner
-        info = provisioner.adopt(restored)
+        spec = kernel.kernel_spec
+        # The kernelspec's request fields, as ``KernelProvisionerFactory`` gives them to a provisioner.
+        stanza = (spec.metadata or {}).get("kernel_provisioner", {})
+        fields = stanza.get("config", {}) if isinstance(stanza, dict) else {}
+        kernel.provisioner = SlurmProvisioner(kernel_id=record.kernel_id, kernel_spec=spec, parent=kernel, **fields)
+        info = kernel.provisioner.adopt(restored)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(kernel.connection_file)  # the earlier server's
         kernel.load_connection_info(info)
@@ -221,8 +217,8 @@ class KernelRestorer:
             jupyter_compat.set_kernel_spec(kernel, KernelSpec(**state.get("kernel_spec", {})))
         kernel.transport_encryption = state.get("transport_encryption", kernel.transport_encryption)
         env = record.launch.get("env") or {}
-        arguments = dict(state.get("launch_args") or {"env": env, "cwd": record.launch.get("cwd")})
-        jupyter_compat.set_launch_args(kernel, arguments)
+        arguments = state.get("launch_args") or {"env": env, "cwd": record.launch.get("cwd")}
+        jupyter_compat.set_launch_args(kernel, dict(arguments))
         return kernel
 
     def _drop(self, kernel_ids: list[str]) -> None:
@@ -236,12 +232,9 @@ class KernelRestorer:
 def _runs_on_a_node(kernel: Any) -> bool:
     """Whether the kernel has a process on a node, which does not need this server."""
     provisioner = getattr(kernel, "provisioner", None)
-    return (
-        isinstance(provisioner, SlurmProvisioner)
-        and ready_of(kernel).done()
-        and provisioner.has_process
-        and kernel.execution_state != "dead"
-    )
+    if not isinstance(provisioner, SlurmProvisioner) or not ready_of(kernel).done():
+        return False
+    return provisioner.has_process and kernel.execution_state != "dead"
 
 
 def _manager_state(kernel: Any, maker: str) -> dict[str, Any]:
@@ -260,14 +253,7 @@ def _manager_state(kernel: Any, maker: str) -> dict[str, Any]:
 
 
 def _is_json(value: object) -> bool:
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _fields_of(spec: KernelSpec) -> dict[str, Any]:
-    """The kernelspec's request fields, as ``KernelProvisionerFactory`` gives them to a provisioner."""
-    provisioner = (spec.metadata or {}).get("kernel_provisioner", {})
-    return dict(provisioner.get("config", {})) if isinstance(provisioner, dict) else {}
+        return True
+    return False

@@ -30,12 +30,10 @@ class SessionRecords:
             self._restorer.on_sessions.append(restore)
 
     def put(self, record: SessionRecord) -> None:
-        """Put a new or changed session on record."""
         if self._is_kept:
             SlurmService.instance().registry.put(record)
 
     def remove(self, session_id: str) -> None:
-        """Delete a session's record."""
         if self._is_kept:
             SlurmService.instance().registry.remove("sessions", session_id)
 

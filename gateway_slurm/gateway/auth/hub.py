@@ -129,10 +129,7 @@ class HubTokens:
         return GatewayUser(str(name), service=kind == "service")
 
     def _scopes_suffice(self, scopes: object) -> bool:
-        """Whether the token has one of the scopes; a scope without a filter includes the filtered ones.
-
-        Source: JupyterHub's documentation, "Scopes in JupyterHub".
-        """
+        # A scope without a filter includes the filtered ones (JupyterHub's documentation, "Scopes in JupyterHub").
         have = set(map(str, scopes)) if isinstance(scopes, list) else set()
         return not self.scopes or any(scope in have or scope.partition("!")[0] in have for scope in self.scopes)
 

@@ -45,9 +45,8 @@ class TrustedHeader:
         if not self._is_proxy(handler):
             raise NotAllowed(f"the header {self._header} is not accepted from this address", field=self._header)
         if len(values) > 1 or not is_name(values[0]):
-            raise NotAllowed(
-                f"the header {self._header} is not one user's name; allowed are {NAMES}", field=self._header
-            )
+            message = f"the header {self._header} is not one user's name; allowed are {NAMES}"
+            raise NotAllowed(message, field=self._header)
         return GatewayUser(values[0])
 
     def _is_proxy(self, handler: RequestHandler) -> bool:

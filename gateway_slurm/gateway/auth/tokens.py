@@ -115,16 +115,9 @@ class TokenFile:
             used = {record.id for record in records}
             token_id = next(new for new in iter(lambda: secrets.token_hex(6), "") if new not in used)
             token = f"{PREFIX}{token_id}_{secrets.token_urlsafe(32)}"
+            kind = {"service": service, "admin": admin}
             records.append(
-                TokenRecord(
-                    id=token_id,
-                    user=user,
-                    sha256=_hash(token),
-                    service=service,
-                    admin=admin,
-                    created=now,
-                    expires=expires,
-                )
+                TokenRecord(id=token_id, user=user, sha256=_hash(token), created=now, expires=expires, **kind)
             )
         return token
 
@@ -165,8 +158,7 @@ class UserTokens:
     """Authenticates users by the tokens of a file. ``log`` has the reason once when the file cannot be used."""
 
     def __init__(self, file: TokenFile, log: LogOnce) -> None:
-        self._file = file
-        self._log = log
+        self._file, self._log = file, log
 
     async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         """The token's user. Raises IdentityUnavailable when the file cannot be used: no token is to blame."""

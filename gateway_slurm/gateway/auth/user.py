@@ -46,10 +46,8 @@ def kernel_owner(user: GatewayUser, env: Mapping[str, str]) -> str:
     """
     name = env.get("KERNEL_USERNAME") or user.username
     if not is_name(name):
-        shown = repr(name)[:200]
-        raise RequestError(
-            f"KERNEL_USERNAME={shown} is not a user's name; allowed are {NAMES}", field="KERNEL_USERNAME"
-        )
+        message = f"KERNEL_USERNAME={repr(name)[:200]} is not a user's name; allowed are {NAMES}"
+        raise RequestError(message, field="KERNEL_USERNAME")
     if name != user.username and not user.service:
         raise NotAllowed(
             f"KERNEL_USERNAME={name!r}: you are {user.username!r} and may start kernels for yourself only. "

@@ -79,12 +79,11 @@ class OutputAcks:
 
     def published(self, msg_id: str) -> None:
         """The kernel published this message, and a session has it in its queue."""
-        if not msg_id or msg_id in self._numbers:
-            return
-        self._numbers[msg_id] = self._end + 1
-        self._ids.append(msg_id)
-        if len(self._ids) > MAX_MESSAGES:
-            self._upto = self._forget_first()
+        if msg_id and msg_id not in self._numbers:
+            self._numbers[msg_id] = self._end + 1
+            self._ids.append(msg_id)
+            if len(self._ids) > MAX_MESSAGES:
+                self._upto = self._forget_first()
 
     def published_unheard(self, msg_id: str) -> None:
         """The kernel published this message; without a session, it is acknowledged at once."""
@@ -167,8 +166,7 @@ class OutputAcks:
         if self._used and ack != self._last_ack:
             loop = asyncio.get_running_loop()
             self._last_ack, self._last_time = ack, loop.time()
-            sending = self._acknowledge(*ack)
-            if sending is not None:
+            if sending := self._acknowledge(*ack):
                 # One at a time: while the service is busy, later ones are put together rather than queued.
                 self._is_sending = True
                 sending.add_done_callback(lambda _done: call_on(loop, self._was_sent))

@@ -6,7 +6,7 @@ makes one from what iopub said about the cell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,12 +130,8 @@ class Cells:
             return False, ""
         if len(cell.header) < len(parent):
             cell.header = parent
-        before = cell.mark
-        self._update(cell, messages.header_of(parts).get("msg_type"), messages.content_of(parts))
-        return before != cell.mark, msg_id if cell.ended and cell.reply_uncertain else ""
-
-    def _update(self, cell: Cell, msg_type: object, content: dict[str, Any]) -> None:
-        cell.begun = True
+        before, cell.begun = cell.mark, True
+        msg_type, content = messages.header_of(parts).get("msg_type"), messages.content_of(parts)
         if msg_type == "execute_input":
             count = content.get("execution_count")
             cell.count = count if isinstance(count, int) else None
@@ -145,6 +141,7 @@ class Cells:
         elif msg_type == "status" and content.get("execution_state") == "idle":
             cell.ended = True
             cell.aborted = cell.count is None and cell.error is None and self._error_seen
+        return before != cell.mark, msg_id if cell.ended and cell.reply_uncertain else ""
 
     def make_reply(self, msg_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The request's header and the content of a reply to it; None for a cell that has one."""
@@ -156,10 +153,7 @@ class Cells:
             self._replied.pop(next(iter(self._replied)))
         return cell.header, cell.reply()
 
-    def take_all(self) -> list[dict[str, Any]]:
-        """Remove all cells; return the headers of their requests."""
-        return self.take(set(self._cells))
-
-    def take(self, msg_ids: set[str]) -> list[dict[str, Any]]:
-        """Remove these cells; return the headers of their requests."""
-        return [self._cells.pop(msg_id).header for msg_id in list(self._cells) if msg_id in msg_ids]
+    def take(self, msg_ids: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """Remove these cells, by default all; return the headers of their requests."""
+        wanted = [msg_id for msg_id in self._cells if msg_ids is None or msg_id in msg_ids]
+        return [self._cells.pop(msg_id).header for msg_id in wanted]

@@ -137,7 +137,7 @@ class KernelChannels:
         if self.failure:
             return
         self.failure = reason
-        for header in self._replay.cells.take_all():
+        for header in self._replay.cells.take():
             self._refuse_cell(header, reason)
         self._replay.acknowledge_cells()
         self.refuse_held(reason)
@@ -188,7 +188,7 @@ class KernelChannels:
         """The kernel is being restarted: hold what the frontend sends until the new process publishes to it."""
         if self._held is None and not self.failure:
             self._held, self._held_bytes = [], 0
-        self._replay.cells.take_all()
+        self._replay.cells.take()
         self._replay.acknowledge_cells()
         self._restarted = True
         self._subscribed.clear()

@@ -40,6 +40,11 @@ class QueuedMessage:
         """Whether a frontend can go on without it. Without a reply or an idle status a cell would never end there."""
         return self.channel == "iopub" and messages.header_of(self.parts).get("msg_type") != "status"
 
+    @property
+    def is_written(self) -> bool:
+        written = self.written
+        return written is not None and written.done() and not written.cancelled() and written.exception() is None
+
 
 class OutgoingQueue:
     """A queue of messages; those that the websocket has and has not written yet are at its head.
@@ -71,9 +76,8 @@ class OutgoingQueue:
 
     def put_first(self, item: QueuedMessage) -> None:
         """Queue a message before all that the websocket does not have yet."""
-        self._queue.appendleft(item)
-        self.queued += item.size
-        self.flushed.clear()
+        self.put(item)
+        self._queue.rotate()
 
     def take(self) -> QueuedMessage:
         """The next message; call ``track`` with it after the write."""
@@ -91,7 +95,7 @@ class OutgoingQueue:
         written.add_done_callback(lambda _written: self._settle())
 
     def _settle(self) -> None:
-        while self._writing and _was_written(self._writing[0]):
+        while self._writing and self._writing[0].is_written:
             self._on_sent(self._writing.popleft())
         if not self._writing and not self._queue:
             self.flushed.set()
@@ -129,8 +133,3 @@ class OutgoingQueue:
         self._queue.clear()
         self._writing.clear()
         self.queued = 0
-
-
-def _was_written(item: QueuedMessage) -> bool:
-    written = item.written
-    return written is not None and written.done() and not written.cancelled() and written.exception() is None

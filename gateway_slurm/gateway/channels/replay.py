@@ -107,17 +107,15 @@ class Replay:
         changed, ended = self.cells.on_iopub(parts, self._may_be_ours if kept else None)
         if changed:
             self.acknowledge_cells()
-        if ended and ended not in self._timers:
+        if ended:
             self._reply_later(ended)
 
     def on_reply(self, cell: str) -> bool:
         """Note the kernel's reply to a cell. Return False if the frontend has one already, which was made here."""
-        mark = self.cells.mark(cell)
-        if mark:
+        if mark := self.cells.mark(cell):
             self._replying[cell] = mark
         is_first = self.cells.on_reply(cell)
-        timer = self._timers.pop(cell, None)
-        if timer is not None:
+        if timer := self._timers.pop(cell, None):
             timer.cancel()
         return is_first
 
@@ -163,9 +161,11 @@ class Replay:
         ``sign`` returns the signature of a message's parts by the kernel's key.
         """
         missed = Missed()
-        kept = await self._try_read_kept(log)
-        if kept is not None:
-            await self._select(kept, queued, sign, missed, log)
+        try:
+            if self._read_kept is not None:
+                await self._select(await self._read_kept(), queued, sign, missed, log)
+        except GatewaySlurmError as error:
+            log.warning("the output that a kernel's launcher kept cannot be read: %s", error)
         live, self._live = self._live or deque(), None
         missed.dropped += self._live_dropped
         self._live_size = self._live_dropped = 0
@@ -174,13 +174,6 @@ class Replay:
             (channel, parts) for channel, parts in live if channel != "iopub" or messages.id_of(parts) not in seen
         ]
         return missed
-
-    async def _try_read_kept(self, log: logging.Logger) -> KeptOutput | None:
-        try:
-            return await self._read_kept() if self._read_kept is not None else None
-        except GatewaySlurmError as error:
-            log.warning("the output that a kernel's launcher kept cannot be read: %s", error)
-            return None
 
     async def _select(
         self,
@@ -215,19 +208,18 @@ class Replay:
 
     def finish(self) -> None:
         """All missed messages are queued: cells that have ended, and have no reply, get one."""
-        for cell in list(self.cells.ended()):
-            if cell not in self._timers:
-                self._reply_later(cell)
+        for cell in self.cells.ended():
+            self._reply_later(cell)
 
     # -- replies made here --------------------------------------------------------------------------
 
     def _reply_later(self, cell: str) -> None:
-        self._timers[cell] = asyncio.get_running_loop().call_later(REPLY_GRACE, self._reply, cell)
+        if cell not in self._timers:
+            self._timers[cell] = asyncio.get_running_loop().call_later(REPLY_GRACE, self._reply, cell)
 
     def _reply(self, cell: str) -> None:
         self._timers.pop(cell, None)
-        made = self.cells.make_reply(cell)
-        if made is not None:
+        if made := self.cells.make_reply(cell):
             self.acknowledge_cells()
             self._send_reply(*made)
 

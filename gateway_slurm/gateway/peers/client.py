@@ -62,12 +62,11 @@ class ForwardedRequest:
         # Authentication has removed the token from these.
         query = urlencode([(name, value) for name, values in request.query_arguments.items() for value in values])
         path = request.path[len(base_url) :].lstrip("/")
-        has_body = request.method in ("POST", "PUT", "PATCH")
         return cls(
             method=request.method or "GET",
             path=f"{path}?{query}" if query else path,
             headers=headers,
-            body=request.body if has_body else None,
+            body=request.body if request.method in ("POST", "PUT", "PATCH") else None,
         )
 
     def get(self, path: str) -> ForwardedRequest:
@@ -152,7 +151,6 @@ class PeerClient:
         return connection
 
     def close(self) -> None:
-        """Close the connections."""
         if self._client is not None:
             self._client.close()
             self._client = None

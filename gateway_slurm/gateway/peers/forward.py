@@ -19,14 +19,7 @@ from tornado.web import RequestHandler
 
 from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.peers.client import FORWARDED_BY, ForwardedRequest, PeerClient, PeerUnreachable
-from gateway_slurm.gateway.peers.directory import (
-    ALLOCATIONS,
-    KERNELS,
-    SESSIONS,
-    DirectoryUnavailable,
-    Location,
-    Peer,
-)
+from gateway_slurm.gateway.peers.directory import ALLOCATIONS, KERNELS, SESSIONS, DirectoryUnavailable, Location, Peer
 from gateway_slurm.gateway.peers.peers import WATCH_SECONDS, Peers
 from gateway_slurm.service import SlurmService
 

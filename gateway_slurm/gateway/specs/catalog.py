@@ -298,11 +298,9 @@ class Catalog:
         """The content of such a file; None if it does not exist, leads out of the project, or is too large."""
         if not _RESOURCE.fullmatch(name):
             return None
-        try:
-            with _opened_resource(served, name) as (file, _status):
-                return read_bounded(file, MAX_RESOURCE_BYTES)
-        except (OSError, ValueError):
-            return None
+        with contextlib.suppress(OSError, ValueError), _opened_resource(served, name) as (file, _status):
+            return read_bounded(file, MAX_RESOURCE_BYTES)
+        return None
 
 
 def _opened_resource(served: ServedSpec, name: str) -> AbstractContextManager[tuple[BinaryIO, os.stat_result]]:
@@ -311,11 +309,9 @@ def _opened_resource(served: ServedSpec, name: str) -> AbstractContextManager[tu
 
 
 def _can_be_opened(served: ServedSpec, name: str) -> bool:
-    try:
-        with _opened_resource(served, name):
-            return True
-    except (OSError, ValueError):
-        return False
+    with contextlib.suppress(OSError, ValueError), _opened_resource(served, name):
+        return True
+    return False
 
 
 def _beyond_limits(served: ServedSpec) -> list[str]:

@@ -116,9 +116,8 @@ def _too_much(field: str, value: str, limit: str, project: Project) -> NotAllowe
 def _refuse_uncountable(fields: Mapping[str, object], project: Project) -> None:
     for name, value in fields.items():
         if name not in COUNTED | UNCOUNTED and not _is_unset(value):
-            raise NotAllowed(
-                f"{name}={_shown(value)}: it could bypass the limits of project {project.name!r}", field=name
-            )
+            message = f"{name}={_shown(value)}: it could bypass the limits of project {project.name!r}"
+            raise NotAllowed(message, field=name)
 
 
 def _check_partition(request: KernelRequest, project: Project) -> None:
@@ -142,9 +141,8 @@ def _check_memory(request: KernelRequest, nodes: int, project: Project) -> None:
     if mebibytes == 0:
         # Without --mem, and with --mem=0, a job can get all memory of a node (sbatch(1)).
         given = "nothing" if request.memory is None else repr(request.memory)
-        raise _too_much(
-            "memory", f"{given}, which can be a node's whole memory,", f"max_memory={limit}M; set it", project
-        )
+        value = f"{given}, which can be a node's whole memory,"
+        raise _too_much("memory", value, f"max_memory={limit}M; set it", project)
     _check("memory", mebibytes * nodes, limit, f"MiB on {nodes} nodes", project)
 
 
