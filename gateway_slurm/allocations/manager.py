@@ -12,12 +12,11 @@ from collections.abc import Awaitable, Callable
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation, Place
-from gateway_slurm.allocations.monitor import AllocationMonitor
+from gateway_slurm.allocations.monitor import AllocationMonitor, WalltimeMonitor
 from gateway_slurm.allocations.release import AllocationReleaser
 from gateway_slurm.allocations.sharing import ForeignAllocations, Offer, choose, misfit
 from gateway_slurm.allocations.start import DialAddresses, LauncherStarter
 from gateway_slurm.allocations.table import OwnerContext
-from gateway_slurm.allocations.walltime import WalltimeMonitor
 from gateway_slurm.errors import AllocationEnded, AllocationError, Unanswered
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.account import Account

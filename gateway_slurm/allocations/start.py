@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from gateway_slurm._util import Backoff
@@ -14,7 +14,6 @@ from gateway_slurm.allocations.launcher import UNKNOWN_NODE, Launcher, moment
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.monitor import AllocationMonitor
 from gateway_slurm.allocations.table import OwnerContext
-from gateway_slurm.allocations.walltime import signal_seconds
 from gateway_slurm.errors import AllocationError, GatewaySlurmError, LauncherFailed, NotProven, OutOfReach, QueueTimeout
 from gateway_slurm.link.program import launcher_program
 from gateway_slurm.request import KernelRequest
@@ -28,6 +27,18 @@ from gateway_slurm.store.records import LauncherRecord
 # After a launcher's link is lost: the first pause before Slurm is asked whether its step is over, and the longest.
 STEP_RETRY_DELAY, MAX_STEP_RETRY_DELAY = 0.5, 30.0
 TOKEN_BYTES = 32
+MAX_SIGNAL_SECONDS = 65535  # sbatch(1), --signal
+# Slurm may send its signal a minute early, and looks at its jobs twice a minute.
+SIGNAL_SLACK = 120.0
+
+
+def signal_seconds(warnings: Sequence[float], minutes: float | None) -> int | None:
+    """How many seconds before its end a job of ``minutes`` (None: no limit) asks for Slurm's signal.
+
+    The largest of the warnings (in minutes) that does not come with the job's start; None where there is none.
+    """
+    fitting = [60 * warning for warning in warnings if minutes is None or 60 * warning + SIGNAL_SLACK <= 60 * minutes]
+    return min(int(max(fitting)), MAX_SIGNAL_SECONDS) if fitting and max(fitting) >= 1 else None
 
 
 @dataclass(frozen=True)

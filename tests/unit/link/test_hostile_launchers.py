@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from gateway_slurm.allocations import walltime
+from gateway_slurm.allocations import monitor
 from gateway_slurm.allocations.launcher import Launcher, LauncherEvents
 from gateway_slurm.allocations.model import Allocation
+from gateway_slurm.allocations.monitor import WalltimeMonitor
 from gateway_slurm.allocations.table import OwnerContext
-from gateway_slurm.allocations.walltime import WalltimeMonitor
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.link import server, wire
 from gateway_slurm.request import KernelRequest
@@ -350,7 +350,7 @@ async def test_a_warning_that_is_due_is_not_lost_among_other_looks(
     limits: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm's signal comes with the first warning, before it or after it."""
-    monkeypatch.setattr(walltime, "CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(monitor, "CHECK_INTERVAL", 0.05)
     limits.look(limits.slurm.end, due=True)
     limits.look(limits.slurm.end, due=False)
     assert await poll_async(lambda: limits.warned == [limits.slurm.end], timeout=10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway_slurm.allocations.walltime import MAX_SIGNAL_SECONDS, signal_seconds
+from gateway_slurm.allocations.start import MAX_SIGNAL_SECONDS, signal_seconds
 
 
 @pytest.mark.parametrize(
