@@ -73,9 +73,8 @@ def _known(registry: Registry) -> tuple[dict[str, dict[str, Any]], str]:
     for jobid, info in jobs.items():
         identity = identity_of(info)
         record = records.get(jobid)
-        is_same_job = record is not None and record[1].identity == identity
-        rows[jobid] = _row(jobid) | (_from_record(*record) if record and is_same_job else {}) | _from_slurm(info)
-        rows[jobid]["identity"] = identity
+        stored = _from_record(*record) if record and record[1].identity == identity else {}
+        rows[jobid] = _row(jobid) | stored | _from_slurm(info) | {"identity": identity}
     return _marked(rows, registry), ""
 
 
@@ -128,20 +127,17 @@ def _marked(rows: dict[str, dict[str, Any]], registry: Registry) -> dict[str, di
 
 def _list(arguments: argparse.Namespace) -> int:
     with _registry() as registry:
-        rows, trouble = _known(registry)
+        known, trouble = _known(registry)
+    rows = sorted(known.values(), key=lambda row: int(row["jobid"]))
     if trouble:
         print(f"Slurm does not answer, so this list is from the store: {printable(trouble)}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(sorted(rows.values(), key=_by_number), indent=1))
+        print(json.dumps(rows, indent=1))
     elif not rows:
         print("You have no allocations.")
     else:
-        print_table(COLUMNS, [_cells(row) for row in sorted(rows.values(), key=_by_number)])
+        print_table(COLUMNS, [_cells(row) for row in rows])
     return 0
-
-
-def _by_number(row: dict[str, Any]) -> int:
-    return int(row["jobid"])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ Sources: slurm.conf(5), gres.conf(5), slurmdbd.conf(5), munged(8), sacctmgr(1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +138,9 @@ def slurm_conf_text(layout: Layout) -> str:
         defaults += _accounting_lines(layout)
     if layout.rest_port:
         defaults += ["AuthAltTypes=auth/jwt", f"AuthAltParameters=jwt_key={layout.jwt_key}"]
-    return "\n".join(_override(defaults, layout.extra_conf.splitlines())) + "\n"
+    extra = [line.strip() for line in layout.extra_conf.splitlines() if line.strip()]
+    replaced = {_line_key(line) for line in extra}
+    return "\n".join([*(line for line in defaults if _line_key(line) not in replaced), *extra, ""])
 
 
 def _daemon_lines(layout: Layout) -> list[str]:
@@ -210,12 +211,6 @@ def _accounting_lines(layout: Layout) -> list[str]:
     ]
 
 
-def _override(defaults: Iterable[str], extra: Iterable[str]) -> list[str]:
-    added = [line.strip() for line in extra if line.strip()]
-    replaced = {_line_key(line) for line in added}
-    return [line for line in defaults if _line_key(line) not in replaced] + added
-
-
 def _line_key(line: str) -> str:
     key, _, value = line.partition("=")
     key = key.strip().lower()
@@ -266,19 +261,21 @@ def mariadb_init_text() -> str:
 
 
 def daemon_commands(layout: Layout) -> dict[str, list[str]]:
-    """The command of each daemon, in the order in which they start."""
-    commands = {"munged": munged_command(layout)}
+    """The command of each daemon in the foreground, in the order in which they start."""
+    commands = {"munged": _munged_command(layout)}
     if layout.accounting:
-        commands["mariadbd"] = mariadbd_command(layout)
-        commands["slurmdbd"] = slurmdbd_command()
-    commands["slurmctld"] = slurmctld_command(layout)
+        commands["mariadbd"] = _mariadbd_command(layout)
+        commands["slurmdbd"] = ["slurmdbd", "-D"]  # finds its configuration in the directory of SLURM_CONF
+    # After a restart slurmctld recovers its jobs.
+    commands["slurmctld"] = ["slurmctld", "-D", "-f", str(layout.slurm_conf)]
     if layout.rest_port:
-        commands["slurmrestd"] = slurmrestd_command(layout)
-    return {**commands, **{node: slurmd_command(layout, node) for node in layout.node_names}}
+        commands["slurmrestd"] = _slurmrestd_command(layout)
+    slurmds = {node: ["slurmd", "-D", "-N", node, "-f", str(layout.slurm_conf)] for node in layout.node_names}
+    return {**commands, **slurmds}
 
 
-def munged_command(layout: Layout) -> list[str]:
-    """munged(8) in the foreground, with paths of this cluster only."""
+def _munged_command(layout: Layout) -> list[str]:
+    """munged(8), with paths of this cluster only."""
     return [
         "munged",
         "--foreground",
@@ -289,26 +286,11 @@ def munged_command(layout: Layout) -> list[str]:
     ]
 
 
-def slurmctld_command(layout: Layout) -> list[str]:
-    """slurmctld(8) in the foreground. After a restart it recovers its jobs."""
-    return ["slurmctld", "-D", "-f", str(layout.slurm_conf)]
-
-
-def slurmd_command(layout: Layout, node: str) -> list[str]:
-    """slurmd(8) in the foreground, for the node ``node``."""
-    return ["slurmd", "-D", "-N", node, "-f", str(layout.slurm_conf)]
-
-
-def slurmrestd_command(layout: Layout) -> list[str]:
+def _slurmrestd_command(layout: Layout) -> list[str]:
     """slurmrestd(8), with tokens as the only authentication and the newest plugin of the Slurm release."""
     plugin = "slurmctld" if layout.slurm_version >= (23, 11) else "v0.0.39" if layout.slurm_version >= (23, 2) else ""
     listen = f"{layout.login_address}:{layout.rest_port}"
     return ["slurmrestd", "-a", "rest_auth/jwt", "-s", f"openapi/{plugin or 'v0.0.38'}", listen]
-
-
-def slurmdbd_command() -> list[str]:
-    """slurmdbd(8) in the foreground. It finds its configuration in the directory of SLURM_CONF."""
-    return ["slurmdbd", "-D"]
 
 
 def mariadb_install_command(layout: Layout) -> list[str]:
@@ -323,7 +305,7 @@ def mariadb_install_command(layout: Layout) -> list[str]:
     ]
 
 
-def mariadbd_command(layout: Layout) -> list[str]:
+def _mariadbd_command(layout: Layout) -> list[str]:
     """mariadbd(8) on a Unix socket only, with the least memory that slurmdbd accepts."""
     return [
         "mariadbd",

@@ -5,17 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import secrets
+import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 from gateway_slurm.errors import ClusterError
-from gateway_slurm.testing import files, packages, processes, state
-from gateway_slurm.testing.layout import Host, Layout, account_commands, daemon_commands, mariadb_install_command
+from gateway_slurm.testing import packages, processes, state
+from gateway_slurm.testing.layout import (
+    Host,
+    Layout,
+    account_commands,
+    cgroup_conf_text,
+    daemon_commands,
+    gres_conf_text,
+    mariadb_init_text,
+    mariadb_install_command,
+    slurm_conf_text,
+    slurmdbd_conf_text,
+)
 
 _MAX_NODES = 64
 _UP_TIMEOUT = 60.0
@@ -80,14 +93,23 @@ class PrivateCluster:
             raise ClusterError(f"a node needs at least one CPU, one megabyte and zero GPUs, not {given}")
         self.directory = Path(directory).absolute()
         self._nodes = nodes
-        self._gpus_per_node = gpus_per_node
-        self._cpus = cpus
-        self._memory = memory
         self._accounting = accounting
         self._rest = rest
-        self._login = login or Host("127.0.0.1")
-        self._node = node or Host("")
-        self._extra_conf = extra_conf
+        login, node = login or Host("127.0.0.1"), node or Host("")
+        self._make_layout = partial(
+            Layout,
+            directory=self.directory,
+            nodes=nodes,
+            cpus=cpus,
+            gpus_per_node=gpus_per_node,
+            memory=memory,
+            accounting=accounting,
+            extra_conf=extra_conf,
+            login_address=login.address,
+            login_prefix=login.prefix,
+            node_address=node.address,
+            node_prefix=node.prefix,
+        )
         # The daemons that this process started and must reap.
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -95,12 +117,7 @@ class PrivateCluster:
         self.up()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.down()
 
     @property
@@ -155,7 +172,7 @@ class PrivateCluster:
             return ClusterStatus(daemons={}, nodes={})
         self._reap()
         daemons = {name: process.alive() for name, process in cluster.processes.items()}
-        nodes = self._node_states() if daemons.get("slurmctld") and daemons.get("munged") else {}
+        nodes = self._node_states(cluster) if daemons.get("slurmctld") and daemons.get("munged") else {}
         return ClusterStatus(daemons=daemons, nodes=nodes)
 
     @property
@@ -176,7 +193,7 @@ class PrivateCluster:
             runtime.chmod(0o755)
             cluster = state.State(layout=self._layout(runtime), created_directory=created)
             cluster.save()
-            files.write(cluster.layout)
+            _write_files(cluster.layout)
         except OSError as error:
             if (partial := state.load(self.directory)) is not None:
                 self._remove(partial)
@@ -185,27 +202,16 @@ class PrivateCluster:
 
     def _layout(self, runtime: Path) -> Layout:
         controller, database, rest, *nodes = processes.free_ports(3 + self._nodes)
-        return Layout(
-            directory=self.directory,
+        return self._make_layout(
             runtime=runtime,
             slurm_version=packages.slurm_version(),
             # Slurm compares it with the short host name.
             hostname=socket.gethostname().partition(".")[0],
             user=_user_name(),
-            nodes=self._nodes,
-            cpus=self._cpus,
-            gpus_per_node=self._gpus_per_node,
-            memory=self._memory,
             controller_port=controller,
             node_ports=tuple(nodes),
             database_port=database,
-            accounting=self._accounting,
-            extra_conf=self._extra_conf,
             rest_port=rest if self._rest else 0,
-            login_address=self._login.address,
-            login_prefix=self._login.prefix,
-            node_address=self._node.address,
-            node_prefix=self._node.prefix,
         )
 
     def _start_all(self, cluster: state.State) -> None:
@@ -218,7 +224,11 @@ class PrivateCluster:
             if name == "slurmdbd":
                 for argv in account_commands(cluster.layout.user):
                     self._run(cluster, argv, blame=name)
-        self._await(cluster, self._all_idle, "slurmctld", "not every node became idle")
+
+        def all_idle() -> bool:
+            return set(self._node_states(cluster).values()) == {"idle"}
+
+        self._await(cluster, all_idle, "slurmctld", "not every node became idle")
 
     def _start(self, cluster: state.State, name: str, command: Sequence[str]) -> None:
         environment = processes.daemon_environment(
@@ -293,22 +303,14 @@ class PrivateCluster:
         log = processes.tail(cluster.layout.log(daemon)) or "(empty)"
         return ClusterError(f"{daemon} of the private cluster failed: {complaint}. The end of its log:\n{log}")
 
-    def _all_idle(self) -> bool:
-        states = self._node_states()
-        return bool(states) and all(value == "idle" for value in states.values())
-
-    def _node_states(self) -> dict[str, str]:
-        environment = processes.daemon_environment(self.slurm_conf)
-        argv = [*self.prefix, "sinfo", "--Node", "--noheader", "--all", "--format=%N %T"]
-        argv[0] = processes.find_program(argv[0]) or argv[0]
+    def _node_states(self, cluster: state.State) -> dict[str, str]:
+        argv = ["sinfo", "--Node", "--noheader", "--all", "--format=%N %T"]
         try:
-            result = subprocess.run(
-                argv, check=False, capture_output=True, env=environment, text=True, timeout=_COMMAND_TIMEOUT
-            )
-        except (OSError, subprocess.TimeoutExpired):
+            output = self._run(cluster, argv, blame="slurmctld")
+        except ClusterError:
             return {}
         # sinfo prints a node once for each of its partitions.
-        return dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if " " in line)
+        return dict(line.split(maxsplit=1) for line in output.splitlines() if " " in line)
 
     def _require(self) -> state.State:
         cluster = state.load(self.directory)
@@ -317,17 +319,44 @@ class PrivateCluster:
         return cluster
 
     def _reap(self) -> None:
-        for name, child in list(self._children.items()):
-            if child.poll() is not None:
-                del self._children[name]
+        self._children = {name: child for name, child in self._children.items() if child.poll() is None}
 
     def _remove(self, cluster: state.State) -> None:
-        files.remove(cluster.layout)
+        shutil.rmtree(cluster.layout.runtime, ignore_errors=True)
+        for path in cluster.layout.subdirectories():
+            if path.is_relative_to(self.directory):
+                shutil.rmtree(path, ignore_errors=True)
         state.remove(self.directory)
         if cluster.created_directory:
             # The directory stays if a user has put other files into it.
             with contextlib.suppress(OSError):
                 self.directory.rmdir()
+
+
+def _write_files(layout: Layout) -> None:
+    """Make all directories and files that the daemons need. Raises OSError."""
+    for path, mode in layout.subdirectories().items():
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(mode)
+    for number in range(layout.gpus_per_node):
+        layout.gpu_file(number).symlink_to("/dev/null")
+    etc = layout.slurm_conf.parent
+    _write_file(layout.slurm_conf, slurm_conf_text(layout).encode(), 0o644)
+    _write_file(etc / "gres.conf", gres_conf_text(layout).encode(), 0o644)
+    _write_file(etc / "cgroup.conf", cgroup_conf_text(layout).encode(), 0o644)
+    _write_file(layout.munge_key, secrets.token_bytes(128), 0o600)
+    if layout.rest_port:
+        _write_file(layout.jwt_key, secrets.token_bytes(32), 0o600)
+    if layout.accounting:
+        _write_file(layout.database_init, mariadb_init_text().encode(), 0o644)
+        # slurmdbd refuses a file that other users can read.
+        _write_file(etc / "slurmdbd.conf", slurmdbd_conf_text(layout).encode(), 0o600)
+
+
+def _write_file(path: Path, content: bytes, mode: int) -> None:
+    path.touch(mode=mode)
+    path.chmod(mode)  # independent of the umask
+    path.write_bytes(content)
 
 
 def _user_name() -> str:

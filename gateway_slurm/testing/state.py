@@ -26,18 +26,10 @@ class State:
 
     def save(self) -> None:
         """Write the file atomically."""
-        layout = asdict(self.layout)
-        layout["directory"] = str(self.layout.directory)
-        layout["runtime"] = str(self.layout.runtime)
-        document = {
-            "version": _VERSION,
-            "created_directory": self.created_directory,
-            "layout": layout,
-            "processes": {name: asdict(process) for name, process in self.processes.items()},
-        }
+        document = {"version": _VERSION, **asdict(self)}
         path = self.layout.directory / _NAME
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(document, indent=2), encoding="utf-8")
+        temporary.write_text(json.dumps(document, indent=2, default=str), encoding="utf-8")
         temporary.replace(path)
 
 

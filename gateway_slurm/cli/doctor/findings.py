@@ -267,7 +267,7 @@ class Doctor:
         for path in stale:
             since = _modified(path)
             what = f"{path} holds no socket any more"
-            self._add("sockets", what, "a server that is gone", since, "removes it", partial(_remove_tree, path))
+            self._add("sockets", what, "a server that is gone", since, "removes it", partial(shutil.rmtree, path))
         for path, name in _dead_connection_files(Path(jupyter_runtime_dir())):
             what = f"{path} is the connection file of a kernel whose sockets are gone"
             self._add("connection", what, name, _modified(path), "removes it", partial(os.unlink, path))
@@ -317,10 +317,8 @@ class Doctor:
 
 def _ownership(server: ServerRecord | None, user: str) -> str:
     """The server and the user that something belongs to, as text."""
-    if server is None:
-        return f"user {user}" if user else ""
-    text = f"of {server.process.host}, process {server.process.pid}"
-    return text + (f", user {user}" if user else "")
+    process = f"of {server.process.host}, process {server.process.pid}" if server is not None else ""
+    return ", ".join(filter(None, (process, user and f"user {user}")))
 
 
 def _dead_connection_files(directory: Path) -> list[tuple[str, str]]:
@@ -344,10 +342,6 @@ def _modified(path: str) -> float | None:
         return os.stat(path).st_mtime
     except OSError:
         return None
-
-
-def _remove_tree(path: str) -> None:
-    shutil.rmtree(path)
 
 
 def _resolves(host: str) -> bool:

@@ -21,11 +21,10 @@ from jupyter_client.manager import AsyncKernelManager
 
 from gateway_slurm._util import printable
 from gateway_slurm.access import SlurmUsers
-from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.cli.common import discard_output
 from gateway_slurm.cli.doctor.spec import OPTIONS, CheckedKernelSpecs, CheckOptions
-from gateway_slurm.cli.doctor.steps import STEPS, StepResult, change_for, step_of
+from gateway_slurm.cli.doctor.steps import INDENT, STEPS, StepResult, change_for, step_of
 from gateway_slurm.config import config_files
 from gateway_slurm.errors import AllocationError, CryptoMissing, GatewaySlurmError, KernelStartError, NotProven
 from gateway_slurm.request import FIELDS
@@ -46,18 +45,11 @@ ORPHAN_TIMEOUT: Final = 60.0
 
 
 class PathCheck:
-    """One check. ``on_result`` is called after each step, ``on_progress`` with a line of text in between."""
+    """One check. ``show`` prints a line: the result of a step, or what the job waits for."""
 
-    def __init__(
-        self,
-        options: CheckOptions,
-        *,
-        on_result: Callable[[StepResult], None],
-        on_progress: Callable[[str], None],
-        log: logging.Logger,
-    ) -> None:
+    def __init__(self, options: CheckOptions, *, show: Callable[[str], None], log: logging.Logger) -> None:
         self.results: list[StepResult] = []
-        self._options, self._on_result, self._on_progress, self.log = options, on_result, on_progress, log
+        self._options, self._show, self.log = options, show, log
         self._step_began = time.monotonic()
         self._service: SlurmService | None = None
         self._specs: CheckedKernelSpecs
@@ -88,11 +80,11 @@ class PathCheck:
             try:
                 await asyncio.shield(ending)
             except asyncio.CancelledError:
-                self._on_progress("the job is being ended; please wait")
+                self._show(f"{INDENT}the job is being ended; please wait")
         ending.result()
 
     async def _check(self) -> None:
-        service = self._service = self._read_settings()
+        service = self._read_settings()
         users = SlurmUsers(service, service.access)
         self._done("login", await service.run(service.access.connect()))
         self._driver = users.driver_of(self._options.user)
@@ -117,7 +109,8 @@ class PathCheck:
         result = StepResult(step, ok, message, now - self._step_began, change)
         self._step_began = now
         self.results.append(result)
-        self._on_result(result)
+        for line in result.lines():
+            self._show(line)
 
     def _fail(self, error: GatewaySlurmError) -> None:
         step = step_of(error, self._current_step)
@@ -190,7 +183,10 @@ class PathCheck:
         self._report_job(allocation, runs=allocation.is_running)
         launcher = next((item for item in list(allocation.launchers.values()) if item.was_up), None)
         if launcher is not None:
-            self._report_launcher(launcher)
+            in_vain = "".join(f"\nno connection to {address}: {why}" for address, why in launcher.failed_dials)
+            self._done("dial", f"from {launcher.node} to {launcher.reached}{in_vain}")
+            self._done("python", launcher.python)
+            self._done("crypto", "X25519 and AES-256-GCM (HPKE), both sides are authenticated by the launch token")
 
     def _report_job(self, allocation: Allocation, *, runs: bool) -> None:
         info = allocation.info
@@ -201,13 +197,7 @@ class PathCheck:
             line = f"job {info.jobid} is {info.state} ({info.reason or 'no reason given'}){place}"
             if line != self._last_progress:
                 self._last_progress = line
-                self._on_progress(line)
-
-    def _report_launcher(self, launcher: Launcher) -> None:
-        in_vain = "".join(f"\nno connection to {address}: {why}" for address, why in launcher.failed_dials)
-        self._done("dial", f"from {launcher.node} to {launcher.reached}{in_vain}")
-        self._done("python", launcher.python)
-        self._done("crypto", "X25519 and AES-256-GCM (HPKE), both sides are authenticated by the launch token")
+                self._show(INDENT + line)
 
     @staticmethod
     def _transport_of(manager: AsyncKernelManager) -> str:
@@ -346,16 +336,7 @@ def check_path(arguments: argparse.Namespace) -> PathCheck:
     fields = {name: value for name in OPTIONS if (value := getattr(arguments, f"field_{name}")) is not None}
     options = CheckOptions(arguments.kernelspec, fields, arguments.user, arguments.wait)
     show: Callable[[str], None] = (lambda _line: None) if arguments.json else _print_line
-
-    def show_result(result: StepResult) -> None:
-        for line in result.lines():
-            show(line)
-
-    def show_progress(line: str) -> None:
-        show(f"{'':<17}{line}")
-
-    log = _make_log(verbose=arguments.verbose)
-    check = PathCheck(options, on_result=show_result, on_progress=show_progress, log=log)
+    check = PathCheck(options, show=show, log=_make_log(verbose=arguments.verbose))
     asyncio.run(_run(check))
     return check
 

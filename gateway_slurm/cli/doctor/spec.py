@@ -61,7 +61,7 @@ class CheckedKernelSpecs(KernelSpecManager):
         if not self.fields.get("kernel_argv") and not self.fields.get("kernel_name"):
             self.fields["kernel_argv"] = ["/bin/sh", "-c", _KERNEL, "sh", "{connection_file}", *pythons]
         # Slurm may have a default partition; everything else can be checked now.
-        self._check({"partition": "default", **self.fields})
+        parse_request({"partition": "default", **self.fields}, spec_language=self._spec.language)
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         """Return a kernelspec by name, as the base class does."""
@@ -75,9 +75,6 @@ class CheckedKernelSpecs(KernelSpecManager):
         if about.default_partition is None:
             raise RequestError(f"no partition is named, and Slurm has no default one; its partitions are {known}")
         self.fields["partition"] = about.default_partition
-
-    def _check(self, config: Mapping[str, Any]) -> None:
-        parse_request(config, spec_language=self._spec.language)
 
     def _make(self, options: CheckOptions) -> tuple[str, KernelSpec]:
         """A description, and the kernelspec: the user's first one where neither a kernelspec nor a project is named."""

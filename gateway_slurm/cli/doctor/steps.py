@@ -124,6 +124,10 @@ _CHANGES: Final[tuple[tuple[str, type[GatewaySlurmError], str], ...]] = (
 )
 
 
+INDENT: Final = 17 * " "
+"""Before a line that belongs to the step above it."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The result of one step, which took ``seconds``; ``change`` says what to change where it failed."""
@@ -149,8 +153,8 @@ class StepResult:
         """The lines that are printed without ``--json``."""
         first, *more = self.message.splitlines() or [""]
         lines = [f"{'ok' if self.ok else 'FAILED':<7}{self.seconds:6.1f} s  {STEPS[self.step]}: {first}"]
-        lines += [f"{'':<17}{line}" for line in more]
-        return lines + ([f"{'':<17}change: {self.change}"] if self.change else [])
+        more += [f"change: {self.change}"] if self.change else []
+        return [*lines, *(INDENT + line for line in more)]
 
 
 def step_of(error: GatewaySlurmError, current: str) -> str:
