@@ -63,11 +63,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _abandoned(service: SlurmService) -> list[tuple[ServerRecord, KernelRecord]]:
     """Kernels whose server is dead: its process on this host has ended, or its lease is over."""
-    registry = service.make_registry()
-    try:
+    with contextlib.closing(service.make_registry()) as registry:
         return [(server, kernel) for server, kernel in registry.store.all_kernels() if server.is_dead]
-    finally:
-        registry.close()
 
 
 def _list(service: SlurmService) -> int:
