@@ -35,9 +35,8 @@ def in_one_line(text: object) -> str:
 
 
 def _escaped(character: str) -> str:
-    if character.isprintable() or character == "\t":
-        return character
-    return character.encode("unicode_escape").decode()
+    plain = character.isprintable() or character == "\t"
+    return character if plain else character.encode("unicode_escape").decode()
 
 
 # -- Files --

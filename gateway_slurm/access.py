@@ -100,7 +100,7 @@ class SlurmUsers:
     """
 
     def __init__(self, settings: ServiceSettings, access: ClusterAccess) -> None:
-        self._settings, self._access, self._runner = settings, access, access.runner
+        self._settings, self._access = settings, access
 
     def user_of(self, owner: str) -> str:
         """The Unix user who owns this owner's jobs in Slurm."""
@@ -125,10 +125,6 @@ class SlurmUsers:
 
         return MultiUserSlurm(process_driver, registry, owner_of=owner_of, driver_of=driver_of)
 
-    async def log_end(self, path: str) -> str:
-        """The end of a launcher's log; empty where this process's user cannot read it."""
-        return await self._access.log_end(path)
-
     async def check_allowed(self, owner: str) -> None:
         """Raise NotAllowed for an owner whose Unix user may not run kernels."""
         settings = self._settings
@@ -147,13 +143,9 @@ class SlurmUsers:
         await self._access.wait_ready()
         if not request.project:
             return Account("", {})
-        settings = self._settings
+        command, variable = self._settings.account_command, self._settings.account_variable
         return await resolve_account(
-            request.project,
-            settings.account_command,
-            self._runner,
-            variable=settings.account_variable,
-            user=self.user_of(owner),
+            request.project, command, self._access.runner, variable=variable, user=self.user_of(owner)
         )
 
     def environment(self, owner: str, environment: dict[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import socket
@@ -17,10 +18,8 @@ def interface_addresses(name: str) -> list[str]:
 
     Raises ConfigError for an interface that does not exist, or that has no address which other hosts can dial.
     """
-    try:
+    with contextlib.suppress(ValueError):
         return [str(ipaddress.ip_address(name))]
-    except ValueError:
-        pass
     known = psutil.net_if_addrs()
     if name not in known:
         raise ConfigError(

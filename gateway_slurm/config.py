@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from jupyter_core.paths import jupyter_config_path
-from traitlets import Bool, CFloat, CInt, CUnicode, Enum, Float, List, TraitError, Unicode, default, validate
+from traitlets import Bool, CFloat, CInt, CUnicode, Enum, Float, List, TraitError, Unicode, validate
 from traitlets.config import Config, LoggingConfigurable
 from traitlets.config.loader import PyFileConfigLoader
 
@@ -133,6 +133,7 @@ class ServiceSettings(LoggingConfigurable):
     )
     launcher_python = List(
         Unicode(),
+        [sys.executable, "python3"],
         help="""Pythons (>= 3.9, with pycryptodome >= 3.23) for the launcher on the nodes; the first one that exists
         there is used. Default: this server's Python, then ``python3``.""",
     )
@@ -224,6 +225,7 @@ class ServiceSettings(LoggingConfigurable):
     )
     as_user_command = List(
         Unicode(),
+        ["sudo", "-n", "-u", "{user}", "--", HELPER],
         help="""Command (argv list; ``{user}`` is replaced) that starts the helper as another user. The helper reads
         from its standard input which command to run. docs/admins/security.md explains its installation.""",
     )
@@ -272,14 +274,6 @@ class ServiceSettings(LoggingConfigurable):
         help="""Seconds after a start in which the kernel manager must take the kernel over. A kernel manager that
         fails before that does not report it.""",
     )
-
-    @default("launcher_python")
-    def _default_launcher_python(self) -> list[str]:
-        return [sys.executable, "python3"]
-
-    @default("as_user_command")
-    def _default_as_user_command(self) -> list[str]:
-        return ["sudo", "-n", "-u", "{user}", "--", HELPER]
 
     @validate("as_user_command")
     def _valid_command(self, proposal: Any) -> list[str]:

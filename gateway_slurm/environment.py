@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Final
 
 from gateway_slurm.errors import RequestError
 
@@ -144,8 +144,3 @@ def fill_placeholders(item: str, resource_dir: str) -> str:
     """Replace Jupyter's placeholders in an argument, except ``{connection_file}``, which the launcher replaces."""
     known = {"prefix": sys.prefix, "resource_dir": resource_dir}
     return _PLACEHOLDER.sub(lambda match: known.get(match.group(1)) or match.group(), item)
-
-
-def only_texts(env: Mapping[str, Any]) -> dict[str, str]:
-    """An environment with names and values as text, without variables that are None."""
-    return {str(name): str(value) for name, value in env.items() if value is not None}

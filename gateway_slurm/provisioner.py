@@ -18,6 +18,7 @@ A start of a kernel goes through these places:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -34,14 +35,14 @@ from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from gateway_slurm._jupyter_compat import polling_restarter
 from gateway_slurm._util import printable
 from gateway_slurm.config import port_range
-from gateway_slurm.environment import fill_placeholders, kernel_environment, only_texts
+from gateway_slurm.environment import fill_placeholders, kernel_environment
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LinkError, RequestError
 from gateway_slurm.kernels.held import KernelHandle
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.restore import RestoredKernel
 from gateway_slurm.kernels.transport import choose_mode
 from gateway_slurm.link.output import KeptOutput
-from gateway_slurm.request import KernelRequest, parse_request
+from gateway_slurm.request import parse_request
 from gateway_slurm.service import SlurmService
 
 T = TypeVar("T")
@@ -69,7 +70,6 @@ class SlurmProvisioner(KernelProvisionerBase):
         # The owner, and the fields that override the kernelspec's. A kernel manager that has checked both gives them
         # at the first start; restarts have the same.
         self._given: tuple[str, dict[str, Any]] | None = None
-        self._owner = ""
         self._handle: KernelHandle | None = None
         # The service that started or adopted the kernel; once it is closed, ``service`` is a new one.
         self._kernel_service: SlurmService | None = None
@@ -129,9 +129,9 @@ class SlurmProvisioner(KernelProvisionerBase):
         the first start; a kernelspec cannot set them.
         """
         given = str(kwargs.pop("slurm_owner", None) or ""), dict(kwargs.pop("slurm_fields", None) or {})
-        self._given = self._given or given
-        self._owner = self._given[0]
-        self._request = self._parse()
+        self._owner, overrides = self._given = self._given or given
+        language = getattr(self.kernel_spec, "language", "") or ""
+        self._request = parse_request({**self._fields, **overrides}, spec_language=language)
         env = kwargs.pop("env", None)
         # The base class copies the server's whole environment; the kernel gets only what is meant for it.
         kwargs["env"] = kernel_environment(os.environ if env is None else env)
@@ -140,15 +140,10 @@ class SlurmProvisioner(KernelProvisionerBase):
             kwargs["env"][name] = Template(value).safe_substitute(kwargs["env"])
         extra = list(kwargs.pop("extra_arguments", []))
         kwargs = await super().pre_launch(**kwargs)
-        kwargs["env"] = only_texts(kwargs["env"])
+        kwargs["env"] = {str(name): str(value) for name, value in kwargs["env"].items() if value is not None}
         resources = str((wrapped or self.kernel_spec).resource_dir or "")
         self._argv = [fill_placeholders(str(item), resources) for item in [*self._kernel_argv(wrapped), *extra]]
         return {**kwargs, "cmd": self._argv}
-
-    def _parse(self) -> KernelRequest:
-        language = getattr(self.kernel_spec, "language", "") or ""
-        fields = {**self._fields, **(self._given[1] if self._given else {})}
-        return parse_request(fields, spec_language=language)
 
     def _kernel_argv(self, wrapped: KernelSpec | None) -> list[str]:
         """The wrapped kernel's command: given in the request, or that of an installed kernelspec."""
@@ -208,7 +203,7 @@ class SlurmProvisioner(KernelProvisionerBase):
         service = self.service
         mode, why = self._choose_mode()
         connection = {
-            "key": self._session_key().decode(),
+            "key": bytes(self._manager.session.key).decode(),
             "signature_scheme": self._manager.session.signature_scheme,
             "kernel_name": str(getattr(self.parent, "kernel_name", "") or ""),
             "jupyter_session": kwargs["env"].get("JPY_SESSION_NAME", ""),
@@ -236,9 +231,6 @@ class SlurmProvisioner(KernelProvisionerBase):
             raise KernelStartError("slurm-provisioner needs a KernelManager as its parent")
         return self.parent
 
-    def _session_key(self) -> bytes:
-        return bytes(self._manager.session.key)
-
     def _curve_keys(self) -> tuple[str, str]:
         """The kernel's Curve keys: the manager's where it has some, else new ones; a restart keeps them."""
         if self._curve is None:
@@ -249,17 +241,16 @@ class SlurmProvisioner(KernelProvisionerBase):
         return self._curve
 
     def _choose_mode(self) -> tuple[str, str]:
-        metadata = dict(getattr(self.kernel_spec, "metadata", None) or {})
+        metadata = getattr(self.kernel_spec, "metadata", None) or {}
         if "supported_encryption" not in metadata and not self._request.kernel_argv:
-            metadata = dict(self._wrapped_spec().metadata or {})
-        required = getattr(self.parent, "transport_encryption", "disabled") == "required"
+            metadata = self._wrapped_spec().metadata or {}
         # Only our multi-kernel manager shows kept output to frontends.
         shows_kept = getattr(getattr(self.parent, "parent", None), "has_frontends", False)
         return choose_mode(
             self._request.connect,
             self.service.connect,
             metadata,
-            curve_required=required,
+            curve_required=getattr(self.parent, "transport_encryption", "disabled") == "required",
             keeps_output=bool(shows_kept and self.service.kept_output),
         )
 
@@ -385,9 +376,9 @@ class SlurmProvisioner(KernelProvisionerBase):
 
     async def send_signal(self, signum: int) -> None:
         """Signal the kernel's process group; a dead kernel gets no signal, which is no error. Raises LinkError."""
-        if self._handle is None or not self._has_process or signum == 0 or self._handle.process.phase is Phase.DEAD:
+        if self._handle is None or not self._has_process or signum == 0:
             return
-        if self._runs_on:
+        if self._handle.process.phase is Phase.DEAD or self._runs_on:
             return
         try:
             await self._call(_now(self._handle.process.signal, signum))
@@ -418,10 +409,8 @@ class SlurmProvisioner(KernelProvisionerBase):
         """
         if self._handle is None or self._handle.process.phase is not Phase.RUNNING or self._runs_on:
             return
-        try:
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._call(self._handle.process.wait()), SHUTDOWN_WAIT)
-        except asyncio.TimeoutError:
-            return
 
     async def cleanup(self, restart: bool = False) -> None:
         """Release the kernel; its allocation ends with the last one. On a restart everything stays."""
@@ -471,15 +460,12 @@ def wake_restarter(manager: Any, is_dead: Callable[[], bool]) -> None:
     polling = polling_restarter(manager)
     if polling is None:
         return
-    _restarter, periodic = polling
-    loop = periodic.io_loop
+    restarter, periodic = polling
+
+    def poll() -> Any:
+        """Poll; returns an awaitable where the manager is asynchronous, which the loop awaits."""
+        is_due = not manager.shutting_down and polling_restarter(manager) == polling and is_dead()
+        return restarter.poll() if is_due else None
+
     # Twice: a shutdown that begins in the loop's next round comes first.
-    loop.add_callback(loop.add_callback, _poll_restarter, manager, polling, is_dead)
-
-
-def _poll_restarter(manager: Any, polling: tuple[Any, Any], is_dead: Callable[[], bool]) -> Any:
-    """Poll; returns an awaitable where the manager is asynchronous, which the loop awaits."""
-    if manager.shutting_down or polling_restarter(manager) != polling or not is_dead():
-        return None
-    restarter, _periodic = polling
-    return restarter.poll()
+    periodic.io_loop.add_callback(periodic.io_loop.add_callback, poll)

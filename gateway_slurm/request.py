@@ -96,14 +96,11 @@ def _integer(lowest: int) -> Parser:
     allowed = f"a whole number from {lowest} to {_MAX_INT}"
 
     def parse(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | str):
+        if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value, re.ASCII):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= _MAX_INT:
             raise _Invalid(allowed)
-        if isinstance(value, str) and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value, re.ASCII):
-            raise _Invalid(allowed)
-        number = int(value)
-        if not lowest <= number <= _MAX_INT:
-            raise _Invalid(allowed)
-        return number
+        return value
 
     return parse
 
@@ -142,9 +139,8 @@ def _argv(value: object) -> tuple[str, ...]:
     allowed = f"a list of 1 to {MAX_ARGUMENTS} texts without NUL, each at most {MAX_ARGUMENT} bytes, all {MAX_COMMAND}"
     if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_ARGUMENTS:
         raise _Invalid(allowed)
-    for item in value:
-        if not isinstance(item, str) or "\0" in item or _size(item) > MAX_ARGUMENT:
-            raise _Invalid(allowed)
+    if not all(isinstance(item, str) and "\0" not in item and _size(item) <= MAX_ARGUMENT for item in value):
+        raise _Invalid(allowed)
     if sum(map(_size, value)) > MAX_COMMAND:
         raise _Invalid(allowed)
     if not value[0]:
@@ -298,9 +294,9 @@ def _short_repr(value: object) -> str:
 
 def _unknown(name: object) -> RequestError:
     near = difflib.get_close_matches(str(name)[:100], _BY_NAME, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     message = f"unknown request field {_short_repr(name)}{hint} The fields are: {', '.join(_BY_NAME)}"
-    return RequestError(message.replace("' The", "'. The"), field=str(name)[:100])
+    return RequestError(message, field=str(name)[:100])
 
 
 def _refuse_components(jobid: str) -> None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from gateway_slurm._util import TaskSet
+from gateway_slurm._util import TaskSet, call_on
 from gateway_slurm.access import SlurmUsers, cluster_access
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.keep import KeepFlags
@@ -36,7 +36,7 @@ from gateway_slurm.link.tunnel import make_socket_directory
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.watcher import JobWatcher
-from gateway_slurm.store import LostRows, Registry
+from gateway_slurm.store import Registry
 
 T = TypeVar("T")
 
@@ -160,7 +160,9 @@ class SlurmService(ServiceSettings):
             await asyncio.to_thread(self.registry.close)
             raise
         self.addresses.announce()
-        self.registry.on_lost = self._hand_over
+        loop = asyncio.get_running_loop()
+        # The store's thread calls it.
+        self.registry.on_lost = lambda lost: call_on(loop, self._failover.hand_over, lost)
         self._tasks.create_task(self._keep_flags.watch())
         if self.recovers:
             self._tasks.create_task(recover(self.registry, self.all_jobs, self.log, deployment=self.deployment))
@@ -179,27 +181,32 @@ class SlurmService(ServiceSettings):
         self.access.find_launcher = self.owners.steps_of
         self.all_jobs = self._users.all_jobs(self.registry, self.owners.owner_of)
         self._watcher = JobWatcher(self.all_jobs, interval=(self.watch_interval, 15 * self.watch_interval))
-        self._reports = HubReports.from_environment(os.environ, self.log)
         self.kernels = Kernels(
             self.owners,
             self.registry,
             TransportSelector(self.log),
-            self._reports,
+            HubReports.from_environment(os.environ, self.log),
             prepare_start=self._users.prepare_start,
             socket_directory=self._directory,
             release_grace=self.release_grace,
             post_launch_timeout=self.post_launch_timeout,
             log=self.log,
         )
-        self.addresses = LauncherAddresses(self.access, self.registry, listen=self._also_listen, url=self.url)
+        self.addresses = LauncherAddresses(
+            self.access,
+            self.registry,
+            listen=lambda port: self._socket.also_listen(self._hosts, port),
+            url=self.url,
+        )
         self._failover = Failover(
             self.kernels,
             Restorer(self.kernels, self.all_jobs, self._tasks),
             self.addresses,
             self._tasks,
             deployment=self.deployment,
-            on_claimed=self._notify_claimed,
-            on_dropped=self._notify_dropped,
+            # Both may be set later.
+            on_claimed=lambda restored: self.on_claimed(restored),
+            on_dropped=lambda kernel_ids: self.on_dropped(kernel_ids),
             log=self.log,
         )
         self._socket = ResponseSocket(log=self.log, resolve=self._failover.resolve_unknown_launcher)
@@ -220,7 +227,7 @@ class SlurmService(ServiceSettings):
             self._keep_flags,
             DialAddresses(first=self.addresses.of_this_server, later=self.addresses.of_all_servers),
             may_adopt=lambda jobid: self.owners.may_adopt(owner, jobid, separate_users=separate_users),
-            log_end=self._users.log_end,
+            log_end=self.access.log_end,
         )
 
     async def _listen(self) -> None:
@@ -236,21 +243,6 @@ class SlurmService(ServiceSettings):
             ) from error
         self.addresses.direct = endpoints(self.response_address, self._hosts, self._socket.port)
         self.log.info("response socket: listening, announced as %s", ", ".join(self.addresses.direct))
-
-    async def _also_listen(self, port: int) -> None:
-        """Listen on this port, too. Raises OSError when it is not free."""
-        await self._socket.also_listen(self._hosts, port)
-
-    def _hand_over(self, lost: LostRows) -> None:
-        """Called on the store's thread."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._failover.hand_over, lost)
-
-    def _notify_claimed(self, restored: list[RestoredKernel]) -> None:
-        self.on_claimed(restored)
-
-    def _notify_dropped(self, kernel_ids: list[str]) -> None:
-        self.on_dropped(kernel_ids)
 
     # -- Closing ------------------------------------------------------------------------------------
 
@@ -291,8 +283,8 @@ class SlurmService(ServiceSettings):
         await self._socket.close()
         await self.access.close()
         await asyncio.to_thread(self.registry.close, leave=leave)
-        if self._reports is not None:
-            await self._reports.close()
+        if self.kernels.reports is not None:
+            await self.kernels.reports.close()
         # A caller that waits for the end of a kernel that runs on would wait without an end.
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()

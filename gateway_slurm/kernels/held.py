@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from gateway_slurm.allocations.launcher import Launcher
@@ -221,7 +221,7 @@ class KernelHandle:
                 ports=dict(process.ports),
                 pid=process.pid,
                 started_at=process.started_at,
-                launch=process.launched.as_json(),
+                launch=asdict(process.launched),
                 manager=self.manager_state,
                 node=process.launcher.node,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -31,10 +31,6 @@ class KernelLaunch:
         """The same launch through the tunnel, whose ends are not CurveZMQ sockets."""
         connection = {name: value for name, value in self.connection.items() if not name.startswith("curve_")}
         return replace(self, mode="ipc", why=why, connection=connection)
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields for the record, secrets included."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> KernelLaunch:

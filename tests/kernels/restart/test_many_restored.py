@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def leave_behind(directory: Path, port: int) -> list[dict[str, str]]:
                 generation=1,
                 mode="ipc",
                 ports={channel: n for n, channel in enumerate(wire.CHANNELS, 1)},
-                launch=LAUNCH.as_json(),
+                launch=asdict(LAUNCH),
                 manager={"launch_args": {}},
                 node="c1",
             )

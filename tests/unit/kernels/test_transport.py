@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -389,10 +389,10 @@ async def test_a_launcher_of_an_older_version_gets_no_new_message(select, dialle
 
 def test_an_older_versions_record_has_no_reason():
     """A kernel that an earlier version started is restored."""
-    fields = LAUNCH.as_json()
+    fields = asdict(LAUNCH)
     del fields["why"]
     assert KernelLaunch.from_json(fields) == LAUNCH
-    assert KernelLaunch.from_json(LAUNCH.direct("so").as_json()).why == "so"
+    assert KernelLaunch.from_json(asdict(LAUNCH.direct("so"))).why == "so"
 
 
 # -- what STARTED may say -------------------------------------------------------------------------------------
