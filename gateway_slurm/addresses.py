@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import re
 import socket
+from typing import Any
 
 import psutil
 
@@ -52,11 +53,11 @@ def check_address(text: str) -> str:
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?", re.ASCII)
 
 
-def _ip(entry: object) -> str | None:
+def _ip(entry: Any) -> str | None:
     """The address in an interface's entry; None for a link-local or a hardware address."""
-    if getattr(entry, "family", None) not in (socket.AF_INET, socket.AF_INET6):
+    if entry.family not in (socket.AF_INET, socket.AF_INET6):
         return None
-    text = str(getattr(entry, "address", ""))
+    text = str(entry.address)
     return None if "%" in text or ipaddress.ip_address(text).is_link_local else text
 
 
@@ -95,9 +96,10 @@ def endpoints(configured: str, listening_on: list[str] | None, port: int) -> lis
 
 def failed_dials(log: str, addresses: list[str]) -> list[str]:
     """For each address, the reason in a launcher's log why it could not be dialled; empty if the log has none."""
-    why: dict[str, str] = {}
-    for line in log.splitlines():
-        for address in addresses:
-            if line.startswith(f"link: {address}: "):
-                why[address] = line.removeprefix("link: ")[:300]
+    why = {
+        address: line.removeprefix("link: ")[:300]
+        for line in log.splitlines()
+        for address in addresses
+        if line.startswith(f"link: {address}: ")
+    }
     return [why.get(address, f"{address}: not tried") for address in addresses] if why else []

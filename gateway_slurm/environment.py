@@ -113,8 +113,7 @@ def kernel_environment(ambient: Mapping[str, str], *, allowed: Collection[str] |
         size = len(_bytes(name)) + len(_bytes(value)) + 1
         if size > MAX_VARIABLE:
             raise RequestError(
-                f"the environment variable {name[:200]!r} has {size} bytes; Linux allows {MAX_VARIABLE}",
-                field=name,
+                f"the environment variable {name[:200]!r} has {size} bytes; Linux allows {MAX_VARIABLE}", field=name
             )
         total += size + 1
     if total > MAX_ENVIRONMENT:
@@ -128,9 +127,7 @@ def without(names: Collection[str], environment: Mapping[str, str]) -> dict[str,
 
 
 def _passes(name: str, allowed: Collection[str] | None) -> bool:
-    if not name or "=" in name or "\0" in name:
-        return False
-    if name in _EXACT or name.startswith(_PREFIXES):
+    if not name or "=" in name or "\0" in name or name in _EXACT or name.startswith(_PREFIXES):
         return False
     return allowed is None or any(fnmatchcase(name, pattern) for pattern in allowed)
 

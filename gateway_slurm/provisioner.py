@@ -185,19 +185,16 @@ class SlurmProvisioner(KernelProvisionerBase):
             raise
         assert self._handle is not None
         self._has_process = True
-        self._set_connection_info(self._handle.process.connection_info())
+        before, info = self.connection_info, self._handle.process.connection_info()
+        self.connection_info = info  # type: ignore[assignment]
+        self._moved = bool(before) and before != info
+        if "curve_publickey" not in info:  # the kernel has none any more
+            self._manager.curve_publickey = self._manager.curve_secretkey = None
         return self.connection_info
 
     def _attach(self, handle: KernelHandle, service: SlurmService) -> None:
         self._handle, self._kernel_service = handle, service
         handle.on_death = self._after_death
-
-    def _set_connection_info(self, info: dict[str, Any]) -> None:
-        """Set it, and remove the manager's Curve keys where the kernel has none any more."""
-        before, self.connection_info = self.connection_info, info  # type: ignore[assignment]
-        if "curve_publickey" not in info:
-            self._manager.curve_publickey = self._manager.curve_secretkey = None
-        self._moved = bool(before) and before != info
 
     def _launch(self, cmd: list[str], kwargs: dict[str, Any]) -> KernelLaunch:
         service = self.service
@@ -213,7 +210,7 @@ class SlurmProvisioner(KernelProvisionerBase):
         cwd = kwargs.get("cwd")
         return KernelLaunch(
             argv=tuple(cmd),
-            env=service.environment_of(self._owner, kwargs["env"]),
+            env=service.users.environment(self._owner, kwargs["env"]),
             cwd=str(cwd) if cwd else None,
             connection=connection,
             mode=mode,
@@ -347,10 +344,8 @@ class SlurmProvisioner(KernelProvisionerBase):
 
     async def wait(self) -> int | None:
         """Wait for the kernel's end, and return as ``poll`` does; None at once where the kernel runs on."""
-        if self._handle is None or not self._has_process:
-            return 0
-        returncode = self._handle.process.returncode
-        if returncode is None and not self._runs_on:
+        returncode = await self.poll()
+        if self._handle is not None and returncode is None and not self._runs_on:
             returncode = await self._call(self._handle.process.wait())
         self._has_process = False
         return returncode

@@ -59,7 +59,7 @@ class SlurmService(ServiceSettings):
         with cls._instance_lock:
             service = cls._instance
             # After a fork the thread is gone, and the allocations are the parent's.
-            if service is None or service._pid != os.getpid() or service._closed:
+            if service is None or service._pid != os.getpid() or service.is_closed:
                 service = load_admin_config(cls)
                 if log is not None:
                     service.log = log
@@ -68,14 +68,16 @@ class SlurmService(ServiceSettings):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._pid, self._closed = os.getpid(), False
+        self._pid = os.getpid()
+        # Whether ``close`` has begun: no kernel is started any more, and all kernels are over for this server.
+        self.is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._thread_lock = threading.Lock()
         self._opened: asyncio.Task[None] | None = None
         self.access = cluster_access(self)
         self.runner = self.access.runner
-        self._users = SlurmUsers(self, self.access)
+        self.users = SlurmUsers(self, self.access)
         # Made by ``open``.
         self.registry: Registry
         self.owners: Owners
@@ -91,11 +93,6 @@ class SlurmService(ServiceSettings):
         # Called on the service's loop: with kernels of a server that died, and with ids of kernels that another took.
         self.on_claimed: Callable[[list[RestoredKernel]], None] = lambda _restored: None
         self.on_dropped: Callable[[list[str]], None] = lambda _kernel_ids: None
-
-    @property
-    def allocations(self) -> Allocations:
-        """The allocations of the process's own user."""
-        return self.owners.of("")
 
     # -- The thread and its loop ------------------------------------------------------------------
 
@@ -179,14 +176,14 @@ class SlurmService(ServiceSettings):
         self._keep_flags = KeepFlags(self.registry.keep_flags, interval=self.heartbeat, log=self.log)
         self.owners = Owners(self._allocations_for, self.registry)
         self.access.find_launcher = self.owners.steps_of
-        self.all_jobs = self._users.all_jobs(self.registry, self.owners.owner_of)
+        self.all_jobs = self.users.all_jobs(self.registry, self.owners.owner_of)
         self._watcher = JobWatcher(self.all_jobs, interval=(self.watch_interval, 15 * self.watch_interval))
         self.kernels = Kernels(
             self.owners,
             self.registry,
             TransportSelector(self.log),
             HubReports.from_environment(os.environ, self.log),
-            prepare_start=self._users.prepare_start,
+            prepare_start=self.users.prepare_start,
             socket_directory=self._directory,
             release_grace=self.release_grace,
             post_launch_timeout=self.post_launch_timeout,
@@ -216,8 +213,8 @@ class SlurmService(ServiceSettings):
         return Allocations(
             OwnerContext(
                 owner=owner,
-                user=self._users.user_of(owner),
-                driver=self._users.driver_of(owner),
+                user=self.users.user_of(owner),
+                driver=self.users.driver_of(owner),
                 socket=self._socket,
                 watcher=self._watcher,
                 table=AllocationTable(self.registry, self._socket),
@@ -246,11 +243,6 @@ class SlurmService(ServiceSettings):
 
     # -- Closing ------------------------------------------------------------------------------------
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether ``close`` has begun: no kernel is started any more, and all kernels are over for this server."""
-        return self._closed
-
     def close(self, *, leave: bool = False) -> None:
         """Release all allocations and end the thread; any thread but the service's own may call it.
 
@@ -258,9 +250,9 @@ class SlurmService(ServiceSettings):
         are cancelled with their jobs: no client could find their kernels.
         """
         loop, thread = self._loop, self._thread
-        if self._closed or loop is None or thread is None or self._pid != os.getpid():
+        if self.is_closed or loop is None or thread is None or self._pid != os.getpid():
             return
-        self._closed = True
+        self.is_closed = True
         closing = asyncio.run_coroutine_threadsafe(self._close(leave=leave), loop)
         try:
             closing.result(timeout=CLOSE_SECONDS)
@@ -294,12 +286,7 @@ class SlurmService(ServiceSettings):
     # -- Kernels (on the service's loop) ------------------------------------------------------------
 
     async def start_kernel(
-        self,
-        kernel_id: str,
-        request: KernelRequest,
-        launch: KernelLaunch,
-        owner: str = "",
-        manager_state: dict[str, Any] | None = None,
+        self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager_state: dict[str, Any]
     ) -> KernelHandle:
         """Start a kernel in an allocation, and return it once it listens.
 
@@ -309,7 +296,7 @@ class SlurmService(ServiceSettings):
         cancelled leaves no kernel, and no job that it submitted.
         """
         await self.open()
-        return await self.kernels.start(kernel_id, request, launch, owner, manager_state or {})
+        return await self.kernels.start(kernel_id, request, launch, owner, manager_state)
 
     async def restore(self) -> list[RestoredKernel]:
         """Take over the kernels of dead servers of this ``deployment``, now and from now on. Raises StoreError.
@@ -323,10 +310,6 @@ class SlurmService(ServiceSettings):
         """Take over these kernels of a dead server, and the kernels that share their jobs. Raises StoreError."""
         await self.open()
         return await self._failover.claim(kernel_ids)
-
-    def environment_of(self, owner: str, environment: dict[str, str]) -> dict[str, str]:
-        """A kernel's environment, without this process's user's own variables where another user owns the kernel."""
-        return self._users.environment(owner, environment)
 
     # -- Allocations, for their owners ----------------------------------------------------------------
     #

@@ -69,30 +69,24 @@ class Kernels:
     async def start(
         self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager_state: dict[str, Any]
     ) -> KernelHandle:
-        """Start a kernel in an allocation, as ``SlurmService.start_kernel`` promises, which passes all of this on."""
+        """Start a kernel in an allocation, and return it once it listens; see ``SlurmService.start_kernel``."""
         task = asyncio.current_task()
         assert task is not None
         self._starting.add(task)
         try:
-            return await self._start(kernel_id, request, launch, owner, manager_state)
+            account = await self._prepare_start(request, owner)
+            allocations = self.owners.of(owner)
+            place = Place(kernel_id)
+            allocation, launcher = await allocations.acquire(request, account, place)
+            handle = KernelHandle(self, self._process(kernel_id, launcher), allocation, place)
+            try:
+                # The project's variables apply where the kernel has none of its own.
+                await handle.process.start(replace(launch, env={**account.environment, **launch.env}))
+            except BaseException:
+                await asyncio.shield(allocations.table.tasks.create_task(handle.release()))
+                raise
         finally:
             self._starting.discard(task)
-
-    async def _start(
-        self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager_state: dict[str, Any]
-    ) -> KernelHandle:
-        account = await self._prepare_start(request, owner)
-        # The project's variables apply where the kernel has none of its own.
-        launch = replace(launch, env={**account.environment, **launch.env})
-        allocations = self.owners.of(owner)
-        place = Place(kernel_id)
-        allocation, launcher = await allocations.acquire(request, account, place)
-        handle = KernelHandle(self, self._process(kernel_id, launcher), allocation, place)
-        try:
-            await handle.process.start(launch)
-        except BaseException:
-            await asyncio.shield(allocations.table.tasks.create_task(handle.release()))
-            raise
         allocation.mark_used()
         self._handles[kernel_id] = handle
         handle.remember(manager_state)

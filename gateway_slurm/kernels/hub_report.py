@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.httpclient import HTTPClientError
 from tornado.simple_httpclient import SimpleAsyncHTTPClient
 
 from gateway_slurm._util import LogOnce, TaskSet
@@ -80,7 +80,7 @@ class HubReports:
 
     async def _post(self, body: str) -> None:
         try:
-            request = HTTPRequest(
+            await self._client.fetch(
                 self._url,
                 method="POST",
                 body=body,
@@ -91,7 +91,6 @@ class HubReports:
                 # A redirect could carry the token to another host.
                 follow_redirects=False,
             )
-            await self._client.fetch(request)
         except HTTPClientError as error:
             self._complain(f"HTTP status {error.code}")
         except (OSError, ValueError) as error:

@@ -154,7 +154,7 @@ async def test_an_idle_allocation_that_is_kept_meanwhile_stays(admin_settings, k
     async with async_kernel("slurm") as (manager, _client):
         jobid = jobid_of(manager)
         looked = asyncio.Event()
-        allocations = service.allocations
+        allocations = service.owners.of("")
         keep_flags, is_kept = allocations.keep_flags, allocations.keep_flags.is_kept
     await service.run(service.keep_allocation("", jobid))
 
