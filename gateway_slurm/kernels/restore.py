@@ -168,7 +168,7 @@ class LauncherAddresses:
     """
 
     def __init__(
-        self, access: ClusterAccess, registry: Registry, *, listen: Callable[[int], Awaitable[None]], url: str
+        self, access: ClusterAccess, registry: Registry, *, listen: Callable[[int], Awaitable[object]], url: str
     ) -> None:
         self._access, self._registry, self._listen, self._url = access, registry, listen, url
         self.direct: list[str] = []
