@@ -67,6 +67,7 @@ class Kernel:
         self._base_env = base_env
         self.mode: str = spec["mode"]  # direct | ipc | tcp
         self._node_ip = ip
+        self.ip = ip  # a start that fails before the transport is set up is reported, too
         self.ports: dict[str, int] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.state = "starting"  # starting -> running -> exited; starting -> failed

@@ -24,7 +24,8 @@ c.JupyterHub.services = [
         ],
         "cwd": "/var/lib/gateway_slurm",
         # A hub passes on little of its environment. HOME may contain .jupyter/jupyter_slurm_gateway_config.py.
-        "environment": {"HOME": "/var/lib/gateway_slurm"},
+        # gateway_slurm.service explains the second variable.
+        "environment": {"HOME": "/var/lib/gateway_slurm", "MALLOC_MMAP_THRESHOLD_": "262144"},
     },
     # For a gateway that systemd starts, or that runs on another machine, replace "command" and the keys after it by
     #   "api_token": "…"

@@ -46,7 +46,7 @@ def launcher_program() -> str:
     link = Path(__file__).resolve().parent
     sources = {"gateway_slurm": "", "gateway_slurm.link": "", "launchers": ""}
     sources |= {f"gateway_slurm.link.{name}": (link / f"{name}.py").read_text() for name in LINK_MODULES}
-    sources |= {f"launchers.{path.stem}": path.read_text() for path in sorted(launchers_directory().glob("[!_]*.py"))}
+    sources |= {f"launchers.{path.stem}": path.read_text() for path in sorted(launchers_directory().glob("[!_.]*.py"))}
     for name, source in sources.items():
         if _QUOTES in source or source.endswith("\\"):
             raise ValueError(f"{name} holds {_QUOTES}, which would end the quoted source in the job script")

@@ -132,7 +132,7 @@ def hub(cluster, metrics) -> Iterator[Hub]:
         '"/opt/gateway_slurm/bin/jupyter"': repr(str(BIN / "jupyter")),
         "8889": str(gateway_port),
         '"/var/lib/gateway_slurm",\n        # A hub': f"{str(directory)!r},\n        # A hub",
-        '{"HOME": "/var/lib/gateway_slurm"}': repr(environment),
+        '{"HOME": "/var/lib/gateway_slurm", "MALLOC_MMAP_THRESHOLD_": "262144"}': repr(environment),
         "https://hub.example.org/services/metrics/kernels": metrics.url,
     }
     (directory / "sample.py").write_text(adapted(ETC / "jupyterhub/jupyterhub_config.py", changes))
