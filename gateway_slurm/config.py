@@ -343,8 +343,8 @@ def port_range(text: str) -> tuple[int, int] | None:
 # -- files ------------------------------------------------------------------------------------------------
 
 
-def load_admin_config(configurable: type[C]) -> C:
-    """An instance of ``configurable`` with the settings of all files.
+def load_admin_config(configurable: type[C], **traits: Any) -> C:
+    """An instance of ``configurable`` with the settings of all files, and ``traits`` that no file sets.
 
     The first directory on Jupyter's config path has precedence. In a virtual environment that is the environment's own
     directory, before the user's. Raises ConfigError, which names the file and the setting.
@@ -352,7 +352,7 @@ def load_admin_config(configurable: type[C]) -> C:
     config = Config()
     for path in config_files():
         config.merge(_read(path, configurable))
-    return configurable(config=config)
+    return configurable(config=config, **traits)
 
 
 def config_files() -> list[Path]:

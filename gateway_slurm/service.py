@@ -60,9 +60,8 @@ class SlurmService(ServiceSettings):
             service = cls._instance
             # After a fork the thread is gone, and the allocations are the parent's.
             if service is None or service._pid != os.getpid() or service.is_closed:
-                service = load_admin_config(cls)
-                if log is not None:
-                    service.log = log
+                # From the start: the access to the cluster, which __init__ makes, keeps the log.
+                service = load_admin_config(cls, **({} if log is None else {"log": log}))
                 cls._instance = service
             return service
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from gateway_slurm.allocations.launcher import LauncherSteps
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import ConfigError, SlurmNotInstalled, StepsUnknown
 from gateway_slurm.link.server import ResponseSocket
+from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.driver import CommandLineDriver
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from gateway_slurm.slurm.rest.driver import RestDriver
@@ -117,3 +119,14 @@ def test_a_user_has_a_name(name: str) -> None:
     """Text that could be an option, a path or a header's end is not a user's name."""
     with pytest.raises(TraitError, match="rest_user"):
         settings(rest_user=name)
+
+
+def test_the_access_to_slurm_logs_where_its_service_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no application is: the program's own log has the warnings about the cluster."""
+    config = "c = get_config()\nc.SlurmService.cluster = 'ssh://login.example.org'\n"
+    (tmp_path / "jupyter_slurm_config.py").write_text(config)
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(SlurmService, "_instance", None)
+    log = logging.getLogger("test.papermill")
+    service = SlurmService.instance(log)
+    assert service.log is service.access.log is service.runner.connection.log is log
