@@ -267,9 +267,9 @@ class SlurmService(ServiceSettings):
             await asyncio.wait([self._opened])
         if not self.is_open:
             return
+        await self._tasks.close()  # first: a server that ends must not claim a dead server's kernels
         await self.kernels.close(leave=leave)
         await self.owners.close(leave=leave)
-        await self._tasks.close()
         await self._watcher.close()
         await self._socket.close()
         await self.access.close()
