@@ -18,6 +18,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
+from jupyter_client.connect import port_names
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_server.prometheus.metrics import KERNEL_CURRENTLY_RUNNING_TOTAL
 
@@ -196,6 +197,8 @@ class KernelRestorer:
         info = kernel.provisioner.adopt(restored)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(kernel.connection_file)  # the earlier server's
+        for port in port_names:  # load_connection_info keeps ports that the configuration has set
+            setattr(kernel, port, 0)
         kernel.load_connection_info(info)
         kernel.write_connection_file()
         jupyter_compat.mark_started(kernel)

@@ -36,7 +36,6 @@ _TOKEN: Final = re.compile(rf"{PREFIX}([0-9a-f]{{12}})_[A-Za-z0-9_-]{{43}}", re.
 _ID: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NO_HASH: Final = "0" * 64
-_UNUSABLE: Final = "tokens file"
 _AUTHORIZATION: Final = re.compile(r"\s*(?:token|bearer)\s+([!-~]{1,4096})\s*", re.IGNORECASE | re.ASCII)
 _REPLACED: Final = "token=[secret]"
 
@@ -155,10 +154,10 @@ class TokenFile:
 
 
 class UserTokens:
-    """Authenticates users by the tokens of a file. ``log`` has the reason once when the file cannot be used."""
+    """Authenticates users by the tokens of a file. ``log`` has each reason once why the file cannot be used."""
 
     def __init__(self, file: TokenFile, log: LogOnce) -> None:
-        self._file, self._log = file, log
+        self._file, self._log, self._complaint = file, log, ""
 
     async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         """The token's user. Raises IdentityUnavailable when the file cannot be used: no token is to blame."""
@@ -169,9 +168,12 @@ class UserTokens:
             # In a thread: the file may be on a file system that hangs.
             record = await asyncio.to_thread(self._file.find, token)
         except ConfigError as error:
-            self._log.error(_UNUSABLE, "%s", error)
+            if str(error) != self._complaint:
+                self._log.clear(self._complaint)
+                self._complaint = str(error)
+            self._log.error(self._complaint, "%s", error)
             raise IdentityUnavailable("tokens cannot be checked: the gateway's log says why") from error
-        self._log.clear(_UNUSABLE)
+        self._log.clear(self._complaint)
         return GatewayUser(record.user, admin=record.admin, service=record.service) if record else None
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import secrets
 import stat
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
+from tornado.web import Application, RequestHandler
 
+from gateway_slurm._util import LogOnce
 from gateway_slurm.cli.app import main
-from gateway_slurm.errors import ConfigError, RequestError
-from gateway_slurm.gateway.auth.tokens import PREFIX, TokenFile
+from gateway_slurm.errors import ConfigError, IdentityUnavailable, RequestError
+from gateway_slurm.gateway.auth.tokens import PREFIX, TokenFile, UserTokens
 from gateway_slurm.gateway.specs import catalog as files
 
 
@@ -135,6 +141,26 @@ def test_a_file_that_does_not_change_is_not_read_again(file, monkeypatch):
     reads = file._cache.reads
     assert all(file.find(token) for _ in range(10))
     assert file._cache.reads == reads
+
+
+async def test_each_reason_why_the_file_cannot_be_used_is_logged_once(file, caplog):
+    """Also a second reason that follows the first without a good file between them."""
+    token = file.add("ada")
+    headers = HTTPHeaders({"Host": "gateway", "Authorization": f"token {token}"})
+    start_line = RequestStartLine("GET", "/", "HTTP/1.1")
+    request = HTTPServerRequest(start_line=start_line, headers=headers, connection=Mock())
+    handler = RequestHandler(Application(), request)
+    users = UserTokens(file, LogOnce(logging.getLogger("test.tokens")))
+    good = file.path.read_text()
+    for text, mode in ((good, 0o644), (good, 0o644), ("no JSON", 0o600), (good, 0o600), ("no JSON", 0o600)):
+        file.path.write_text(text)
+        file.path.chmod(mode)
+        with contextlib.suppress(IdentityUnavailable):
+            await users.authenticate(handler)
+    reasons = [record.getMessage() for record in caplog.records if record.name == "test.tokens"]
+    assert len(reasons) == 3
+    assert "mode is 0644" in reasons[0]
+    assert all("JSONDecodeError" in reason for reason in reasons[1:])
 
 
 def test_a_token_expires(file, monkeypatch):
