@@ -213,7 +213,7 @@ def test_a_token_that_others_can_read_is_refused(tmp_path):
     environment.pop("JUPYTER_GATEWAY_AUTH_TOKEN", None)
     argv = [sys.executable, "-m", "jupyter_server", "--allow-root", "--show-config"]
     result = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=READY)
-    assert "other users may read" in result.stderr
+    assert "other users can read" in result.stderr
     assert "known to all" not in result.stderr + result.stdout
 
 

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.errors import KernelStartError, RequestError
-from helpers.kernel_clients import IPYKERNEL, execute, install_kernelspec, jobid_of, processes_of_job, running_kernel
+from helpers.kernel_clients import (
+    AUTO_KERNEL,
+    IPYKERNEL,
+    execute,
+    install_auto,
+    install_kernelspec,
+    jobid_of,
+    processes_of_job,
+    running_kernel,
+)
 from helpers.private_slurm import poll
 
 ENVIRONMENT = "import os, json; print(json.dumps(dict(os.environ)))"
@@ -200,9 +209,11 @@ def test_a_working_directory_that_is_not_there_is_an_error(service):
         pass
 
 
-def test_the_admin_decides_how_kernels_are_reached(admin_settings, kernel_name):
+@pytest.mark.parametrize("name", ["slurm", AUTO_KERNEL])
+def test_the_admin_decides_how_kernels_are_reached(admin_settings, kernelspecs, name):
     """``connect = tunnel`` in jupyter_slurm_config.py sends every kernel that does not say through the tunnel."""
+    install_auto(kernelspecs)
     admin_settings(connect="tunnel")
-    with running_kernel(kernel_name) as (manager, client):
+    with running_kernel(name) as (manager, client):
         assert execute(client, "print(6 * 7)") == "42"
         assert manager.get_connection_info()["transport"] == "ipc"

@@ -166,7 +166,7 @@ def test_sudo_lets_the_gateway_do_nothing_else(folk, argv):
 def test_sudo_lets_the_gateway_run_the_helper(folk):
     """The rule's own way works: what refuses an empty request is the helper."""
     tried = folk.run(folk.gateway, "sudo", "-n", "-u", folk.ada, "--", folk.helper)
-    assert tried.stderr == b"gateway_slurm's helper: the request ended too soon\n"
+    assert tried.stderr == b"gateway_slurm's helper: the request is incomplete\n"
 
 
 def test_the_sudoers_snippet_is_valid(tmp_path):

@@ -66,7 +66,7 @@ def test_a_suite_that_has_moved_on_is_an_error(rootfs, tmp_path):
     command = ["/bin/sh", "-c", rootfs.TESTS, "26.05", "sid"]
     result = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)}, timeout=30)
     assert result.returncode == 3
-    assert "Debian's sid has slurm-wlm 26.11.1 now, not 26.05" in result.stderr
+    assert "Debian's sid now has slurm-wlm 26.11.1, not 26.05" in result.stderr
 
 
 def test_the_work_tree_is_copied_again_and_the_venv_stays(rootfs, tmp_path):
