@@ -134,18 +134,9 @@ class LogOnce:
 
     def warning(self, key: str, message: str, *arguments: object) -> None:
         """Log a warning and open the complaint ``key``, unless it is already open."""
-        if self._opens(key):
+        if key not in self._open:
+            self._open.add(key)
             self._log.warning(message, *arguments, stacklevel=2)
-
-    def error(self, key: str, message: str, *arguments: object) -> None:
-        """Log an error, unless the complaint ``key`` is already open."""
-        if self._opens(key):
-            self._log.error(message, *arguments, stacklevel=2)
-
-    def _opens(self, key: str) -> bool:
-        is_new = key not in self._open
-        self._open.add(key)
-        return is_new
 
     def clear(self, key: str) -> bool:
         """Close the complaint ``key``; return whether it was open."""

@@ -18,7 +18,6 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 from traitlets import Bool, CFloat, Enum, List, TraitError, Unicode, default, validate
 
-from gateway_slurm._util import LogOnce
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, NotAllowed
 from gateway_slurm.gateway.auth.hub import HubTokens
 from gateway_slurm.gateway.auth.proxy import TrustedHeader
@@ -131,7 +130,7 @@ class GatewayIdentityProvider(IdentityProvider):
         if self.trusted_header:
             self.authenticators.append(TrustedHeader(self.trusted_header, self.trusted_proxies))
         if self._token_file is not None:
-            self.authenticators.append(UserTokens(self._token_file, LogOnce(self.log)))
+            self.authenticators.append(UserTokens(self._token_file, self.log))
         if self.hub_api_url:
             self._hub = HubTokens(
                 self.hub_api_url,

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -23,7 +24,7 @@ from urllib.parse import unquote_plus
 from tornado.httputil import HTTPServerRequest
 from tornado.web import RequestHandler
 
-from gateway_slurm._util import LogOnce, exposure, locked, write_atomically
+from gateway_slurm._util import exposure, locked, write_atomically
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, RequestError
 from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
 from gateway_slurm.gateway.specs.catalog import FileCache
@@ -156,8 +157,8 @@ class TokenFile:
 class UserTokens:
     """Authenticates users by the tokens of a file. ``log`` has each reason once why the file cannot be used."""
 
-    def __init__(self, file: TokenFile, log: LogOnce) -> None:
-        self._file, self._log, self._complaint = file, log, ""
+    def __init__(self, file: TokenFile, log: logging.Logger) -> None:
+        self._file, self._log, self._logged = file, log, ""
 
     async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         """The token's user. Raises IdentityUnavailable when the file cannot be used: no token is to blame."""
@@ -168,12 +169,11 @@ class UserTokens:
             # In a thread: the file may be on a file system that hangs.
             record = await asyncio.to_thread(self._file.find, token)
         except ConfigError as error:
-            if str(error) != self._complaint:
-                self._log.clear(self._complaint)
-                self._complaint = str(error)
-            self._log.error(self._complaint, "%s", error)
+            if str(error) != self._logged:
+                self._log.error("%s", error)
+                self._logged = str(error)
             raise IdentityUnavailable("tokens cannot be checked: the gateway's log says why") from error
-        self._log.clear(self._complaint)
+        self._logged = ""
         return GatewayUser(record.user, admin=record.admin, service=record.service) if record else None
 
 

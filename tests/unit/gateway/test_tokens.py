@@ -17,7 +17,6 @@ import pytest
 from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from tornado.web import Application, RequestHandler
 
-from gateway_slurm._util import LogOnce
 from gateway_slurm.cli.app import main
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, RequestError
 from gateway_slurm.gateway.auth.tokens import PREFIX, TokenFile, UserTokens
@@ -150,7 +149,7 @@ async def test_each_reason_why_the_file_cannot_be_used_is_logged_once(file, capl
     start_line = RequestStartLine("GET", "/", "HTTP/1.1")
     request = HTTPServerRequest(start_line=start_line, headers=headers, connection=Mock())
     handler = RequestHandler(Application(), request)
-    users = UserTokens(file, LogOnce(logging.getLogger("test.tokens")))
+    users = UserTokens(file, logging.getLogger("test.tokens"))
     good = file.path.read_text()
     for text, mode in ((good, 0o644), (good, 0o644), ("no JSON", 0o600), (good, 0o600), ("no JSON", 0o600)):
         file.path.write_text(text)
