@@ -142,6 +142,10 @@ class NotProven(LauncherFailed):
     """A client claimed to be the launcher, but its HELLO could not be opened with the launch token."""
 
 
+class NotEncrypted(KernelStartError):
+    """The ports of a direct kernel do not speak CurveZMQ, which its kernelspec declares; the kernel was ended."""
+
+
 class StartTimeout(KernelStartError):
     """The kernel did not listen on its channels within ``start_timeout``."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway_slurm.link import wire
 from launchers import ports, stderr
+from launchers.greeting import CurveCheck
 from launchers.guard import Guard
 from launchers.reactor import READ, Reactor, Timer
 
@@ -78,6 +79,8 @@ class Kernel:
         self.log_path = ""
         self._pipe: int | None = None
         self._check: Timer | None = None
+        self._curve: CurveCheck | None = None
+        self._refusal = ""  # why the process, which is being killed, may not run
         self._deadline = time.monotonic() + float(spec["start_timeout"])
         self._asked_to_stop = False
         self._linked, self._kept_output = linked, kept_output
@@ -167,9 +170,10 @@ class Kernel:
             return
         began = time.monotonic()
         if self._listens():
-            self.state = "running"
-            self._send("STARTED", **self.report())
-            self.output.begin()
+            if self.mode == "direct":
+                self._curve = CurveCheck(self._reactor, self.ip, self.ports, self._on_greetings)
+            else:
+                self._listening()
         elif time.monotonic() > self._deadline:
             seconds = self.spec["start_timeout"]
             self._fail("timeout", f"the kernel did not listen on its channels within {seconds:g} s")
@@ -177,6 +181,21 @@ class Kernel:
             # The checks must not take the CPU time that the kernel needs to start.
             pause = max(CHECK_INTERVAL, 4 * (time.monotonic() - began))
             self._check = self._reactor.later(pause, self._check_channels)
+
+    def _on_greetings(self, failure: str) -> None:
+        """A direct kernel without CurveZMQ is killed, and FAILED is sent once it has ended and its ports are closed."""
+        if self.state != "starting":
+            return
+        if failure:
+            self._refusal = failure
+            self.signal(signal.SIGKILL)
+        else:
+            self._listening()
+
+    def _listening(self) -> None:
+        self.state = "running"
+        self._send("STARTED", **self.report())
+        self.output.begin()
 
     def _listens(self) -> bool:
         if self.mode == "ipc":
@@ -309,7 +328,7 @@ class Kernel:
 
     def reaped(self) -> None:
         """Check whether this kernel has ended; called after SIGCHLD."""
-        if self.process is None or self.state in ("exited", "failed") or self.process.poll() is None:
+        if self.process is None or not self.runs or self.process.poll() is None:
             return
         self._read_output()
         self._close_pipe()
@@ -317,6 +336,8 @@ class Kernel:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self._guard.remove(self.process.pid)
+        if self.state == "failed":
+            return  # FAILED has been sent, and the process was killed then
         if self.state == "starting" and not self._asked_to_stop:
             self._died_at_start(self.process.returncode)
         else:
@@ -326,6 +347,10 @@ class Kernel:
 
     def _died_at_start(self, returncode: int) -> None:
         """Start the kernel again where other ports or another transport may help."""
+        if self._refusal and returncode == -signal.SIGKILL:
+            self._fail("plain", f"its ports do not speak CurveZMQ ({self._refusal})")
+            return
+        self._refusal = ""
         if self.mode == "ipc":
             again = self.spec.get("language") not in IPC_LANGUAGES and self._attempt == 1
             self.mode = "tcp" if again else "ipc"
@@ -365,6 +390,8 @@ class Kernel:
         self.output.close()
         if self._check:
             self._check.cancel()
+        if self._curve:
+            self._curve.close()
         self._close_pipe()
         if self._log is not None:
             self._log.close()

@@ -222,7 +222,7 @@ class NodeLauncher:
     def _reap(self) -> None:
         for kernel in self._all():
             kernel.reaped()
-        for kernel in [old for old in self._old if old.state in ("exited", "failed")]:
+        for kernel in [old for old in self._old if not old.runs]:
             kernel.close()
             self._old.remove(kernel)
         self._steps.reaped()

@@ -15,7 +15,14 @@ from typing import Any
 
 from gateway_slurm._util import printable
 from gateway_slurm.allocations.launcher import Launcher
-from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LauncherFailed, LinkError, StartTimeout
+from gateway_slurm.errors import (
+    GatewaySlurmError,
+    KernelStartError,
+    LauncherFailed,
+    LinkError,
+    NotEncrypted,
+    StartTimeout,
+)
 from gateway_slurm.kernels.model import TRANSITIONS, KernelLaunch, Phase
 from gateway_slurm.kernels.transport import TransportSelector, checked_ports
 from gateway_slurm.link import wire
@@ -91,7 +98,12 @@ class KernelProcess:
         self._acked = None
         self._started = asyncio.get_running_loop().create_future()
         try:
-            self._set_endpoint(await self._launch(await self._select(launch)))
+            selected = await self._select(launch)
+            try:
+                self._set_endpoint(await self._launch(selected))
+            except NotEncrypted as error:
+                self.log.warning("kernel %s: %s", self.kernel_id, printable(error))
+                self._set_endpoint(await self._launch_tunnelled(launch))
         except BaseException as error:
             self.stop()
             if self.phase is not Phase.DEAD:
@@ -114,6 +126,24 @@ class KernelProcess:
             self.ip, self.ports = selected.ip, selected.ports or {}
             self._close_tunnel()
         return selected.launch
+
+    async def _launch_tunnelled(self, launch: KernelLaunch) -> dict[str, Any]:
+        """Start the kernel again through the tunnel: its kernelspec declares CurveZMQ, and the kernel lacks it.
+
+        Raises NotEncrypted where the request must be direct.
+        """
+        if launch.mode == "direct":
+            raise NotEncrypted(
+                "connect = direct, but the kernel listened without encryption although its kernelspec declares "
+                "CurveZMQ (metadata.supported_encryption); it was ended. Install a kernel that supports it "
+                "(ipykernel >= 7.4 does), or use connect = tunnel and correct the kernelspec"
+            )
+        self.generation += 1
+        self._started = asyncio.get_running_loop().create_future()
+        self.launched = launch.tunnelled(
+            "the kernel listened without encryption, although its kernelspec declares CurveZMQ (supported_encryption)"
+        )
+        return await self._launch(self.launched)
 
     def _set_endpoint(self, report: dict[str, Any]) -> None:
         """Take from STARTED where the kernel listens. Clients will connect there.
@@ -254,7 +284,7 @@ class KernelProcess:
         if self.phase is Phase.LOST:
             self._end(1, message)
             return
-        error_type = StartTimeout if fields.get("kind") == "timeout" else KernelStartError
+        error_type = {"timeout": StartTimeout, "plain": NotEncrypted}.get(str(fields.get("kind")), KernelStartError)
         self.fail_start(error_type(message, output_tail=self.output_tail))
 
     def fail_start(self, error: GatewaySlurmError) -> None:
