@@ -106,6 +106,12 @@ c = get_config()  # noqa: F821
 ## server with its kernel manager, set a name if none is set here.
 # c.SlurmService.deployment = ""
 
+## Name of the jobs that servers submit. `{notebook}` is replaced by the notebook's file name, or by the
+## kernelspec's name for a kernel without a notebook; `{kernelspec}`, `{project}` and `{user}` are replaced, too.
+## All users of the cluster can read it in squeue. Characters other than letters, digits and `. _ - + @ = :`
+## become `_`, and the name is cut after 128 bytes.
+# c.SlurmService.job_name = "{notebook}"
+
 ## Seconds that a job may wait in Slurm's queue; then the job is cancelled and the start fails. Default 0: no
 ## limit.
 # c.SlurmService.queue_timeout = 0.0

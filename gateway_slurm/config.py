@@ -17,6 +17,7 @@ from traitlets.config.loader import PyFileConfigLoader
 
 from gateway_slurm.addresses import check_address
 from gateway_slurm.errors import ConfigError
+from gateway_slurm.slurm.names import check_template
 from gateway_slurm.slurm.sudo import HELPER
 from gateway_slurm.slurm.url import parse_cluster_url
 
@@ -152,6 +153,13 @@ class ServiceSettings(LoggingConfigurable):
         help="""Name shared by servers that take over each other's kernels when one of them dies; letters, digits,
         ``.``, ``_`` and ``-``. Default: none, and no server takes over this process's kernels by itself. The gateway,
         and a Jupyter server with its kernel manager, set a name if none is set here.""",
+    )
+    job_name = Unicode(
+        "{notebook}",
+        help="""Name of the jobs that servers submit. ``{notebook}`` is replaced by the notebook's file name, or by the
+        kernelspec's name for a kernel without a notebook; ``{kernelspec}``, ``{project}`` and ``{user}`` are replaced,
+        too. All users of the cluster can read it in squeue. Characters other than letters, digits and ``. _ - + @ = :``
+        become ``_``, and the name is cut after 128 bytes.""",
     )
     queue_timeout = CFloat(
         0.0,
@@ -295,6 +303,13 @@ class ServiceSettings(LoggingConfigurable):
             return str(parse_cluster_url(proposal["value"]))
         except ValueError as error:
             raise TraitError(f"SlurmService.cluster: {error}") from error
+
+    @validate("job_name")
+    def _valid_job_name(self, proposal: Any) -> str:
+        try:
+            return check_template(proposal["value"])
+        except ValueError as error:
+            raise TraitError(f"SlurmService.job_name must be {error}, not {proposal['value']!r}") from error
 
     @validate("rest_user")
     def _valid_rest_user(self, proposal: Any) -> str:

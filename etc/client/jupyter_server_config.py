@@ -33,5 +33,6 @@ c.GatewayClient.request_timeout = 150.0
 # Request fields for kernels, if their project allows clients to set them.
 # os.environ.setdefault("KERNEL_SLURM_GPUS", "1")
 # os.environ.setdefault("KERNEL_SLURM_RUNTIME", "120")
-# Further variables of this server for kernels, if the gateway accepts them.
-# c.GatewayClient.allowed_envs = "LC_ALL,TZ"
+# Variables of this server for kernels. The gateway accepts JPY_SESSION_NAME, the notebook's path: the job and the log
+# file have its name. It accepts further variables if its admin allows them: "JPY_SESSION_NAME,LC_ALL,TZ".
+c.GatewayClient.allowed_envs = "JPY_SESSION_NAME"

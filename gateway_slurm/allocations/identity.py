@@ -9,10 +9,12 @@ from gateway_slurm.slurm.model import JobInfo
 
 TOKEN_VARIABLE = "GATEWAY_SLURM_TOKEN"  # noqa: S105 - a variable's name, not a token
 JOB_NAME = "gateway_slurm"
+COMMENT = "gateway_slurm:"
+"""What the comment of each job of ours begins with; its first launcher's id follows. Names of jobs are the admin's."""
 STEP_NAME = "gateway_slurm-launcher"
 # Digits of a store's id in the ids of its launchers. A user has few stores.
 STORE_DIGITS = 8
-_LAUNCHER_ID = re.compile(rf"{JOB_NAME}:([A-Za-z0-9-]{{1,60}})", re.ASCII)
+_LAUNCHER_ID = re.compile(rf"{COMMENT}([A-Za-z0-9-]{{1,60}})", re.ASCII)
 
 
 def identity_of(info: JobInfo) -> str:
@@ -22,6 +24,11 @@ def identity_of(info: JobInfo) -> str:
     """
     ours = _LAUNCHER_ID.fullmatch(info.comment)
     return ours[1] if ours else f"{info.submit_time or 0:.0f}"
+
+
+def is_ours(info: JobInfo) -> bool:
+    """Whether a server of this package submitted the job, by its comment."""
+    return _LAUNCHER_ID.fullmatch(info.comment) is not None
 
 
 def new_launcher_id(store_id: str) -> str:

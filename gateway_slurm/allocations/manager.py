@@ -76,7 +76,7 @@ class Allocations:
             self.keep_flags.keep(allocation)
         try:
             if not allocation.jobid:
-                await self._submit(allocation, request, account)
+                await self._submit(allocation, request, account, place)
             place.launcher = await self._launcher(allocation, request, place)
         except BaseException:
             await asyncio.shield(self.table.tasks.create_task(self.releaser.release_place(allocation, place)))
@@ -123,13 +123,13 @@ class Allocations:
             self.log.info("share: %s", line)
         return best
 
-    async def _submit(self, allocation: Allocation, request: KernelRequest, account: Account) -> None:
+    async def _submit(self, allocation: Allocation, request: KernelRequest, account: Account, place: Place) -> None:
         launcher = self._starter.register(allocation)
         # On record before Slurm knows of the job: a later server finds the job by this comment, and accepts its
         # launcher.
         self.table.record(allocation)
         self.table.record_launcher(allocation, launcher)
-        job = self._starter.job(launcher, request, account)
+        job = self._starter.job(launcher, request, account, place)
         submission = self.table.tasks.create_task(self._submit_recorded(allocation, launcher, job))
         self._submissions[submission] = allocation
         submission.add_done_callback(self._submissions.pop)
@@ -143,7 +143,7 @@ class Allocations:
             if not submission.cancelled():
                 submission.exception()  # seen: the start is cancelled anyway
             raise
-        self.log.info("job %s submitted to partition %s", allocation.jobid, request.partition)
+        self.log.info("job %s (%s) submitted to partition %s", allocation.jobid, job.name, request.partition)
 
     async def _submit_recorded(self, allocation: Allocation, launcher: Launcher, job: JobSpec) -> None:
         await self.table.registry.flushed()
@@ -155,7 +155,7 @@ class Allocations:
             self.table.record(allocation)
             self.table.mark_pending_cancel(allocation)
             raise
-        allocation.accept(jobid)
+        allocation.accept(jobid, job.name)
         launcher.set_jobid(jobid)
         self.table.add(allocation)
         if allocation.keep:

@@ -58,6 +58,10 @@ class Place:
     kernel_id: str
     node: str | None = None
     launcher: Launcher | None = None
+    kernelspec: str = ""
+    """The name of its kernelspec."""
+    session_name: str = ""
+    """Its document's path as the client's server writes it (JPY_SESSION_NAME); empty without a document."""
 
 
 @dataclass(eq=False)
@@ -73,6 +77,8 @@ class Allocation:
     """The name of the user that it belongs to; empty for the user of this process."""
     account: str = ""
     jobid: str = ""
+    name: str = ""
+    """The name with which this server submitted the job; empty for other jobs."""
     phase: AllocationPhase = AllocationPhase.NEW
     info: JobInfo | None = None
     queue_place: int | None = None
@@ -121,10 +127,10 @@ class Allocation:
             raise AssertionError(f"allocation {self.jobid or '?'}: {self.phase.value} cannot become {phase.value}")
         self.phase = phase
 
-    def accept(self, jobid: str) -> None:
-        """Note the id that Slurm has given the job."""
+    def accept(self, jobid: str, name: str = "") -> None:
+        """Note the id that Slurm has given the job, and the name with which this server submitted it."""
         self._enter(AllocationPhase.ACTIVE)
-        self.jobid = jobid
+        self.jobid, self.name = jobid, name
 
     def lose_answer(self) -> None:
         """``sbatch`` gave no answer. If there is a job, no start waits for it, so it is not kept either."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from gateway_slurm.allocations.identity import JOB_NAME
+from gateway_slurm.allocations.identity import COMMENT
 from gateway_slurm.allocations.launcher import LauncherSteps
 from gateway_slurm.allocations.manager import Allocations
 from gateway_slurm.allocations.model import Allocation
@@ -155,17 +155,17 @@ class MultiUserSlurm:
         """Each waiting job's place in its partition's queue, as the process's own user sees it."""
         return await self.driver.queue_positions(partitions)
 
-    async def find(self, name: str) -> dict[str, JobInfo]:
+    async def find(self, comment: str) -> dict[str, JobInfo]:
         """Ask with one squeue for each owner on record, and one for the process's own user."""
-        jobs = await self.driver.find(name)
+        jobs = await self.driver.find(comment)
         records = await asyncio.to_thread(self.registry.all_allocations)
-        owner_of = {f"{JOB_NAME}:{record.launcher_id}": record.owner for _process, record in records}
+        owner_of = {f"{COMMENT}{record.launcher_id}": record.owner for _process, record in records}
         for owner in sorted(set(owner_of.values()) - {""}):
             try:
                 driver = await self.driver_of(owner)
             except NotAllowed:
                 continue
-            for jobid, info in (await driver.find(name)).items():
+            for jobid, info in (await driver.find(comment)).items():
                 # Any user may give a job of theirs any comment.
                 if owner_of.get(info.comment) == owner:
                     jobs[jobid] = info

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from gateway_slurm._util import Backoff, LogOnce, printable
-from gateway_slurm.allocations.identity import JOB_NAME, STEP_NAME, identity_of, is_of_store
+from gateway_slurm.allocations.identity import COMMENT, STEP_NAME, identity_of, is_of_store, is_ours
 from gateway_slurm.errors import SlurmError, StepsUnknown, StoreError
 from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.formats import Meaning
@@ -30,7 +30,7 @@ ORPHAN_RETRY_DELAY = 60.0
 
 async def living_jobs(driver: SlurmJobs, jobids: Iterable[str]) -> dict[str, JobInfo]:
     """The user's jobs that servers have submitted, and those with these ids, that are not over; at most two squeues."""
-    ours = await driver.find(JOB_NAME)
+    ours = await driver.find(COMMENT)
     others = await driver.jobs(sorted(set(jobids) - set(ours)))
     return {jobid: info for jobid, info in {**ours, **others}.items() if info.meaning is not Meaning.OVER}
 
@@ -191,7 +191,7 @@ def find_orphans(
     for info in jobs.values():
         identity = identity_of(info)
         known = by_identity.get(identity, [])
-        if info.name != JOB_NAME or info.meaning is Meaning.OVER:
+        if not is_ours(info) or info.meaning is Meaning.OVER:
             continue
         if any(not is_gone(server, now, grace) for server, _record in known):
             continue
@@ -260,7 +260,7 @@ async def watch_orphans(
         due = []  # when to look at an orphan again
         try:
             # Slurm first: a job is on record before it is submitted, so no job in Slurm's answer can lack its record.
-            jobs = await driver.find(JOB_NAME)
+            jobs = await driver.find(COMMENT)
             if not jobs:
                 return
             flags = await asyncio.to_thread(registry.keep_flags.all)

@@ -10,7 +10,7 @@ import contextlib
 from weakref import WeakKeyDictionary
 
 from gateway_slurm._util import Backoff, printable
-from gateway_slurm.allocations.identity import JOB_NAME, identity_of
+from gateway_slurm.allocations.identity import COMMENT, identity_of
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation, AllocationPhase, Place
@@ -108,7 +108,7 @@ class AllocationReleaser:
         while True:
             last = loop.time() >= deadline
             with contextlib.suppress(SlurmError):
-                found = await self._driver.find(JOB_NAME)
+                found = await self._driver.find(COMMENT)
                 jobid = next((key for key, info in found.items() if identity_of(info) == allocation.identity), None)
                 if jobid is not None:
                     self.log.warning("job %s was submitted by an sbatch that gave no answer; it is cancelled", jobid)

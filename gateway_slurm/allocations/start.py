@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from gateway_slurm._util import Backoff
 from gateway_slurm.addresses import failed_dials
-from gateway_slurm.allocations.identity import JOB_NAME, STEP_NAME, TOKEN_VARIABLE, new_launcher_id
+from gateway_slurm.allocations.identity import COMMENT, JOB_NAME, STEP_NAME, TOKEN_VARIABLE, new_launcher_id
 from gateway_slurm.allocations.launcher import UNKNOWN_NODE, Launcher, moment
-from gateway_slurm.allocations.model import Allocation
+from gateway_slurm.allocations.model import Allocation, Place
 from gateway_slurm.allocations.monitor import AllocationMonitor
 from gateway_slurm.allocations.table import OwnerContext
 from gateway_slurm.errors import AllocationError, GatewaySlurmError, LauncherFailed, NotProven, OutOfReach, QueueTimeout
@@ -21,6 +21,7 @@ from gateway_slurm.slurm.account import Account
 from gateway_slurm.slurm.driver import StepProcess
 from gateway_slurm.slurm.formats import remedy
 from gateway_slurm.slurm.model import JobSpec, StepSpec
+from gateway_slurm.slurm.names import file_of, job_name
 from gateway_slurm.slurm.script import job_script
 from gateway_slurm.store.records import LauncherRecord
 
@@ -65,6 +66,7 @@ class LauncherStarter:
         self._driver, self._socket, self._table = context.driver, context.socket, context.table
         self._registry, self.log = context.table.registry, context.log
         self._settings, self._monitor = context.settings, monitor
+        self._owner, self._user = context.owner, context.user
         self._addresses, self._log_end = addresses, log_end
 
     def register(self, allocation: Allocation, *, isolated: bool = False) -> Launcher:
@@ -104,11 +106,11 @@ class LauncherStarter:
         launcher.expected = self._socket.expect(launcher.launcher_id, launcher.tokens, launcher)
         launcher.set_jobid(launcher.jobid)
 
-    def job(self, launcher: Launcher, request: KernelRequest, account: Account) -> JobSpec:
-        """The job that has ``launcher`` as its script."""
+    def job(self, launcher: Launcher, request: KernelRequest, account: Account, place: Place) -> JobSpec:
+        """The job that has ``launcher`` as its script; its name is that of its first kernel."""
         return JobSpec(
-            name=JOB_NAME,
-            comment=f"{JOB_NAME}:{launcher.launcher_id}",
+            name=self._name(request, place),
+            comment=f"{COMMENT}{launcher.launcher_id}",
             partition=request.partition,
             account=account.account,
             nodes=request.nodes,
@@ -124,6 +126,15 @@ class LauncherStarter:
             script=self._script(launcher, keep=request.keep_allocation),
             env={**account.environment, TOKEN_VARIABLE: launcher.tokens[0].hex()},
         )
+
+    def _name(self, request: KernelRequest, place: Place) -> str:
+        values = {
+            "notebook": file_of(place.session_name) or place.kernelspec,
+            "kernelspec": place.kernelspec,
+            "project": request.project or "",
+            "user": self._owner or self._user,
+        }
+        return job_name(self._settings.job_name, values, JOB_NAME)
 
     def _script(self, launcher: Launcher, *, keep: bool = False) -> str:
         timeout = f"{self._settings.orphan_timeout:g}"

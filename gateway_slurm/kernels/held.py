@@ -76,7 +76,12 @@ class Kernels:
         try:
             account = await self._prepare_start(request, owner)
             allocations = self.owners.of(owner)
-            place = Place(kernel_id)
+            connection = launch.connection
+            place = Place(
+                kernel_id,
+                kernelspec=connection.get("kernel_name", ""),
+                session_name=connection.get("jupyter_session", ""),
+            )
             allocation, launcher = await allocations.acquire(request, account, place)
             handle = KernelHandle(self, self._process(kernel_id, launcher), allocation, place)
             try:

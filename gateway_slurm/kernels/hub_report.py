@@ -41,7 +41,7 @@ def start_report(kernel_id: str, allocation: Allocation, launcher: Launcher) -> 
     return {
         "kernel_id": kernel_id,
         "slurm_allocation_id": jobid,
-        "slurm_allocation_name": info.name if info is not None and info.name else JOB_NAME,
+        "slurm_allocation_name": (info.name if info is not None else "") or allocation.name or JOB_NAME,
         "slurm_allocation_nodelist": allocation.nodes,
         "slurm_allocation_node": launcher.node,
         "slurm_allocation_endtime": int(allocation.end_time or 0),

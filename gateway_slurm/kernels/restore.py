@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from gateway_slurm._util import Backoff, LogOnce, TaskSet
-from gateway_slurm.allocations.identity import JOB_NAME, identity_of
+from gateway_slurm.allocations.identity import COMMENT, identity_of
 from gateway_slurm.allocations.recovery import INTENT_RETRY_DELAY, INTENT_TIMEOUT
 from gateway_slurm.errors import GatewaySlurmError, SlurmError, StoreError
 from gateway_slurm.kernels.held import KernelHandle, Kernels
@@ -121,7 +121,7 @@ class Restorer:
         waiting = {record.launcher_id: record for record in intents}
         while waiting:
             try:
-                found = {identity_of(info): info for info in (await self._jobs.find(JOB_NAME)).values()}
+                found = {identity_of(info): info for info in (await self._jobs.find(COMMENT)).values()}
             except SlurmError as error:
                 self.log.warning("jobs that an earlier server may have left could not be looked for: %s", error)
                 found = {}

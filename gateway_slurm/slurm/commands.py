@@ -129,9 +129,9 @@ def jobs_command(jobids: Collection[str], *, mark: str = "") -> list[str]:
     return ["squeue", "--states=all", "--noheader", f"--jobs={ids}", f"--Format={_format(_JOB_FIELDS, mark)}"]
 
 
-def find_command(name: str, *, mark: str = "") -> list[str]:
-    """Return squeue's argv for the user's own unfinished jobs of this name; ``parse_jobs`` reads the output."""
-    return ["squeue", "--me", "--noheader", f"--name={name}", f"--Format={_format(_JOB_FIELDS, mark)}"]
+def own_jobs_command(*, mark: str = "") -> list[str]:
+    """Return squeue's argv for the user's own unfinished jobs; ``parse_jobs`` reads the output."""
+    return ["squeue", "--me", "--noheader", f"--Format={_format(_JOB_FIELDS, mark)}"]
 
 
 def parse_jobs(

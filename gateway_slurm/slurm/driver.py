@@ -47,8 +47,8 @@ class SlurmJobs(Protocol):
     async def jobs(self, jobids: Collection[str]) -> dict[str, JobInfo]:
         """Return all of these jobs with one request; a job that a healthy controller does not know is left out."""
 
-    async def find(self, name: str) -> dict[str, JobInfo]:
-        """Return the user's own unfinished jobs of this name, by job id."""
+    async def find(self, comment: str) -> dict[str, JobInfo]:
+        """Return the user's own unfinished jobs whose comment begins with this, by job id; their names do not count."""
 
     async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
         """Return each pending job's position in its partition's queue, 1 for the next; empty if that is not known."""
@@ -129,7 +129,7 @@ class CommandLineDriver:
         for delay in delays if spec.comment else ():
             await asyncio.sleep(delay)
             try:
-                found = await self.find(spec.name)
+                found = await self.find(spec.comment)
             except SlurmUnavailable:
                 continue
             for jobid, info in found.items():
@@ -149,10 +149,12 @@ class CommandLineDriver:
         alone = len(jobids) == 1
         return commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark, alone=alone)
 
-    async def find(self, name: str) -> dict[str, JobInfo]:
+    async def find(self, comment: str) -> dict[str, JobInfo]:
+        """Run one squeue for all jobs of the user: it cannot choose by comment."""
         mark = _mark()
-        result = await self.runner.run(commands.find_command(name, mark=mark))
-        return commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark)
+        result = await self.runner.run(commands.own_jobs_command(mark=mark))
+        found = commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark)
+        return {jobid: info for jobid, info in found.items() if info.comment.startswith(comment)}
 
     async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
         mark = _mark()

@@ -42,6 +42,11 @@ class CommandResult:
     stderr: str
 
 
+def utf8(argv: Sequence[str]) -> list[bytes]:
+    """Return an argv as bytes: Python's own encoding of it may have no character for a job's name."""
+    return [item.encode("utf-8", "surrogateescape") for item in argv]
+
+
 class Runner:
     """Runs commands for the Slurm driver. It holds no resource between calls, so it has no ``close``.
 
@@ -126,7 +131,7 @@ class Runner:
     @staticmethod
     async def _execute(argv: Sequence[str], env: Mapping[str, str], **pipes: Any) -> asyncio.subprocess.Process:
         starting = asyncio.ensure_future(
-            asyncio.create_subprocess_exec(*argv, env=env, cwd="/", start_new_session=True, **pipes)
+            asyncio.create_subprocess_exec(*utf8(argv), env=env, cwd="/", start_new_session=True, **pipes)
         )
         try:
             return await asyncio.shield(starting)

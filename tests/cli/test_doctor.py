@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_slurm.allocations.identity import JOB_NAME, new_launcher_id
+from gateway_slurm.allocations.identity import COMMENT, new_launcher_id
 from gateway_slurm.store import Registry
 from helpers.failing_starts import wrapped_command
 from helpers.kernel_clients import READY, job_state
@@ -56,8 +56,8 @@ def dead_server(*rows: str) -> str:
 
 def submit(cluster, launcher_id: str) -> str:
     """Submit a job that is named as this package names its jobs, and only sleeps; return its id once it runs."""
-    comment = f"--comment={JOB_NAME}:{launcher_id}"
-    argv = ("sbatch", "--parsable", f"--job-name={JOB_NAME}", comment, "-o/dev/null", "--wrap", "sleep 300")
+    comment = f"--comment={COMMENT}{launcher_id}"
+    argv = ("sbatch", "--parsable", "--job-name=a.ipynb", comment, "-o/dev/null", "--wrap", "sleep 300")
     jobid = slurm(*argv, cluster=cluster).stdout.strip()
     assert poll(lambda: job_state(jobid) == "RUNNING", timeout=READY)
     return jobid

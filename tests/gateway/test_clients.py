@@ -46,7 +46,8 @@ def module_server(module_gateway, jupyter_base):
         "KERNEL_LAUNCH_TIMEOUT": "3",
     }
     option = f"--gateway-url={module_gateway.url}"
-    with running_server(directory, option, "--GatewayClient.request_timeout=3", environment=environment) as server:
+    options = [option, "--GatewayClient.request_timeout=3", "--GatewayClient.allowed_envs=JPY_SESSION_NAME"]
+    with running_server(directory, *options, environment=environment) as server:
         yield server
 
 
@@ -83,11 +84,12 @@ async def test_a_jupyter_server_shows_the_gateways_kernelspecs(server):
     assert set(listed["kernelspecs"]) == {"slurm", "slurm-direct", "physics.python"}
 
 
-async def test_a_jupyter_server_has_sessions_with_the_gateways_kernels(server, gateway):
-    """A notebook's session starts a kernel at the gateway, and ends it."""
+async def test_a_jupyter_server_has_sessions_with_the_gateways_kernels(server, gateway, cluster):
+    """A notebook's session starts a kernel at the gateway, in a job with the notebook's name, and ends it."""
     body = {"path": "a.ipynb", "name": "a.ipynb", "type": "notebook", "kernel": {"name": "physics.python"}}
     session = await server.json("POST", "/api/sessions", body)
     assert (await server.json("POST", "/api/sessions", body))["id"] == session["id"]
+    assert await poll_async(lambda: any(line.endswith(" a.ipynb") for line in jobs_of(cluster)), timeout=READY)
     frontend = await Frontend.connect(server, session["kernel"]["id"])
     assert (await frontend.execute("print(6 * 7)"))[1] == "42"
     frontend.close()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from jupyter_client import KernelManager
 
+from gateway_slurm.allocations.identity import COMMENT
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
@@ -62,7 +63,8 @@ def all_nodes_taken(cluster: PrivateCluster, *options: str, nodes: int = 4) -> I
 
 def jobs_of_ours(cluster: PrivateCluster) -> list[str]:
     """The ids of jobs that this package has submitted."""
-    return [line.split()[0] for line in jobs_of(cluster) if line.endswith(" gateway_slurm")]
+    listed = slurm("squeue", "--noheader", "--format=%i %k", cluster=cluster).stdout.splitlines()
+    return [line.split()[0] for line in listed if f" {COMMENT}" in line]
 
 
 def on_loop(function: Callable[[], Any]) -> Any:

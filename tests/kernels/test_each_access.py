@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import sys
 import time
@@ -33,7 +34,7 @@ from helpers.kernel_clients import (
     running_kernel,
     until_printed,
 )
-from helpers.private_slurm import poll, slurm, state_of, steps_of
+from helpers.private_slurm import jobs_of, poll, slurm, state_of, steps_of
 from helpers.rest_cluster import cluster_with_rest
 from helpers.slurm_accesses import COMMANDS, EACH_ACCESS_AND_MODE, REST, SSH
 
@@ -57,10 +58,15 @@ def cluster() -> Iterator[PrivateCluster]:
 
 
 async def test_a_kernels_life(access, cluster, kernel_name):
-    """Start, execute, interrupt, restart, shut down; a restart asks Slurm nothing, and in the end nothing is left."""
+    """Start, execute, interrupt, restart, shut down; a restart asks Slurm nothing, and in the end nothing is left.
+
+    The job has the notebook's name, without what a shell or a terminal would act on.
+    """
     service = access.service()
-    async with async_kernel(kernel_name) as (manager, client):
+    session = {**os.environ, "JPY_SESSION_NAME": "work/-Übung 3$(id)\n.ipynb"}
+    async with async_kernel(kernel_name, env=session) as (manager, client):
         jobid = jobid_of(manager)
+        assert f"{jobid} RUNNING Übung_3__id__.ipynb" in jobs_of(cluster)
         assert await async_execute(client, JOB) == jobid
         assert state_of(cluster, jobid) == "RUNNING"
         pid = await async_execute(client, PID)

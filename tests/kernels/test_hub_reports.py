@@ -90,7 +90,7 @@ def test_each_start_is_reported(reporting, caplog):
         assert report == {
             "kernel_id": manager.kernel_id,
             "slurm_allocation_id": jobid,
-            "slurm_allocation_name": "gateway_slurm",
+            "slurm_allocation_name": "slurm",
             "slurm_allocation_nodelist": [manager.provisioner.node],
             "slurm_allocation_node": manager.provisioner.node,
             "slurm_jobstep_id": f"{jobid}.batch",

@@ -52,7 +52,8 @@ def client_fields(env: Mapping[str, object], allowed: Collection[str]) -> dict[s
 
 
 def client_environment(env: Mapping[str, object], allowed: Collection[str]) -> dict[str, str]:
-    """The variables of a client that its kernel gets: ``KERNEL_*`` and those ``allowed`` (names and globs).
+    """The variables of a client that its kernel gets: ``KERNEL_*``, the notebook's path as Jupyter servers give it to
+    kernels (JPY_SESSION_NAME), and those ``allowed`` (names and globs).
 
     Request fields are left out, and so are variables named like secrets, unless their full name is allowed. Raises
     RequestError for a value that is not text, and for too much text.
@@ -63,7 +64,7 @@ def client_environment(env: Mapping[str, object], allowed: Collection[str]) -> d
             raise RequestError(f"the environment variable {name[:200]!r} is not text", field=name[:200])
         if name in allowed or not _SECRET.search(name):
             texts[name] = value
-    return kernel_environment(texts, allowed=["KERNEL_*", *allowed])
+    return kernel_environment(texts, allowed=["KERNEL_*", "JPY_SESSION_NAME", *allowed])
 
 
 # -- The whole request --

@@ -182,7 +182,7 @@ class RestDriver:
         for delay in LOOKUP_DELAYS if spec.comment else ():
             await asyncio.sleep(delay)
             try:
-                jobs = await self.find(spec.name)
+                jobs = await self.find(spec.comment)
             except SlurmUnavailable:
                 continue
             return next((jobid for jobid, info in jobs.items() if info.comment == spec.comment), "")
@@ -225,12 +225,12 @@ class RestDriver:
             raise self.rest.unusable(response, self.user)
         return response.document
 
-    async def find(self, name: str) -> dict[str, JobInfo]:
-        """Request all jobs and filter them: the interface has no request by user or name."""
+    async def find(self, comment: str) -> dict[str, JobInfo]:
+        """Request all jobs and filter them: the interface has no request by user or comment."""
         return {
             jobid: info
             for jobid, info in (await self._all_jobs()).items()
-            if info.name == name and info.user == self.user and info.meaning is not Meaning.OVER
+            if info.comment.startswith(comment) and info.user == self.user and info.meaning is not Meaning.OVER
         }
 
     async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:

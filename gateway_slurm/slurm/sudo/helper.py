@@ -62,7 +62,7 @@ COMMANDS = {
         "cpus-per-task mem time gres reservation qos constraint nodelist signal"
     ),
     "scancel": AllowedCommand("", (r"[0-9]{1,10}",)),
-    "squeue": AllowedCommand("states noheader jobs Format me name partition sort steps"),
+    "squeue": AllowedCommand("states noheader jobs Format me partition sort steps"),
     "srun": AllowedCommand(
         "overlap exact immediate jobid nodes ntasks nodelist job-name export chdir mem cpus-per-task gres",
         (r"/bin/sh", r"-s"),
@@ -263,8 +263,10 @@ def run(program: str, request: Request, environment: dict[str, str]) -> int:
     if request.detached:
         # The reader of standard output may end long before the step.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # As UTF-8: the user's locale may have no character for a job's name.
+    arguments = [item.encode("utf-8", "surrogateescape") for item in request.arguments]
     child = subprocess.Popen(
-        [program, *request.arguments], executable=program, stdin=stdin, env=environment, start_new_session=True
+        [program, *arguments], executable=program, stdin=stdin, env=environment, start_new_session=True
     )
     os.close(stdin)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

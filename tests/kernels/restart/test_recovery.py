@@ -18,13 +18,14 @@ import pytest
 
 from gateway_slurm import store
 from gateway_slurm.allocations import recovery
-from gateway_slurm.allocations.identity import JOB_NAME, identity_of
+from gateway_slurm.allocations.identity import COMMENT, identity_of
 from gateway_slurm.allocations.recovery import recover
 from gateway_slurm.errors import SlurmUnavailable
 from gateway_slurm.slurm.driver import CommandLineDriver
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.store import AllocationRecord, Registry
 from helpers.dead_server import leave_behind
+from helpers.failing_starts import jobs_of_ours
 from helpers.kernel_clients import READY, async_kernel, install_kernelspec, job_state, jobid_of, poll_async
 from helpers.private_slurm import jobs_of, poll, slurm
 from helpers.server_processes import on_record
@@ -48,8 +49,8 @@ KernelManager(kernel_name="slurm").start_kernel()
 
 
 def submit(cluster, comment: str, *options: str) -> str:
-    """A job as ours are named, that only sleeps."""
-    argv = ("sbatch", "--parsable", f"--job-name={JOB_NAME}", f"--comment={comment}", "-o/dev/null", *options)
+    """A job with a comment as ours have, that only sleeps; an admin may have given it any name."""
+    argv = ("sbatch", "--parsable", "--job-name=a notebook", f"--comment={comment}", "-o/dev/null", *options)
     return slurm(*argv, "--wrap", "sleep 300", cluster=cluster).stdout.strip()
 
 
@@ -70,10 +71,10 @@ async def test_a_job_that_no_kernel_ever_ran_in_is_cancelled_and_others_are_not(
     driver, cluster, tmp_path, monkeypatch, registry
 ):
     """The comment decides, whole; a kept one, one with kernels, and what is on record of them, are left alone."""
-    orphan = submit(cluster, f"{JOB_NAME}:gs-1", "--hold")
-    other = submit(cluster, f"{JOB_NAME}:gs-12", "--hold")
-    kept = submit(cluster, f"{JOB_NAME}:gs-3", "--hold")
-    used = submit(cluster, f"{JOB_NAME}:gs-4")
+    orphan = submit(cluster, f"{COMMENT}gs-1", "--hold")
+    other = submit(cluster, f"{COMMENT}gs-12", "--hold")
+    kept = submit(cluster, f"{COMMENT}gs-3", "--hold")
+    used = submit(cluster, f"{COMMENT}gs-4")
     assert poll(lambda: job_state(used) == "RUNNING", timeout=READY)
     leave_behind(
         tmp_path,
@@ -100,7 +101,7 @@ async def test_an_intent_is_looked_for_until_its_job_is_there(driver, cluster, t
     leave_behind(tmp_path, AllocationRecord(launcher_id="gs-1", jobid=None))
     looking = asyncio.ensure_future(recover(registry, driver, LOG))
     assert await poll_async(lambda: driver.runner.counts["squeue"], timeout=READY)
-    late = await asyncio.to_thread(submit, cluster, f"{JOB_NAME}:gs-1", "--hold")
+    late = await asyncio.to_thread(submit, cluster, f"{COMMENT}gs-1", "--hold")
     assert await asyncio.wait_for(looking, READY) == [late]
     assert registry.orphans() == []
     assert driver.runner.counts["squeue"] < 8
@@ -119,7 +120,7 @@ async def test_what_an_adopted_or_suspended_job_is_on_record_for_stays_until_it_
 ):
     """They are not ours to cancel, and their user is to find them; another job with the id is not meant."""
     adopted = submit(cluster, "another job", "--job-name=theirs")
-    suspended = submit(cluster, f"{JOB_NAME}:gs-2")
+    suspended = submit(cluster, f"{COMMENT}gs-2")
     assert poll(lambda: job_state(adopted) == job_state(suspended) == "RUNNING", timeout=READY)
     slurm("scontrol", "suspend", suspended, cluster=cluster)
     info = (await driver.jobs([adopted]))[adopted]
@@ -141,7 +142,7 @@ async def test_what_an_adopted_or_suspended_job_is_on_record_for_stays_until_it_
 
 async def test_a_mark_goes_with_its_job(driver, cluster, tmp_path, registry):
     """One of an earlier job with the same id does not keep a later one, and is removed; a living job's stays."""
-    job = submit(cluster, f"{JOB_NAME}:gs-7", "--hold")
+    job = submit(cluster, f"{COMMENT}gs-7", "--hold")
     for identity in ("gs-6", "gs-7"):
         registry.keep_flags.set(job, identity)
     registry.keep_flags.set("99999999", "gs-1")
@@ -161,7 +162,7 @@ async def test_while_slurm_does_not_answer_nothing_is_forgotten(tmp_path, monkey
     monkeypatch.setattr(recovery, "INTENT_TIMEOUT", 0.0)
 
     class Down:
-        async def find(self, name: str) -> dict[str, object]:
+        async def find(self, comment: str) -> dict[str, object]:
             raise SlurmUnavailable("no answer")
 
     leave_behind(tmp_path, AllocationRecord(launcher_id="gs-1"), AllocationRecord(launcher_id="gs-2", jobid="12"))
@@ -182,10 +183,10 @@ def test_a_server_killed_around_sbatch_leaves_no_job(service, kernelspecs, clust
     assert poll(lambda: job_state(filler) == "RUNNING", timeout=READY)
     killed = subprocess.run([sys.executable, "-c", KILLED_SERVER, when], check=False, timeout=READY)
     assert killed.returncode == -signal.SIGKILL
-    left = [line for line in jobs_of(cluster) if JOB_NAME in line]
+    left = jobs_of_ours(cluster)
     assert len(left) == (1 if when == "after" else 0)
     asyncio.run_coroutine_threadsafe(service.open(), service._ensure_thread()).result(READY)
-    assert poll(lambda: not [line for line in jobs_of(cluster) if JOB_NAME in line], timeout=READY)
+    assert poll(lambda: not jobs_of_ours(cluster), timeout=READY)
     assert poll(lambda: not on_record(), timeout=READY)
     slurm("scancel", filler, cluster=cluster)
 

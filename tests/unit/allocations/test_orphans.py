@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway_slurm.allocations.identity import JOB_NAME, STEP_NAME, is_of_store, new_launcher_id
+from gateway_slurm.allocations.identity import COMMENT, STEP_NAME, is_of_store, new_launcher_id
 from gateway_slurm.allocations.recovery import NO_TIMEOUT_GRACE, find_orphans, watch_orphans
 from gateway_slurm.errors import StepsUnknown
 from gateway_slurm.slurm.model import JobInfo, StepInfo
@@ -25,8 +25,8 @@ ELSEWHERE = ServerRecord(server_id="far", process=replace(HERE, host="far.away",
 
 def job(jobid: str, launcher_id: str, *, state: str = "RUNNING", age: float = 500.0) -> JobInfo:
     """A job as Slurm describes it."""
-    comment = f"{JOB_NAME}:{launcher_id}"
-    return JobInfo(jobid=jobid, state=state, name=JOB_NAME, comment=comment, user="ada", submit_time=NOW - age)
+    comment = f"{COMMENT}{launcher_id}"
+    return JobInfo(jobid=jobid, state=state, name="a.ipynb", comment=comment, user="ada", submit_time=NOW - age)
 
 
 def row(jobid: str, launcher_id: str, **more) -> AllocationRecord:
@@ -105,7 +105,7 @@ def test_a_kept_job_is_left_and_a_job_that_is_over_or_foreign_is_ignored():
     """The user's keep flag counts more than the policy."""
     launcher_id = new_launcher_id(STORE)
     over = job("2", launcher_id, state="COMPLETED")
-    foreign = replace(job("3", launcher_id), name="theirs")
+    foreign = replace(job("3", launcher_id), comment="theirs")
     (kept,) = orphans([job("1", launcher_id), over, foreign], marks=frozenset({("1", launcher_id)}))
     assert "must be kept" in kept.why_left(NOW)
 
@@ -120,7 +120,7 @@ class Slurm:
         self.known, self._steps = {info.jobid: info for info in jobs}, list(steps)
         self.cancelled: list[str] = []
 
-    async def find(self, _name: str) -> dict[str, JobInfo]:
+    async def find(self, _comment: str) -> dict[str, JobInfo]:
         return dict(self.known)
 
     async def steps(self, _jobid: str) -> list[StepInfo]:

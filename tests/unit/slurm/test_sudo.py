@@ -131,7 +131,7 @@ def test_every_command_of_the_drivers_is_taken():
         commands.step_command(StepSpec(jobid="1", name="n", script="s", exact=True)),
         commands.cancel_command("12"),
         commands.jobs_command(["12", "13"], mark="m"),
-        commands.find_command("n", mark="m"),
+        commands.own_jobs_command(mark="m"),
         commands.queue_command(["batch"], mark="m"),
         commands.steps_command("12", mark="m"),
     ):

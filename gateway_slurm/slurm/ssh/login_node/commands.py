@@ -101,8 +101,10 @@ class Commands:
             with open(stdin, "wb", closefd=False) as file:
                 file.write(data)
             os.lseek(stdin, 0, os.SEEK_SET)
+            # As UTF-8: the locale of the login node may have no character for a job's name.
+            arguments = [item.encode("utf-8", "surrogateescape") for item in fields["argv"][1:]]
             return subprocess.Popen(
-                [program, *fields["argv"][1:]], stdin=stdin, env=env, cwd="/", start_new_session=True, **pipes
+                [program, *arguments], stdin=stdin, env=env, cwd="/", start_new_session=True, **pipes
             )
         finally:
             os.close(stdin)
