@@ -323,8 +323,8 @@ class SlurmService(ServiceSettings):
     def allocations_of(self, owner: str | None) -> list[dict[str, Any]]:
         """Each of the owner's allocations, by job id; reads memory only, and any thread may call it.
 
-        The keys are those of ``Allocation.row``: jobid, owner, ours, state, reason, queue_place,
-        expected_start, nodes, end_time, kernel_ids, kept and config.
+        The keys are those of ``Allocation.row``: jobid, owner, ours, state, reason, advice,
+        queue_place, expected_start, nodes, end_time, kernel_ids, kept and config.
         """
         return self.owners.rows(owner) if self.is_open else []
 

@@ -33,6 +33,7 @@ from gateway_slurm.kernels.model import TRANSITIONS, Phase
 from gateway_slurm.link import wire
 from gateway_slurm.request import FIELDS
 from gateway_slurm.slurm import formats
+from gateway_slurm.slurm.reasons import REASONS
 from gateway_slurm.slurm.rest.versions import VERSIONS
 
 E = TypeVar("E", bound=enum.Enum)
@@ -196,6 +197,12 @@ def states_table() -> str:
     return f"{lines}| anything else | | {unknown.name} | {unknown.value} |\n"
 
 
+def reasons_table() -> str:
+    """Format Slurm's reasons for a pending job, one row per kind."""
+    rows = [(kind.title.replace("*", "\\*"), kind.outlook.value, kind.advice) for kind in REASONS]
+    return _table("Slurm's reason | outlook | what to do", rows)
+
+
 def versions_table() -> str:
     """Format the versions of the REST interface, one row per version."""
     rows = []
@@ -303,6 +310,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fields": fields_table,
     "settings": settings_table,
     "states": states_table,
+    "pending-reasons": reasons_table,
     "rest-versions": versions_table,
     "path-check-steps": steps_table,
     "phases": phases_table,

@@ -178,7 +178,7 @@ class Allocations:
             info = await self._driver.describe(jobid)
             if info.user != self._user:
                 raise AllocationError(text, jobid=jobid)
-            if info.meaning not in (Meaning.USABLE, Meaning.WAITING, Meaning.HELD):
+            if info.meaning is not Meaning.USABLE and not info.is_waiting:
                 raise AllocationEnded(
                     f"job {jobid} is {info.state}: name in jobid a job that runs or waits, or leave it out for a "
                     "new one",

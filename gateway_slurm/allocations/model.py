@@ -17,6 +17,7 @@ from gateway_slurm.errors import AllocationEnded, AllocationError, RequestError
 from gateway_slurm.request import KernelRequest, parse_request
 from gateway_slurm.slurm.formats import Meaning, expand_hostlist, meaning
 from gateway_slurm.slurm.model import JobInfo
+from gateway_slurm.slurm.reasons import Outlook
 from gateway_slurm.store import AllocationRecord
 
 
@@ -81,6 +82,8 @@ class Allocation:
     """The name with which this server submitted the job; empty for other jobs."""
     phase: AllocationPhase = AllocationPhase.NEW
     info: JobInfo | None = None
+    reason_since: float = 0.0
+    """When Slurm first gave the job's present reason, by the monotonic clock."""
     queue_place: int | None = None
     """Of a waiting job in its partition's queue, 1 for the next; None where it is not known."""
     launchers: dict[str, Launcher] = field(default_factory=dict)
@@ -154,6 +157,8 @@ class Allocation:
 
     def update(self, info: JobInfo, queue_place: int | None = None) -> None:
         """Take Slurm's answer about the job."""
+        if self.info is None or self.info.reason != info.reason:
+            self.reason_since = time.monotonic()
         self.info, self.queue_place = info, queue_place
 
     def merge(self, record: AllocationRecord) -> None:
@@ -233,6 +238,15 @@ class Allocation:
         return (self.info.state if self.info is not None else self.last_state) or "PENDING"
 
     @property
+    def never_starts(self) -> str:
+        """Slurm's reason why the waiting job cannot start, and what to do; empty where it may still start."""
+        info = None if self.is_running else self.info
+        if info is None or not info.is_waiting or info.pending.outlook is not Outlook.NEVER:
+            return ""
+        settled = time.monotonic() - self.reason_since >= info.pending.settles
+        return f"{info.reason}: {info.pending.advice}" if settled else ""
+
+    @property
     def minutes(self) -> int | None:
         """The time limit that the job was submitted with; None for no limit, or for an adopted job."""
         return self.request.minutes if self.ours else None
@@ -267,8 +281,9 @@ class Allocation:
     def row(self) -> dict[str, Any]:
         """The allocation for lists. Reads memory only; any thread may call this.
 
-        ``state`` and ``reason`` are Slurm's words; ``queue_place`` is 1 for the next in the queue;
-        ``expected_start`` and ``end_time`` are seconds since the epoch. None means that it is not known.
+        ``state`` and ``reason`` are Slurm's words; ``advice`` is what to do about the reason; ``queue_place`` is 1 for
+        the next in the queue; ``expected_start`` and ``end_time`` are seconds since the epoch. None means that it is
+        not known.
         """
         waiting = None if self.is_running else self.info
         return {
@@ -277,6 +292,7 @@ class Allocation:
             "ours": self.ours,
             "state": self.state,
             "reason": waiting.reason if waiting else "",
+            "advice": waiting.pending.advice if waiting else "",
             "queue_place": self.queue_place if waiting else None,
             "expected_start": waiting.start_time if waiting else None,
             "nodes": self.nodes,

@@ -141,9 +141,10 @@ class AllocationMonitor:
             self._end(allocation, "UNKNOWN", f"job {allocation.jobid} is gone: the job with that id is another one")
             return
         state, known = meaning(info.state), allocation.info
-        waits = state in (Meaning.WAITING, Meaning.HELD)
+        waits = info.is_waiting
         if waits and (known is None or known.reason != info.reason):
-            self.log.info("job %s waits in the queue: %s%s", info.jobid, info.state, _because(info))
+            advice = f"; {info.pending.advice}" if info.pending.advice else ""
+            self.log.info("job %s waits in the queue: %s%s%s", info.jobid, info.state, _because(info), advice)
         allocation.update(info, self._watcher.queue_positions.get(info.jobid) if waits else None)
         self._table.record(allocation)
         if state is Meaning.OVER and info.state == "NODE_FAIL" and allocation.is_linked:

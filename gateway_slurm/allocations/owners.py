@@ -27,6 +27,9 @@ class QueuedStart:
     jobid: str
     state: str
     reason: str
+    """Slurm's words."""
+    advice: str
+    """What to do about the reason; empty where there is nothing to do."""
     queue_place: int | None
     """In its partition's queue; 1 is the next job to start."""
     expected_start: float | None

@@ -101,7 +101,7 @@ class _Recovery:
         if not record.ours or unflagged or flag in flags:
             return False
         never_ran = record.state in ("", "PENDING")
-        if not never_ran or info.meaning not in (Meaning.WAITING, Meaning.HELD, Meaning.USABLE):
+        if not never_ran or (info.meaning is not Meaning.USABLE and not info.is_waiting):
             kernels = ", ".join(record.kernel_ids) or "none"
             text = "job %s belongs to a dead server; its launcher will end it (kernels: %s)"
             self._complaints.warning(info.jobid, text, info.jobid, kernels)

@@ -19,7 +19,6 @@ from gateway_slurm.link.program import launcher_program
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.account import Account
 from gateway_slurm.slurm.driver import StepProcess
-from gateway_slurm.slurm.formats import remedy
 from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.names import file_of, job_name
 from gateway_slurm.slurm.script import job_script
@@ -178,10 +177,15 @@ class LauncherStarter:
         return launcher, step
 
     async def wait_until_running(self, allocation: Allocation) -> None:
-        """Return when the job runs. Raises AllocationEnded when it ends instead."""
+        """Return when the job runs.
+
+        Raises AllocationEnded when it ends instead, and AllocationError when it can never start.
+        """
         while not allocation.is_running:
             if allocation.ended.done():
                 raise allocation.ended.result()
+            if allocation.never_starts:
+                raise _never_starts(allocation)
             await asyncio.sleep(0.2)  # reads memory only: the watcher asks Slurm, for all jobs at once
 
     async def watch_step(self, allocation: Allocation, launcher: Launcher, step: StepProcess) -> None:
@@ -263,17 +267,14 @@ class LauncherStarter:
                 running_since = running_since or loop.time()
                 if loop.time() - running_since > self._settings.link_timeout:
                     return await self._never_came(allocation, launcher)
-            elif info is not None and allocation.ours and (what_to_do := remedy(info.reason)):
-                return AllocationError(
-                    f"job {allocation.jobid} would wait in the queue indefinitely ({info.reason}); it was cancelled: "
-                    f"{what_to_do}",
-                    jobid=allocation.jobid,
-                )
+            elif allocation.never_starts:
+                return _never_starts(allocation)
             elif self._settings.queue_timeout and loop.time() - began > self._settings.queue_timeout:
                 reason = f" ({info.reason})" if info is not None and info.reason else ""
+                advice = f"; {info.pending.advice}" if info is not None and info.pending.advice else ""
                 return QueueTimeout(
                     f"job {allocation.jobid} was still waiting in the queue{reason} after "
-                    f"{self._settings.queue_timeout:g} s (SlurmService.queue_timeout); it was cancelled",
+                    f"{self._settings.queue_timeout:g} s (SlurmService.queue_timeout); it was cancelled{advice}",
                     jobid=allocation.jobid,
                 )
 
@@ -316,3 +317,12 @@ class LauncherStarter:
             + (f"; its log ends:\n{tail}" if tail else ""),
             output_tail=tail,
         )
+
+
+def _never_starts(allocation: Allocation) -> AllocationError:
+    """The error for a job that Slurm keeps pending for a reason that waiting does not end."""
+    outcome = "it was cancelled" if allocation.ours else "name another job, or none"
+    return AllocationError(
+        f"job {allocation.jobid} would wait in the queue indefinitely; {outcome} ({allocation.never_starts})",
+        jobid=allocation.jobid,
+    )

@@ -17,7 +17,7 @@ from gateway_slurm.cli.common import BlockingSlurm, print_table
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import SlurmError, UnknownJob
 from gateway_slurm.service import SlurmService
-from gateway_slurm.slurm.formats import Meaning, expand_hostlist
+from gateway_slurm.slurm.formats import expand_hostlist
 from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.store import AllocationRecord, Registry, ServerRecord, by_job
 
@@ -88,6 +88,7 @@ def _row(jobid: str) -> dict[str, Any]:
         "kernel_ids": [],
         "kept": False,
         "reason": "",
+        "advice": "",
         "server": "",
         "config": {},
     }
@@ -106,12 +107,12 @@ def _from_record(server: ServerRecord, record: AllocationRecord) -> dict[str, An
 
 
 def _from_slurm(info: JobInfo) -> dict[str, Any]:
-    is_waiting = info.meaning in (Meaning.WAITING, Meaning.HELD)
     return {
         "state": info.state,
         "nodes": expand_hostlist(info.nodes),
-        "reason": info.reason if is_waiting else "",
-        "end_time": None if is_waiting else info.end_time,
+        "reason": info.reason if info.is_waiting else "",
+        "advice": info.pending.advice if info.is_waiting else "",
+        "end_time": None if info.is_waiting else info.end_time,
     }
 
 
@@ -172,6 +173,7 @@ def _show(arguments: argparse.Namespace) -> int:
     for name, value in (
         ("job", row["jobid"]),
         ("state", row["state"] + (f" ({row['reason']})" if row["reason"] else "")),
+        *((("to do", row["advice"]),) if row["advice"] else ()),
         ("nodes", ", ".join(row["nodes"]) or "none yet"),
         ("ends", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["end_time"])) if row["end_time"] else "unknown"),
         ("kept", "yes" if row["kept"] else "no"),

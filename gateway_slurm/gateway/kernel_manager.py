@@ -70,6 +70,8 @@ def _waiting_text(waiting: QueuedStart) -> str:
         text += f", number {waiting.queue_place} in its partition's queue"
     if waiting.expected_start:
         text += ", expected to start at " + time.strftime("%Y-%m-%d %H:%M", time.localtime(waiting.expected_start))
+    if waiting.advice:
+        text += f"; {waiting.advice}"
     return text
 
 

@@ -1,4 +1,4 @@
-"""Slurm's text formats as values: job states, pending reasons, host lists, times and memory. All functions are pure."""
+"""Slurm's text formats as values: job states, host lists, times and memory. All functions are pure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TimeFormatError(GatewaySlurmError, ValueError):
     """The text is in none of Slurm's time formats."""
 
 
-# -- Job states and pending reasons --
+# -- Job states --
 
 # Source: squeue(1), "JOB STATE CODES", of Slurm 22.05 to 25.11. A state that is not in the table is UNKNOWN.
 # UNKNOWN never means that the job is dead: a newer Slurm must not make the server discard running kernels.
@@ -101,33 +101,6 @@ def meaning(state_text: str) -> Meaning:
     # sacct marks a word that it has cut off ("CANCELLED+").
     word = words[0].rstrip("+")
     return STATES.get(word) or _CODES.get(word) or Meaning.UNKNOWN
-
-
-# Reasons for which a job stays pending until the job, the site's limits or the site's configuration change.
-# Source: squeue(1), "JOB REASON CODES", and slurm_protocol_defs.c of 22.05 to 25.11. Reasons that pass by themselves
-# are not here: Resources, Priority, a group's limit that other jobs use up, a node that is down.
-_REMEDIES: Final[dict[str, str]] = {
-    "PartitionTimeLimit": "ask for less time (runtime) or another partition",
-    "PartitionNodeLimit": "ask for fewer nodes or another partition",
-    "BadConstraints": "ask for what the nodes have (nodes, gpus, gres, constraint, memory, cpus)",
-    "InvalidAccount": "correct project",
-    "InvalidQOS": "correct qos",
-    "AccountNotAllowed": "use another project or partition",
-    "QOSNotAllowed": "use another qos or partition",
-    "ReservationDeleted": "correct reservation",
-    "ReservationInvalid": "correct reservation",
-    "DependencyNeverSatisfied": "submit it without that dependency",
-}
-# AssocMaxWallDurationPerJobLimit, QOSMaxCpuPerJobLimit, QOSMaxNodePerJobLimit, QOSMinGRES and similar reasons: the job
-# by itself is over (or under) a limit of the account or of the quality of service.
-_PER_JOB_LIMIT: Final = re.compile(r"(?:Assoc|QOS)(?:Max\w+PerJob(?:Limit)?|MaxWallDuration\w*|Min\w+)")
-
-
-def remedy(reason: str) -> str | None:
-    """Return what the user can do about a job that is pending for ``reason``; None if waiting may help."""
-    if _PER_JOB_LIMIT.fullmatch(reason):
-        return "ask for less (runtime, nodes, gpus, cpus, memory), or use another project or qos"
-    return _REMEDIES.get(reason)
 
 
 # -- Host lists: ``a[1-2,07],b03,gpu[08-10]-ib`` --

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gateway_slurm.slurm.formats import Meaning, meaning
+from gateway_slurm.slurm.reasons import Pending, pending
 
 # The fields of a job for which Slurm may refuse it.
 _REQUESTED: Final = (
@@ -95,6 +96,16 @@ class JobInfo:
     @property
     def meaning(self) -> Meaning:
         return meaning(self.state)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the job has no nodes yet."""
+        return self.meaning in (Meaning.WAITING, Meaning.HELD)
+
+    @property
+    def pending(self) -> Pending:
+        """What can end the wait of a job that has no nodes yet."""
+        return pending(self.reason, self.jobid, self.partition)
 
     @property
     def is_component(self) -> bool:

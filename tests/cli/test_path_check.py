@@ -222,7 +222,10 @@ def test_an_unknown_partition_is_reported_in_slurms_words(service, cluster):
 
 
 def test_a_job_that_waits_too_long_is_reported_with_its_reason_and_cancelled(service, cluster):
-    """After the seconds that ``--wait`` gives."""
+    """After the seconds that ``--wait`` gives; at once, where no wait would end."""
+    never = check_path(*REQUEST, "--nodes", "99")
+    assert never.failed in (["run"], ["submit"]), never.steps
+    assert "nodes" in never.said(never.failed[0])
     with all_nodes_taken(cluster):
         assert failed_at(output := check_path(*REQUEST, "--wait", "1.5"), "run", "(Resources)", "1.5 s", "--wait")
         assert output.steps["end"]["ok"]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 from jupyter_client import AsyncKernelManager
 
-from gateway_slurm.errors import SubmitRefused
+from gateway_slurm.errors import AllocationError, SubmitRefused
 from gateway_slurm.testing import PrivateCluster
 from helpers.failing_starts import all_nodes_taken, jobs_of_ours, nothing_left
 from helpers.kernel_clients import (
@@ -158,6 +158,18 @@ def test_a_refusal_is_reported_in_slurms_words(access, cluster, kernelspecs):
     with pytest.raises(SubmitRefused, match=words), running_kernel("nowhere"):
         pass
     assert jobs_of_ours(cluster) == []
+
+
+def test_a_job_that_can_never_start_is_refused(access, cluster, kernelspecs):
+    """Slurm queues a job of 99 nodes in a partition of 4: the start fails within seconds, and the job is cancelled."""
+    access.service()
+    install_kernelspec(kernelspecs, "large", config_overrides={"nodes": 99})
+    began = time.monotonic()
+    never = r"Partition(Config|NodeLimit): ask for .*nodes|node configuration is not available"
+    with pytest.raises((AllocationError, SubmitRefused), match=never), running_kernel("large"):
+        pass
+    assert time.monotonic() - began < 15
+    assert poll(lambda: jobs_of_ours(cluster) == [], timeout=10)
 
 
 @EACH_ACCESS_AND_MODE

@@ -194,7 +194,8 @@ class PathCheck:
             self._done("run", f"on {', '.join(allocation.nodes) or 'a node'}")
         elif info is not None:
             place = f", place {allocation.queue_place} in the queue" if allocation.queue_place else ""
-            line = f"job {info.jobid} is {info.state} ({info.reason or 'no reason given'}){place}"
+            advice = f"; {info.pending.advice}" if info.pending.advice else ""
+            line = f"job {info.jobid} is {info.state} ({info.reason or 'no reason given'}){place}{advice}"
             if line != self._last_progress:
                 self._last_progress = line
                 self._show(INDENT + line)

@@ -260,7 +260,7 @@ class RestDriver:
         launcher = self._find_launcher(jobid)
         if launcher is None:
             info = (await self.jobs([jobid])).get(jobid)
-            if info is not None and info.meaning in (Meaning.WAITING, Meaning.HELD):
+            if info is not None and info.is_waiting:
                 return []
             raise StepsUnknown(
                 f"the steps of job {jobid} are not known: Slurm's REST interface does not list them, and no launcher "

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jupyter_client import AsyncKernelManager
 
 from gateway_slurm.config import FILE_NAME
 from gateway_slurm.errors import AllocationError, ConfigError, RequestError, SlurmNotInstalled, SubmitRefused
+from gateway_slurm.service import SlurmService
 from gateway_slurm.testing import PrivateCluster
 from helpers import kernel_clients
 from helpers.daemons import start_daemon, stop_daemon
-from helpers.failing_starts import SOON, python_script, script, spec, start_error
-from helpers.kernel_clients import execute, running_kernel
-from helpers.private_slurm import jobs_of
+from helpers.failing_starts import SOON, all_nodes_taken, jobs_of_ours, python_script, script, spec, start_error
+from helpers.kernel_clients import execute, poll_async, running_kernel
+from helpers.private_slurm import jobs_of, slurm
 from helpers.slurm_versions import slurm_says
 
 
@@ -91,6 +94,56 @@ def test_more_nodes_than_there_are_is_an_error_at_once(service, cluster, kernels
         assert "PartitionNodeLimit" in str(error)
     assert "nodes" in str(error)
     assert seconds < SOON
+
+
+async def test_a_job_that_one_of_its_partitions_cannot_run_waits_for_another(service, cluster, kernelspecs):
+    """Slurm may give the reason of the partition that cannot run the job; the job starts in the other one."""
+    manager = AsyncKernelManager(kernel_name=spec(kernelspecs, partition="batch,devel", runtime=31))
+    with all_nodes_taken(cluster):
+        # Slurm looks at batch no more once an earlier job waits there, so that devel's reason stays.
+        slurm("sbatch", "--nodes=4", "--exclusive", "--wrap=sleep 600", cluster=cluster)
+        start = asyncio.ensure_future(manager.start_kernel())
+        assert await poll_async(lambda: "PartitionTimeLimit" in reasons(service), timeout=20), reasons(service)
+        slurm("scancel", "--name=wrap", cluster=cluster)
+        await asyncio.wait_for(start, 60)
+    await manager.shutdown_kernel(now=True)
+
+
+async def test_a_held_job_waits_and_the_log_says_how_to_release_it(service, cluster, kernelspecs, caplog):
+    """The start goes on once the user has released the job."""
+    caplog.set_level("INFO")
+    manager = AsyncKernelManager(kernel_name="slurm")
+    with all_nodes_taken(cluster) as blocker:
+        start = asyncio.ensure_future(manager.start_kernel())
+        assert await poll_async(lambda: jobs_of_ours(cluster) != [], timeout=15)
+        (job,) = jobs_of_ours(cluster)
+        slurm("scontrol", "hold", job, cluster=cluster)
+        slurm("scancel", blocker, cluster=cluster)
+        # root's hold is an administrator's
+        assert await poll_async(
+            lambda: " holds the job" in caplog.text or "scontrol release" in caplog.text, timeout=20
+        )
+        assert reasons(service)[0] in ("JobHeldUser", "JobHeldAdmin")
+        slurm("scontrol", "release", job, cluster=cluster)
+        await asyncio.wait_for(start, 60)
+    await manager.shutdown_kernel(now=True)
+
+
+def test_a_job_that_the_user_names_and_that_can_never_start_is_refused_and_stays(service, cluster, kernelspecs):
+    """A start in it would wait without a limit; the job is the user's, and is not cancelled."""
+    submitted = slurm("sbatch", "--parsable", "--partition=devel", "--time=31", "--wrap=true", cluster=cluster)
+    job = submitted.stdout.strip()
+    error, _seconds = start_error(spec(kernelspecs, jobid=job))
+    assert isinstance(error, AllocationError)
+    assert "PartitionTimeLimit" in str(error)
+    assert "cancelled" not in str(error)
+    assert [line.split()[0] for line in jobs_of(cluster)] == [job]
+    slurm("scancel", job, cluster=cluster)
+
+
+def reasons(service: SlurmService) -> list[str]:
+    """Slurm's reasons for the jobs of this process."""
+    return [row["reason"] for row in service.allocations_of("")]
 
 
 # Job 1 may be anybody's: of an earlier test, and of a Unix user that this one made.

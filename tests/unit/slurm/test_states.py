@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gateway_slurm.slurm.formats import STATES, Meaning, meaning, remedy
+from gateway_slurm.slurm.formats import STATES, Meaning, meaning
 
 
 @pytest.mark.parametrize(
@@ -46,20 +46,3 @@ def test_table() -> None:
     """The documentation's table has every state."""
     page = (Path(__file__).parents[3] / "docs" / "developers" / "states.md").read_text()
     assert all(f"| `{name}` |" in page for name in STATES)
-
-
-@pytest.mark.parametrize(
-    "reason", ["PartitionTimeLimit", "AssocMaxWallDurationPerJobLimit", "QOSMaxNodePerJobLimit", "QOSMinGRES"]
-)
-def test_a_hopeless_pending_reason_has_a_remedy(reason):
-    """The user must change a job whose pending reason does not pass."""
-    assert remedy(reason)
-
-
-@pytest.mark.parametrize(
-    "reason",
-    ["", "None", "Resources", "Priority", "ReqNodeNotAvail", "QOSMaxCpuPerUserLimit", "AssocGrpCpuLimit", "Odd"],
-)
-def test_other_pending_reasons_have_no_remedy(reason):
-    """A job that waits for other jobs, or for an unknown reason, goes on waiting."""
-    assert remedy(reason) is None
