@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import random
+import re
 import stat
 import tempfile
 import time
@@ -32,6 +33,29 @@ def printable(text: object, line_end: str = "\n    ") -> str:
 def in_one_line(text: object) -> str:
     """Return ``text`` printable and in one line, for a cell of a table."""
     return printable(text, "\\n")
+
+
+# What a failed TCP connection's reason (strerror(3), or a program's words for a time-out) says about the cause.
+_NO_ANSWER = re.compile(r"no answer|timed? ?out|timeout", re.IGNORECASE)
+_REFUSED = re.compile(r"connection refused", re.IGNORECASE)
+_NO_ROUTE = re.compile(r"no route to host|unreachable|operation not permitted|permission denied", re.IGNORECASE)
+_CUT = re.compile(r"connection reset|broken pipe", re.IGNORECASE)
+
+
+def dial_advice(reason: str, target: str, source: str) -> str:
+    """Return what the reason of a failed TCP connection suggests, and what to open; empty for another reason.
+
+    ``target`` is the port and host that were dialled, in words, and ``source`` the host that dialled.
+    """
+    if _NO_ANSWER.search(reason):
+        return f"no answer: the host is down, or a firewall drops the packets; let {source} connect to {target}"
+    if _REFUSED.search(reason):
+        return f"refused: no program listens there, or a firewall rejects what {source} sends to {target}"
+    if _NO_ROUTE.search(reason):
+        return f"not reachable: there is no route, or a firewall rejects what {source} sends to {target}"
+    if _CUT.search(reason):
+        return f"cut: a firewall or a proxy between {source} and {target} ended the connection"
+    return ""
 
 
 def _escaped(character: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from gateway_slurm._util import dial_advice
 from gateway_slurm.errors import ConfigError
 from gateway_slurm.link.endpoints import format_endpoint, parse_endpoint
 
@@ -97,9 +98,16 @@ def endpoints(configured: str, listening_on: list[str] | None, port: int) -> lis
 def failed_dials(log: str, addresses: list[str]) -> list[str]:
     """For each address, the reason in a launcher's log why it could not be dialled; empty if the log has none."""
     why = {
-        address: line.removeprefix("link: ")[:300]
+        address: line.removeprefix(f"link: {address}: ")[:300]
         for line in log.splitlines()
         for address in addresses
         if line.startswith(f"link: {address}: ")
     }
-    return [why.get(address, f"{address}: not tried") for address in addresses] if why else []
+    return [f"{address}: {failed_dial(address, why.get(address, 'not tried'))}" for address in addresses] if why else []
+
+
+def failed_dial(address: str, reason: str) -> str:
+    """The reason why a launcher could not dial one address, and what to open."""
+    host, port = parse_endpoint(address) or (address, 0)
+    advice = dial_advice(reason, f"TCP port {port} of {host}", "the compute nodes")
+    return f"{reason} ({advice})" if advice else reason

@@ -14,9 +14,11 @@ import psutil
 import pytest
 
 import gateway_slurm.allocations.start
-from gateway_slurm.errors import NodeUnreachable
+from gateway_slurm.errors import NodeUnreachable, OutOfReach
 from gateway_slurm.link.program import launcher_program
 from gateway_slurm.testing.processes import job_processes
+from helpers.doctor_cli import REQUEST, check_path, failed_at
+from helpers.failing_starts import start_error
 from helpers.firewall import HIGH, KERNEL_PORTS, LOW, firewall
 from helpers.gateway_process import start, stop
 from helpers.kernel_clients import (
@@ -174,6 +176,39 @@ def test_direct_and_to_be_dialled_is_direct(network, must_be_direct):
     with running_kernel(must_be_direct) as (manager, _client):
         mode, why = way(manager)
         assert (mode, why.startswith("connect = direct, and node c1 can be dialled")) == ("direct", True)
+
+
+# -- connections to this server, and from it to Slurm --------------------------------------------------------------
+
+NO_ANSWER, REFUSED = "no answer: the host is down, or a firewall drops", "refused: no program listens there"
+
+
+@pytest.mark.parametrize(("how", "words"), [("drop", NO_ANSWER), ("reject", REFUSED)])
+def test_a_start_names_the_port_that_nodes_must_reach_and_whether_anything_answered(
+    admin_settings, cluster, how, words
+):
+    """The launcher's log is the source; a port whose packets are dropped is not a port that refuses."""
+    admin_settings(response_port=str(LOW), link_timeout=5.0 if how == "drop" else 2.0)
+    with firewall() as network:
+        network.drop() if how == "drop" else network.reject("tcp reset")
+        error, _seconds = start_error("slurm")
+    assert isinstance(error, OutOfReach)
+    assert words in str(error)
+    assert re.search(rf"the compute nodes (connect|sends?) to TCP port {LOW} of ", str(error)), str(error)
+    assert poll(lambda: jobs_of(cluster) == [], timeout=READY)
+
+
+@pytest.mark.parametrize("url", ["ssh://127.0.0.1:{port}", "rest+http://127.0.0.1:{port}"])
+def test_the_doctor_says_whether_the_way_to_slurm_refuses_or_does_not_answer(service, tmp_path, url):
+    """With the port to open, for a login node and for slurmrestd."""
+    settings = {"cluster": url.format(port=LOW), "ssh_timeout": 1.0, "command_timeout": 1.0}
+    if url.startswith("rest"):
+        settings["rest_token_command"] = ["echo", "eyJhbGciOiJIUzI1NiJ9.eyJzdW4iOiJyb290In0.x"]
+    write_admin_settings(**settings)
+    with firewall() as network:
+        for close, words in ((network.drop, NO_ANSWER), (lambda: network.reject("tcp reset"), REFUSED)):
+            close()
+            assert failed_at(check_path(*REQUEST), "login", words, f"to TCP port {LOW} of 127.0.0.1")
 
 
 # -- restarts -----------------------------------------------------------------------------------------------------

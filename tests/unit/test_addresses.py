@@ -109,5 +109,7 @@ def test_the_reason_of_each_failed_dial_is_read_from_the_launchers_log():
     """The last reason for each address counts. Addresses that were not tried are listed; another log gives nothing."""
     log = "link: 10.0.0.1:5: no answer within 3 s\nlink: 10.0.0.1:5: No route to host\nlink: [fd00::1]:5: x\nother\n"
     reasons = failed_dials(log, ["10.0.0.1:5", "[fd00::1]:5", "name:5"])
-    assert reasons == ["10.0.0.1:5: No route to host", "[fd00::1]:5: x", "name:5: not tried"]
+    assert [reason.partition(" (")[0] for reason in reasons] == [
+        "10.0.0.1:5: No route to host", "[fd00::1]:5: x", "name:5: not tried",
+    ]  # fmt: skip
     assert failed_dials("Traceback …", ["10.0.0.1:5"]) == []

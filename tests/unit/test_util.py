@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from gateway_slurm._util import Backoff, LogOnce, TaskSet, call_on, exposure, write_atomically
+from gateway_slurm._util import Backoff, LogOnce, TaskSet, call_on, dial_advice, exposure, write_atomically
 
 
 def test_a_file_of_secrets_is_its_users_alone(tmp_path: Path) -> None:
@@ -113,3 +114,21 @@ async def test_a_call_reaches_another_threads_loop_and_a_closed_one_is_no_error(
     closed.close()
     call_on(closed, called.clear)
     assert called.is_set()
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("no answer within 3 s", "no answer: .*firewall drops .*let the nodes connect to TCP port 5 of a"),
+        ("timed out", "no answer"),
+        ("Connection timed out", "no answer"),
+        ("[Errno 111] Connection refused", "refused: no program listens"),
+        ("No route to host", "not reachable"),
+        ("[Errno 101] Network is unreachable", "not reachable"),
+        ("Connection reset by peer", "cut"),
+    ],
+)
+def test_a_connection_without_an_answer_is_distinguished_from_a_refused_one(reason: str, words: str) -> None:
+    """The advice names the port to open; for other reasons there is none."""
+    assert re.match(words, dial_advice(reason, "TCP port 5 of a", "the nodes"))
+    assert dial_advice("the host name was not found", "TCP port 5 of a", "the nodes") == ""

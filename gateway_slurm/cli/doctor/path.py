@@ -21,6 +21,7 @@ from jupyter_client.manager import AsyncKernelManager
 
 from gateway_slurm._util import printable
 from gateway_slurm.access import SlurmUsers
+from gateway_slurm.addresses import failed_dial
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.cli.common import discard_output
 from gateway_slurm.cli.doctor.spec import OPTIONS, CheckedKernelSpecs, CheckOptions
@@ -183,7 +184,9 @@ class PathCheck:
         self._report_job(allocation, runs=allocation.is_running)
         launcher = next((item for item in list(allocation.launchers.values()) if item.was_up), None)
         if launcher is not None:
-            in_vain = "".join(f"\nno connection to {address}: {why}" for address, why in launcher.failed_dials)
+            in_vain = "".join(
+                f"\nno connection to {address}: {failed_dial(address, why)}" for address, why in launcher.failed_dials
+            )
             self._done("dial", f"from {launcher.node} to {launcher.reached}{in_vain}")
             self._done("python", launcher.python)
             self._done("crypto", "X25519 and AES-256-GCM (HPKE), both sides are authenticated by the launch token")

@@ -18,6 +18,7 @@ from typing import Any, Final
 from tornado.httpclient import HTTPRequest, HTTPResponse
 from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, SimpleAsyncHTTPClient
 
+from gateway_slurm._util import dial_advice
 from gateway_slurm.errors import ConfigError, SlurmUnavailable
 from gateway_slurm.slurm.commands import means_unavailable
 from gateway_slurm.slurm.rest import responses
@@ -164,7 +165,7 @@ class RestClient:
         length = int(headers.get("content-length", "0"))
         if length > self._max_response:
             reason = f"its response has {length} bytes, and at most {self._max_response} are read"
-        elif isinstance(error, HTTPTimeoutError):
+        elif isinstance(error, HTTPTimeoutError) and "request" in str(error):
             reason = f"it did not answer within {self._timeout:g} s"
         elif isinstance(error, HTTPStreamClosedError):
             progress = "before the response was complete" if headers else "without a response"
@@ -172,11 +173,15 @@ class RestClient:
         elif isinstance(error, ssl.SSLCertVerificationError):
             reason = f"its certificate is not valid ({error.verify_message}); see SlurmService.rest_ca_file"
         else:
-            reason = str(error).replace(token, _REDACTED) or type(error).__name__
+            reason = self._with_advice(str(error).replace(token, _REDACTED) or type(error).__name__)
         return SlurmUnavailable(
             f"{self} gave no response ({method} {_request_name(path)}): {reason}. Nothing is known about the jobs",
             argv=["slurmrestd"],
         )
+
+    def _with_advice(self, reason: str) -> str:
+        advice = dial_advice(reason, f"TCP port {self.url.port} of {self.url.host}", "this machine")
+        return f"{reason} ({advice})" if advice else reason
 
 
 def _note_length(line: str, headers: dict[str, str]) -> None:

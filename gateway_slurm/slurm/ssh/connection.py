@@ -206,9 +206,7 @@ class SshConnection:
                 chain.transports.append(log_in(sock, hop, answers, timeout=self._timeout))
                 if number + 1 < len(hops):
                     next_hop = hops[number + 1]
-                    sock = chain.transport.open_channel(
-                        "direct-tcpip", (next_hop.host, next_hop.port), ("", 0), timeout=self._timeout
-                    )
+                    sock = self._open_next(chain.transport, hop, next_hop)
         except GatewaySlurmError:
             chain.close()
             raise
@@ -220,3 +218,14 @@ class SshConnection:
         if self._closed:  # ``close`` came meanwhile and does not wait for this thread
             chain.close()
         return chain
+
+    def _open_next(self, transport: paramiko.Transport, hop: Destination, next_hop: Destination) -> paramiko.Channel:
+        """Connect from a jump host to the next host. Raises SshError."""
+        target = (next_hop.host, next_hop.port)
+        try:
+            return transport.open_channel("direct-tcpip", target, ("", 0), timeout=self._timeout)
+        except paramiko.ChannelException as error:  # the code and words of RFC 4254, section 5.1
+            raise SshError(
+                f"no connection from {hop} to {next_hop.host}, port {next_hop.port}: {error.text or error.code}; "
+                "either the jump host forwards nothing (AllowTcpForwarding), or a firewall or the next host refuses it"
+            ) from error

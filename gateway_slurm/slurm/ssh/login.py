@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import paramiko
 
-from gateway_slurm._util import exposure
+from gateway_slurm._util import dial_advice, exposure
 from gateway_slurm.errors import ConfigError, LoginRefused, SshError, SshTurnedAway
 from gateway_slurm.slurm.ssh import host_keys
 from gateway_slurm.slurm.ssh.config import Destination
@@ -187,7 +187,9 @@ def dial(host: str, port: int, timeout: float, *, preferred: str = "") -> socket
         except OSError as error:
             sock.close()
             last_error = error
-    raise SshError(f"no connection to the login node {host}, port {port}: {last_error}") from last_error
+    advice = dial_advice(str(last_error), f"TCP port {port} of {host}", "this machine")
+    text = f"no connection to the login node {host}, port {port}: {last_error}"
+    raise SshError(f"{text} ({advice})" if advice else text) from last_error
 
 
 def log_in(sock: Any, destination: Destination, answers: LoginAnswers, *, timeout: float) -> paramiko.Transport:
