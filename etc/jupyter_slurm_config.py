@@ -98,7 +98,8 @@ c = get_config()  # noqa: F821
 # c.SlurmService.log_directory = "~/.local/state/gateway_slurm"
 
 ## Directory on this machine in which the server makes a private directory for the tunnels' Unix sockets. Its
-## path must be short, since a socket's path has at most 108 bytes. Default: the temporary directory.
+## path must be short, since a socket's path has at most 108 bytes. Default: the first of `$TMPDIR`, `/tmp`,
+## `/var/tmp` and `$XDG_RUNTIME_DIR` that can be used.
 # c.SlurmService.tunnel_directory = ""
 
 ## Name shared by servers that take over each other's kernels when one of them dies; letters, digits, `.`, `_`

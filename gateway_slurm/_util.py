@@ -118,7 +118,8 @@ def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
 
 

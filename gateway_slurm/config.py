@@ -146,7 +146,8 @@ class ServiceSettings(LoggingConfigurable):
     tunnel_directory = Unicode(
         "",
         help="""Directory on this machine in which the server makes a private directory for the tunnels' Unix sockets.
-        Its path must be short, since a socket's path has at most 108 bytes. Default: the temporary directory.""",
+        Its path must be short, since a socket's path has at most 108 bytes. Default: the first of ``$TMPDIR``,
+        ``/tmp``, ``/var/tmp`` and ``$XDG_RUNTIME_DIR`` that can be used.""",
     )
     deployment = Unicode(
         "",

@@ -54,7 +54,7 @@ class Kernel:
         reactor: Reactor,
         guard: Guard,
         *,
-        directory: str,
+        make_directory: Callable[[], str],
         spec: dict[str, Any],
         ip: str,
         base_env: dict[str, str],
@@ -63,7 +63,8 @@ class Kernel:
         kept_output: int,
     ) -> None:
         self._reactor, self._guard = reactor, guard
-        self.directory, self.spec, self._send = directory, spec, send
+        self._make_directory, self.spec, self._send = make_directory, spec, send
+        self.directory = ""  # private; made at the start
         self.kernel_id: str = spec["kernel_id"]
         self._base_env = base_env
         self.mode: str = spec["mode"]  # direct | ipc | tcp
@@ -100,7 +101,7 @@ class Kernel:
     def start(self) -> None:
         """Start the process; STARTED or FAILED follows."""
         try:
-            os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            self.directory = self._make_directory()
             self._open_log()
             self._launch(self.spec.get("ports"))
             _ = self.output  # created while the kernel starts, because its modules take 10 ms to load
@@ -111,8 +112,6 @@ class Kernel:
         self._attempt += 1
         if self.mode == "ipc":
             self.ip = os.path.join(self.directory, "c")
-            if len(os.fsencode(self.ip + "-1")) >= 108:  # with the final NUL (unix(7))
-                raise StartRefused(f"{self.directory} is too long for Unix sockets: shorten TMPDIR on the node")
             self.ports = {channel: number for number, channel in enumerate(wire.CHANNELS, 1)}
             for old_socket in glob.glob(glob.escape(self.ip) + "[-:]*"):
                 os.unlink(old_socket)

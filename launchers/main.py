@@ -14,12 +14,12 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 from gateway_slurm.link import endpoints
+from launchers.directories import Directories
 from launchers.guard import Guard
 from launchers.kernel import Kernel
 from launchers.node import Walltime, find_slurmd, is_slurmd, pids, remove_old_logs, stat_fields
@@ -44,8 +44,8 @@ class NodeLauncher:
     """The launcher's process: reactions to messages, to signals and to timers."""
 
     def __init__(self, launcher_id: str, addresses: str, orphan_timeout: float, role: str) -> None:
-        self.directory = _runtime_directory()
-        self._guard = Guard(self.directory)
+        self._guard = Guard()
+        self._directories = Directories(self._guard.add_directory)
         self._reactor = Reactor()
         self._kernels: dict[str, Kernel] = {}
         self._old: list[Kernel] = []
@@ -188,7 +188,7 @@ class NodeLauncher:
         kernel = self._kernels[kernel_id] = Kernel(
             self._reactor,
             self._guard,
-            directory=os.path.join(self.directory, str(fields["slot"])),
+            make_directory=lambda: self._directories.for_kernel(str(fields["slot"])),
             spec=fields,
             ip=self._address(fields),
             base_env=self._base_env,
@@ -204,7 +204,7 @@ class NodeLauncher:
 
     def _stop(self, fields: dict[str, Any]) -> None:
         kernel = self._retire(fields["kernel_id"])
-        if kernel is not None:
+        if kernel is not None and kernel.directory:
             shutil.rmtree(kernel.directory, ignore_errors=True)
 
     def _retire(self, kernel_id: str) -> Kernel | None:
@@ -322,16 +322,8 @@ class NodeLauncher:
             kernel.stop()
         self._uplink.finish(1.0)
         _kill_children(except_pid=self._guard.pid)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._directories.close()
         self._guard.close()
-
-
-def _runtime_directory() -> str:
-    """A new 0700 directory on the node, with a path short enough for Unix sockets (unix(7): 108 bytes)."""
-    for parent in (os.environ.get("TMPDIR", ""), "/tmp"):  # noqa: S108 - mkdtemp is made for it
-        if parent and len(parent) < 64 and os.access(parent, os.W_OK | os.X_OK):
-            return tempfile.mkdtemp(prefix="gs-", dir=parent)
-    return tempfile.mkdtemp(prefix="gs-")
 
 
 def _reap_orphans(known: set[int]) -> None:
@@ -354,7 +346,20 @@ def _kill_children(except_pid: int) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+class _Log:
+    """Standard error, which is the launcher's log: a full disk or quota ends the log, and not the launcher."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode(errors="backslashreplace"))
+        return len(text)
+
+    def flush(self) -> None:
+        """There is no buffer."""
+
+
 def main() -> None:
     """Run the launcher until it is released, orphaned or ended by Slurm."""
+    sys.stderr = _Log()
     launcher_id, addresses, orphan_timeout, role = sys.argv[1:5]
     NodeLauncher(launcher_id, addresses, float(orphan_timeout), role).run()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-LINK_MODULES = ("wire", "flow", "envelope", "steps", "endpoints")
+LINK_MODULES = ("wire", "flow", "envelope", "steps", "endpoints", "directories")
 _QUOTES = "'''"
 
 _LOADER = """\

@@ -15,40 +15,59 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 from gateway_slurm.errors import LinkError
-from gateway_slurm.link import flow, wire
+from gateway_slurm.link import directories, flow, wire
 from gateway_slurm.link.server import Link
 
 _DIRECTORY = re.compile(r"gs-server(\d+)-\w+")
+LONGEST_SOCKET = "01234567-5"
+"""The name of a socket: eight digits for the kernel, and the channel's number."""
 
 
-def make_socket_directory(parent: str) -> str:
-    """A new 0700 directory for this process's sockets in ``parent`` ("": the temporary directory).
+def socket_places(setting: str) -> list[str]:
+    """Where the directory of a server's sockets may be: in ``setting`` alone, or else in the first that works."""
+    if setting:
+        return [os.path.abspath(os.path.expanduser(setting))]
+    # The session's directory is gone after the user's last logout (pam_systemd(8)), and so it is the last one.
+    places = (os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR", ""))  # noqa: S108
+    return [place for place in dict.fromkeys(places) if place]
 
-    Directories of the user's servers that were killed are removed.
+
+def make_socket_directory(setting: str, *, clean: bool = True) -> str:
+    """A new 0700 directory for this process's sockets, in the first of ``socket_places`` that works.
+
+    With ``clean``, directories of the user's servers that were killed are removed. Raises LinkError, with each place
+    and the reason.
     """
-    parent = parent or tempfile.gettempdir()
-    for stale in stale_socket_directories(parent):
+    for stale in stale_socket_directories(setting) if clean else ():
         shutil.rmtree(stale, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"gs-server{os.getpid()}-", dir=parent)
+    try:
+        return directories.make_private(socket_places(setting), f"gs-server{os.getpid()}-", LONGEST_SOCKET)
+    except directories.NoDirectory as error:
+        raise LinkError(
+            f"{error} (on this server); make room there, or set SlurmService.tunnel_directory to a directory with room "
+            "and a short path"
+        ) from error
 
 
-def stale_socket_directories(parent: str) -> list[str]:
-    """The directories in ``parent`` ("": the temporary directory) of this user's servers that no longer run."""
-    with os.scandir(parent or tempfile.gettempdir()) as entries:
-        return [
-            entry.path
-            for entry in entries
-            if (match := _DIRECTORY.fullmatch(entry.name))
-            and not os.path.exists(f"/proc/{match[1]}")
-            and entry.is_dir(follow_symlinks=False)
-            and entry.stat(follow_symlinks=False).st_uid == os.getuid()
-        ]
+def stale_socket_directories(setting: str) -> list[str]:
+    """The directories of this user's servers that no longer run; places that cannot be read are left out."""
+    found = []
+    for place in socket_places(setting):
+        with contextlib.suppress(OSError), os.scandir(place) as entries:
+            found += [
+                entry.path
+                for entry in entries
+                if (match := _DIRECTORY.fullmatch(entry.name))
+                and not os.path.exists(f"/proc/{match[1]}")
+                and entry.is_dir(follow_symlinks=False)
+                and entry.stat(follow_symlinks=False).st_uid == os.getuid()
+            ]
+    return found
 
 
 class StreamEnd(Protocol):
@@ -266,14 +285,24 @@ class KernelTunnel:
         return {channel: number for number, channel in enumerate(wire.CHANNELS, 1)}
 
     async def listen(self) -> None:
-        """Listen on all five paths. After a restart call it again: the kernel manager has unlinked them."""
-        if len(os.fsencode(self.prefix)) > 100:
-            raise LinkError(f"{self.prefix} is too long for Unix sockets: set a shorter SlurmService.tunnel_directory")
+        """Listen on all five paths. After a restart call it again: the kernel manager has unlinked them.
+
+        Raises LinkError.
+        """
         self._close_servers()
         loop = asyncio.get_running_loop()
-        for channel, number in self.ports.items():
-            path = f"{self.prefix}-{number}"
-            self._servers.append(await loop.create_unix_server(partial(Client, self, channel), path))
+        try:
+            for channel, number in self.ports.items():
+                path = f"{self.prefix}-{number}"
+                self._servers.append(await loop.create_unix_server(partial(Client, self, channel), path))
+        except OSError as error:
+            self._close_servers()
+            directory = os.path.dirname(self.prefix)
+            reason = directories.why(directory, error)
+            raise LinkError(
+                f"the tunnel's sockets cannot be made in {directories.shown(directory)} on this server: {reason}; make "
+                "room there, or set SlurmService.tunnel_directory and restart this server"
+            ) from error
 
     def close(self) -> None:
         self._close_servers()
@@ -285,5 +314,5 @@ class KernelTunnel:
         while self._servers:
             self._servers.pop().close()
         for number in self.ports.values():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(f"{self.prefix}-{number}")

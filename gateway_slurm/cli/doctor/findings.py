@@ -34,9 +34,9 @@ from gateway_slurm.allocations.recovery import (
 from gateway_slurm.cli.common import BlockingSlurm
 from gateway_slurm.cli.doctor.path import PATH_CHECK_FAILED, PathCheck, add_path_check_options, check_path
 from gateway_slurm.config import load_admin_config
-from gateway_slurm.errors import ConfigError, GatewaySlurmError, SlurmError, StoreError
+from gateway_slurm.errors import ConfigError, GatewaySlurmError, LinkError, SlurmError, StoreError
 from gateway_slurm.link.endpoints import parse_endpoint
-from gateway_slurm.link.tunnel import stale_socket_directories
+from gateway_slurm.link.tunnel import make_socket_directory, stale_socket_directories
 from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.store import ServerAllocation, ServerRecord
@@ -260,11 +260,10 @@ class Doctor:
 
     def _find_files(self) -> None:
         try:
-            stale = stale_socket_directories(self.settings.tunnel_directory)
-        except OSError as error:
-            self.trouble.append(f"SlurmService.tunnel_directory cannot be read: {error}")
-            stale = []
-        for path in stale:
+            shutil.rmtree(make_socket_directory(self.settings.tunnel_directory, clean=False))
+        except LinkError as error:
+            self.trouble.append(str(error))
+        for path in stale_socket_directories(self.settings.tunnel_directory):
             since = _modified(path)
             what = f"{path} holds no socket any more"
             self._add("sockets", what, "a server that is gone", since, "removes it", partial(shutil.rmtree, path))

@@ -18,11 +18,11 @@ def test_a_start_without_a_directory_is_reported_with_its_reason(tmp_path: Path,
     (tmp_path / "file").touch()
     sent: list[tuple[str, dict[str, Any]]] = []
     spec = {"generation": 1, "slot": 0, "mode": mode, "start_timeout": 60, "log_dir": str(tmp_path)}
-    guard = Guard(str(tmp_path / "runtime"))
+    guard = Guard()
     kernel = Kernel(
         Reactor(),
         guard,
-        directory=str(tmp_path / "file" / "0"),
+        make_directory=lambda: str((tmp_path / "file" / "0").mkdir()),
         spec={"kernel_id": "k", "argv": ["true"], "connection": {}, **spec},
         ip="127.0.0.1",
         base_env={},
