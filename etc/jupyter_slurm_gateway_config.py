@@ -161,3 +161,8 @@ c = get_config()  # noqa: F821
 ## Whether kernels on Slurm end with the server. Default: they run on, and the next server restores them; without
 ## a next server they end after SlurmService.orphan_timeout.
 # c.SlurmMappingKernelManager.kill_kernels_on_exit = False
+
+## Maximum size in bytes of one part of a kernel's message: its JSON text, or one of its buffers. The server
+## needs the memory for it. A larger message is not delivered, the cell says so, and the kernel's connection is
+## made again. 0: no limit.
+# c.SlurmMappingKernelManager.max_message_size = 536870912

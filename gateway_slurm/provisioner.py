@@ -32,7 +32,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
-from gateway_slurm._jupyter_compat import polling_restarter
+from gateway_slurm._jupyter_compat import polling_restarter, renew_control_socket
 from gateway_slurm._util import printable
 from gateway_slurm.config import port_range
 from gateway_slurm.environment import fill_placeholders, kernel_environment
@@ -128,6 +128,8 @@ class SlurmProvisioner(KernelProvisionerBase):
         process) and ``slurm_fields`` (request fields that override the kernelspec's) to ``start_kernel``. They count at
         the first start; a kernelspec cannot set them.
         """
+        if self.parent is not None:
+            renew_control_socket(self.parent)
         given = str(kwargs.pop("slurm_owner", None) or ""), dict(kwargs.pop("slurm_fields", None) or {})
         self._owner, overrides = self._given = self._given or given
         language = getattr(self.kernel_spec, "language", "") or ""

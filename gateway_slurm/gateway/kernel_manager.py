@@ -22,13 +22,14 @@ from tornado import web
 from tornado.ioloop import IOLoop
 from traitlets import Bool, CFloat, CInt, default, observe
 
+from gateway_slurm._jupyter_compat import renew_control_socket
 from gateway_slurm._util import TaskSet, call_on, printable
 from gateway_slurm.allocations.owners import QueuedStart
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.auth.user import can_see
 from gateway_slurm.gateway.channels.frontends import Frontends
-from gateway_slurm.gateway.channels.sockets import Activity, raise_socket_limit
+from gateway_slurm.gateway.channels.sockets import DEFAULT_MAX_MESSAGE, Activity, prepare_context
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
 from gateway_slurm.gateway.restore import KernelRestorer, ready_of, server_deployment
 from gateway_slurm.gateway.sessions import SlurmSessionManager
@@ -141,6 +142,14 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         help="""Whether kernels on Slurm end with the server. Default: they run on, and the next server restores
         them; without a next server they end after SlurmService.orphan_timeout.""",
     )
+    max_message_size = CInt(
+        DEFAULT_MAX_MESSAGE,
+        min=0,
+        config=True,
+        help="""Maximum size in bytes of one part of a kernel's message: its JSON text, or one of its buffers. The
+        server needs the memory for it. A larger message is not delivered, the cell says so, and the kernel's
+        connection is made again. 0: no limit.""",
+    )
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -155,7 +164,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self._tasks = TaskSet()
         self._ending: dict[str, asyncio.Task[None]] = {}
         self._restarting: dict[str, asyncio.Task[Any]] = {}
-        raise_socket_limit(self.context)
+        prepare_context(self.context, self.max_message_size)
         if self.parent is not None:
             set_up_server(self, self.parent)
 
@@ -165,7 +174,15 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
 
     @observe("context")
     def _context_was_set(self, change: Any) -> None:
-        raise_socket_limit(change["new"])
+        prepare_context(change["new"], self.max_message_size)
+
+    def pre_start_kernel(self, kernel_name: str | None, kwargs: dict[str, Any]) -> Any:
+        """Make a kernel's manager: no send on its sockets may block this loop."""
+        kernel, name, kernel_id = super().pre_start_kernel(kernel_name, kwargs)
+        if kernel.context is not self.context:  # with ``shared_context`` off
+            prepare_context(kernel.context, self.max_message_size)
+        renew_control_socket(kernel)
+        return kernel, name, kernel_id
 
     def find_kernel(self, kernel_id: str) -> Any:
         """The kernel's own manager; None for an id that is not known."""

@@ -253,14 +253,33 @@ class KernelChannels:
         self._session.key = self.kernel.session.key
         identity = self._session.bsession
         for channel in messages.CHANNELS:
-            self._sockets[channel] = KernelSocket(self.kernel, channel, identity, partial(self._from_kernel, channel))
+            self._sockets[channel] = KernelSocket(
+                self.kernel, channel, identity, partial(self._from_kernel, channel), partial(self._renewed, channel)
+            )
 
     def _send(self, channel: str, parts: list[bytes]) -> None:
         if channel not in self._sockets:
             return
+        try:
+            self._sockets[channel].send([DELIM, self._session.sign(parts[:4]), *parts])
+        except messages.MessageError as error:
+            self._refuse(channel, parts, f"the kernel does not take this cell: {error}")
+            return
         if channel == "shell" and self._replay.cells.add_request(messages.header_of(parts)):
             self._replay.acknowledge_cells()
-        self._sockets[channel].send([DELIM, self._session.sign(parts[:4]), *parts])
+
+    def _renewed(self, channel: str) -> None:
+        """The kernel sent something that ended its connection for good, and there is a new one."""
+        self.log.warning(
+            "kernel %s: its connection for %s was ended by a message that is malformed or too large, and made again",
+            self.kernel.kernel_id,
+            channel,
+        )
+        text = (
+            f"\ngateway_slurm: the kernel's connection for {channel} was ended by a message that is malformed or too "
+            "large (SlurmMappingKernelManager.max_message_size), and made again; messages may be missing\n"
+        )
+        self.warn(text, self.last_cell)
 
     async def _wait_subscribed(self) -> None:
         """Wait until the kernel publishes to this session: its welcome message (JEP 65), or any other, proves it.

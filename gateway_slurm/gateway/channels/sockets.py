@@ -7,6 +7,7 @@ of the event loop, which is slower than a kernel that prints.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -14,7 +15,9 @@ from typing import Any
 
 import zmq
 from jupyter_client.connect import channel_socket_types
+from zmq.utils.monitor import parse_monitor_message
 
+from gateway_slurm._util import Backoff
 from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.acks import OutputAcks
 from gateway_slurm.gateway.channels.messages import MessageError
@@ -25,31 +28,68 @@ RECEIVE_MARK = 64
 SEND_MARK = 10_000
 # Seconds that reading one socket may hold the event loop before other tasks get their turn.
 LOOP_SLICE = 0.005
+# Seconds in which libzmq, where it connects again, has reported that it does; longer after each time that it did not.
+GIVEN_UP_SECONDS, MAX_GIVEN_UP_SECONDS = 0.2, 10.0
+# Bytes of one part of a message, unless the admin sets another limit. JupyterLab itself shows far less.
+DEFAULT_MAX_MESSAGE = 512 << 20
+_monitors = itertools.count()
 
 
 class KernelSocket:
-    """A connected socket; ``on_message`` gets each message's frames. ``close`` ends it."""
+    """A connected socket; ``on_message`` gets each message's frames. ``close`` ends it.
 
-    def __init__(self, kernel: Any, channel: str, identity: bytes, on_message: Callable[[list[bytes]], None]) -> None:
-        self._socket = _connect(kernel, channel, identity)
-        self._on_message = on_message
+    After a malformed or an oversized frame libzmq gives a connection up: it closes it and connects no more, and neither
+    a read nor a send says so. Such a socket is replaced by a new one, and ``on_renewed`` is called.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        channel: str,
+        identity: bytes,
+        on_message: Callable[[list[bytes]], None],
+        on_renewed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._kernel, self._channel, self._identity = kernel, channel, identity
+        self._on_message, self._on_renewed = on_message, on_renewed
         self._loop = asyncio.get_running_loop()
         self._paused = False
         self._next_read: asyncio.Handle | None = None
+        # Runs while the connection is broken and libzmq has not begun to connect again.
+        self._broken: asyncio.TimerHandle | None = None
+        self._given_up = False
+        self._delays = Backoff(GIVEN_UP_SECONDS, MAX_GIVEN_UP_SECONDS)
+        self._open()
+
+    def _open(self) -> None:
+        self._socket, self._monitor = _connect(self._kernel, self._channel, self._identity)
         # ZMQ's descriptor signals changes only (zmq_getsockopt(3), ZMQ_FD): messages are read until there are none.
         self._descriptor = int(self._socket.get(zmq.FD))
         self._loop.add_reader(self._descriptor, self._read)
+        self._monitor_descriptor = int(self._monitor.get(zmq.FD))
+        self._loop.add_reader(self._monitor_descriptor, self._read_events)
         self._schedule_read()
+        self._read_events()
 
     def send(self, frames: list[bytes]) -> None:
         """Send a message; raises MessageError if ``SEND_MARK`` messages wait for the kernel already."""
         if self._socket.closed:
             return
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            self._try_send(frames)
         except zmq.Again as error:
             raise MessageError(f"{SEND_MARK} messages wait for the kernel already") from error
         self._schedule_read()  # sending, too, clears a change that the descriptor signalled
+
+    def _try_send(self, frames: list[bytes]) -> None:
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            self._read_events()
+            if self._broken is None:
+                raise
+            self._renew()
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def pause(self) -> None:
         """Read no more messages until ``resume``."""
@@ -63,9 +103,14 @@ class KernelSocket:
     def close(self) -> None:
         if self._socket.closed:
             return
-        if self._next_read is not None:
-            self._next_read.cancel()
+        for handle in (self._next_read, self._broken):
+            if handle is not None:
+                handle.cancel()
+        self._next_read = self._broken = None
         self._loop.remove_reader(self._descriptor)
+        self._loop.remove_reader(self._monitor_descriptor)
+        self._socket.monitor(None, 0)
+        self._monitor.close(linger=0)
         self._socket.close(linger=0)
 
     def _schedule_read(self) -> None:
@@ -81,23 +126,59 @@ class KernelSocket:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
+                if self._given_up:  # all that came before has been read
+                    self._renew()
                 return
+            if self._broken is None:
+                self._delays.reset()
             self._on_message(frames)
             if time.monotonic() > until:
                 self._schedule_read()
                 return
 
+    # -- a connection that libzmq has given up ------------------------------------------------------
 
-def raise_socket_limit(context: zmq.Context[Any]) -> None:
-    """Let the context, before its first socket, have as many sockets as ZMQ supports.
+    def _read_events(self) -> None:
+        while not self._socket.closed:
+            try:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            except zmq.Again:
+                return
+            if self._broken is not None:
+                self._broken.cancel()
+            self._broken, self._given_up = None, False
+            # Where libzmq connects again, it reports that at once.
+            if event == zmq.EVENT_DISCONNECTED:
+                self._broken = self._loop.call_later(self._delays.next(), self._give_up)
 
-    Its default of 1023 is enough for 500 kernels: each takes two, and each frontend five.
+    def _give_up(self) -> None:
+        self._given_up = True
+        self._schedule_read()
+
+    def _renew(self) -> None:
+        self.close()
+        self._given_up = False
+        self._open()
+        self._on_renewed()
+
+
+def prepare_context(context: zmq.Context[Any], max_message_size: int) -> None:
+    """Set, before the context's first socket, what all of its sockets inherit; ``max_message_size`` 0 is no limit.
+
+    No send waits: jupyter_client sends on the loop, through a blocking shadow of the asyncio socket, and a connection
+    that libzmq has given up takes no message any more. Nor does the end of the process wait for unsent messages.
+    ZMQ's default of 1023 sockets is enough for 200 kernels: each takes a few, and each frontend twelve.
     """
     context.max_sockets = context.get(zmq.SOCKET_LIMIT)
+    context.sndtimeo = context.linger = 0
+    context.maxmsgsize = max_message_size or -1
 
 
-def _connect(kernel: Any, channel: str, identity: bytes) -> zmq.Socket[bytes]:
-    """A socket of the plain class, connected as the kernel manager connects those of the asyncio class."""
+def _connect(kernel: Any, channel: str, identity: bytes) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """A socket of the plain class, connected as the kernel manager connects those of the asyncio class.
+
+    The second socket receives the events of its connection.
+    """
     connected: zmq.Socket[bytes] = kernel.context.socket(channel_socket_types[channel], socket_class=zmq.Socket)
     connected.linger = 0
     connected.rcvhwm = RECEIVE_MARK
@@ -107,10 +188,15 @@ def _connect(kernel: Any, channel: str, identity: bytes) -> zmq.Socket[bytes]:
     if kernel.curve_publickey is not None:
         connected.curve_secretkey = kernel.curve_secretkey
         connected.curve_publickey = connected.curve_serverkey = kernel.curve_publickey
+    address = f"inproc://monitor-{next(_monitors)}"
+    connected.monitor(address, zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECTED)
+    monitor: zmq.Socket[bytes] = kernel.context.socket(zmq.PAIR, socket_class=zmq.Socket)
+    monitor.linger = 0
+    monitor.connect(address)
     connected.connect(channel_url(kernel, channel))
     if channel == "iopub":
         connected.subscribe(b"")
-    return connected
+    return connected, monitor
 
 
 class Activity(KernelSocket):

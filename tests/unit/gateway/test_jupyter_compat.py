@@ -166,6 +166,20 @@ async def test_polling_restarter(kernel):
     assert _jupyter_compat.polling_restarter(kernel) is None
 
 
+async def test_renew_control_socket(kernel):
+    """Each request has a new socket, on which no send waits; to ask for it twice changes nothing."""
+    _jupyter_compat.renew_control_socket(kernel)
+    _jupyter_compat.renew_control_socket(kernel)
+    before = kernel._control_socket
+    await kernel.request_shutdown()
+    first = kernel._control_socket
+    await kernel.request_shutdown()
+    assert before.closed
+    assert first.closed
+    assert not kernel._control_socket.closed
+    assert kernel._control_socket.sndtimeo == 0
+
+
 # -- the kernels of a server ----------------------------------------------------------------------
 
 
