@@ -157,6 +157,15 @@ c = get_config()  # noqa: F821
 ## process's user. Default: none, and the project's name is the account.
 # c.SlurmService.account_command = []
 
+## umask of kernels, in octal. Neither this process's umask nor that of the launcher, which keeps its own files
+## private, reaches a kernel. `"0002"` lets a user's group write, `"0077"` keeps new files private.
+# c.SlurmService.umask = "0022"
+
+## Resource limits of this process (`ulimit`) that jobs and job steps get, as the option `--propagate` of
+## sbatch(1) names them: `ALL`, or a list such as `NOFILE,MEMLOCK`. Default: none; kernels have the limits that
+## Slurm gives on the node. Slurm's REST interface passes none on.
+# c.SlurmService.propagate = "NONE"
+
 ## Name of the variable by which `account_command` gives the account.
 # c.SlurmService.account_variable = "BUDGET_ACCOUNTS"
 

@@ -17,6 +17,7 @@ from traitlets.config.loader import PyFileConfigLoader
 
 from gateway_slurm.addresses import check_address
 from gateway_slurm.errors import ConfigError
+from gateway_slurm.link.steps import PROPAGATE
 from gateway_slurm.slurm.names import check_template
 from gateway_slurm.slurm.sudo import HELPER
 from gateway_slurm.slurm.url import parse_cluster_url
@@ -220,6 +221,17 @@ class ServiceSettings(LoggingConfigurable):
         prints ``export NAME=value`` lines: a project's Slurm account and the environment of its jobs. It runs as this
         process's user. Default: none, and the project's name is the account.""",
     )
+    umask = CUnicode(
+        "0022",
+        help="""umask of kernels, in octal. Neither this process's umask nor that of the launcher, which keeps its own
+        files private, reaches a kernel. ``"0002"`` lets a user's group write, ``"0077"`` keeps new files private.""",
+    )
+    propagate = Unicode(
+        "NONE",
+        help="""Resource limits of this process (``ulimit``) that jobs and job steps get, as the option
+        ``--propagate`` of sbatch(1) names them: ``ALL``, or a list such as ``NOFILE,MEMLOCK``. Default: none; kernels
+        have the limits that Slurm gives on the node. Slurm's REST interface passes none on.""",
+    )
     account_variable = Unicode(
         "BUDGET_ACCOUNTS",
         help="Name of the variable by which ``account_command`` gives the account.",
@@ -289,6 +301,22 @@ class ServiceSettings(LoggingConfigurable):
         if not any("{user}" in item for item in proposal["value"]):
             raise TraitError(f"SlurmService.as_user_command must contain {{user}}, not {proposal['value']!r}")
         return list(proposal["value"])
+
+    @validate("umask")
+    def _valid_umask(self, proposal: Any) -> str:
+        if not re.fullmatch(r"0?[0-7]{3}", proposal["value"], re.ASCII):
+            raise TraitError(f"SlurmService.umask must be three octal digits, not {proposal['value']!r}")
+        return str(proposal["value"])
+
+    @validate("propagate")
+    def _valid_propagate(self, proposal: Any) -> str:
+        names = proposal["value"].upper()
+        if not re.fullmatch(PROPAGATE, names, re.ASCII):
+            raise TraitError(
+                "SlurmService.propagate must be NONE, ALL, or names of limits separated by commas (sbatch(1), "
+                f"--propagate), not {proposal['value']!r}"
+            )
+        return str(names)
 
     @validate("ssh_python")
     def _valid_python(self, proposal: Any) -> str:

@@ -221,6 +221,7 @@ class SlurmProvisioner(KernelProvisionerBase):
             start_timeout=service.start_timeout,
             port_range=port_range(service.kernel_ports),
             log_dir=service.log_directory,
+            umask=int(service.umask, 8),
         )
 
     @property

@@ -142,6 +142,7 @@ class Kernel:
                 "start the kernel in a directory that the compute nodes share"
             )
         env["PWD"] = cwd
+        env.setdefault("SLURM_SUBMIT_DIR", cwd)  # of a job that was submitted for a kernel
         read_end, write_end = os.pipe()
         try:
             self.process = subprocess.Popen(
@@ -152,6 +153,7 @@ class Kernel:
                 stdout=write_end,
                 stderr=write_end,
                 start_new_session=True,
+                umask=int(self.spec["umask"]),  # the launcher's own is 077, so that its files are private
                 preexec_fn=die_with_launcher(os.getpid()),
             )
         except (OSError, ValueError, subprocess.SubprocessError) as error:

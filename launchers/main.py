@@ -1,8 +1,10 @@
 """The launcher's main program: the action for each message, Slurm's signals, and the end.
 
-Its command is ``python -I - LAUNCHER_ID ADDRESS[,ADDRESS…] ORPHAN_TIMEOUT ROLE``, with this program on standard input,
-the launch token in GATEWAY_SLURM_TOKEN, and Slurm's own variables in the environment. ROLE is ``step`` in a job step,
-``job`` in the job's own script (the job ends with the launcher), and ``keep`` in a job that is kept without a server.
+Its command is ``python -I - LAUNCHER_ID ADDRESS[,ADDRESS…] ORPHAN_TIMEOUT ROLE GRES MEMORY``, with this program on
+standard input, the launch token in GATEWAY_SLURM_TOKEN, and Slurm's own variables in the environment. ROLE is ``job``
+in the job's own script (the job ends with the launcher), ``keep`` in the script of a job that is kept without a server,
+``step`` in a job step that overlaps the job, and ``isolated`` in a step with an exact share. GRES and MEMORY are those
+of the share as requested, else empty.
 """
 
 from __future__ import annotations
@@ -25,13 +27,12 @@ from launchers.kernel import Kernel
 from launchers.node import Walltime, find_slurmd, is_slurmd, pids, remove_old_logs, stat_fields
 from launchers.ports import Probes
 from launchers.reactor import Backoff, Reactor
+from launchers.slurm_variables import KernelEnvironment, nodes_of_job
 from launchers.steps import Steps, job_is_shared
 from launchers.tunnel import Tunnel
 from launchers.uplink import Uplink
 
 TOKEN_VARIABLE = "GATEWAY_SLURM_TOKEN"  # noqa: S105 - a variable's name, not a token
-# The server sets these for Slurm's commands or for this program only.
-NOT_FOR_KERNELS = (TOKEN_VARIABLE, "LC_ALL", "SLURM_TIME_FORMAT")
 FIRST_ORPHAN_TIMEOUT = 900.0
 # Seconds between SIGTERM and SIGKILL: fewer than the shortest KillWait of sites (slurm.conf(5); default 30 s).
 TERM_GRACE = 3.0
@@ -43,7 +44,9 @@ PR_SET_CHILD_SUBREAPER = 36
 class NodeLauncher:
     """The launcher's process: reactions to messages, to signals and to timers."""
 
-    def __init__(self, launcher_id: str, addresses: str, orphan_timeout: float, role: str) -> None:
+    def __init__(
+        self, launcher_id: str, addresses: str, orphan_timeout: float, role: str, gres: str, memory: str
+    ) -> None:
         self._guard = Guard()
         self._directories = Directories(self._guard.add_directory)
         self._reactor = Reactor()
@@ -53,7 +56,7 @@ class NodeLauncher:
         self._kept_output = 0  # bytes for each kernel; WELCOME sets it
         # Until WELCOME: a job whose server never answers must end, even if later orphans have no time limit.
         self._orphan_timeout = orphan_timeout or FIRST_ORPHAN_TIMEOUT
-        self._holds_job = role != "step"
+        self._holds_job = role in ("job", "keep")
         self._keep = role == "keep"  # without a server the launcher stays, and the job with it
         self._orphaned = False
         self._next_check = 0.0  # for other steps in the job, by the monotonic clock
@@ -66,7 +69,7 @@ class NodeLauncher:
         self._slurmd = find_slurmd(self._node)
         self._slurmd_missing = False
         token = bytes.fromhex(os.environ.pop(TOKEN_VARIABLE))
-        self._base_env = {k: v for k, v in os.environ.items() if k not in NOT_FOR_KERNELS}
+        self._environment = KernelEnvironment(role, gres, memory, lambda: self._directories.for_kernel("share"))
         self._uplink = Uplink(
             self._reactor,
             launcher_id=launcher_id,
@@ -101,7 +104,7 @@ class NodeLauncher:
     # -- messages ---------------------------------------------------------------------------
 
     def _hello(self) -> dict[str, Any]:
-        facts = ("SLURMD_NODENAME", "SLURM_STEP_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_END_TIME")
+        facts = ("SLURMD_NODENAME", "SLURM_STEP_ID", "SLURM_JOB_END_TIME")
         return {
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
@@ -112,6 +115,7 @@ class NodeLauncher:
             "end_time": self._walltime.end_time,
             "python": sys.version.split()[0],
             "executable": sys.executable[:500],
+            "slurm_job_nodelist": nodes_of_job(os.environ),
             **{name.lower(): os.environ.get(name, "") for name in facts},
         }
 
@@ -191,7 +195,7 @@ class NodeLauncher:
             make_directory=lambda: self._directories.for_kernel(str(fields["slot"])),
             spec=fields,
             ip=self._address(fields),
-            base_env=self._base_env,
+            base_env=self._environment.get(),
             send=self._uplink.send,
             linked=lambda: self._uplink.live,
             kept_output=self._kept_output,
@@ -226,8 +230,9 @@ class NodeLauncher:
             kernel.close()
             self._old.remove(kernel)
         self._steps.reaped()
+        self._environment.reaped()
         kernels = {kernel.process.pid for kernel in self._all() if kernel.process}
-        _reap_orphans(kernels | self._steps.pids() | {self._guard.pid})
+        _reap_orphans(kernels | self._steps.pids() | self._environment.pids() | {self._guard.pid})
         if self._leaving and not self._running():
             self._reactor.stop()
 
@@ -361,5 +366,5 @@ class _Log:
 def main() -> None:
     """Run the launcher until it is released, orphaned or ended by Slurm."""
     sys.stderr = _Log()
-    launcher_id, addresses, orphan_timeout, role = sys.argv[1:5]
-    NodeLauncher(launcher_id, addresses, float(orphan_timeout), role).run()
+    launcher_id, addresses, orphan_timeout, role, gres, memory = sys.argv[1:7]
+    NodeLauncher(launcher_id, addresses, float(orphan_timeout), role, gres, memory).run()

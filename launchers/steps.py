@@ -32,6 +32,11 @@ INHERITED_VARIABLES = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "KRB5CC
 BATCH_STEPS = ("batch", "extern")
 
 
+def commands_environment() -> dict[str, str]:
+    """The environment of Slurm's commands."""
+    return {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+
+
 class Command:
     """A running Slurm command. Its input and output are unnamed files, so that it never waits for a reader."""
 
@@ -92,7 +97,7 @@ class Steps:
         self._running: dict[str, Command] = {}
         self._ended: dict[str, dict[str, Any]] = {}
         self._listings: dict[str, Command] = {}
-        self._env = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+        self._env = commands_environment()
 
     def start(self, fields: dict[str, Any]) -> None:
         """Start a step; STEPPED follows at its end, or at once if the request is not allowed."""

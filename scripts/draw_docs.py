@@ -35,6 +35,7 @@ from gateway_slurm.request import FIELDS
 from gateway_slurm.slurm import formats
 from gateway_slurm.slurm.reasons import REASONS
 from gateway_slurm.slurm.rest.versions import VERSIONS
+from launchers import slurm_variables
 
 E = TypeVar("E", bound=enum.Enum)
 
@@ -228,6 +229,13 @@ def dropped_table() -> str:
     return _table("variable | why a kernel does not inherit it", rows)
 
 
+def slurm_variables_table() -> str:
+    """Format Slurm's variables that a kernel in a job step has otherwise than the step, one row per variable."""
+    rows = [(f"`{name}`", *(text or "removed" for text in texts)) for name, texts in slurm_variables.SET.items()]
+    removed = [(f"`{name}`", f"removed: {reason}", "removed") for name, reason in slurm_variables.REMOVED.items()]
+    return _table("variable | in a job step with the whole job | isolated", [*rows, *removed])
+
+
 def keys_table() -> str:
     """Format the keys of a project's file, one row per key."""
     return _table("key | meaning", [(f"`{key.name}`", key.help) for key in KEYS])
@@ -316,6 +324,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "phases": phases_table,
     "allocation-phases": allocation_phases_table,
     "environment": dropped_table,
+    "slurm-variables": slurm_variables_table,
     "messages": messages_table,
     "project-keys": keys_table,
     "identity-settings": partial(settings_table, GatewayIdentityProvider),

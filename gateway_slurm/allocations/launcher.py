@@ -189,6 +189,7 @@ def step_fields(step: str, spec: StepSpec) -> dict[str, Any]:
         "mem": spec.memory,
         "cpus-per-task": spec.cpus and str(spec.cpus),
         "gres": ",".join(spec.gres),
+        "propagate": spec.propagate,
     }
     return {
         "step": step,

@@ -122,6 +122,7 @@ class LauncherStarter:
             memory=request.memory,
             constraint=request.constraint,
             signal_seconds=signal_seconds(self._settings.walltime_warnings, request.minutes),
+            propagate=self._settings.propagate,
             script=self._script(launcher, keep=request.keep_allocation),
             env={**account.environment, TOKEN_VARIABLE: launcher.tokens[0].hex()},
         )
@@ -135,14 +136,16 @@ class LauncherStarter:
         }
         return job_name(self._settings.job_name, values, JOB_NAME)
 
-    def _script(self, launcher: Launcher, *, keep: bool = False) -> str:
+    def _script(self, launcher: Launcher, *, keep: bool = False, share: KernelRequest | None = None) -> str:
         timeout = f"{self._settings.orphan_timeout:g}"
-        role = "step" if not launcher.holds_job else "keep" if keep else "job"
+        in_script, in_step = "keep" if keep else "job", "isolated" if launcher.isolated else "step"
+        role = in_script if launcher.holds_job else in_step
+        gres, memory = (",".join(share.gres_list), share.memory or "") if share else ("", "")
         return job_script(
             launcher_program(),
             pythons=self._settings.launcher_python,
             log_dir=self._settings.log_directory,
-            arguments=[launcher.launcher_id, ",".join(self._addresses.first()), timeout, role],
+            arguments=[launcher.launcher_id, ",".join(self._addresses.first()), timeout, role, gres, memory],
         )
 
     async def start_step(
@@ -158,11 +161,12 @@ class LauncherStarter:
             jobid=allocation.jobid,
             node=node,
             name=STEP_NAME,
-            script=self._script(launcher),
+            script=self._script(launcher, share=request),
             exact=request is not None,
             cpus=(request.cpus or 1) if request else None,
             memory=request.memory if request else None,
             gres=request.gres_list if request else (),
+            propagate=self._settings.propagate,
             env={TOKEN_VARIABLE: launcher.tokens[0].hex()},
         )
         try:

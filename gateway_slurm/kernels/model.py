@@ -21,6 +21,7 @@ class KernelLaunch:
     start_timeout: float
     port_range: tuple[int, int] | None
     log_dir: str
+    umask: int
     why: str = ""  # why it is this mode, and what that costs
 
     def direct(self, why: str) -> KernelLaunch:

@@ -204,6 +204,7 @@ class KernelProcess:
             port_range=launch.port_range,
             start_timeout=launch.start_timeout,
             log_dir=launch.log_dir,
+            umask=launch.umask,
         )
         if not sent:
             raise LinkError(f"the link to {self.launcher.where} is down: the kernel cannot be started now")

@@ -16,6 +16,9 @@ SCRIPT_LIMIT = 2 * 1024 * 1024
 # Running steps of one launcher; each is a process srun on the node.
 MAX_STEPS = 256
 
+# The value of --propagate: the names of resource limits in sbatch(1).
+_LIMIT = "AS|CORE|CPU|DATA|FSIZE|MEMLOCK|NOFILE|NPROC|RSS|STACK"
+PROPAGATE = f"NONE|ALL|(?:{_LIMIT})(?:,(?:{_LIMIT})){{0,9}}"
 # The permitted options of srun, and the pattern of each value.
 OPTIONS = {
     "job-name": r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}",
@@ -23,6 +26,7 @@ OPTIONS = {
     "mem": r"[0-9]{1,12}[KMGTkmgt]?[Bb]?",
     "cpus-per-task": r"[0-9]{1,6}",
     "gres": r"[A-Za-z0-9_][A-Za-z0-9_.:,+=/-]{0,1023}",
+    "propagate": PROPAGATE,
 }
 # The permitted environment variables, beside those that every step gets.
 VARIABLES = {"GATEWAY_SLURM_TOKEN": r"[0-9a-f]{64}"}

@@ -88,6 +88,7 @@ def submit_command(spec: JobSpec) -> list[str]:
         "constraint": spec.constraint,
         "nodelist": spec.nodelist,
         "signal": spec.signal_seconds and f"B:USR1@{spec.signal_seconds}",
+        "propagate": spec.propagate,
     }
     return ["sbatch", "--parsable", "--no-requeue", *_options(options), *spec.extra]
 
@@ -222,6 +223,7 @@ def step_command(spec: StepSpec) -> list[str]:
         "mem": spec.memory,
         "cpus-per-task": spec.cpus,
         "gres": ",".join(spec.gres),
+        "propagate": spec.propagate,
     }
     # An exact step that names no GPUs would get all GPUs of the job, and one without free resources would wait.
     share = ["--exact", "--immediate=1", *([] if spec.gres else ["--gres=none"])] if spec.exact else ["--overlap"]

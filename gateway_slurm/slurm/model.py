@@ -38,6 +38,8 @@ class JobSpec:
     """Slurm sends SIGUSR1 to the script, not to the script's children, this many seconds before the job's time limit,
     or up to a minute earlier.
     """
+    propagate: str = "NONE"
+    """The resource limits of the submitting process that the job gets (sbatch(1), --propagate)."""
     output: str = "/dev/null"
     extra: Sequence[str] = ()
     """Further options that the admin allows, each as ``--name=value``."""
@@ -65,6 +67,7 @@ class StepSpec:
     """Whether the step gets resources of its own, or fails at once if none are free; else it overlaps other steps."""
     cpus: int | None = None
     gres: Sequence[str] = ()
+    propagate: str = "NONE"
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 

@@ -40,6 +40,7 @@ LAUNCH = KernelLaunch(
     start_timeout=60.0,
     port_range=None,
     log_dir="~",
+    umask=0o022,
 )
 
 

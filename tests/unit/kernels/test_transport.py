@@ -31,6 +31,7 @@ LAUNCH = KernelLaunch(
     start_timeout=5.0,
     port_range=None,
     log_dir="",
+    umask=0o022,
 )
 
 
