@@ -46,7 +46,7 @@ c = get_config()  # noqa: F821
 ## Largest body of a request (bytes).
 # c.SlurmGatewayApp.max_body_size = 536870912
 
-## Whether `/metrics` requires a user's token.
+## Whether only admins and the users in `metrics_users` may read `/metrics`.
 # c.SlurmGatewayApp.authenticate_prometheus = True
 
 ## URL, with the base URL, at which the other gateways of the deployment reach this process itself, not a load
@@ -58,6 +58,15 @@ c = get_config()  # noqa: F821
 ## File with the certificates of the authorities that sign the other gateways' certificates. Default: the
 ## system's authorities.
 # c.SlurmGatewayApp.peer_cafile = ""
+
+## File for the audit log: which user started, ended or was refused which kernel or allocation, and refused
+## logins, as lines of JSON. The gateway creates it with mode 0600, and opens it again when it was moved.
+## Default: none.
+# c.SlurmGatewayApp.audit_log = ""
+
+## Number of users whose kernels `/metrics` counts by name, those with the most kernels; the others are counted
+## together. Default 0: no names of users are in the metrics.
+# c.SlurmGatewayApp.metrics_max_users = 0
 
 ## -- GatewayIdentityProvider ---------------------------------------------------------------------------------
 
@@ -98,6 +107,10 @@ c = get_config()  # noqa: F821
 ## Users who may see and end all users' kernels, besides those with an admin's token. A hub's admins must be
 ## named here, too.
 # c.GatewayIdentityProvider.admins = []
+
+## Users who may read `/metrics`, besides admins, such as the name of Prometheus's token. Others are refused,
+## unless `ServerApp.authenticate_prometheus` is False.
+# c.GatewayIdentityProvider.metrics_users = []
 
 ## Accept `?token=` when a websocket is opened, for clients that can set no headers there: browsers and VS Code.
 ## A proxy in front of the gateway may write the token to its log.

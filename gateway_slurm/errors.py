@@ -115,11 +115,14 @@ class QueueTimeout(AllocationError):
 
 
 class KernelStartError(GatewaySlurmError):
-    """The kernel did not start on its node; ``output_tail`` is the end of its output."""
+    """The kernel did not start on its node; ``output_tail`` is the end of its output.
 
-    def __init__(self, message: str, *, output_tail: str = "") -> None:
+    ``brief`` is the message without the kernel's command line and output, for logs that must have neither.
+    """
+
+    def __init__(self, message: str, *, output_tail: str = "", brief: str = "") -> None:
         super().__init__(message)
-        self.output_tail = output_tail
+        self.output_tail, self.brief = output_tail, brief
 
 
 class LauncherFailed(KernelStartError):

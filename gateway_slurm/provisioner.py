@@ -37,6 +37,7 @@ from gateway_slurm._util import printable
 from gateway_slurm.config import port_range
 from gateway_slurm.environment import fill_placeholders, kernel_environment
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LinkError, RequestError
+from gateway_slurm.events import outcome_of, reason_of
 from gateway_slurm.kernels.held import KernelHandle
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.restore import RestoredKernel
@@ -44,6 +45,7 @@ from gateway_slurm.kernels.transport import choose_mode
 from gateway_slurm.link.output import KeptOutput
 from gateway_slurm.request import parse_request
 from gateway_slurm.service import SlurmService
+from gateway_slurm.slurm.sudo.runner import process_user
 
 T = TypeVar("T")
 
@@ -130,6 +132,15 @@ class SlurmProvisioner(KernelProvisionerBase):
         """
         if self.parent is not None:
             renew_control_socket(self.parent)
+        try:
+            return await self._prepare(**kwargs)
+        except RequestError as error:
+            user, name = kwargs.get("slurm_owner") or process_user(), getattr(self.parent, "kernel_name", "")
+            facts = {"user": user, "kernel_id": self.kernel_id, "kernelspec": name, "outcome": outcome_of(error)}
+            self.service.events.emit("kernel_refused", **facts, reason=reason_of(error))
+            raise
+
+    async def _prepare(self, **kwargs: Any) -> dict[str, Any]:
         given = str(kwargs.pop("slurm_owner", None) or ""), dict(kwargs.pop("slurm_fields", None) or {})
         self._owner, overrides = self._given = self._given or given
         language = getattr(self.kernel_spec, "language", "") or ""

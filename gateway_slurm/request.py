@@ -75,6 +75,12 @@ class KernelRequest:
         return gpus + (self.gres.split(",") if self.gres else [])
 
 
+def resources(request: KernelRequest) -> dict[str, Any]:
+    """The size of the request's job, for events."""
+    names = ("nodes", "gpus", "gres", "cpus", "memory", "time_limit")
+    return {name: getattr(request, name) or None for name in names}
+
+
 class _Invalid(ValueError):
     """A value is not valid; the message says which values are allowed."""
 

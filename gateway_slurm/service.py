@@ -26,6 +26,7 @@ from gateway_slurm.allocations.start import DialAddresses
 from gateway_slurm.allocations.table import AllocationTable, OwnerContext
 from gateway_slurm.config import ServiceSettings, load_admin_config, port_range
 from gateway_slurm.errors import GatewaySlurmError, LinkError
+from gateway_slurm.events import Events
 from gateway_slurm.kernels.held import KernelHandle, Kernels
 from gateway_slurm.kernels.hub_report import HubReports
 from gateway_slurm.kernels.model import KernelLaunch
@@ -74,6 +75,7 @@ class SlurmService(ServiceSettings):
         self._thread: threading.Thread | None = None
         self._thread_lock = threading.Lock()
         self._opened: asyncio.Task[None] | None = None
+        self.events = Events(self.log)
         self.access = cluster_access(self)
         self.runner = self.access.runner
         self.users = SlurmUsers(self, self.access)
@@ -186,6 +188,7 @@ class SlurmService(ServiceSettings):
             socket_directory=self._directory,
             release_grace=self.release_grace,
             post_launch_timeout=self.post_launch_timeout,
+            events=self.events,
             log=self.log,
         )
         self.addresses = LauncherAddresses(
@@ -218,6 +221,7 @@ class SlurmService(ServiceSettings):
                 watcher=self._watcher,
                 table=AllocationTable(self.registry, self._socket),
                 settings=self,
+                events=self.events,
                 log=self.log,
             ),
             self._keep_flags,

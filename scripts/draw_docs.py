@@ -25,6 +25,8 @@ from gateway_slurm.allocations import model as allocation_model
 from gateway_slurm.cli.doctor import steps
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.environment import DROPPED
+from gateway_slurm.events import FIELDS as FIELDS_OF_EVENTS
+from gateway_slurm.events import KINDS
 from gateway_slurm.gateway.app import SlurmGatewayApp
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
@@ -93,7 +95,7 @@ INHERITED: dict[type[Configurable], dict[str, str]] = {
         "allow_origin": "Origin of the web pages that may use the gateway from a browser. Default: only the gateway's "
         "own origin.",
         "max_body_size": "Largest body of a request (bytes).",
-        "authenticate_prometheus": "Whether `/metrics` requires a user's token.",
+        "authenticate_prometheus": "Whether only admins and the users in `metrics_users` may read `/metrics`.",
     },
     SlurmMappingKernelManager: {
         "default_kernel_name": "The kernelspec for clients that do not name one.",
@@ -314,6 +316,17 @@ def _state_machine(transitions: Mapping[E, frozenset[E]], texts: Mapping[E, str]
     return "\n".join([*lines, "", "```mermaid", "stateDiagram-v2", *edges, "```"]) + "\n"
 
 
+def events_table() -> str:
+    """The kinds of events."""
+    rows = [[f"`{name}`", kind.topic or "the log only", kind.help] for name, kind in KINDS.items()]
+    return _table("| event | topic | meaning |", rows)
+
+
+def event_fields_table() -> str:
+    """The fields of events."""
+    return _table("| field | meaning |", [[f"`{name}`", text] for name, text in FIELDS_OF_EVENTS.items()])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "fields": fields_table,
     "settings": settings_table,
@@ -326,6 +339,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "environment": dropped_table,
     "slurm-variables": slurm_variables_table,
     "messages": messages_table,
+    "events": events_table,
+    "event-fields": event_fields_table,
     "project-keys": keys_table,
     "identity-settings": partial(settings_table, GatewayIdentityProvider),
     "kernelspec-settings": partial(settings_table, GatewayKernelSpecManager),

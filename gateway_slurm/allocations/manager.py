@@ -49,7 +49,7 @@ class Allocations:
     ) -> None:
         self._driver, self.table, self.log = context.driver, context.table, context.log
         self._owner, self._user, self._may_adopt = context.owner, context.user, may_adopt
-        self._watcher, self.keep_flags = context.watcher, keep_flags
+        self._watcher, self.keep_flags, self._events = context.watcher, keep_flags, context.events
         self._min_time_left = context.settings.min_time_left
         keep_flags.tables.append(self.table)
         self.releaser = AllocationReleaser(context, keep_flags)
@@ -143,7 +143,7 @@ class Allocations:
             if not submission.cancelled():
                 submission.exception()  # seen: the start is cancelled anyway
             raise
-        self.log.info("job %s (%s) submitted to partition %s", allocation.jobid, job.name, request.partition)
+        self._events.emit("allocation_submitted", **allocation.facts())
 
     async def _submit_recorded(self, allocation: Allocation, launcher: Launcher, job: JobSpec) -> None:
         await self.table.registry.flushed()
@@ -203,6 +203,7 @@ class Allocations:
         if known is None:
             known = Allocation.adopted(info, self._owner)
             self.table.add(known)
+            self._events.emit("allocation_adopted", **known.facts(), state=info.state)
             self._monitor.watch(known)
         return known
 

@@ -14,10 +14,11 @@ from gateway_slurm.allocations.identity import identity_of
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.sharing import Offer
 from gateway_slurm.errors import AllocationEnded, AllocationError, RequestError
-from gateway_slurm.request import KernelRequest, parse_request
+from gateway_slurm.request import KernelRequest, parse_request, resources
 from gateway_slurm.slurm.formats import Meaning, expand_hostlist, meaning
 from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.slurm.reasons import Outlook
+from gateway_slurm.slurm.sudo.runner import process_user
 from gateway_slurm.store import AllocationRecord
 
 
@@ -300,6 +301,17 @@ class Allocation:
             "kernel_ids": self.kernel_ids,
             "kept": self.keep,
             "config": self.request.as_config(),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """The allocation in an event (``events.FIELDS``)."""
+        return {
+            "user": self.owner or process_user(),
+            "jobid": self.jobid,
+            "name": self.name or (self.info.name if self.info is not None else ""),
+            "project": self.request.project,
+            "partition": self.request.partition,
+            **resources(self.request),
         }
 
     def offer(self) -> Offer:

@@ -102,15 +102,20 @@ class AllocationMonitor:
         self, context: OwnerContext, keep_flags: KeepFlags, releaser: AllocationReleaser, walltime: WalltimeMonitor
     ) -> None:
         self._watcher, self._table, self.log = context.watcher, context.table, context.log
+        self._events = context.events
         self._keep_flags, self._releaser, self._walltime = keep_flags, releaser, walltime
 
     def events(self, allocation: Allocation) -> LauncherEvents:
         """The receiver of what the allocation's launchers report."""
         return LauncherEvents(
             linked=partial(self.linked, allocation),
-            link_lost=lambda _reason: self.ask_soon(allocation),
+            link_lost=partial(self._link_lost, allocation),
             end_reported=partial(self._walltime.check, allocation),
         )
+
+    def _link_lost(self, allocation: Allocation, reason: str) -> None:
+        self._events.emit("link_lost", **allocation.facts(), reason=reason)
+        self.ask_soon(allocation)
 
     def watch(self, allocation: Allocation) -> None:
         """Ask Slurm about the job until its launchers are linked or it is over."""
@@ -170,7 +175,7 @@ class AllocationMonitor:
         """The job is over for its kernels. With ``cancel`` it stays on record until Slurm has ended it."""
         self._watcher.unwatch(allocation.jobid)
         allocation.end(AllocationEnded(reason, jobid=allocation.jobid, state=state))
-        self.log.warning("%s", reason)
+        self._events.emit("allocation_ended", **allocation.facts(), state=state, reason=reason)
         if cancel:
             self._table.mark_pending_cancel(allocation)
             self._table.tasks.create_task(self._releaser.cancel(allocation))

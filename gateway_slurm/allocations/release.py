@@ -37,7 +37,7 @@ class AllocationReleaser:
 
     def __init__(self, context: OwnerContext, keep_flags: KeepFlags) -> None:
         self._driver, self._socket, self._watcher = context.driver, context.socket, context.watcher
-        self._table, self.log = context.table, context.log
+        self._table, self._events, self.log = context.table, context.events, context.log
         self._keep_flags, self._idle_timeout = keep_flags, context.settings.idle_timeout
         # The tasks that end jobs which this server has released.
         self._ending: set[asyncio.Task[None]] = set()
@@ -201,7 +201,7 @@ class AllocationReleaser:
         else:
             await self.cancel(allocation)
         self._keep_flags.forget(allocation)
-        self.log.info("job %s is released", allocation.jobid)
+        self._events.emit("allocation_released", **allocation.facts())
 
     async def _has_server(self, allocation: Allocation) -> bool:
         """Whether another live server of the user submitted the job, and so ends it."""

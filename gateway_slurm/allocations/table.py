@@ -9,6 +9,7 @@ from gateway_slurm._util import TaskSet
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.config import ServiceSettings
+from gateway_slurm.events import Events
 from gateway_slurm.link.server import ResponseSocket
 from gateway_slurm.slurm.driver import SlurmDriver
 from gateway_slurm.slurm.watcher import JobWatcher
@@ -139,4 +140,5 @@ class OwnerContext:
     watcher: JobWatcher
     table: AllocationTable
     settings: ServiceSettings
+    events: Events
     log: logging.Logger

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_server.serverapp import ServerApp
-from traitlets import Dict, Unicode, default, validate
+from traitlets import CInt, Dict, Unicode, default, validate
 
 from gateway_slurm import __version__
 from gateway_slurm.errors import StoreError
+from gateway_slurm.gateway.audit import AuditLog
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider, http_url
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
@@ -112,6 +113,22 @@ class SlurmGatewayApp(ServerApp):
         the system's authorities.""",
     )
 
+    audit_log = Unicode(
+        "",
+        config=True,
+        help="""File for the audit log: which user started, ended or was refused which kernel or allocation, and
+        refused logins, as lines of JSON. The gateway creates it with mode 0600, and opens it again when it was moved.
+        Default: none.""",
+    )
+    metrics_max_users = CInt(
+        0,
+        config=True,
+        min=0,
+        max=1000,
+        help="""Number of users whose kernels ``/metrics`` counts by name, those with the most kernels; the others are
+        counted together. Default 0: no names of users are in the metrics.""",
+    )
+
     @validate("peer_url")
     def _valid_peer_url(self, proposal: Any) -> str:
         return http_url("SlurmGatewayApp.peer_url", proposal["value"])
@@ -147,8 +164,14 @@ class SlurmGatewayApp(ServerApp):
     def init_configurables(self) -> None:
         """Make the service as well, so that a mistake in its settings is found now and not at the first kernel."""
         super().init_configurables()
-        self._collector = GatewayCollector(self.kernel_manager)
-        SlurmService.instance(self.log).leave_at_exit = not self.kernel_manager.kill_kernels_on_exit
+        service = SlurmService.instance(self.log)
+        self._events = service.events
+        service.leave_at_exit = not self.kernel_manager.kill_kernels_on_exit
+        self._collector = GatewayCollector(self.kernel_manager, max_users=self.metrics_max_users)
+        path = Path(self.audit_log).expanduser()
+        self._audit_log = AuditLog(path, service.events, self.log) if self.audit_log else None
+        if isinstance(self.identity_provider, GatewayIdentityProvider):
+            self.identity_provider.report_to(service.events)
         # The loop runs this first.
         self.io_loop.add_callback(self._restore)
 
@@ -175,8 +198,11 @@ class SlurmGatewayApp(ServerApp):
             signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
 
     async def cleanup_kernels(self) -> None:
-        """End the kernels or leave them running, by ``kill_kernels_on_exit``."""
+        """End the kernels or leave them running, by ``kill_kernels_on_exit``; then close the audit log."""
         await self.kernel_manager.shutdown_all()
+        self._events.emit("gateway_stopped", version=__version__)
+        if self._audit_log is not None:
+            self._audit_log.close()
 
     def init_webapp(self) -> None:
         """Make the forwarder of requests to other gateways as well, for the handlers."""
@@ -189,7 +215,8 @@ class SlurmGatewayApp(ServerApp):
     def init_httpserver(self) -> None:
         """Put this gateway's URL on record for the other gateways: from here on its port is known."""
         super().init_httpserver()
-        SlurmService.instance().url = self.peer_url or default_peer_url(self)
+        url = SlurmService.instance().url = self.peer_url or default_peer_url(self)
+        self._events.emit("gateway_started", url=url or self.sock, version=__version__)
 
     def find_server_extensions(self) -> None:
         """Load no installed extension: all users could reach its handlers."""

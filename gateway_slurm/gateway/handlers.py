@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, cast
 
+import prometheus_client
 from jupyter_client.jsonutil import json_default
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_server.auth.decorator import allow_unauthenticated, authorized, ws_authenticated
@@ -37,6 +38,7 @@ from gateway_slurm.errors import (
     SubmitRefused,
     UnknownJob,
 )
+from gateway_slurm.events import OVER_LIMIT, UNKNOWN_KERNELSPEC, outcome_of, reason_of
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
@@ -140,6 +142,15 @@ class GatewayHandler(ForwardsRequests, APIHandler):
         if not self.kernels.is_visible(kernel_id, self.user):
             raise web.HTTPError(404, f"there is no kernel {kernel_id}")
 
+    def report(self, kind: str, **fields: object) -> None:
+        """Emit an event (``events.KINDS``) of this request's user."""
+        SlurmService.instance().events.emit(kind, **fields)
+
+    def report_shutdown(self, kernel_id: str) -> None:
+        """The user asks for the kernel's end."""
+        name, owner = self.kernels.get_kernel(kernel_id).kernel_name, self.kernels.owner_of(kernel_id)
+        self.report("kernel_shutdown", user=owner, by=self.user.username, kernel_id=kernel_id, kernelspec=name)
+
     def json_object(self) -> dict[str, Any]:
         """The request's body, a JSON object, empty for no body. Raises HTTPError 400 for anything else."""
         try:
@@ -219,6 +230,22 @@ class StartsKernels(GatewayHandler):
         ``env`` is the client's; ``session`` is added to the kernel's environment.
         Raises NotAllowed, RequestError, NoSuchKernel, and HTTPError 429 over a limit.
         """
+        try:
+            return await self._start_kernel(name, env, kernel_id, session)
+        except (GatewaySlurmError, NoSuchKernel, web.HTTPError) as error:
+            self._report_refusal(name, env, error)
+            raise
+
+    def _report_refusal(self, name: str, env: Mapping[str, str], error: Exception) -> None:
+        outcome = UNKNOWN_KERNELSPEC if isinstance(error, NoSuchKernel) else outcome_of(error)
+        reason = reason_of(error)
+        if isinstance(error, web.HTTPError):
+            outcome, reason = OVER_LIMIT if error.status_code == 429 else outcome, message_of(error)
+        self.report("kernel_refused", user=self.user.username, kernelspec=name, outcome=outcome, reason=reason)
+
+    async def _start_kernel(
+        self, name: str, env: dict[str, str], kernel_id: str | None, session: Mapping[str, str] | None
+    ) -> str:
         owner = kernel_owner(self.user, env)
         await check_deployment_limits(self, owner)
         if not name:
@@ -279,6 +306,7 @@ class KernelHandler(GatewayHandler):
     @authorized
     async def delete(self, kernel_id: str) -> None:
         self.check_kernel(kernel_id)
+        self.report_shutdown(kernel_id)
         await self.kernels.shutdown_kernel(kernel_id)
         self.answer_done()
 
@@ -395,6 +423,7 @@ class SessionHandler(SessionsHandler):
             session = replace(session, path=path, name=name, type=kind, kernel_id=kernel_id)
             self.sessions.put(session)
         if (answer is not None or kernel_id != earlier) and earlier in self.kernels:
+            self.report_shutdown(earlier)
             await self.kernels.shutdown_kernel(earlier)
         if answer is not None:
             self.relay_answer(answer, status=200)
@@ -406,6 +435,7 @@ class SessionHandler(SessionsHandler):
     async def delete(self, session_id: str) -> None:
         session = self.session(session_id)
         self.sessions.remove(session_id)
+        self.report_shutdown(session.kernel_id)
         await self.kernels.shutdown_kernel(session.kernel_id)
         self.answer_done()
 
@@ -563,6 +593,21 @@ class DescriptionHandler(UntrackedHandler, GatewayHandler):
         self.answer(description(self.base_url))
 
 
+class MetricsHandler(UntrackedHandler, GatewayHandler):
+    """``/metrics``, in place of jupyter_server's, which any user may read."""
+
+    waits_for_kernels = False
+
+    @allow_unauthenticated
+    async def get(self) -> None:
+        """Answer admins and the users that ``metrics_users`` names; any client if the setting says so."""
+        provider = self.settings["identity_provider"]
+        if self.settings["authenticate_prometheus"] and not provider.may_read_metrics(self.current_user):
+            message = "metrics are for admins and for the users in GatewayIdentityProvider.metrics_users"
+            raise web.HTTPError(403, message)
+        self.finish(prometheus_client.generate_latest(), set_content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
 class UnknownHandler(UntrackedHandler, GatewayHandler):
     """All other paths under ``/api`` and ``/kernelspecs``: clients of these expect JSON, also in an error."""
 
@@ -589,6 +634,7 @@ default_handlers = [
     (r"/api/status", StatusHandler),
     (r"/api/me", MeHandler),
     (r"/api/spec.json", DescriptionHandler),
+    (r"/metrics", MetricsHandler),
     (r"/health/live", LiveHandler),
     (r"/health/ready", ReadyHandler),
     (r"/(?:api|kernelspecs)/.*", UnknownHandler),

@@ -487,6 +487,10 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         """The number of kernels in each execution state."""
         yield from Counter(str(self.find_kernel(name).execution_state) for name in self.list_kernel_ids()).items()
 
+    def owners(self) -> list[str]:
+        """The owner of each kernel that is not dead."""
+        return [self.owner_of(name) for name in self.list_kernel_ids() if not self._is_dead(name)]
+
     async def _why_dead(self, kernel_id: str) -> str:
         reason = await self._wait_ready(kernel_id)
         return reason or (str(self.find_kernel(kernel_id).reason) if self._is_dead(kernel_id) else "")
@@ -510,4 +514,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         """Shut down a kernel that idles. A start in the queue is not idle; a dead kernel is shown for a while."""
         kernel = self.find_kernel(kernel_id)
         if kernel is not None and ready_of(kernel).done() and not self._is_dead(kernel_id):
+            facts = {"user": self.owner_of(kernel_id), "kernel_id": kernel_id, "kernelspec": kernel.kernel_name}
             await super().cull_kernel_if_idle(kernel_id)
+            if kernel_id not in self:
+                idle = f"idle since {kernel.last_activity:%Y-%m-%d %H:%M:%S}"
+                SlurmService.instance().events.emit("kernel_culled", **facts, reason=idle)

@@ -118,12 +118,12 @@ OPERATIONS: dict[str, dict[str, tuple[str, str, int, str | dict[str, Any]]]] = {
     },
     "/api/allocations/{jobid}/keep": {"post": ("Keep the allocation after its last kernel", "", 204, "")},
     "/api/allocations/{jobid}/release": {"post": ("Keep the allocation no longer than its last kernel", "", 204, "")},
-    "/metrics": {"get": ("Metrics for Prometheus", "", 200, "text/plain")},
+    "/metrics": {"get": ("Metrics for Prometheus, for admins and named users", "", 200, "text/plain")},
     "/health/live": {"get": ("Whether the process answers", "", 200, "Health")},
     "/health/ready": {"get": ("Whether kernels can be started", "", 200, "Health")},
 }
 # Answered by Jupyter's handlers, whose errors are pages of HTML.
-_PAGES = ("/metrics", "/api/kernels/{kernel_id}/channels")
+_PAGES = ("/api/kernels/{kernel_id}/channels",)
 _OPEN = ("/health/live", "/health/ready", "/api")
 
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,12 +19,15 @@ from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation, Place
 from gateway_slurm.allocations.owners import Owners
 from gateway_slurm.errors import AllocationEnded, LinkError
+from gateway_slurm.events import STARTED, Events, outcome_of, reason_of
 from gateway_slurm.kernels.hub_report import HubReports, start_report
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.process import KernelProcess
 from gateway_slurm.kernels.transport import TransportSelector
-from gateway_slurm.request import KernelRequest
+from gateway_slurm.request import KernelRequest, resources
 from gateway_slurm.slurm.account import Account
+from gateway_slurm.slurm.names import file_of
+from gateway_slurm.slurm.sudo.runner import process_user
 from gateway_slurm.store import Registry
 from gateway_slurm.store.records import KernelRecord
 
@@ -54,8 +58,10 @@ class Kernels:
         socket_directory: str,
         release_grace: float,
         post_launch_timeout: float,
+        events: Events,
         log: logging.Logger,
     ) -> None:
+        self.events = events
         self.owners, self.registry, self.transport = owners, registry, transport
         self.release_grace, self.post_launch_timeout, self.log = release_grace, post_launch_timeout, log
         self.reports, self._prepare_start, self._socket_directory = reports, prepare_start, socket_directory
@@ -73,6 +79,9 @@ class Kernels:
         task = asyncio.current_task()
         assert task is not None
         self._starting.add(task)
+        facts = start_facts(kernel_id, request, launch, owner)
+        self.events.emit("kernel_requested", **facts)
+        clock, handle = StartClock(), None
         try:
             account = await self._prepare_start(request, owner)
             allocations = self.owners.of(owner)
@@ -83,6 +92,7 @@ class Kernels:
                 session_name=connection.get("jupyter_session", ""),
             )
             allocation, launcher = await allocations.acquire(request, account, place)
+            clock.linked()
             handle = KernelHandle(self, self._process(kernel_id, launcher), allocation, place)
             try:
                 # The project's variables apply where the kernel has none of its own.
@@ -90,10 +100,17 @@ class Kernels:
             except BaseException:
                 await asyncio.shield(allocations.table.tasks.create_task(handle.release()))
                 raise
+        except BaseException as error:
+            outcome, where = outcome_of(error), handle.place_facts() if handle is not None else {}
+            self.events.emit(
+                "kernel_not_started", **facts, **where, **clock.seconds(), outcome=outcome, reason=reason_of(error)
+            )
+            raise
         finally:
             self._starting.discard(task)
         allocation.mark_used()
         self._handles[kernel_id] = handle
+        self.events.emit("kernel_started", **facts, **handle.place_facts(), **clock.seconds(), outcome=STARTED)
         handle.remember(manager_state)
         handle.await_confirmation()
         return handle
@@ -148,6 +165,45 @@ class Kernels:
         self._handles.clear()
 
 
+def start_facts(kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str) -> dict[str, Any]:
+    """The start in events (``events.FIELDS``)."""
+    return {
+        **_kernel_facts(kernel_id, launch, owner),
+        "project": request.project,
+        "partition": request.partition,
+        **resources(request),
+    }
+
+
+def _kernel_facts(kernel_id: str, launch: KernelLaunch | None, owner: str) -> dict[str, Any]:
+    connection = launch.connection if launch is not None else {}
+    return {
+        "user": owner or process_user(),
+        "kernel_id": kernel_id,
+        "kernelspec": connection.get("kernel_name"),
+        "notebook": file_of(connection.get("jupyter_session", "")),
+    }
+
+
+class StartClock:
+    """How long a start has waited for its place, and how long the kernel has taken then."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._linked: float | None = None
+
+    def linked(self) -> None:
+        """The launcher in the allocation is connected."""
+        self._linked = time.monotonic()
+
+    def seconds(self) -> dict[str, float]:
+        """``queue_seconds`` and, once there is a launcher, ``start_seconds``."""
+        now = time.monotonic()
+        if self._linked is None:
+            return {"queue_seconds": now - self._begun}
+        return {"queue_seconds": self._linked - self._begun, "start_seconds": now - self._linked}
+
+
 class KernelHandle:
     """One kernel and its place in an allocation, until ``release``."""
 
@@ -156,6 +212,7 @@ class KernelHandle:
         self.log = kernels.log
         self._timer: asyncio.TimerHandle | None = None
         self._released: asyncio.Future[None] | None = None
+        self._restarting = False
         # What another process needs to make the kernel's manager again; it holds secrets.
         self.manager_state: dict[str, Any] = {}
         # Resolved with the reason once the kernel is dead and cannot be restarted in its place.
@@ -163,7 +220,7 @@ class KernelHandle:
         self.over: asyncio.Future[str] = loop.create_future()
         # Called on the service's loop when the kernel died without having been stopped.
         self.on_death: Callable[[], None] = lambda: None
-        process.on_exit = lambda _process: self._after_exit()
+        process.on_exit = lambda _process: self._ended()
         # In the loop's next round: by then the process knows a reason, which says more.
         allocation.ended.add_done_callback(lambda _ended: loop.call_soon(self._set_over))
 
@@ -175,18 +232,42 @@ class KernelHandle:
         ``release_grace``; then the kernel is released.
         """
         self.cancel_timer()
+        self._restarting = True
         try:
             self._check_place()
             await self.process.launcher.until_linked(LINK_SECONDS)
             await self._stop()
             self._check_place()  # it may have been released meanwhile
             await self.process.start(launch)
-        except BaseException:
+        except BaseException as error:
             # The manager may never call again.
             self._release_later(self._kernels.release_grace)
+            if self.process.phase is Phase.DEAD:
+                self._kernels.events.emit("kernel_ended", **self.facts(), reason=reason_of(error))
             raise
+        finally:
+            self._restarting = False
+        self._kernels.events.emit("kernel_restarted", **self.facts())
         self.record()
         self.await_confirmation()
+
+    def place_facts(self) -> dict[str, Any]:
+        """Where it runs, for events."""
+        connect = self.process.connect or {}
+        return {
+            "jobid": self.allocation.jobid,
+            "node": self.process.launcher.node,
+            "connect": connect.get("mode"),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """The kernel in an event (``events.FIELDS``)."""
+        process, allocation = self.process, self.allocation
+        return {
+            **_kernel_facts(process.kernel_id, process.launched, allocation.owner),
+            "project": allocation.request.project,
+            **self.place_facts(),
+        }
 
     async def _stop(self) -> None:
         """End the running kernel. Raises LinkError when its launcher does not report the end."""
@@ -274,6 +355,14 @@ class KernelHandle:
     def _set_over(self) -> None:
         if not self.over.done():
             self.over.set_result(self.process.reason or "its allocation is over")
+
+    def _ended(self) -> None:
+        """The process has ended. Other events report a start that failed, and a restart."""
+        process = self.process
+        if process.started_at is not None and not self._restarting:
+            text, code = process.brief, process.returncode
+            self._kernels.events.emit("kernel_ended", **self.facts(), exit_code=code, reason=text)
+        self._after_exit()
 
     def _after_exit(self) -> None:
         if self._released is None:

@@ -57,6 +57,7 @@ class KernelProcess:
         self.returncode: int | None = None
         # Why the kernel ended, in words: the signal or exit code, and what Slurm says of the job.
         self.reason = ""
+        self.brief = ""  # the same without its command line and output, for logs
         self.output_tail = ""
         self.pid = 0
         self.ip = ""
@@ -279,14 +280,15 @@ class KernelProcess:
     def _fail(self, fields: dict[str, Any]) -> None:
         self.output_tail = str(fields.get("output_tail", ""))[-MAX_TEXT:]
         cause, argv = (str(fields.get(name))[:MAX_TEXT] for name in ("message", "argv"))
-        message = f"{cause} (node {self.launcher.node}, job {self.launcher.jobid}, argv {argv})"
+        brief = f"{cause} (node {self.launcher.node}, job {self.launcher.jobid})"
+        message = f"{brief[:-1]}, argv {argv})"
         if self.output_tail:
             message += f"; the last lines of its output:\n{self.output_tail}"
         if self.phase is Phase.LOST:
-            self._end(1, message)
+            self._end(1, message, brief)
             return
         error_type = {"timeout": StartTimeout, "plain": NotEncrypted}.get(str(fields.get("kind")), KernelStartError)
-        self.fail_start(error_type(message, output_tail=self.output_tail))
+        self.fail_start(error_type(message, output_tail=self.output_tail, brief=brief))
 
     def fail_start(self, error: GatewaySlurmError) -> None:
         """The start that is under way has failed."""
@@ -327,13 +329,13 @@ class KernelProcess:
             self.reason = f"{self.reason}; {reason}"
             self.log.warning("kernel %s ended: %s", self.kernel_id, printable(self.reason))
 
-    def _end(self, returncode: int, reason: str) -> None:
+    def _end(self, returncode: int, reason: str, brief: str = "") -> None:
         self.fail_start(KernelStartError(f"the kernel ended at start: {reason}", output_tail=self.output_tail))
         self._enter(Phase.DEAD)
-        self.reason = reason
+        self.reason, self.brief = reason, brief or reason
         self.returncode = returncode
         self._dead.set()
-        self.log.info("kernel %s (job %s) ended: %s", self.kernel_id, self.launcher.jobid, printable(reason))
+        self.log.debug("kernel %s (job %s) ended: %s", self.kernel_id, self.launcher.jobid, printable(reason))
         self.on_exit(self)
 
     # -- Warnings ---------------------------------------------------------------------------

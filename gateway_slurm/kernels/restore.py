@@ -264,6 +264,8 @@ class Failover:
             # Not earlier: this server must know a launcher that dials.
             await self._addresses.adopt(claimed.servers)
             await self._find_dead_servers()
+        for kernel in restored:
+            self._kernels.events.emit("kernel_taken_over", **kernel.handle.facts())
         if restored:
             jobs = sorted({kernel.handle.allocation.jobid for kernel in restored}, key=int)
             self.log.info("%d kernels of earlier servers are back, in jobs %s", len(restored), ", ".join(jobs))

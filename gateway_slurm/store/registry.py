@@ -104,6 +104,11 @@ class Registry:
         return self._writer.trouble
 
     @property
+    def failures(self) -> int:
+        """How often the store has not accepted records."""
+        return self._writer.failures
+
+    @property
     def store(self) -> Store:
         """Blocking. The open store."""
         with self._opening:

@@ -43,6 +43,7 @@ class RecordWriter:
     ) -> None:
         self.server = server
         self.trouble = ""
+        self.failures = 0  # attempts to write that failed
         self._open_store, self._on_lost, self._on_written = open_store, on_lost, on_written
         self._changed = threading.Condition()
         self._rows: dict[RowKey, Record] = {}
@@ -235,6 +236,7 @@ class RecordWriter:
             if not self.trouble:
                 _log.error("jobs and kernels cannot be recorded at the moment; the server tries again: %s", error)
             self.trouble = str(error) or repr(error)
+            self.failures += 1
             # New changes do not end the wait: they would fail as well.
             end = time.monotonic() + self._backoff.next()
             while (remaining := end - time.monotonic()) > 0 and not self._is_due():

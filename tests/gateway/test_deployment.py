@@ -123,13 +123,14 @@ def test_the_word_of_a_proxy_that_knows_its_users_counts(proxy_with_users):
 
 
 def check_health_and_metrics(proxy: Proxy) -> None:
-    """Load balancers need no user; metrics need one, and an address that is allowed."""
+    """Load balancers need no user; metrics need an admin or a named user, and an address that is allowed."""
     for path in ("/health/live", "/health/ready"):
         assert proxy.ask(path, {"X-Remote-User": "carol"})[0] == 200
     assert proxy.ask("/metrics")[0] == 403
     assert proxy.ask("/metrics", {"X-Remote-User": "carol"})[0] == 403
-    assert "gateway_slurm_kernels" in proxy.ask("/metrics", token(proxy, "alice"))[1]
-    assert proxy.ask("/metrics", token(proxy, "alice"), source="127.0.0.2")[0] == 403
+    assert proxy.ask("/metrics", token(proxy, "alice"))[0] == 403
+    assert "gateway_slurm_kernels" in proxy.ask("/metrics", token(proxy, "carol"))[1]
+    assert proxy.ask("/metrics", token(proxy, "carol"), source="127.0.0.2")[0] == 403
 
 
 def test_health_is_for_all_clients_and_metrics_for_this_machine(proxy):

@@ -15,7 +15,10 @@ from helpers.kernel_clients import JOB, READY, poll_async
 from helpers.notebook_server import V1, Frontend
 from helpers.private_slurm import jobs_of, slurm
 
-OPTIONS = ["--GatewayKernelSpecManager.allowed_envs=['COLOUR']"]
+OPTIONS = [
+    "--GatewayKernelSpecManager.allowed_envs=['COLOUR']",
+    "--GatewayIdentityProvider.metrics_users=['portal']",
+]
 
 
 @pytest.fixture(scope="module")
@@ -313,16 +316,18 @@ async def test_a_gateway_without_slurm_is_live_and_not_ready(gateway_environment
             assert "sbatch" in reason or "try again" in reason
 
 
-async def test_metrics_count_kernels_allocations_and_commands(alice):
-    """In Prometheus' format, and to users only."""
+async def test_metrics_count_kernels_allocations_and_commands(gateway, alice):
+    """In Prometheus' format, for admins and named users only; no user's name is in them unless the admin wants it."""
     kernel_id = await start(alice)
     await ask(alice, kernel_id, "1")
-    metrics = (await alice.request("GET", "/metrics")).body.decode()
+    metrics = (await gateway.of("portal").request("GET", "/metrics")).body.decode()
     assert 'gateway_slurm_kernels{state="idle"} 1.0' in metrics
     assert 'gateway_slurm_allocations{state="RUNNING"} 1.0' in metrics
     assert 'gateway_slurm_commands_total{command="sbatch"}' in metrics
     assert "alice" not in metrics
     assert await alice.status("GET", "/metrics", token="") == 403
+    assert await alice.status("GET", "/metrics") == 403
+    assert await gateway.of("carol").status("GET", "/metrics") == 200
     await stop(alice, kernel_id)
 
 

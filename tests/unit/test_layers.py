@@ -14,6 +14,7 @@ ORDER = (
     "_util",
     "_jupyter_compat",
     "environment",
+    "events",
     "link",
     "slurm",
     "store",

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from jupyter_server.auth import IdentityProvider, User
 from tornado.httputil import HTTPServerRequest
@@ -19,10 +21,14 @@ from tornado.web import HTTPError, RequestHandler
 from traitlets import Bool, CFloat, Enum, List, TraitError, Unicode, default, validate
 
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, NotAllowed
+from gateway_slurm.events import Events
 from gateway_slurm.gateway.auth.hub import HubTokens
 from gateway_slurm.gateway.auth.proxy import TrustedHeader
 from gateway_slurm.gateway.auth.tokens import TokenFile, UserTokens, request_token, take_url_token
 from gateway_slurm.gateway.auth.user import GatewayUser
+
+# Events of refused logins in so many seconds; those beyond are counted with the next one.
+MAX_REFUSALS, REFUSAL_SECONDS = 30, 60.0
 
 
 def http_url(trait: str, url: str) -> str:
@@ -30,6 +36,29 @@ def http_url(trait: str, url: str) -> str:
     if url and not url.startswith(("http://", "https://")):
         raise TraitError(f"{trait} must begin with http:// or https://, not {url!r}")
     return url
+
+
+class RefusedLogins:
+    """Reports requests whose token or header was refused, at most MAX_REFUSALS a minute, as events."""
+
+    def __init__(self) -> None:
+        self.events: Events | None = None
+        self._seen: WeakSet[RequestHandler] = WeakSet()
+        self._recent: deque[float] = deque(maxlen=MAX_REFUSALS)
+        self._suppressed = 0
+
+    def report(self, handler: RequestHandler, reason: str) -> None:
+        """Report a request, once."""
+        if self.events is None or handler in self._seen:
+            return
+        self._seen.add(handler)
+        now = time.monotonic()
+        if len(self._recent) == MAX_REFUSALS and now - self._recent[0] < REFUSAL_SECONDS:
+            self._suppressed += 1
+            return
+        self._recent.append(now)
+        address, suppressed, self._suppressed = handler.request.remote_ip, self._suppressed or None, 0
+        self.events.emit("login_refused", address=address, reason=reason, suppressed=suppressed)
 
 
 class GatewayIdentityProvider(IdentityProvider):
@@ -89,6 +118,12 @@ class GatewayIdentityProvider(IdentityProvider):
         help="""Users who may see and end all users' kernels, besides those with an admin's token. A hub's
         admins must be named here, too.""",
     )
+    metrics_users = List(
+        Unicode(),
+        config=True,
+        help="""Users who may read ``/metrics``, besides admins, such as the name of Prometheus's token. Others are
+        refused, unless ``ServerApp.authenticate_prometheus`` is False.""",
+    )
     allow_token_in_url = Bool(
         False,
         config=True,
@@ -123,6 +158,7 @@ class GatewayIdentityProvider(IdentityProvider):
         super().__init__(**kwargs)
         # The user of each request that is being answered; jupyter_server asks more than once.
         self._users: WeakKeyDictionary[RequestHandler, GatewayUser] = WeakKeyDictionary()
+        self._refusals = RefusedLogins()
         self._token_file = TokenFile(Path(self.tokens_file).expanduser()) if self.tokens_file else None
         self._hub: HubTokens | None = None
         # In the order in which they are asked. The proxy is first: its header is never ignored.
@@ -141,6 +177,14 @@ class GatewayIdentityProvider(IdentityProvider):
             )
             self.authenticators.append(self._hub)
 
+    def may_read_metrics(self, user: Any) -> bool:
+        """Whether this user, if there is one, may read ``/metrics``."""
+        return isinstance(user, GatewayUser) and (user.admin or user.username in self.metrics_users)
+
+    def report_to(self, events: Events) -> None:
+        """Report refused logins as events."""
+        self._refusals.events = events
+
     def close(self) -> None:
         """Close the connections to the hub. The application calls this at its end."""
         if self._hub is not None:
@@ -152,16 +196,19 @@ class GatewayIdentityProvider(IdentityProvider):
         """The user of a request; with None jupyter_server refuses the request where a user is needed."""
         if handler in self._users:
             return self._users[handler]
-        self._take_url_token(handler.request)
         try:
+            self._take_url_token(handler.request)
             user = await self._authenticate(handler)
         except NotAllowed as error:
+            self._refusals.report(handler, str(error))
             raise HTTPError(403, str(error)) from None
         except IdentityUnavailable as error:
             raise HTTPError(503, str(error)) from None
         if user is not None:
             user.admin = user.admin or user.username in self.admins
             self._users[handler] = user
+        elif request_token(handler.request) is not None:
+            self._refusals.report(handler, "its token is not valid")
         return user
 
     async def _authenticate(self, handler: RequestHandler) -> GatewayUser | None:
@@ -174,12 +221,12 @@ class GatewayIdentityProvider(IdentityProvider):
         return None
 
     def _take_url_token(self, request: HTTPServerRequest) -> None:
-        """Move a token from the URL to the header, where it is accepted. Raises HTTPError 403 where it is not."""
+        """Move a token from the URL to the header, where it is accepted. Raises NotAllowed where it is not."""
         token = take_url_token(request)
         if token is None:
             return
         if not self.allow_token_in_url or request.headers.get("Upgrade", "").lower() != "websocket":
-            raise HTTPError(403, "a token in a URL is not accepted: send it as 'Authorization: token …'")
+            raise NotAllowed("a token in a URL is not accepted: send it as 'Authorization: token …'")
         if request_token(request) is None:
             request.headers["Authorization"] = f"token {token}"
 

@@ -19,6 +19,7 @@ from gateway_slurm.allocations.model import Allocation
 from gateway_slurm.allocations.monitor import WalltimeMonitor
 from gateway_slurm.allocations.table import OwnerContext
 from gateway_slurm.config import ServiceSettings
+from gateway_slurm.events import Events
 from gateway_slurm.link import server, wire
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo
@@ -324,7 +325,7 @@ async def limits(owner: Owner) -> AsyncIterator[SimpleNamespace]:
     table: Any = SimpleNamespace(tasks=SimpleNamespace(create_task=create_task), record=lambda _allocation: None)
     owner.launcher.warn_of_end = warned.append  # type: ignore[method-assign]
     settings = ServiceSettings(walltime_warnings=[10])
-    context = OwnerContext("", "ada", slurm, owner.socket, None, table, settings, LOG)  # type: ignore[arg-type]
+    context = OwnerContext("", "ada", slurm, owner.socket, None, table, settings, Events(LOG), LOG)  # type: ignore[arg-type]
     found = WalltimeMonitor(context)
     yield SimpleNamespace(
         look=lambda *arguments, due: found.check(owner.allocation, owner.launcher, *arguments, due=due),
