@@ -194,7 +194,9 @@ class SlurmProvisioner(KernelProvisionerBase):
             settle_cancelled_start(self.parent)
             raise
         except GatewaySlurmError as error:
-            self.log.error("kernel %s was not started: %s", self.kernel_id, printable(error))
+            # A gateway's admin must not read what a user's kernel printed.
+            text = reason_of(error) if self._owner else error
+            self.log.error("kernel %s was not started: %s", self.kernel_id, printable(text))
             raise
         assert self._handle is not None
         self._has_process = True

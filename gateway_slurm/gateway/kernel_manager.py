@@ -10,6 +10,7 @@ with it. A Jupyter server uses this manager by one line of its configuration::
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Mapping
@@ -342,7 +343,9 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             return
         self.stop_watching_activity(kernel_id)
         kernel.execution_state, kernel.reason = "dead", reason
-        self.log.warning("kernel %s is dead: %s", kernel_id, printable(reason))
+        # The reason may quote what the kernel printed: that is not an admin's to read. Events say the rest.
+        level = logging.DEBUG if self.owner_of(kernel_id) else logging.WARNING
+        self.log.log(level, "kernel %s is dead: %s", kernel_id, printable(reason))
         for channels in self.frontends.channels_of(kernel_id):
             channels.fail(reason)
         self._lingering[kernel_id] = asyncio.get_running_loop().call_later(

@@ -327,7 +327,7 @@ class KernelProcess:
             self._end(-signal.SIGKILL, reason)
         elif reason not in self.reason:
             self.reason = f"{self.reason}; {reason}"
-            self.log.warning("kernel %s ended: %s", self.kernel_id, printable(self.reason))
+            self.log.warning("kernel %s ended: %s", self.kernel_id, printable(reason))
 
     def _end(self, returncode: int, reason: str, brief: str = "") -> None:
         self.fail_start(KernelStartError(f"the kernel ended at start: {reason}", output_tail=self.output_tail))

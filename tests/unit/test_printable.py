@@ -69,7 +69,7 @@ def written():
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("[%(levelname).1s] %(message)s"))
     LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO)
+    LOG.setLevel(logging.DEBUG)
     yield stream.getvalue
     LOG.removeHandler(handler)
 
