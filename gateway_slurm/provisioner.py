@@ -117,6 +117,12 @@ class SlurmProvisioner(KernelProvisionerBase):
         return self._handle.process.connect if self._handle else None
 
     @property
+    def directory(self) -> dict[str, str] | None:
+        """Where the kernel started on its node (``path``), and ``why`` not elsewhere; None before that is known."""
+        process = self._handle.process if self._handle else None
+        return {"path": process.directory, "why": process.directory_why} if process and process.directory else None
+
+    @property
     def exit_reason(self) -> str:
         """Why the kernel ended, in words; empty while it lives."""
         return self._handle.process.reason if self._handle else ""
@@ -222,11 +228,12 @@ class SlurmProvisioner(KernelProvisionerBase):
         }
         if mode != "ipc":
             connection["curve_publickey"], connection["curve_secretkey"] = self._curve_keys()
-        cwd = kwargs.get("cwd")
         return KernelLaunch(
             argv=tuple(cmd),
             env=service.users.environment(self._owner, kwargs["env"]),
-            cwd=str(cwd) if cwd else None,
+            cwd=self._client_directory(kwargs.get("cwd")),
+            directory=self._request.directory,
+            default_directory=self._request.default_directory,
             connection=connection,
             mode=mode,
             why=why,
@@ -236,6 +243,17 @@ class SlurmProvisioner(KernelProvisionerBase):
             log_dir=service.log_directory,
             umask=int(service.umask, 8),
         )
+
+    def _client_directory(self, cwd: Any) -> str | None:
+        """The directory that a client gave, for the node to look for; this host's file system is not asked.
+
+        nbconvert gives a path relative to its own. An owner's client is on another host, where this process's own
+        directory means nothing.
+        """
+        path = str(cwd or "")
+        if not path:
+            return None
+        return path if self._owner or path.startswith("~") else os.path.abspath(path)
 
     @property
     def _manager(self) -> Any:
@@ -334,6 +352,11 @@ class SlurmProvisioner(KernelProvisionerBase):
         """
         if self._handle is not None:
             self._handle.process.show_warning = show
+
+    @property
+    def start_note(self) -> str:
+        """What the kernel's users must know about its start, for the first cell; "" for nothing."""
+        return self._handle.process.directory_note if self._handle else ""
 
     async def until_linked(self, seconds: float) -> None:
         """Wait for the link to the kernel's launcher; raise LinkError when there is none within ``seconds``."""
@@ -435,11 +458,12 @@ class SlurmProvisioner(KernelProvisionerBase):
             await self._call(handle.release())
 
     async def get_provisioner_info(self) -> dict[str, Any]:
-        """The base class's, with ``jobid``, ``node``, ``pid`` and ``connect``."""
+        """The base class's, with ``jobid``, ``node``, ``pid``, ``connect`` and ``directory``."""
         info = await super().get_provisioner_info()
         if self._handle is not None:
             process = self._handle.process
             info.update(jobid=self.jobid, node=process.launcher.node, pid=process.pid, connect=self.connect)
+            info.update(directory=self.directory)
         return info
 
 

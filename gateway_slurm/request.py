@@ -47,6 +47,8 @@ class KernelRequest:
     gres: str | None = None
     time: str | None = None
     connect: str | None = None
+    directory: str | None = None
+    default_directory: str | None = None
     share: bool = False
     isolate: bool = False
     keep_allocation: bool = False
@@ -197,6 +199,12 @@ _JOBID: Final = _word(r"[0-9]{1,10}(?:[_+][0-9]{1,10})?", "a job id such as 123"
 _KERNEL_NAME: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a kernelspec's name: letters, digits and _ . -")
 _LANGUAGE: Final = _word(r"[^\x00-\x1f\x7f-]?[^\x00-\x1f\x7f]*", "text without control characters", max_length=64)
 
+_DIRECTORY: Final = _word(
+    r"(?:[/~]|\$\{?[A-Za-z_])[^\x00-\x1f\x7f]*",
+    "a path that begins with /, ~ or $VARIABLE, without control characters",
+    max_length=4096,
+)
+
 NEW: Final = "for a new allocation"
 ALWAYS: Final = "always"
 
@@ -237,6 +245,19 @@ FIELDS: Final[tuple[Field, ...]] = (
         parse=_choice("auto", "direct", "tunnel"),
         help="how the server reaches the kernel: auto, direct (TCP encrypted by CurveZMQ) or tunnel "
         "(default: the admin's setting)",
+    ),
+    Field(
+        name="directory",
+        parse=_DIRECTORY,
+        help="directory on the node in which the kernel starts; `~` and `$VARIABLE` have the job's values. Where the "
+        "node does not have it, or you may not enter it, the start fails (default: the client's directory, if the "
+        "node has it)",
+    ),
+    Field(
+        name="default_directory",
+        parse=_DIRECTORY,
+        help="the same for a client without a directory, or with one that the node does not have or you may not "
+        "enter (default: your home directory)",
     ),
     Field(
         name="share",

@@ -19,6 +19,7 @@ from launchers import ports, stderr
 from launchers.greeting import CurveCheck
 from launchers.guard import Guard
 from launchers.reactor import READ, Reactor, Timer
+from launchers.working_directory import Directory, NoDirectory, choose, home
 
 if TYPE_CHECKING:
     from launchers.output import OutputBuffer
@@ -84,6 +85,7 @@ class Kernel:
         self._refusal = ""  # why the process, which is being killed, may not run
         self._deadline = time.monotonic() + float(spec["start_timeout"])
         self._asked_to_stop = False
+        self._working_directory = Directory("")
         self._linked, self._kept_output = linked, kept_output
         self._output: OutputBuffer | None = None
 
@@ -135,20 +137,19 @@ class Kernel:
         items = [item.replace("{connection_file}", connection_file) for item in self.spec["argv"]]
         argv = [os.path.expanduser(item) if item.startswith("~") else item for item in items]
         env = {**self._base_env, **self.spec["env"]}
-        cwd = os.path.expanduser(self.spec.get("cwd") or "~")
-        if not os.path.isdir(cwd):
-            raise StartRefused(
-                f"the working directory {cwd} does not exist on node {socket.gethostname()}: "
-                "start the kernel in a directory that the compute nodes share"
-            )
-        env["PWD"] = cwd
-        env.setdefault("SLURM_SUBMIT_DIR", cwd)  # of a job that was submitted for a kernel
+        try:
+            self._working_directory = choose(self.spec)
+        except NoDirectory as error:
+            raise StartRefused(str(error)) from error
+        env["PWD"] = self._working_directory.path
+        env["HOME"] = home(env)
+        env.setdefault("SLURM_SUBMIT_DIR", env["PWD"])  # of a job that was submitted for a kernel
         read_end, write_end = os.pipe()
         try:
             self.process = subprocess.Popen(
                 argv,
                 env=env,
-                cwd=cwd,
+                cwd=self._working_directory.path,
                 stdin=subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,
@@ -244,7 +245,8 @@ class Kernel:
         facts = {name: self.spec[name] for name in ("kernel_id", "generation", "slot")}
         pid = self.process.pid if self.process else 0
         where = {"mode": self.mode, "ip": self.ip, "ports": self.ports}
-        return {**facts, "state": self.state, "pid": pid, **where, **self.exit}
+        chosen = {"directory": self._working_directory.path, "directory_why": self._working_directory.why}
+        return {**facts, "state": self.state, "pid": pid, **where, **chosen, **self.exit}
 
     # -- output -----------------------------------------------------------------------------
 

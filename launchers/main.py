@@ -31,6 +31,7 @@ from launchers.slurm_variables import KernelEnvironment, nodes_of_job
 from launchers.steps import Steps, job_is_shared
 from launchers.tunnel import Tunnel
 from launchers.uplink import Uplink
+from launchers.working_directory import home
 
 TOKEN_VARIABLE = "GATEWAY_SLURM_TOKEN"  # noqa: S105 - a variable's name, not a token
 FIRST_ORPHAN_TIMEOUT = 900.0
@@ -69,6 +70,7 @@ class NodeLauncher:
         self._slurmd = find_slurmd(self._node)
         self._slurmd_missing = False
         token = bytes.fromhex(os.environ.pop(TOKEN_VARIABLE))
+        os.environ["HOME"] = home(os.environ)
         self._environment = KernelEnvironment(role, gres, memory, lambda: self._directories.for_kernel("share"))
         self._uplink = Uplink(
             self._reactor,

@@ -56,6 +56,8 @@ def slurm_model(kernel: Any) -> dict[str, Any]:
     if not isinstance(provisioner, SlurmProvisioner):
         return {}
     slurm: dict[str, Any] = {"jobid": provisioner.jobid, "node": provisioner.node, "connect": provisioner.connect}
+    if provisioner.directory:
+        slurm["directory"] = provisioner.directory
     waiting = None if ready_of(kernel).done() else SlurmService.instance().waiting(kernel.kernel_id)
     if waiting is None:
         return {"slurm": slurm}
@@ -269,6 +271,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
                 kernel.execution_state = "idle"  # it listens; its first messages came before the subscription
             self.restorer.remember(kernel_id)
             self._follow(kernel_id, kernel)
+            if self.has_frontends and (note := getattr(kernel.provisioner, "start_note", "")):
+                self.frontends.warn(kernel_id, f"{note}\n")
 
     async def await_start(self, kernel_id: str, kernel: Any, start: Awaitable[None]) -> None:
         try:

@@ -46,7 +46,12 @@ SCHEMAS: dict[str, Any] = {
                     "type": ["object", "null"],
                     "description": "how clients connect to the kernel, once it has started",
                     "properties": {"mode": {"enum": ["direct", "tunnel"]}, "why": _TEXT},
-                }
+                },
+                "directory": {
+                    "type": "object",
+                    "description": "where the kernel started on its node, and why it is not where the client wanted",
+                    "properties": {"path": _TEXT, "why": _TEXT},
+                },
             },
         },
     ),

@@ -13,7 +13,7 @@ class KernelLaunch:
 
     argv: tuple[str, ...]
     env: dict[str, str] = field(repr=False)
-    cwd: str | None
+    cwd: str | None  # the client's: a hint
     # For the connection file on the node: key, signature scheme, kernel name, Curve keys.
     connection: dict[str, str] = field(repr=False)
     mode: str  # direct | ipc (tunnel); auto until the transport is selected (transport.py)
@@ -23,6 +23,8 @@ class KernelLaunch:
     log_dir: str
     umask: int
     why: str = ""  # why it is this mode, and what that costs
+    directory: str | None = None  # the kernelspec's or the admin's: no other is taken
+    default_directory: str | None = None  # where the node does not have ``cwd``
 
     def direct(self, why: str) -> KernelLaunch:
         """The same launch by TCP with CurveZMQ."""
@@ -36,10 +38,10 @@ class KernelLaunch:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> KernelLaunch:
         """The launch on record. Raises TypeError or KeyError for a record that lacks a field."""
-        known = {name: fields[name] for name in cls.__dataclass_fields__ if name != "why"}
+        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
         ports = known["port_range"]
         known |= {"argv": tuple(known["argv"]), "port_range": tuple(ports) if ports else None}
-        return cls(**known, why=str(fields.get("why", "")))
+        return cls(**known)
 
 
 class Phase(enum.Enum):

@@ -60,6 +60,7 @@ class KernelProcess:
         self.brief = ""  # the same without its command line and output, for logs
         self.output_tail = ""
         self.pid = 0
+        self.directory, self.directory_why = "", ""  # where it started, and why there; see launchers.working_directory
         self.ip = ""
         self.ports: dict[str, int] = {}
         self.generation = 0
@@ -74,6 +75,7 @@ class KernelProcess:
         self.walltime_end: float | None = None
         # Shows a warning to the kernel's users, on the service's loop, without waiting. None: the launcher shows it.
         self.show_warning: Callable[[str], None] | None = None
+        self._directory_note = ""  # the last one that was logged
         self.launched: KernelLaunch | None = None
         # The last acknowledgement; it is sent again on a new link.
         self._acked: tuple[str, dict[str, str]] | None = None
@@ -111,6 +113,7 @@ class KernelProcess:
                 self._end(1, f"its start failed: {error or type(error).__name__}")
             raise
         self.started_at = time.time()
+        self._note_directory()
         if self.mode == "tcp":
             self.log.warning(
                 "kernel %s cannot use Unix sockets: on its node it listens on loopback TCP, "
@@ -165,6 +168,9 @@ class KernelProcess:
         else:
             self.ip, self.ports = str(report.get("ip")), dict(report["ports"])
         self.mode, self.pid = mode, int(report["pid"])
+        self.directory, self.directory_why = (
+            printable(str(report.get(name, ""))[:MAX_TEXT]) for name in ("directory", "directory_why")
+        )
 
     @property
     def connect(self) -> dict[str, str] | None:
@@ -197,6 +203,8 @@ class KernelProcess:
             argv=launch.argv,
             env=launch.env,
             cwd=launch.cwd,
+            directory=launch.directory,
+            default_directory=launch.default_directory,
             connection=launch.connection,
             mode=launch.mode,
             language=launch.language,
@@ -354,6 +362,23 @@ class KernelProcess:
             self.show_warning(line)
         elif self.phase is Phase.RUNNING:
             self.launcher.send("STDERR_LINE", kernel_id=self.kernel_id, line=line)
+
+    @property
+    def directory_note(self) -> str:
+        """What users must know about where the kernel started; "" where it is the wanted directory."""
+        if not self.directory_why:
+            return ""
+        return f"gateway_slurm: the kernel's working directory is {self.directory}, since {self.directory_why}"
+
+    def _note_directory(self) -> None:
+        """Log where the kernel started; a restart with the same result says nothing.
+
+        Before the first cell a line on the kernel's standard error would be shown nowhere.
+        """
+        note = self.directory_note
+        if note and note != self._directory_note:
+            self.log.warning("kernel %s: %s", self.kernel_id, note)
+        self._directory_note = note
 
     # -- Kept output ------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ _TEMPLATE = """\
 trap '' USR1
 umask 077
 log=/dev/null
+[ -d "${{HOME:-}}" ] || HOME=$(getent passwd "$(id -u)" | cut -d: -f6)
 dir={log_dir}
 if [ -d "$dir" ] || mkdir -p -m 700 "$dir" 2>/dev/null; then
   if [ -w "$dir" ]; then log=$dir/launcher-${{SLURM_JOB_ID:-0}}.log; fi

@@ -57,12 +57,15 @@ def make_token(tokens: Path, user: str, *options: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=READY).stdout.strip()
 
 
-def write_project(projects: Path, name: str = "physics", **keys: object) -> None:
-    """Write ``<name>/project.json`` and its kernelspec ``<name>.python``."""
+def write_project(
+    projects: Path, name: str = "physics", fields: Mapping[str, object] | None = None, **keys: object
+) -> None:
+    """Write ``<name>/project.json`` and its kernelspec ``<name>.python``, which has these further request fields."""
     folder = projects / name / "python"
     folder.mkdir(parents=True, exist_ok=True)
     (projects / name / "project.json").write_text(json.dumps({**PROJECT, **keys}))
     config = {"project": "demo", "partition": "batch", "nodes": 1, "runtime": 10, "kernel_argv": IPYKERNEL}
+    config |= fields or {}
     provisioner = {"provisioner_name": PROVISIONER, "config": config}
     spec = {"display_name": "Python", "language": "python", "metadata": {"kernel_provisioner": provisioner}}
     (folder / "kernel.json").write_text(json.dumps(spec))

@@ -1,6 +1,7 @@
-"""A network namespace beside this machine's network, which only a test's own forwarding connects.
+"""A network namespace beside this machine's network, which only a test's own forwarding connects; directories that
+only one process and its children have.
 
-It needs root. See ip-netns(8), setns(2).
+Both need root. See ip-netns(8), setns(2), unshare(1).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -26,6 +28,16 @@ Change = Callable[[bytes], bytes]
 def run(*argv: str) -> None:
     """Run a command; raise CalledProcessError if it fails."""
     subprocess.run(argv, check=True, capture_output=True, timeout=30)
+
+
+def with_own_directories(parent: Path, *names: str) -> list[str]:
+    """The prefix of a command that alone has these directories in ``parent``, an empty directory of the machine.
+
+    As on a laptop, whose files no node sees.
+    """
+    program = 'mount -t tmpfs laptop "$0" && (cd "$0" && mkdir -p $NAMES) && unset NAMES && exec "$@"'
+    environment = ["env", f"NAMES={' '.join(names)}"]
+    return ["unshare", "--mount", "--propagation=private", *environment, "sh", "-c", program, str(parent)]
 
 
 class IsolatedNetwork:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -74,11 +74,20 @@ class Server:
 
 
 @contextmanager
-def running_server(directory: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Run ``jupyter server`` with its files in ``directory``; it must end on SIGTERM at the end of the block."""
+def running_server(
+    directory: Path,
+    *options: str,
+    environment: Mapping[str, str] | None = None,
+    root: Path | None = None,
+    prefix: Sequence[str] = (),
+) -> Iterator[Server]:
+    """Run ``jupyter server`` with its files in ``directory``; it must end on SIGTERM at the end of the block.
+
+    ``root`` is the directory of its notebooks, if it is another. ``prefix`` comes before its command.
+    """
     token = secrets.token_hex(16)
-    argv = [sys.executable, "-m", "jupyter_server", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
-    argv += ["--allow-root", f"--ServerApp.root_dir={directory}", *options]
+    argv = [*prefix, sys.executable, "-m", "jupyter_server", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
+    argv += ["--allow-root", f"--ServerApp.root_dir={root or directory}", *options]
     # The token is in the environment, as JupyterHub passes it.
     environment = {"JUPYTER_TOKEN": token, **(environment or {})}
     with running_process(argv, "--ServerApp.port={}", directory / "server.log", environment) as (process, url):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 import pytest
@@ -87,8 +88,9 @@ async def test_a_cell_that_is_run_while_its_kernel_waits_runs_once_it_is_there(s
     _reply, printed = await frontend.result(early)
     assert printed == waiting["slurm"]["jobid"]
     running = await model(server, kernel["id"])
+    directory = {"path": os.environ["HOME"], "why": ""}
     connect = {"mode": "tunnel", "why": "the kernel does not declare CurveZMQ (supported_encryption)"}
-    assert running["slurm"] == {"jobid": printed, "node": "c1", "connect": connect}
+    assert running["slurm"] == {"jobid": printed, "node": "c1", "connect": connect, "directory": directory}
     assert "reason" not in running
     frontend.close()
     await delete(server, kernel["id"])

@@ -108,6 +108,7 @@ def test_unknown_field_suggests_the_nearest() -> None:
         ("constraint", "-a"), ("gres", "gpu:1 --x"), ("node", "c[1-2]"), ("node", "c1,c2"),
         ("memory", "lots"), pytest.param("kernel_argv", ["x" * 100_000] * 11, id="argv-long"),
         ("time", "soon"), ("time", "0"), ("time", "1-2-3"), ("jobid", "12 3"), ("jobid", "1.0"),
+        ("directory", "work"), ("directory", "$(id)"), ("directory", "/a\nb"), ("default_directory", "--x"),
         ("jobid", -5),
         pytest.param("jobid", 10**5000, id="jobid-huge"), ("jobid", True), ("connect", "plain"),
         ("connect", 1), ("kernel_name", "../x"),

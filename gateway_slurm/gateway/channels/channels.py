@@ -46,7 +46,8 @@ class KernelChannels:
     """One session's sockets to one kernel. ``close`` ends its tasks and its sockets.
 
     ``ready`` waits until the kernel exists and returns "", or the reason why it never will. ``make_replay`` is called
-    then; the replay continues the session where an earlier server had it.
+    then; the replay continues the session where an earlier server had it. ``on_cell`` is called when the kernel has
+    begun a cell.
     """
 
     def __init__(
@@ -58,13 +59,14 @@ class KernelChannels:
         subscribe_timeout: float,
         log: logging.Logger,
         make_replay: Callable[[], Replay] = Replay,
+        on_cell: Callable[[], None] = lambda: None,
     ) -> None:
         self.kernel, self.log = kernel, log
         self._ready, self._subscribe_timeout = ready, subscribe_timeout
         self._session = Session(session=session_id)
         self._sockets: dict[str, KernelSocket] = {}
         self._sink: Sink | None = None
-        self._make_replay, self._replay = make_replay, Replay()
+        self._make_replay, self._replay, self._on_cell = make_replay, Replay(), on_cell
         self._out = OutgoingQueue(lambda item: self._replay.on_sent(item))
         self._wake = asyncio.Event()
         # Messages for the kernel; None while they are sent at once.
@@ -324,10 +326,13 @@ class KernelChannels:
             self._put(channel, parts, cell=cell)
 
     def _deliver_iopub(self, parts: list[bytes], msg_id: str, *, kept: bool = False) -> None:
-        if parts and b'"execute_input"' in parts[0]:
+        begins = bool(parts) and b'"execute_input"' in parts[0]
+        if begins:
             self.last_cell = messages.parent_header_of(parts)
         self._replay.on_iopub(parts, msg_id, kept=kept)
         self._put("iopub", parts, msg_id)
+        if begins:
+            self._on_cell()
 
     def _is_for_server(self, channel: str, parts: list[bytes]) -> bool:
         """Whether a message is the welcome or a nudge's answer. Sets ``_subscribed`` if the message proves it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -21,6 +22,8 @@ from gateway_slurm.provisioner import SlurmProvisioner
 _SESSION_ID = re.compile(r"[\x21-\x7e]{1,200}")
 # Seconds that an earlier server's frontends have to come back; Jupyter's own give up after 31 to 36.
 RECONNECT_SECONDS = 60.0
+# Warnings that wait for a kernel's first cell; older ones are only in the log.
+MAX_EARLY_WARNINGS = 8
 # Seconds between two looks at whether a kernel has ended while its launcher has no link.
 LINK_SECONDS = 5.0
 
@@ -39,6 +42,7 @@ class Frontends:
         self._positions: dict[str, asyncio.Future[dict[str, Position]]] = {}
         self._reconnect_timers: dict[str, asyncio.TimerHandle] = {}
         self._reading: dict[str, asyncio.Lock] = {}
+        self._early_warnings: dict[str, deque[str]] = {}
 
     def channels_of(self, kernel_id: str) -> list[KernelChannels]:
         """The channels of all sessions of this kernel."""
@@ -68,6 +72,7 @@ class Frontends:
                 subscribe_timeout=self._manager.kernel_info_timeout,
                 log=self._manager.log,
                 make_replay=partial(self._make_replay, kernel_id, session_id),
+                on_cell=partial(self._show_early_warnings, kernel_id),
             )
         return sessions[session_id]
 
@@ -110,11 +115,20 @@ class Frontends:
             channels.follow_restart()
 
     def warn(self, kernel_id: str, text: str) -> None:
-        """Show every session a warning under the cell that the kernel began last."""
+        """Show every session a warning under the cell that the kernel began last.
+
+        Frontends show nothing that has no cell: before the first cell a warning waits for it.
+        """
         sessions = self.channels_of(kernel_id)
         began = [channels.last_cell for channels in sessions if channels.last_cell]
-        for channels in sessions:
-            channels.warn(text, channels.last_cell or (began[0] if began else {}))
+        if not began and kernel_id in self._manager:
+            self._early_warnings.setdefault(kernel_id, deque(maxlen=MAX_EARLY_WARNINGS)).append(text)
+        for channels in sessions if began else ():
+            channels.warn(text, channels.last_cell or began[0])
+
+    def _show_early_warnings(self, kernel_id: str) -> None:
+        for text in self._early_warnings.pop(kernel_id, ()):
+            self.warn(kernel_id, text)
 
     def detached(self, kernel_id: str, channels: KernelChannels) -> None:
         """A websocket closed. Close the other sessions without a frontend: output is kept for the last one only."""
@@ -142,6 +156,7 @@ class Frontends:
         if (positions := self._positions.pop(kernel_id, None)) and not positions.done():
             positions.set_result({})
         self._reading.pop(kernel_id, None)
+        self._early_warnings.pop(kernel_id, None)
 
     # -- sessions of an earlier server ------------------------------------------------------------
 

@@ -17,7 +17,8 @@ PREFIX: Final = "KERNEL_SLURM_"
 COUNTED: Final = frozenset({"nodes", "gpus", "gres", "cpus", "memory", "runtime", "time", "partition"})
 """Request fields that the limits count."""
 UNCOUNTED: Final = NEVER_CLIENT_FIELDS.union(
-    ("project", "reservation", "jobid", "node", "qos", "constraint", "connect", "share", "isolate", "keep_allocation")
+    ("project", "reservation", "jobid", "node", "qos", "constraint", "connect", "share", "isolate", "keep_allocation"),
+    ("directory", "default_directory"),
 )
 """Request fields that do not make a job larger. A field in neither set is refused where there are limits."""
 

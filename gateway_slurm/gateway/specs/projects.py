@@ -68,6 +68,7 @@ class Project:
     account: str | None = None
     partition: str | None = None
     partitions: tuple[str, ...] | None = None
+    default_directory: str | None = None
     limits: Limits = Limits()
     allowed_client_fields: tuple[str, ...] | None = None
     allowed_envs: tuple[str, ...] = ()
@@ -79,6 +80,7 @@ class Project:
         """Request fields for kernelspecs that do not set them."""
         only = self.partitions[0] if self.partitions and len(self.partitions) == 1 else None
         found = {"project": self.account, "partition": self.partition or only}
+        found["default_directory"] = self.default_directory
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -160,6 +162,7 @@ KEYS: Final[tuple[Key, ...]] = (
     Key("account", _field("project"), "`project` of kernelspecs that do not set it"),
     Key("partition", _one_partition, "`partition` of kernelspecs that do not set it"),
     Key("partitions", _each(_one_partition, "partitions"), "the allowed partitions; a single one is also the default"),
+    Key("default_directory", _field("default_directory"), "`default_directory` of kernelspecs that do not set it"),
     Key("limits.max_nodes", _FIELDS["nodes"].parse, "nodes"),
     Key("limits.max_gpus", _FIELDS["gpus"].parse, "GPUs: `gpus` and those in `gres`, times nodes"),
     Key("limits.max_cpus", _FIELDS["cpus"].parse, "CPUs: `cpus` (1 if unset) times nodes"),

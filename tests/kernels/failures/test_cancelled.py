@@ -162,8 +162,8 @@ def test_a_job_that_waits_starts_when_there_is_room(service, cluster):
     manager.shutdown_kernel()
 
 
-def test_a_process_that_was_given_up_while_waiting_leaves_room(service, cluster):
+def test_a_process_that_was_given_up_while_waiting_leaves_room(service, cluster, kernelspecs):
     """The kernel after a start that failed works: nothing of the failure stays in the service."""
-    start_error("slurm", cwd="/no/such")
+    start_error(spec(kernelspecs, directory="/no/such"))
     with running_kernel("slurm") as (_manager, client):
         assert execute(client, "print(1)") == "1"

@@ -141,12 +141,11 @@ def test_a_directory_with_a_hostile_name_is_a_directory(service, cluster, tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_hostile_directory_that_is_not_there_is_an_error(service, cluster, marker, kind):
-    """A working directory of any text is an error that the user can read, and nothing is left."""
-    error, _seconds = start_error("slurm", cwd=hostile(marker)[kind])
-    assert isinstance(error, GatewaySlurmError)
-    assert len(str(error)) < 5000
-    assert nothing_left(cluster)
+def test_a_hostile_directory_that_is_not_there_is_only_a_hint(service, cluster, marker, kind):
+    """A client's working directory of any text starts a kernel at home, with a reason that the user can read."""
+    with running_kernel("slurm", cwd=hostile(marker)[kind]) as (manager, client):
+        assert execute(client, "import os; print(os.getcwd())") == os.environ["HOME"]
+        assert 0 < len(manager.provisioner.directory["why"]) < 5000
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unicode"])

@@ -18,6 +18,7 @@ FULL = {
     "account": "clim2",
     "partition": "batch",
     "partitions": ["batch", "gpu"],
+    "default_directory": "$SCRATCH/climate",
     "limits": {"max_nodes": 4, "max_gpus": "8", "max_cpus": 128, "max_memory": "256G", "max_runtime": 480},
     "allowed_client_fields": ["gpus", "runtime"],
     "allowed_envs": ["LC_*", "HF_TOKEN"],
@@ -34,7 +35,7 @@ def test_every_key_is_read():
     """What the file says is what the project is; memory is in MiB, accounts are in small letters."""
     full = project(**FULL)
     assert full.title == "Climate, second phase"
-    assert full.defaults == {"project": "clim2", "partition": "batch"}
+    assert full.defaults == {"project": "clim2", "partition": "batch", "default_directory": "$SCRATCH/climate"}
     assert full.partitions == ("batch", "gpu")
     assert full.limits == Limits(max_nodes=4, max_gpus=8, max_cpus=128, max_memory=262144, max_runtime=480)
     assert full.allowed_client_fields == ("gpus", "runtime")
