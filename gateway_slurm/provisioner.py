@@ -77,9 +77,11 @@ class SlurmProvisioner(KernelProvisionerBase):
         self._kernel_service: SlurmService | None = None
         self._has_process = False
         self._curve: tuple[str, str] | None = None
-        self._moved = self._waits_until_over = False
+        self._moved = False
         # Called when a restart has given the kernel another address, once the manager has confirmed the restart.
         self.on_moved: Callable[[], None] = lambda: None
+        # Called on the service's thread when the kernel's process has ended; it must return at once and raise nothing.
+        self.on_death: Callable[[], None] = lambda: None
 
     # -- The service --------------------------------------------------------------------------
 
@@ -126,6 +128,16 @@ class SlurmProvisioner(KernelProvisionerBase):
     def exit_reason(self) -> str:
         """Why the kernel ended, in words; empty while it lives."""
         return self._handle.process.reason if self._handle else ""
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the kernel's process has ended, and no restart has begun."""
+        return self._handle is not None and self._handle.process.phase is Phase.DEAD
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether the kernel may be started again in its place, as far as is known."""
+        return self._handle is not None and not self._is_closed and self._handle.can_restart
 
     # -- Start --------------------------------------------------------------------------------
 
@@ -286,19 +298,14 @@ class SlurmProvisioner(KernelProvisionerBase):
         )
 
     async def until_over(self) -> str:
-        """Wait until the kernel is dead and cannot be restarted in its allocation; return why.
-
-        A kernel manager need not call this: without it the manager's restarter tries some restarts, and fails.
-        """
-        self._waits_until_over = True
+        """Wait until the kernel is dead and cannot be restarted in its allocation; return why, and what to do."""
         return "" if self._handle is None else await self._call(self._handle.until_over())
 
     def _after_death(self) -> None:
-        """The kernel has died: wake the restarter. Called on the service's loop."""
-        handle = self._handle
-        # A caller of ``until_over`` gets the reason then; a restart before that could only fail.
-        if handle is not None and (handle.can_restart or not self._waits_until_over) and not self._is_closed:
-            wake_restarter(self.parent, lambda: handle.process.phase is Phase.DEAD)
+        """The kernel's process has ended: wake the restarter. Called on the service's loop."""
+        if not self._is_closed:
+            wake_restarter(self.parent, lambda: self.is_dead)
+            self.on_death()
 
     async def post_launch(self, **kwargs: Any) -> None:
         """Called when the manager has the kernel: the server does not release it by itself any more."""
@@ -376,9 +383,14 @@ class SlurmProvisioner(KernelProvisionerBase):
         return self._has_process
 
     async def poll(self) -> int | None:
-        """The exit code or minus the signal; None while the kernel lives or its state is unknown. Reads memory only."""
+        """The exit code or minus the signal; None while the kernel lives or its state is unknown. Reads memory only.
+
+        A restarter polls before it restarts: where the kernel's job ends, it reports the death and restarts nothing.
+        """
         if self._handle is None or not self._has_process:
             return 0
+        if self.is_dead and not self.can_restart:
+            refuse_restarts(self.parent)
         return self._handle.process.returncode
 
     async def wait(self) -> int | None:
@@ -484,6 +496,13 @@ def settle_cancelled_start(manager: Any) -> None:
         ready.exception()  # retrieved: asyncio logs an exception that is not
     if manager is not None:
         manager.stop_restarter()  # it would find no kernel, and start one in a new job
+
+
+def refuse_restarts(manager: Any) -> None:
+    """Have the manager's restarter, if one runs, report that the kernel is dead, and not try to restart it."""
+    polling = polling_restarter(manager)
+    if polling is not None:
+        polling[0].restart_limit = 0
 
 
 def wake_restarter(manager: Any, is_dead: Callable[[], bool]) -> None:

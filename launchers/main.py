@@ -90,8 +90,9 @@ class NodeLauncher:
 
     def run(self) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._reactor.on_signal(signal.SIGCHLD, self._reap)
+        # SIGTERM first: the server must know that the job ends when it hears that a kernel did.
         self._reactor.on_signal(signal.SIGTERM, self._on_sigterm)
+        self._reactor.on_signal(signal.SIGCHLD, self._reap)
         for ignored in (signal.SIGINT, signal.SIGHUP):
             self._reactor.on_signal(ignored, lambda: None)
         # The job script ignores SIGUSR1. With a handler here, kernels get the default action after exec.

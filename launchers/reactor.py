@@ -88,7 +88,10 @@ class Reactor:
         return timer
 
     def on_signal(self, signum: int, callback: Callback) -> None:
-        """Call ``callback`` when the signal comes, from the loop and not from the signal handler."""
+        """Call ``callback`` when the signal comes, from the loop and not from the signal handler.
+
+        Of signals that came together, the one whose callback was registered first is handled first.
+        """
         self._signals[signum] = callback
         # A Python handler has to exist for set_wakeup_fd to report the signal.
         signal.signal(signum, lambda _signum, _stack: None)
@@ -122,9 +125,9 @@ class Reactor:
             signums = os.read(self._wake_read, 4096)
         except BlockingIOError:
             return
-        for signum in dict.fromkeys(signums):
-            if signum in self._signals:
-                self._call(self._signals[signum])
+        for signum, callback in list(self._signals.items()):
+            if signum in signums:
+                self._call(callback)
 
     @staticmethod
     def _call(callback: Callable[..., None], *arguments: Any) -> None:

@@ -154,6 +154,7 @@ PHASE_TEXTS = {
     Phase.STARTING: "the server has sent START; the kernel does not listen yet",
     Phase.RUNNING: "the kernel listens on all channels",
     Phase.LOST: "the launcher's link broke: the state is unknown, and Jupyter still sees a living kernel",
+    Phase.EXITED: "the process ended; whether its job ends with it is not known yet, and Jupyter still sees it alive",
     Phase.DEAD: "the kernel exited, or its job ended; the kernel may be started again",
 }
 

@@ -220,6 +220,9 @@ class LauncherKernel(Protocol):
     def lost(self) -> None:
         """The link broke; the kernel may live on."""
 
+    def job_ends(self) -> None:
+        """Slurm is ending the job; the kernel may live for some seconds more."""
+
     def ended_with_job(self, reason: str) -> None:
         """The job or the launcher is over, and the kernel with it."""
 
@@ -290,6 +293,7 @@ class Launcher:
         # Resolved once the launcher is up for the first time; carries an error when it cannot be.
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.terminated = False  # Slurm sent it SIGTERM: the job ends
+        self.ended = False  # it, or the job, is over for this server
         self.slurmd_missing = False  # on its node: Slurm may declare the job lost while the link lives
         self.isolated = False  # it serves one kernel, in a job step with an exact share
         self.holds_job = False  # it is the job's own script: the job ends with it, and not with a step
@@ -381,6 +385,7 @@ class Launcher:
 
     def end(self, reason: str) -> None:
         """The job or the launcher is over for this server, and its kernels with it."""
+        self.ended = True
         self.fail(LauncherFailed(reason))
         for kernel in list(self.kernels.values()):
             kernel.ended_with_job(reason)
@@ -505,6 +510,8 @@ class Launcher:
         if kind == "sigterm":
             self.terminated = True
             self.log.warning("job %s: Slurm is ending it (SIGTERM on node %s)", self.jobid, self.node)
+            for kernel in list(self.kernels.values()):
+                kernel.job_ends()
         elif kind == "walltime":
             self._events.end_reported(self, moment(fields.get("end_time")), due=True)
         elif kind == "signal":

@@ -317,17 +317,30 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self._tasks.create_task(self._watch_end(kernel_id, kernel))
 
     async def _watch_end(self, kernel_id: str, kernel: Any) -> None:
-        """Show the kernel as dead as soon as its allocation has ended: no restarter can help there."""
+        """Show the kernel as dead once it cannot be restarted in its place, with the reason and what to do."""
         if not isinstance(kernel.provisioner, SlurmProvisioner):
             return
         kernel.provisioner.on_moved = lambda: self.frontends.reconnect(kernel_id)
+        loop = asyncio.get_running_loop()
+        kernel.provisioner.on_death = partial(call_on, loop, self._after_death, kernel_id, kernel)
         if self.has_frontends:
-            loop = asyncio.get_running_loop()
             kernel.provisioner.show_warnings(partial(call_on, loop, self.frontends.warn, kernel_id))
         reason = await kernel.provisioner.until_over()
-        if self.find_kernel(kernel_id) is kernel and not kernel.shutting_down and not self._is_dead(kernel_id):
+        if self.find_kernel(kernel_id) is kernel and not kernel.shutting_down:
             kernel.stop_restarter()
+            if self._is_dead(kernel_id):
+                kernel.reason = reason
             self._set_dead(kernel_id, reason)
+
+    def _after_death(self, kernel_id: str, kernel: Any) -> None:
+        """Show a kernel that has no restarter as dead. Until its place is released, a user may restart it."""
+        if self.find_kernel(kernel_id) is not kernel or kernel.autorestart or kernel.shutting_down:
+            return
+        provisioner = kernel.provisioner
+        if provisioner.is_dead and provisioner.can_restart and kernel_id not in self._restarting:
+            seconds = SlurmService.instance().release_grace
+            kept = f"its place in job {provisioner.jobid} is kept for {seconds:g} s, in which it can be restarted"
+            self._set_dead(kernel_id, f"{provisioner.exit_reason}; {kept}")
 
     def update_env(self, *, kernel_id: str, env: dict[str, str]) -> None:
         """Set the environment of the kernel's next process; jupyter_server calls it when a document is renamed."""
@@ -361,9 +374,14 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             await self.shutdown_kernel(kernel_id, now=True)
 
     def restarter_gave_up(self, kernel_id: str) -> None:
-        if kernel_id in self:
-            reason = getattr(self.get_kernel(kernel_id).provisioner, "exit_reason", "")
-            self._set_dead(kernel_id, reason or "it died, and was not restarted")
+        kernel = self.find_kernel(kernel_id)
+        if kernel is None:
+            return
+        provisioner = kernel.provisioner
+        if isinstance(provisioner, SlurmProvisioner) and provisioner.is_dead and not provisioner.can_restart:
+            return  # its job ends: ``_watch_end`` shows that, with Slurm's word
+        reason = getattr(provisioner, "exit_reason", "")
+        self._set_dead(kernel_id, reason or "it died, and was not restarted")
 
     async def shutdown_all(self, now: bool = False) -> None:  # type: ignore[override] # as AsyncMultiKernelManager's
         """End all kernels, starts and tasks; kernels on Slurm run on unless ``kill_kernels_on_exit`` is set.

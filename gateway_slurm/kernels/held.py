@@ -37,6 +37,9 @@ LINK_SECONDS = 10.0
 STOP_SECONDS = 10.0
 # Seconds that the end of the server waits for starts that it has cancelled.
 START_SECONDS = 10.0
+# Seconds that a kernel's end with its job waits for Slurm's word, which comes once the job's processes have ended.
+REASON_SECONDS = 5.0
+REMEDY = "shut the kernel down and start it again for a new allocation"
 
 
 class Kernels:
@@ -218,7 +221,8 @@ class KernelHandle:
         # Resolved with the reason once the kernel is dead and cannot be restarted in its place.
         loop = asyncio.get_running_loop()
         self.over: asyncio.Future[str] = loop.create_future()
-        # Called on the service's loop when the kernel died without having been stopped.
+        self._over_timer: asyncio.TimerHandle | None = None
+        # Called on the service's loop when the kernel's process has ended, and this server does not release it.
         self.on_death: Callable[[], None] = lambda: None
         process.on_exit = lambda _process: self._ended()
         # In the loop's next round: by then the process knows a reason, which says more.
@@ -316,20 +320,22 @@ class KernelHandle:
     @property
     def can_restart(self) -> bool:
         """Whether the kernel may be started again in its place, as far as is known."""
-        return not (self._released or self.allocation.is_over or self.process.launcher.terminated)
+        launcher = self.process.launcher
+        return not (self._released or self.allocation.is_over or launcher.terminated or launcher.ended)
 
     def _check_place(self) -> None:
         jobid = self.allocation.jobid
-        remedy = "shut the kernel down and start it again for a new allocation"
         if self.allocation.ended.done():
             ended = self.allocation.ended.result()
-            raise AllocationEnded(f"{ended}; {remedy}", jobid=jobid, state=ended.state)
+            raise AllocationEnded(f"{ended}; {REMEDY}", jobid=jobid, state=ended.state)
         if self._released is not None or self.allocation.is_over:
             raise AllocationEnded(
-                f"the kernel's place in job {jobid} was released after the kernel's death; {remedy}", jobid=jobid
+                f"the kernel's place in job {jobid} was released after the kernel's death; {REMEDY}", jobid=jobid
             )
         if self.process.launcher.terminated:
-            raise AllocationEnded(f"Slurm is ending job {jobid}; {remedy}", jobid=jobid, state="COMPLETING")
+            raise AllocationEnded(f"Slurm is ending job {jobid}; {REMEDY}", jobid=jobid, state="COMPLETING")
+        if self.process.launcher.ended:
+            raise AllocationEnded(f"the kernel's launcher in job {jobid} has ended; {REMEDY}", jobid=jobid)
 
     # -- From a start to its confirmation -------------------------------------------------------
 
@@ -349,12 +355,15 @@ class KernelHandle:
     # -- The end --------------------------------------------------------------------------------
 
     async def until_over(self) -> str:
-        """Wait until the kernel is dead and cannot be restarted in its place; return the reason."""
+        """Wait until the kernel is dead and cannot be restarted in its place; return why, and what to do."""
         return await asyncio.shield(self.over)
 
     def _set_over(self) -> None:
+        if self._over_timer is not None:
+            self._over_timer.cancel()
+            self._over_timer = None
         if not self.over.done():
-            self.over.set_result(self.process.reason or "its allocation is over")
+            self.over.set_result(f"{self.process.reason or 'its allocation is over'}; {REMEDY}")
 
     def _ended(self) -> None:
         """The process has ended. Other events report a start that failed, and a restart."""
@@ -367,6 +376,8 @@ class KernelHandle:
     def _after_exit(self) -> None:
         if self._released is None:
             self._release_later(self._kernels.release_grace)
+            if not self.can_restart and self._over_timer is None:
+                self._over_timer = asyncio.get_running_loop().call_later(REASON_SECONDS, self._set_over)
             self.on_death()
 
     def _release_later(self, seconds: float) -> None:

@@ -51,6 +51,7 @@ class Phase(enum.Enum):
     STARTING = "starting"
     RUNNING = "running"
     LOST = "lost"  # its launcher has no link: the kernel may live, and the launcher may dial again
+    EXITED = "exited"  # its process has ended; whether its job ends with it is not known yet
     DEAD = "dead"
 
 
@@ -59,7 +60,8 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     # LOST after NEW: an earlier server started the kernel, and its launcher has not dialled this one yet.
     Phase.NEW: frozenset({Phase.STARTING, Phase.LOST, Phase.DEAD}),
     Phase.STARTING: frozenset({Phase.RUNNING, Phase.DEAD}),
-    Phase.RUNNING: frozenset({Phase.LOST, Phase.DEAD}),
-    Phase.LOST: frozenset({Phase.RUNNING, Phase.DEAD}),
+    Phase.RUNNING: frozenset({Phase.LOST, Phase.EXITED, Phase.DEAD}),
+    Phase.LOST: frozenset({Phase.RUNNING, Phase.EXITED, Phase.DEAD}),
+    Phase.EXITED: frozenset({Phase.DEAD}),
     Phase.DEAD: frozenset({Phase.STARTING}),
 }

@@ -33,6 +33,10 @@ MAX_TEXT = 4096
 """Characters of an error message, and of a kernel's last output, that are taken from a launcher."""
 REPLY_SLACK = 15.0
 """Seconds by which the server's deadline for a start is later than the launcher's own."""
+JOB_END_SECONDS = 0.2
+"""Seconds after a kernel's EXIT in which its launcher reports, or shows by its own end, that Slurm ends the job."""
+_JOB_END_CODES = {code for signum in (signal.SIGTERM, signal.SIGKILL) for code in (-signum, 128 + signum)}
+"""How a kernel ends whose job Slurm ends: scancel(1) and slurm.conf(5), KillWait; 128 and more behind a shell."""
 
 
 class KernelProcess:
@@ -70,6 +74,11 @@ class KernelProcess:
         self._tunnel: KernelTunnel | None = None
         self._fallback_reason = ""  # why a direct kernel is reached through the tunnel, where it is
         self._started: asyncio.Future[dict[str, Any]] | None = None
+        self._exit: tuple[int, str] = (-signal.SIGKILL, "")  # EXIT's code, and the code in words
+        self._exit_timer: asyncio.TimerHandle | None = None
+        self._waited_for_job = False  # JOB_END_SECONDS have passed since EXIT
+        self._end_requested = False  # this server ended the process
+        self._ended_with_job = False
         self._dead = asyncio.Event()
         self.on_exit: Callable[[KernelProcess], None] = lambda _kernel: None
         self.walltime_end: float | None = None
@@ -97,6 +106,7 @@ class KernelProcess:
         self._enter(Phase.STARTING)
         self.generation += 1
         self.returncode, self.reason, self.output_tail = None, "", ""
+        self._waited_for_job = self._end_requested = self._ended_with_job = False
         self._dead.clear()
         self._acked = None
         self._started = asyncio.get_running_loop().create_future()
@@ -283,7 +293,35 @@ class KernelProcess:
             self._fail(fields)
         elif name == "EXIT":
             self.output_tail = str(fields.get("output_tail", ""))[-MAX_TEXT:]
-            self._end(int(fields["returncode"]), wire.describe_exit(int(fields["returncode"])))
+            code = int(fields["returncode"])
+            self._exit = code, wire.describe_exit(code)
+            if self.phase in (Phase.RUNNING, Phase.LOST):
+                self._enter(Phase.EXITED)
+            if self.phase is Phase.EXITED:
+                self._decide_death()
+            else:
+                self._end(*self._exit)
+
+    def _decide_death(self) -> None:
+        """Declare an exited kernel dead once it is known whether its job ends, too; called with each new fact.
+
+        Slurm signals a job's processes in any order, so EXIT may come before or after the launcher's notice, or before
+        the link breaks. No other place distinguishes a crash, after which a restart can help, from the job's end.
+        """
+        if self.phase is not Phase.EXITED:
+            return
+        if self.launcher.terminated:
+            self._end(self._exit[0], f"Slurm is ending job {self.launcher.jobid}", with_job=True)
+        elif self.launcher.link is None:
+            return  # Slurm, or the launcher over its next link, reports what happened
+        elif self._exit[0] not in _JOB_END_CODES or self._end_requested or self._waited_for_job:
+            self._end(*self._exit)
+        elif self._exit_timer is None:
+            self._exit_timer = asyncio.get_running_loop().call_later(JOB_END_SECONDS, self._stop_waiting)
+
+    def _stop_waiting(self) -> None:
+        self._exit_timer, self._waited_for_job = None, True
+        self._decide_death()
 
     def _fail(self, fields: dict[str, Any]) -> None:
         self.output_tail = str(fields.get("output_tail", ""))[-MAX_TEXT:]
@@ -319,7 +357,7 @@ class KernelProcess:
 
     def unreported(self) -> None:
         """REPORT on a new link does not name this kernel."""
-        if self.phase is Phase.LOST:
+        if self.phase in (Phase.LOST, Phase.EXITED):
             self.ended_with_job("its launcher no longer knows it")
 
     def lost(self) -> None:
@@ -327,20 +365,29 @@ class KernelProcess:
         if self.phase is Phase.RUNNING:
             self._enter(Phase.LOST)
 
+    def job_ends(self) -> None:
+        """Slurm is ending the job; the kernel may live for some seconds more."""
+        self._decide_death()
+
     def ended_with_job(self, reason: str) -> None:
         """The allocation or the launcher is over, and the kernel with it."""
         if self.phase in (Phase.STARTING, Phase.NEW):
             self.fail_start(LauncherFailed(reason))
         elif self.phase is not Phase.DEAD:
-            self._end(-signal.SIGKILL, reason)
+            self._end(self._exit[0] if self.phase is Phase.EXITED else -signal.SIGKILL, reason, with_job=True)
         elif reason not in self.reason:
-            self.reason = f"{self.reason}; {reason}"
+            # Slurm's own word replaces what the launcher knew; a crash before it remains the reason.
+            if self._ended_with_job:
+                self.reason = self.brief = reason
+            else:
+                self.reason = f"{self.reason}; {reason}"
             self.log.warning("kernel %s ended: %s", self.kernel_id, printable(reason))
 
-    def _end(self, returncode: int, reason: str, brief: str = "") -> None:
+    def _end(self, returncode: int, reason: str, brief: str = "", *, with_job: bool = False) -> None:
         self.fail_start(KernelStartError(f"the kernel ended at start: {reason}", output_tail=self.output_tail))
         self._enter(Phase.DEAD)
-        self.reason, self.brief = reason, brief or reason
+        self._cancel_exit_timer()
+        self.reason, self.brief, self._ended_with_job = reason, brief or reason, with_job
         self.returncode = returncode
         self._dead.set()
         self.log.debug("kernel %s (job %s) ended: %s", self.kernel_id, self.launcher.jobid, printable(reason))
@@ -404,11 +451,13 @@ class KernelProcess:
         """Signal the kernel's process group. Raises LinkError when the launcher has no link."""
         if self.phase is Phase.DEAD:
             return
+        self._end_requested = self._end_requested or signum in (signal.SIGTERM, signal.SIGKILL)
         if not self.launcher.send("SIGNAL", kernel_id=self.kernel_id, signum=int(signum)):
             raise LinkError(f"the link to {self.launcher.where} is down: signal {signum} could not be sent")
 
     def stop(self) -> None:
         """Have the launcher kill the kernel's processes and remove its files; the launcher stays."""
+        self._end_requested = True
         self.launcher.send("STOP", kernel_id=self.kernel_id)
 
     def close(self) -> None:
@@ -428,7 +477,13 @@ class KernelProcess:
     def detach(self) -> None:
         """Close the tunnel and forget the kernel; the launcher gets no message, and the kernel runs on."""
         self._close_tunnel()
+        self._cancel_exit_timer()
         self.launcher.kernels.pop(self.kernel_id, None)
+
+    def _cancel_exit_timer(self) -> None:
+        if self._exit_timer is not None:
+            self._exit_timer.cancel()
+            self._exit_timer = None
 
     def _close_tunnel(self) -> None:
         self._fallback_reason = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -10,8 +11,12 @@ import time
 import pytest
 from jupyter_client.ioloop import AsyncIOLoopKernelManager, IOLoopKernelManager
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado.web import HTTPError
+from traitlets.config import Config
 
 from gateway_slurm import SlurmMappingKernelManager
+from gateway_slurm.errors import SlurmUnavailable
+from gateway_slurm.kernels import held
 from gateway_slurm.kernels.model import Phase
 from helpers.failing_starts import nothing_left
 from helpers.kernel_clients import READY, poll_async, process_of
@@ -120,34 +125,86 @@ def test_a_shutdown_of_a_dead_kernel_starts_none(service, cluster):
     assert nothing_left(cluster)
 
 
-async def test_a_cancelled_job_is_known_at_once(service, cluster):
-    """``poll()`` and the restarter know within 0.1 s of the link saying that the job's kernel ended."""
-    kernel = AsyncIOLoopKernelManager(kernel_name="slurm")
-    await kernel.start_kernel()
-    heard, known, told = times_of_ends(kernel), [], []
-    kernel.add_restart_callback(lambda: told.append(time.monotonic()))
-    slurm("scancel", kernel.provisioner.jobid, cluster=cluster)
-    deadline = time.monotonic() + READY
-    while await kernel.provisioner.poll() is None:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
-    known.append(time.monotonic())
-    assert await poll_async(lambda: told, timeout=2)
-    assert known[0] - heard[0] < SOON
-    assert told[0] - heard[0] < SOON
-    assert await poll_async(lambda: kernel.ready.done(), timeout=READY)
+@pytest.mark.parametrize("manager_class", MANAGERS)
+async def test_a_cancelled_job_is_a_death_and_no_restart(service, cluster, tmp_path, manager_class):
+    """The restarter of any manager reports the death and restarts nothing, also if it had to restart before."""
+    kernel, shut_down = await started_by(manager_class, tmp_path)
+    restarted, dead, job = [], [], kernel.provisioner.jobid
+    os.kill(process_of(kernel).pid, signal.SIGKILL)
+    assert await poll_async(lambda: is_back(kernel, 2), timeout=READY)
+    kernel.add_restart_callback(lambda: restarted.append(1))
+    kernel.add_restart_callback(lambda: dead.append(time.monotonic()), "dead")
+    heard = times_of_ends(kernel)
+    slurm("scancel", job, cluster=cluster)
+    assert await poll_async(lambda: dead, timeout=READY)
+    assert dead[0] - heard[0] < SOON
+    assert await kernel.provisioner.poll() is not None
+    reason = await asyncio.wait_for(kernel.provisioner.until_over(), READY)
+    assert f"job {job} ended: CANCELLED" in reason
+    assert "start it again" in reason
+    assert (restarted, kernel._restarter._pcallback) == ([], None)
+    with contextlib.suppress(HTTPError):  # a plain server has removed the kernel
+        await shut_down()
     await kernel.shutdown_kernel(now=True)
     assert nothing_left(cluster)
 
 
+async def test_a_job_of_which_slurm_says_nothing_is_over_all_the_same(service, cluster, monkeypatch):
+    """Slurm's word is waited for only so long; then the reason is what the launcher knew."""
+    monkeypatch.setattr(held, "REASON_SECONDS", 0.1)
+    kernel = AsyncIOLoopKernelManager(kernel_name="slurm")
+    await kernel.start_kernel()
+    driver = service.owners.of("")._driver
+    driver.jobs = silent
+    slurm("scancel", kernel.provisioner.jobid, cluster=cluster)
+    reason = await asyncio.wait_for(kernel.provisioner.until_over(), READY)
+    assert reason.startswith(f"Slurm is ending job {kernel.provisioner.jobid}; ")
+    del driver.jobs
+    await kernel.shutdown_kernel(now=True)
+    assert nothing_left(cluster)
+
+
+async def silent(_jobids):
+    """A Slurm that does not answer."""
+    raise SlurmUnavailable("the test wants no answer now")
+
+
+async def test_a_kernel_without_a_restarter_is_dead_at_once_and_restartable(admin_settings, cluster, tmp_path):
+    """With ``autorestart`` off it is shown dead, its place is kept for release_grace, and a restart by hand works."""
+    service = admin_settings(release_grace=4.0)
+    manager = SlurmMappingKernelManager(root_dir=str(tmp_path), config=Config(KernelManager={"autorestart": False}))
+    kernel, shut_down = await started_by(lambda **_directory: manager, tmp_path)
+    (kernel_id,) = manager.list_kernel_ids()
+    job = kernel.provisioner.jobid
+    for generation in (2, 3):
+        os.kill(process_of(kernel).pid, signal.SIGSEGV)
+        assert await poll_async(lambda: kernel.execution_state == "dead", timeout=READY, interval=0.01)
+        assert "SIGSEGV" in kernel.reason
+        assert f"job {job} is kept for 4 s" in kernel.reason
+        assert process_of(kernel).phase is Phase.DEAD
+        await manager.restart_kernel(kernel_id)
+        assert (process_of(kernel).generation, kernel.execution_state) == (generation, "idle")
+    os.kill(process_of(kernel).pid, signal.SIGSEGV)
+    assert await poll_async(lambda: service.kernels.handles() == [], timeout=READY)
+    assert await poll_async(lambda: "start it again" in kernel.reason, timeout=READY)
+    with pytest.raises(HTTPError, match=r"was released.*start it again"):
+        await manager.restart_kernel(kernel_id)
+    assert kernel.execution_state == "dead"
+    await shut_down()
+    assert nothing_left(cluster)
+
+
 async def test_a_server_is_told_of_a_cancelled_job_with_slurms_word_and_no_restart(service, cluster, tmp_path):
-    """A manager that waits for the job's end shows the kernel dead, and why; no client gets "restarting" before."""
+    """A manager that waits for the job's end shows the kernel dead, with the reason and what to do."""
     manager = SlurmMappingKernelManager(root_dir=str(tmp_path))
     kernel_id = await manager.start_kernel(kernel_name="slurm")
-    kernel = manager._kernels[kernel_id]
+    kernel, states = manager._kernels[kernel_id], []
+    kernel.add_restart_callback(lambda: states.append("restarting"))
     assert await poll_async(lambda: kernel.execution_state == "idle", timeout=READY)
     slurm("scancel", kernel.provisioner.jobid, cluster=cluster)
     assert await poll_async(lambda: kernel.execution_state == "dead", timeout=READY)
     assert "CANCELLED" in kernel.reason
+    assert "start it again" in kernel.reason
+    assert states == []
     await manager.shutdown_kernel(kernel_id)
     assert nothing_left(cluster)

@@ -189,4 +189,4 @@ def test_a_launcher_knows_its_kernels_by_six_methods():
     module = ast.parse((PACKAGE / "allocations" / "launcher.py").read_text())
     (protocol,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "LauncherKernel")
     methods = {node.name for node in protocol.body if isinstance(node, ast.FunctionDef)}
-    assert methods == {"message", "reported", "unreported", "lost", "ended_with_job", "warn"}
+    assert methods == {"message", "reported", "unreported", "lost", "job_ends", "ended_with_job", "warn"}
