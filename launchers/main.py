@@ -114,8 +114,10 @@ class NodeLauncher:
             "ip": self._uplink.local_ip(),
             "probes": True,  # this launcher understands PROBE
             "dialled": self._uplink.dialled(),
-            "started": self._walltime.started,
-            "end_time": self._walltime.end_time,
+            # Seconds, not moments: this node's clock is only sent for a comparison.
+            "age": self._walltime.age,
+            "remaining": self._walltime.remaining,
+            "clock": time.time(),
             "python": sys.version.split()[0],
             "executable": sys.executable[:500],
             "slurm_job_nodelist": nodes_of_job(os.environ),
@@ -188,9 +190,7 @@ class NodeLauncher:
 
     def _start(self, fields: dict[str, Any]) -> None:
         kernel_id = fields["kernel_id"]
-        if not self._kernels:
-            # After the start, so that a slow home does not delay it.
-            self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"]))
+        is_first = not self._kernels
         self._retire(kernel_id)
         kernel = self._kernels[kernel_id] = Kernel(
             self._reactor,
@@ -204,6 +204,9 @@ class NodeLauncher:
             kept_output=self._kept_output,
         )
         kernel.start()
+        if is_first:
+            # After the start, so that a slow home does not delay it.
+            self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"], kernel.log_path))
 
     def _address(self, fields: dict[str, Any]) -> str:
         """The address for a direct kernel: on a restart the same as before, whatever the link's address is now."""

@@ -57,10 +57,13 @@ def _read(pid: int, name: str) -> str:
 # -- Log files in the user's home --
 
 
-def remove_old_logs(directory: str, now: float | None = None) -> None:
-    """Remove logs of launchers and kernels that have not changed for LOG_RETENTION_SECONDS."""
-    oldest = (time.time() if now is None else now) - LOG_RETENTION_SECONDS
+def remove_old_logs(directory: str, newest: str) -> None:
+    """Remove logs of launchers and kernels that are LOG_RETENTION_SECONDS older than ``newest``, a log of now.
+
+    The file server's times are compared with each other: this node's clock may be wrong.
+    """
     try:
+        oldest = os.stat(newest).st_mtime - LOG_RETENTION_SECONDS
         with os.scandir(os.path.expanduser(directory)) as entries:
             for _count, entry in zip(range(MAX_ENTRIES), entries):
                 named = entry.name.startswith(("launcher-", "kernel-")) and ".log" in entry.name
@@ -74,54 +77,51 @@ def remove_old_logs(directory: str, now: float | None = None) -> None:
 
 
 class Walltime:
-    """Plans the warnings before the job's end, by this node's clock.
+    """Plans the warnings before the job's end, by this node's monotonic clock.
 
-    ``send`` sends a message to the server; without a link it does nothing.
+    Times are seconds from now: the node's clock may be wrong, and Slurm's absolute times are another host's. ``send``
+    sends a message to the server; without a link it does nothing.
     """
 
     def __init__(self, reactor: Reactor, *, send: Callable[..., None], is_linked: Callable[[], bool]) -> None:
         self._reactor, self._send, self._is_linked = reactor, send, is_linked
-        self.started = time.time()
-        self.end_time: float | None = None
+        self._started = time.monotonic()
+        self._end: float | None = None  # by the monotonic clock
         self._minutes: list[float] = []
         self._timers: list[Timer] = []
         self._was_due = False  # a warning was due for the current end time
         self._unsent = False  # the last warning was due while there was no server
 
+    @property
+    def age(self) -> float:
+        """Seconds since the launcher started."""
+        return time.monotonic() - self._started
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until the job's end; None until a server has named it."""
+        return None if self._end is None else self._end - time.monotonic()
+
     def link_up(self, fields: dict[str, Any], *, same_server: bool) -> None:
         """WELCOME came and REPORT was sent: plan, once, and repeat a warning that this server has not received."""
-        if self.end_time is None:
-            self._plan(fields)
+        if self._end is None and fields.get("remaining") is not None:
+            self._minutes = [float(minutes) for minutes in fields.get("warn_minutes", [])]
+            self._plan(float(fields["remaining"]))
         if self._unsent or (self._was_due and not same_server):
             self._warn()
 
-    def _plan(self, fields: dict[str, Any]) -> None:
-        self._minutes = [float(minutes) for minutes in fields.get("warn_minutes", [])]
-        end_by_slurm = os.environ.get("SLURM_JOB_END_TIME", "")
-        if fields.get("end_time"):
-            self.end_time = float(fields["end_time"])
-        elif end_by_slurm.isdigit():
-            self.end_time = float(end_by_slurm)
-        elif fields.get("minutes"):
-            self.end_time = self.started + 60.0 * float(fields["minutes"])
-        else:
-            return
-        self._set_timers()
-
     def set_end_time(self, fields: dict[str, Any]) -> None:
-        """Take the end time from END_TIME: a user or an admin changed the time limit."""
-        self.end_time = float(fields["end_time"])
+        """Take the end from END_TIME: a user or an admin changed the time limit."""
         self._was_due = self._unsent = False
-        self._set_timers()
+        self._plan(float(fields["remaining"]))
 
-    def _set_timers(self) -> None:
-        assert self.end_time is not None
+    def _plan(self, remaining: float) -> None:
+        self._end = time.monotonic() + remaining
         for timer in self._timers:
             timer.cancel()
-        waits = [self.end_time - time.time() - 60.0 * minutes for minutes in self._minutes]
+        waits = [remaining - 60.0 * minutes for minutes in self._minutes]
         self._timers = [self._reactor.later(wait, self._warn) for wait in waits if wait > 0]
 
     def _warn(self) -> None:
-        assert self.end_time is not None
         self._was_due, self._unsent = True, not self._is_linked()
-        self._send("NOTICE", kind="walltime", end_time=self.end_time, remaining=self.end_time - time.time())
+        self._send("NOTICE", kind="walltime", remaining=self.remaining)

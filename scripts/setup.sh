@@ -37,6 +37,8 @@ need systemd-analyze systemd
 need ip iproute2
 need nft nftables
 need nsenter util-linux
+# Nodes with wrong clocks.
+need faketime faketime
 # The login node of the tests.
 need sshd openssh-server
 need ssh-agent openssh-client

@@ -41,6 +41,8 @@ UNKNOWN_NODE: Final = "?"
 MAX_NODES: Final = 4096
 """Nodes of a job that a launcher may report: the list is expanded on the loop, in a few milliseconds a link."""
 TEN_YEARS: Final = 10 * 366 * 86400.0
+MAX_SKEW: Final = 10.0
+"""Seconds by which a node's clock may differ without a word in the log."""
 MAX_UNKNOWN_KERNELS: Final = 1000
 """Kernels of one REPORT that the server does not know and stops."""
 MAX_KERNEL_ID: Final = 100
@@ -408,6 +410,7 @@ class Launcher:
         self.stepid = str(hello.get("slurm_step_id", ""))
         self.set_nodes(str(hello.get("slurm_job_nodelist", "")))
         self.end_time = self._end_time_of(hello)
+        self._compare_clocks(hello.get("clock"))
         self.python = f"{str(hello.get('executable', 'Python'))[:500]} ({str(hello.get('python', '?'))[:50]})"
         self.reached, self.failed_dials = _dialled(hello)
         self.log.info("job %s: the launcher on node %s is linked, by %s", self.jobid or "?", self.node, self.reached)
@@ -419,8 +422,7 @@ class Launcher:
             "epoch": self.epoch,
             "heartbeat": self._heartbeat,
             "orphan_timeout": self._settings.orphan_timeout,
-            "minutes": self._job.minutes,
-            "end_time": self._job.end_time,
+            "remaining": None if self._job.end_time is None else self._job.end_time - time.time(),
             "warn_minutes": self._settings.walltime_warnings,
             "kept_output": self._kept_output,
         }
@@ -475,12 +477,30 @@ class Launcher:
         )
 
     def _end_time_of(self, hello: dict[str, Any]) -> float | None:
-        """The end that a server has sent it; else Slurm's, where jobs have it (22.05, some sites); else calculated."""
+        """The end that a server has sent it; else Slurm's, where jobs have it (22.05, some sites); else calculated.
+
+        Slurm's time is absolute and read by this server's clock, as all of Slurm's times are. The node's clock has no
+        part in it.
+        """
         text = str(hello.get("slurm_job_end_time", ""))
-        slurms = float(text) if text.isascii() and text.isdigit() else None
-        end = moment(hello.get("end_time")) or moment(slurms)
-        minutes, started = self._job.minutes, moment(hello.get("started"))
-        return end if end or not (minutes and started) else started + 60.0 * minutes
+        slurms = moment(float(text)) if text.isascii() and text.isdigit() else None
+        minutes, age = self._job.minutes, hello.get("age")
+        end = in_seconds(hello.get("remaining")) or slurms
+        return end if end or not (minutes and in_seconds(age)) else in_seconds(60.0 * minutes - float(age or 0))
+
+    def _compare_clocks(self, clock: Any) -> None:
+        """Log it where the node's clock is wrong, or this server's: kernels stamp their messages by the node's."""
+        node_clock = moment(clock)
+        ahead = 0.0 if node_clock is None else node_clock - time.time()
+        if abs(ahead) > MAX_SKEW and not self.was_up:
+            direction = "ahead of" if ahead > 0 else "behind"
+            self.log.warning(
+                "job %s: the clock of node %s is %.0f s %s this server's; times in notebooks are the node's",
+                self.jobid or "?",
+                self.node,
+                abs(ahead),
+                direction,
+            )
 
     # -- REPORT, NOTICE and HEARTBEAT --
 
@@ -513,7 +533,7 @@ class Launcher:
             for kernel in list(self.kernels.values()):
                 kernel.job_ends()
         elif kind == "walltime":
-            self._events.end_reported(self, moment(fields.get("end_time")), due=True)
+            self._events.end_reported(self, in_seconds(fields.get("remaining")), due=True)
         elif kind == "signal":
             self._events.end_reported(self, self.end_time, due=False)
         elif kind == "slurmd":
@@ -531,7 +551,7 @@ class Launcher:
         self.end_time = end_time
         remaining = end_time - time.time()
         left = f"{remaining / 60:.0f} minutes" if remaining >= 90 else f"{max(remaining, 0):.0f} seconds"
-        clock = time.strftime("%H:%M", time.localtime(end_time))
+        clock = time.strftime("%H:%M %Z", time.localtime(end_time))
         text = f"gateway_slurm: job {self.jobid} reaches its time limit in {left}, at {clock}: save your work"
         if not self.kernels:
             self.log.warning("%s", text)
@@ -564,6 +584,12 @@ def moment(value: Any) -> float | None:
     """``value`` as seconds since the epoch, if it is a number within ten years of now; None for anything else."""
     now = time.time()
     return float(value) if isinstance(value, (int, float)) and now - TEN_YEARS < value < now + TEN_YEARS else None
+
+
+def in_seconds(value: Any) -> float | None:
+    """The moment ``value`` seconds from now, by this host's clock; None for anything but a number within ten years."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return time.time() + float(value) if is_number and -TEN_YEARS < value < TEN_YEARS else None
 
 
 def _dialled(hello: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:

@@ -68,7 +68,7 @@ class WalltimeMonitor:
             self.log.info("job %s %s time: its time limit was changed, it ends at %s", allocation.jobid, change, clock)
             for other in allocation.launchers.values():
                 other.end_time = end
-                other.send("END_TIME", end_time=end)
+                other.send("END_TIME", remaining=end - time.time())
             due = end - time.time() < self._first_warning and (calculated is None or end < calculated)
         if due:
             launcher.warn_of_end(end)

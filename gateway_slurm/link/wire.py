@@ -45,7 +45,7 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
     "SIGNAL": (3, DOWN, JSON),  # signal a kernel's process group
     "STOP": (4, DOWN, JSON),  # end a kernel
     "RELEASE": (5, DOWN, JSON),  # end all kernels and exit
-    "END_TIME": (6, DOWN, JSON),  # the end of the job, after a change of its time limit
+    "END_TIME": (6, DOWN, JSON),  # seconds until the end of the job, after a change of its time limit
     "STDERR_LINE": (7, DOWN, JSON),  # a line for a kernel's standard error
     "REDIRECT": (8, DOWN, JSON),  # instead of WELCOME: another server owns this launcher
     "ACK": (9, DOWN, JSON),  # clients have a kernel's output up to this message

@@ -10,7 +10,7 @@ from helpers.gateway_process import running_gateway, start, stop
 from helpers.kernel_clients import IPYKERNEL, READY, install_kernelspec, write_admin_settings
 from helpers.notebook_server import Frontend
 
-WARNING = r"\ngateway_slurm: job \d+ reaches its time limit in \d+ seconds, at \d\d:\d\d: save your work\n"
+WARNING = r"\ngateway_slurm: job \d+ reaches its time limit in \d+ seconds, at \d\d:\d\d \S+: save your work\n"
 CURVE = {"metadata": {"supported_encryption": ["curve"]}}
 SLEEP = "import time; print('be' + 'gun', flush=True); time.sleep(40)"
 BASH = {"kernel_argv": [sys.executable, "-m", "bash_kernel", "-f", "{connection_file}"]}

@@ -35,7 +35,7 @@ def place_of(manager):
 
 def warning_due(launcher, end_time):
     """What the launcher says when its clock says that the end is near."""
-    launcher.link_message(launcher.link, "NOTICE", {"kind": "walltime", "end_time": end_time})
+    launcher.link_message(launcher.link, "NOTICE", {"kind": "walltime", "remaining": end_time - time.time()})
 
 
 def asked(service, number):

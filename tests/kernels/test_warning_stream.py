@@ -249,7 +249,8 @@ def test_a_walltime_notice_is_such_a_warning(admin_settings, kernel_name):
         asyncio.run(manager.provisioner.service.run(later(launcher.warn_of_end, end_time)))
         line = streams_until(client, lambda m: m["msg_type"] == "stream" and m["content"]["name"] == "stderr")[-1]
         expected = (
-            rf"gateway_slurm: job {launcher.jobid} reaches its time limit in 10 minutes, at \d\d:\d\d: save your work"
+            rf"gateway_slurm: job {launcher.jobid} reaches its time limit in 10 minutes, "
+            r"at \d\d:\d\d \S+: save your work"
         )
         assert re.search(expected, line["content"]["text"])
         assert line["parent_header"]["msg_id"] == msg_id

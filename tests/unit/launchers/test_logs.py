@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 
 from launchers.node import LOG_RETENTION_SECONDS, remove_old_logs
 
@@ -13,8 +13,13 @@ def test_only_old_logs_of_ours_are_removed(tmp_path):
     for name in names:
         (tmp_path / name).touch()
     (tmp_path / "registry").mkdir()
-    remove_old_logs(str(tmp_path))
+    newest = tmp_path.parent / "newest"
+    newest.touch()
+    remove_old_logs(str(tmp_path), str(newest))
     assert len(list(tmp_path.iterdir())) == 6
-    remove_old_logs(str(tmp_path), now=time.time() + LOG_RETENTION_SECONDS + 60)
+    a_month_on = newest.stat().st_mtime + LOG_RETENTION_SECONDS + 60
+    os.utime(newest, (a_month_on, a_month_on))
+    remove_old_logs(str(tmp_path), str(newest))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel-plan.txt", "notes.log", "registry"]
-    remove_old_logs(str(tmp_path / "nowhere"))
+    remove_old_logs(str(tmp_path / "nowhere"), str(newest))
+    remove_old_logs(str(tmp_path), str(tmp_path / "nowhere"))

@@ -66,7 +66,7 @@ class Owner:
     async def until_taken(self, peer: LauncherEnd) -> None:
         """Wait until all that the peer has said so far is taken."""
         before = len(self.told)
-        peer.say(wire.encode("NOTICE", kind="walltime", end_time=None))
+        peer.say(wire.encode("NOTICE", kind="walltime", remaining=None))
         assert await poll_async(lambda: ("walltime", None, True) in self.told[before:], timeout=10)
 
 
@@ -114,16 +114,16 @@ async def test_the_nodes_are_reckoned_once_a_link(owner: Owner) -> None:
     assert owner.launcher.nodes is made
 
 
-ENDS = [math.inf, -math.inf, math.nan, 1e300, 10**400, -1, True, "soon", [], None]
+ENDS = [math.inf, -math.inf, math.nan, 1e300, 10**400, True, "soon", [], None]
 
 
 @pytest.mark.parametrize("end", ENDS, ids=repr)
 async def test_an_end_that_no_job_has_is_not_believed(owner: Owner, end: Any) -> None:
     """Not in HELLO, and not in a warning: it would be in records, and in JSON that no browser reads."""
-    peer = await owner.connect(end_time=end, started=end, slurm_job_end_time=str(end))
+    peer = await owner.connect(remaining=end, age=end, clock=end, slurm_job_end_time=str(end))
     assert owner.launcher.end_time is None
     json.dumps(owner.allocation.row(), allow_nan=False)
-    peer.say(wire.encode("NOTICE", kind="walltime", end_time=end))
+    peer.say(wire.encode("NOTICE", kind="walltime", remaining=end))
     assert await poll_async(lambda: owner.told == [("walltime", None, True)], timeout=10)
 
 
@@ -137,10 +137,10 @@ async def test_a_time_that_slurm_would_not_say_keeps_no_launcher_out(owner: Owne
 async def test_an_end_that_a_job_may_have_is_believed(owner: Owner) -> None:
     """The launcher's own word before Slurm's."""
     near = int(time.time()) + 3600
-    await owner.connect(end_time=near, slurm_job_end_time=str(near + 5))
+    await owner.connect(remaining=1800, slurm_job_end_time=str(near))
+    assert owner.launcher.end_time == pytest.approx(near - 1800, abs=30)
+    await owner.connect(remaining=None, slurm_job_end_time=str(near))
     assert owner.launcher.end_time == near
-    await owner.connect(end_time=None, slurm_job_end_time=str(near + 5))
-    assert owner.launcher.end_time == near + 5
 
 
 async def test_a_hello_that_its_owner_cannot_take_ends_the_link(socket: server.ResponseSocket) -> None:
