@@ -168,7 +168,8 @@ c = get_config()  # noqa: F821
 ## Maximum number of one user's kernels, starting ones included. 0: no limit.
 # c.SlurmMappingKernelManager.max_kernels_per_user = 0
 
-## Seconds that a kernel that died, or did not start, is still listed, with the reason.
+## Seconds that a kernel that died, or did not start, is still listed, with the reason. Once a frontend has shown
+## the reason, it is listed for some seconds only.
 # c.SlurmMappingKernelManager.dead_kernel_linger = 600.0
 
 ## Whether kernels on Slurm end with the server. Default: they run on, and the next server restores them; without
@@ -179,3 +180,8 @@ c = get_config()  # noqa: F821
 ## needs the memory for it. A larger message is not delivered, the cell says so, and the kernel's connection is
 ## made again. 0: no limit.
 # c.SlurmMappingKernelManager.max_message_size = 536870912
+
+## Whether a frontend shows, under the first cell that waits for its kernel, the job, its place in Slurm's queue
+## and its expected start. The text is taken away before the cell runs; a notebook that is saved meanwhile has
+## it.
+# c.SlurmMappingKernelManager.show_waiting = True

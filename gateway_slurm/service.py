@@ -324,6 +324,10 @@ class SlurmService(ServiceSettings):
         """Why a kernel's start takes time; reads memory only, and any thread may call it."""
         return self.owners.waiting(kernel_id, owner) if self.is_open else None
 
+    def has_job(self, kernel_id: str, owner: str | None = None) -> bool:
+        """Whether a kernel's start has a job by now; reads memory only, and any thread may call it."""
+        return self.is_open and self.owners.has_job(kernel_id, owner)
+
     def allocations_of(self, owner: str | None) -> list[dict[str, Any]]:
         """Each of the owner's allocations, by job id; reads memory only, and any thread may call it.
 

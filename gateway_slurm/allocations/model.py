@@ -248,6 +248,11 @@ class Allocation:
         return f"{info.reason}: {info.pending.advice}" if settled else ""
 
     @property
+    def partition(self) -> str:
+        """The partition that Slurm named, or that the job was submitted to; empty where neither is known."""
+        return (self.info.partition if self.info is not None else "") or self.request.partition or ""
+
+    @property
     def minutes(self) -> int | None:
         """The time limit that the job was submitted with; None for no limit, or for an adopted job."""
         return self.request.minutes if self.ours else None

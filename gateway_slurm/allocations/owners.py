@@ -25,6 +25,8 @@ class QueuedStart:
     """A start that waits in Slurm's queue."""
 
     jobid: str
+    partition: str
+    """Empty where it is not known."""
     state: str
     reason: str
     """Slurm's words."""
@@ -39,8 +41,8 @@ class QueuedStart:
 class Owners:
     """Each owner's allocations. ``make`` makes them at the owner's first request; its maker awaits ``close``.
 
-    Lives on the service's loop. ``rows`` and ``waiting`` read memory only, and any thread may call them. An owner of
-    None means all owners, for admins.
+    Lives on the service's loop. ``rows``, ``waiting`` and ``has_job`` read memory only, and any thread may call
+    them. An owner of None means all owners, for admins.
     """
 
     def __init__(self, make: Callable[[str], Allocations], registry: Registry) -> None:
@@ -91,11 +93,19 @@ class Owners:
 
     def waiting(self, kernel_id: str, owner: str | None) -> QueuedStart | None:
         """Why a kernel's start takes its time; None when it does not wait for Slurm."""
-        for allocation in self.listed(owner):
-            if not allocation.is_running and kernel_id in allocation.kernel_ids:
-                row = allocation.row()
-                return QueuedStart(**{item.name: row[item.name] for item in fields(QueuedStart)})
-        return None
+        allocation = self._of_kernel(kernel_id, owner)
+        if allocation is None or allocation.is_running:
+            return None
+        row = {**allocation.row(), "partition": allocation.partition}
+        return QueuedStart(**{item.name: row[item.name] for item in fields(QueuedStart)})
+
+    def has_job(self, kernel_id: str, owner: str | None) -> bool:
+        """Whether Slurm has accepted a job for the kernel, or the kernel has a place in another job."""
+        return self._of_kernel(kernel_id, owner) is not None
+
+    def _of_kernel(self, kernel_id: str, owner: str | None) -> Allocation | None:
+        """The allocation in which the kernel has a place."""
+        return next((found for found in self.listed(owner) if kernel_id in found.kernel_ids), None)
 
     def find(self, owner: str | None, jobid: str) -> tuple[Allocations, Allocation]:
         """The allocation with this id. Raises UnknownJob for one that is over, or not this owner's."""

@@ -25,21 +25,10 @@ from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from jupyter_server.utils import url_escape, url_path_join
 from tornado import web
 
-from gateway_slurm.errors import (
-    AllocationError,
-    ConfigError,
-    GatewaySlurmError,
-    KernelStartError,
-    LinkError,
-    NotAllowed,
-    RequestError,
-    SlurmError,
-    StoreError,
-    SubmitRefused,
-    UnknownJob,
-)
+from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.events import OVER_LIMIT, UNKNOWN_KERNELSPEC, outcome_of, reason_of
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
+from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, message_of
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.openapi import description
@@ -60,39 +49,6 @@ KERNEL_ID = rf"(?P<kernel_id>{_UUID})"
 SESSION_ID = rf"(?P<session_id>{_UUID})"
 KERNEL_NAME = r"(?P<kernel_name>[\w.\-%]+)"
 JOBID = r"(?P<jobid>[0-9]{1,10})"
-# The HTTP status of each error; the first class that the error is an instance of counts.
-STATUS: tuple[tuple[type[Exception], int], ...] = (
-    (NotAllowed, 403),
-    (RequestError, 400),
-    (NoSuchKernel, 404),
-    (FileNotFoundError, 404),
-    (UnknownJob, 404),
-    (SubmitRefused, 400),
-    (ConfigError, 500),
-    (AllocationError, 409),
-    (KernelStartError, 502),
-    (LinkError, 503),
-    (SlurmError, 503),
-    (StoreError, 503),
-    (GatewaySlurmError, 500),
-)
-
-
-def as_http(error: BaseException) -> BaseException:
-    """The HTTPError for an error of the package; any other error is returned unchanged."""
-    for kind, status in STATUS:
-        if isinstance(error, kind):
-            return web.HTTPError(status, str(error))
-    return error
-
-
-def message_of(error: web.HTTPError) -> str:
-    """The text of an HTTPError, in which tornado has doubled the percent signs."""
-    text = error.log_message or ""
-    try:
-        return text % error.args if error.args else text.replace("%%", "%")
-    except (TypeError, ValueError):
-        return text
 
 
 async def wait_restored(handler: web.RequestHandler) -> None:
@@ -232,6 +188,8 @@ class StartsKernels(GatewayHandler):
         """
         try:
             return await self._start_kernel(name, env, kernel_id, session)
+        except PlainHTTPError:
+            raise  # the start had begun, and the service has reported its end
         except (GatewaySlurmError, NoSuchKernel, web.HTTPError) as error:
             self._report_refusal(name, env, error)
             raise

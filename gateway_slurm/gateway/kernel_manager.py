@@ -10,8 +10,8 @@ with it. A Jupyter server uses this manager by one line of its configuration::
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Mapping
 from functools import partial
@@ -25,24 +25,35 @@ from traitlets import Bool, CFloat, CInt, default, observe
 
 from gateway_slurm._jupyter_compat import renew_control_socket
 from gateway_slurm._util import TaskSet, call_on, printable
-from gateway_slurm.allocations.owners import QueuedStart
-from gateway_slurm.errors import GatewaySlurmError
+from gateway_slurm.errors import ConfigError, GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.auth.user import can_see
 from gateway_slurm.gateway.channels.frontends import Frontends
 from gateway_slurm.gateway.channels.sockets import DEFAULT_MAX_MESSAGE, Activity, prepare_context
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
+from gateway_slurm.gateway.http_errors import as_http
 from gateway_slurm.gateway.restore import KernelRestorer, ready_of, server_deployment
 from gateway_slurm.gateway.sessions import SlurmSessionManager
-from gateway_slurm.provisioner import SlurmProvisioner
+from gateway_slurm.gateway.waiting import GIVE_UP, STARTING, given_up_text, waiting_text
+from gateway_slurm.provisioner import SlurmProvisioner, settle_cancelled_start
 from gateway_slurm.service import SlurmService
 
 # Seconds that a cancelled start may take to cancel its job; it goes on after that without the request.
 CANCEL_SECONDS = 5.0
+# Seconds that a start waits for Slurm's answer to the job before it goes on without its caller, and how often it looks.
+SUBMIT_SECONDS, SUBMIT_POLL = 3.0, 0.02
+# Seconds until a start that still waits is shown under the cells that wait for it, and between two looks for news.
+NOTICE_SECONDS, NOTICE_INTERVAL = 3.0, 1.0
+# Seconds that a dead kernel is still listed once a frontend shows why, and that its frontends have to take the status.
+SHOWN_LINGER, DEAD_SECONDS = 5.0, 1.0
 # Seconds that a restart may take to end before its kernel is shut down.
 RESTART_END_SECONDS = 5.0
 # Seconds that a Jupyter server's start waits for the kernels of its earlier process.
 STARTUP_RESTORE_SECONDS = 20.0
+
+
+# The answer to a cell that waited while its user restarted the kernel.
+DROPPED_CELL = "The kernel was restarted while it waited for its job, and still waits: run this cell again."
 
 
 def failure_text(error: BaseException) -> str:
@@ -51,7 +62,10 @@ def failure_text(error: BaseException) -> str:
 
 
 def slurm_model(kernel: Any) -> dict[str, Any]:
-    """What a kernel's model has beside Jupyter's: ``slurm``, and ``reason`` while it waits. Reads memory only."""
+    """``slurm`` of a kernel's model: its job and node, and why it waits. Reads memory only.
+
+    ``reason`` stays Jupyter's own, for a dead kernel: JupyterLab shows it as an error.
+    """
     provisioner = getattr(kernel, "provisioner", None)
     if not isinstance(provisioner, SlurmProvisioner):
         return {}
@@ -59,24 +73,30 @@ def slurm_model(kernel: Any) -> dict[str, Any]:
     if provisioner.directory:
         slurm["directory"] = provisioner.directory
     waiting = None if ready_of(kernel).done() else SlurmService.instance().waiting(kernel.kernel_id)
-    if waiting is None:
-        return {"slurm": slurm}
-    slurm |= {"jobid": waiting.jobid, "state": waiting.state, "reason": waiting.reason}
-    slurm |= {"place": waiting.queue_place, "expected_start": waiting.expected_start}
-    return {"slurm": slurm, "reason": _waiting_text(waiting)}
+    if waiting is not None:
+        slurm |= {"jobid": waiting.jobid, "state": waiting.state, "reason": waiting.reason}
+        slurm |= {"place": waiting.queue_place, "expected_start": waiting.expected_start}
+        slurm["waiting"] = waiting_text(waiting)
+    return {"slurm": slurm}
 
 
-def _waiting_text(waiting: QueuedStart) -> str:
-    text = f"job {waiting.jobid} is {waiting.state}"
-    if waiting.reason and waiting.reason != "None":
-        text += f" ({waiting.reason})"
-    if waiting.queue_place:
-        text += f", number {waiting.queue_place} in its partition's queue"
-    if waiting.expected_start:
-        text += ", expected to start at " + time.strftime("%Y-%m-%d %H:%M", time.localtime(waiting.expected_start))
-    if waiting.advice:
-        text += f"; {waiting.advice}"
-    return text
+def has_job(kernel: Any, owner: str) -> bool:
+    """Whether a start has got as far as its job, or needs none: its kernel does not run on Slurm."""
+    provisioner = getattr(kernel, "provisioner", None)
+    if not isinstance(provisioner, SlurmProvisioner):
+        return provisioner is not None
+    try:
+        return SlurmService.instance().has_job(kernel.kernel_id, owner)
+    except ConfigError:  # the start fails with it, too
+        return False
+
+
+async def cancel_start(kernel: Any, starting: asyncio.Task[None]) -> None:
+    """Cancel a start, and wait up to ``CANCEL_SECONDS`` until its job is cancelled."""
+    starting.cancel()
+    await asyncio.wait({starting}, timeout=CANCEL_SECONDS)
+    if not ready_of(kernel).done() and isinstance(kernel.provisioner, SlurmProvisioner):
+        await kernel.provisioner.cleanup()  # jupyter_client had the kernel, and had not said so yet
 
 
 async def end_restart(kernel: Any, restarting: asyncio.Task[Any] | None) -> None:
@@ -137,7 +157,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     dead_kernel_linger = CFloat(
         600.0,
         config=True,
-        help="Seconds that a kernel that died, or did not start, is still listed, with the reason.",
+        help="""Seconds that a kernel that died, or did not start, is still listed, with the reason. Once a frontend has
+        shown the reason, it is listed for some seconds only.""",
     )
     kill_kernels_on_exit = Bool(
         False,
@@ -154,19 +175,29 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         connection is made again. 0: no limit.""",
     )
 
+    show_waiting = Bool(
+        True,
+        config=True,
+        help="""Whether a frontend shows, under the first cell that waits for its kernel, the job, its place in Slurm's
+        queue and its expected start. The text is taken away before the cell runs; a notebook that is saved meanwhile
+        has it.""",
+    )
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # Owner and maker of each kernel: a service that starts kernels for others goes on to manage them.
         self._owners: dict[str, tuple[str, str]] = {}
         # Whether the websockets are of our class, which shows kept output and warnings.
         self.has_frontends = True
-        self.frontends = Frontends(self, self._why_dead)
+        self.frontends = Frontends(self, self._why_dead, self._failure_shown)
         self.restorer = KernelRestorer(self)
         self._activities: dict[str, Activity] = {}
         self._lingering: dict[str, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
         self._ending: dict[str, asyncio.Task[None]] = {}
         self._restarting: dict[str, asyncio.Task[Any]] = {}
+        # Why a start was given up.
+        self._given_up: dict[str, str] = {}
         prepare_context(self.context, self.max_message_size)
         if self.parent is not None:
             set_up_server(self, self.parent)
@@ -240,12 +271,13 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         fields: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
-        """Begin a start and return the kernel's id at once.
+        """Begin a start, and return the kernel's id once Slurm has accepted a job, after ``SUBMIT_SECONDS`` at most.
 
         ``owner`` is the name of the user who will own the kernel, ``maker`` that of the user or service that asked.
         ``fields`` are request fields that have been checked.
 
-        Raises HTTPError 429 over a limit and 409 for an id that is taken.
+        Raises HTTPError 429 over a limit, 409 for an id that is taken, and for a start that failed by then the status
+        of its error; no kernel is left.
         """
         self.check_limits(owner)
         kernel_id = kernel_id or self.new_kernel_id(**kwargs)
@@ -255,10 +287,41 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             kwargs |= {"slurm_owner": owner, "slurm_fields": fields}
         self._owners[kernel_id] = owner, maker
         try:
-            return str(await super().start_kernel(kernel_id=kernel_id, **kwargs))
+            await super().start_kernel(kernel_id=kernel_id, **kwargs)
         except BaseException:
             self._forget(kernel_id)
             raise
+        kernel: Any = self.get_kernel(kernel_id)
+        try:
+            error = await self._early_error(kernel, owner)
+        except asyncio.CancelledError:
+            self._tasks.create_task(self.shutdown_kernel(kernel_id, now=True))
+            raise
+        if error is not None:
+            if self.find_kernel(kernel_id) is kernel:
+                await self.shutdown_kernel(kernel_id, now=True)
+            raise as_http(error) from error
+        if self.show_waiting and self.has_frontends:
+            self._tasks.create_task(self._show_waiting(kernel_id, kernel))
+        return kernel_id
+
+    async def _early_error(self, kernel: Any, owner: str) -> BaseException | None:
+        """The error of a start that fails before it has a job, within ``SUBMIT_SECONDS``."""
+        loop, ready = asyncio.get_running_loop(), ready_of(kernel)
+        deadline = loop.time() + SUBMIT_SECONDS
+        while not ready.done() and not has_job(kernel, owner) and loop.time() < deadline:
+            await asyncio.wait({ready}, timeout=SUBMIT_POLL)
+        return ready.exception() if ready.done() and not ready.cancelled() else None
+
+    async def _show_waiting(self, kernel_id: str, kernel: Any) -> None:
+        """Show the frontends why the kernel is not there yet, until it is, or never will be."""
+        ready, delay = ready_of(kernel), NOTICE_SECONDS
+        while not (await asyncio.wait({ready}, timeout=delay))[0] and self.find_kernel(kernel_id) is kernel:
+            delay = NOTICE_INTERVAL
+            if isinstance(kernel.provisioner, SlurmProvisioner):
+                waiting = SlurmService.instance().waiting(kernel_id, self.owner_of(kernel_id))
+                text = STARTING if waiting is None else waiting_text(waiting)
+                self.frontends.show_waiting(kernel_id, f"{text} {GIVE_UP}")
 
     async def finish_start(self, kernel_id: str) -> None:
         reason = await self._wait_ready(kernel_id)
@@ -292,6 +355,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if ready.cancelled():
             return "its start was cancelled"
         error = ready.exception()
+        if error is not None and kernel_id in self._given_up:
+            return self._given_up[kernel_id]
         return failure_text(error) if error is not None else ""
 
     def adopt_kernel(self, kernel_id: str, kernel: Any, owner: str, maker: str) -> None:
@@ -363,14 +428,35 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         # The reason may quote what the kernel printed: that is not an admin's to read. Events say the rest.
         level = logging.DEBUG if self.owner_of(kernel_id) else logging.WARNING
         self.log.log(level, "kernel %s is dead: %s", kernel_id, printable(reason))
+        self._remove_later(kernel_id, self.dead_kernel_linger)
         for channels in self.frontends.channels_of(kernel_id):
             channels.fail(reason)
+            if channels.failure_shown:
+                self._failure_shown(kernel_id)
+
+    def _failure_shown(self, kernel_id: str) -> None:
+        """A frontend shows why the kernel is dead: list it no longer than it may be restarted.
+
+        JupyterLab runs no cell with a dead kernel. Once the kernel is not listed any more, it offers to choose one.
+        """
+        timer = self._lingering.get(kernel_id)
+        provisioner = getattr(self.find_kernel(kernel_id), "provisioner", None)
+        can_restart = isinstance(provisioner, SlurmProvisioner) and provisioner.can_restart
+        seconds = SlurmService.instance().release_grace if can_restart else SHOWN_LINGER
+        if timer is not None and timer.when() > asyncio.get_running_loop().time() + seconds:
+            timer.cancel()
+            self._remove_later(kernel_id, seconds)
+
+    def _remove_later(self, kernel_id: str, seconds: float) -> None:
         self._lingering[kernel_id] = asyncio.get_running_loop().call_later(
-            self.dead_kernel_linger, lambda: self._tasks.create_task(self._remove_dead(kernel_id))
+            seconds, lambda: self._tasks.create_task(self._remove_dead(kernel_id))
         )
 
     async def _remove_dead(self, kernel_id: str) -> None:
         if self._is_dead(kernel_id):
+            sent = asyncio.gather(*(channels.send_dead() for channels in self.frontends.channels_of(kernel_id)))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(sent, DEAD_SECONDS)
             await self.shutdown_kernel(kernel_id, now=True)
 
     def restarter_gave_up(self, kernel_id: str) -> None:
@@ -418,8 +504,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         starting = jupyter_compat.pending_task(self, kernel_id)
         if starting is not None and not ready_of(kernel).done():
             KERNEL_CURRENTLY_RUNNING_TOTAL.labels(type=kernel.kernel_name).dec()
-            starting.cancel()
-            await asyncio.wait({starting}, timeout=CANCEL_SECONDS)
+            await cancel_start(kernel, starting)
             jupyter_compat.drop_pending_task(self, kernel_id)
             self.remove_kernel(kernel_id)
             return
@@ -448,6 +533,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if kernel_id in self:
             return
         self._owners.pop(kernel_id, None)
+        self._given_up.pop(kernel_id, None)
         self._close_activity(kernel_id)
         finishing = jupyter_compat.take_finishing_task(self, kernel_id)
         if finishing is not None and finishing is not asyncio.current_task():
@@ -459,7 +545,13 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     # -- restart, interrupt ---------------------------------------------------------------------------
 
     async def restart_kernel(self, kernel_id: str, now: bool = False) -> Any:  # type: ignore[override] # as above
-        """Restart in the same allocation. Raises HTTPError 409, with the reason, where that is not possible."""
+        """Restart in the same allocation. Raises HTTPError 409, with the reason, where that is not possible.
+
+        A kernel that waits for Slurm goes on waiting, and only its cells are dropped: it will be a new one anyway.
+        """
+        if self._starting(kernel_id) is not None:
+            self.frontends.restart_waiting(kernel_id, DROPPED_CELL)
+            return None
         kernel = self._ready_kernel(kernel_id, "restarted")
         waiting = self.frontends.channels_of(kernel_id)
         for channels in waiting:
@@ -496,14 +588,39 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             raise web.HTTPError(409, f"the kernel is still starting and cannot be {verb}; it can be shut down")
         return kernel
 
+    def _starting(self, kernel_id: str) -> asyncio.Task[None] | None:
+        """The task of a start on Slurm that is under way. Raises HTTPError 404."""
+        kernel: Any = self.get_kernel(kernel_id)
+        is_pending = not ready_of(kernel).done() and isinstance(kernel.provisioner, SlurmProvisioner)
+        return jupyter_compat.pending_task(self, kernel_id) if is_pending else None
+
     async def interrupt_kernel(self, kernel_id: str) -> None:  # type: ignore[override]
-        """Interrupt the kernel. Raises HTTPError 409 while it starts."""
+        """Interrupt the kernel, or give its start up: the kernel is dead then, and its job is cancelled.
+
+        Raises HTTPError 409 while it is restarted.
+        """
+        if (starting := self._starting(kernel_id)) is not None and await self._give_up(kernel_id, starting):
+            return
         await self._ready_kernel(kernel_id, "interrupted").interrupt_kernel()
+
+    async def _give_up(self, kernel_id: str, starting: asyncio.Task[None]) -> bool:
+        """Cancel a start; False if the kernel runs already. It goes on after ``CANCEL_SECONDS`` without the caller."""
+        kernel = self.get_kernel(kernel_id)
+        waiting = SlurmService.instance().waiting(kernel_id, self.owner_of(kernel_id))
+        self._given_up[kernel_id] = given_up_text(waiting)
+        await cancel_start(kernel, starting)
+        ready = ready_of(kernel)
+        if not ready.done():
+            settle_cancelled_start(kernel)
+        if ready.cancelled() or ready.exception() is not None:
+            return True
+        del self._given_up[kernel_id]
+        return False
 
     # -- models ---------------------------------------------------------------------------------------
 
     def kernel_model(self, kernel_id: str) -> dict[str, Any]:
-        """Jupyter's model, with ``reason`` as text and ``slurm``: the job, its state, the kernel's place."""
+        """Jupyter's model, with ``slurm``: the job, its state, the kernel's place, and the wait in a sentence."""
         model: dict[str, Any] = super().kernel_model(kernel_id)
         model.update(slurm_model(self.get_kernel(kernel_id)))
         return model

@@ -37,10 +37,11 @@ SCHEMAS: dict[str, Any] = {
         last_activity=_TEXT,
         execution_state=_TEXT,
         connections=_NUMBER,
-        reason={**_TEXT, "description": "where the kernel waits, or why it is dead"},
+        reason={**_TEXT, "description": "why the kernel is dead"},
         slurm={
             "type": "object",
-            "description": "jobid and node; while the kernel waits also state, reason, place and expected_start",
+            "description": "jobid and node; while the kernel waits also state, reason, place, expected_start, and all "
+            "of it in a sentence, waiting",
             "properties": {
                 "connect": {
                     "type": ["object", "null"],

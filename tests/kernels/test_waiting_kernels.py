@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 
 import pytest
 
 from helpers.failing_starts import all_nodes_taken
-from helpers.gateway_process import running_gateway
+from helpers.gateway_process import running_gateway, until_dead
 from helpers.kernel_clients import JOB, install_kernelspec, jupyter_files_in, poll_async
 from helpers.large_output import relay_small_and_large
 from helpers.notebook_server import V1, Frontend, HTTPClientError, running_server
@@ -83,7 +84,9 @@ async def test_a_cell_that_is_run_while_its_kernel_waits_runs_once_it_is_there(s
         waiting = await until_waiting(server, kernel["id"])
         assert waiting["slurm"]["state"] == "PENDING"
         assert waiting["slurm"]["place"] == 1
-        assert waiting["slurm"]["reason"] in waiting["reason"]
+        job = f"job {waiting['slurm']['jobid']} in partition batch ({waiting['slurm']['reason']})"
+        assert waiting["slurm"]["waiting"].startswith(f"Waiting for {job}: number 1 in the queue")
+        assert "reason" not in waiting
         early = await frontend.send("shell", "execute_request", {"code": JOB, "silent": False})
     _reply, printed = await frontend.result(early)
     assert printed == waiting["slurm"]["jobid"]
@@ -126,17 +129,67 @@ async def seconds_of_delete(server, cluster, blocker):
     return seconds
 
 
-async def test_a_waiting_kernel_cannot_be_interrupted_or_restarted(server, cluster):
-    """An interrupt's answer says that it is still starting; Jupyter server's own restart says 500 to everything."""
+@pytest.mark.parametrize("kind", ["server", "gateway"])
+async def test_the_wait_is_under_the_first_cell_and_an_interrupt_gives_it_up(request, cluster, kind):
+    """The text appears once in each session, and goes before the answer; a restart answers at once, and goes on."""
+    found = request.getfixturevalue(kind)
+    server = found if kind == "server" else found.of("alice")
     with all_nodes_taken(cluster):
         kernel = await start(server, "slurm")
-        for action, status, words in (("interrupt", 409, b"still starting"), ("restart", 500, b"restarting")):
-            with pytest.raises(HTTPClientError) as raised:
-                await server.request("POST", f"/api/kernels/{kernel['id']}/{action}")
-            assert raised.value.code == status
-            assert words in raised.value.response.body
-        assert (await model(server, kernel["id"]))["execution_state"] == "starting"
+        path = f"/api/kernels/{kernel['id']}"
+        first, second = [await Frontend.connect(server, kernel["id"]) for _ in range(2)]
+        cells = [await first.run("print(1)"), await first.run("print(2)")]
+        other = await second.run("print(3)")
+        for frontend, cell in ((first, cells[0]), (second, other)):
+            text = await shown_under(frontend, cell)
+            assert text.startswith(f"Waiting for job {kernel['slurm']['jobid']} in partition batch")
+            assert text.endswith("Interrupt the kernel to give it up.")
+
+        began = time.monotonic()
+        assert (await server.json("POST", f"{path}/restart"))["slurm"]["waiting"].startswith("Waiting for job ")
+        assert time.monotonic() - began < 2
+        for frontend, cell in ((first, cells[0]), (first, cells[1]), (second, other)):
+            assert "run this cell again" in await refused(frontend, cell)
+
+        again = await first.run("print(4)")
+        await shown_under(first, again)
+        began = time.monotonic()
+        await server.request("POST", f"{path}/interrupt")
+        assert time.monotonic() - began < 5
+        reason = await refused(first, again)
+        assert f"given up by an interrupt while it waited for job {kernel['slurm']['jobid']}" in reason
+        dead = await model(server, kernel["id"])
+        assert (dead["execution_state"], dead["reason"]) == ("dead", reason)
+        assert await poll_async(lambda: len(jobs_of(cluster)) == 1, timeout=10)
         await delete(server, kernel["id"])
+
+
+async def shown_under(frontend, cell):
+    """The first text that is shown under the cell."""
+    while (message := await frontend.receive())["msg_type"] != "display_data":
+        pass
+    assert message["parent_header"]["msg_id"] == cell
+    assert message["content"]["transient"]["display_id"]
+    return message["content"]["data"]["text/plain"]
+
+
+async def refused(frontend, cell):
+    """The reason that ends the cell, under which nothing else is left."""
+    shown, reply, idle = [], None, False
+    while reply is None or not idle:
+        message = await frontend.receive()
+        if message["parent_header"].get("msg_id") != cell:
+            continue
+        if message["msg_type"] == "clear_output":
+            assert message["content"] == {"wait": False}
+            shown = []
+        elif message["msg_type"] in ("error", "stream", "display_data"):
+            shown.append(message["content"].get("traceback"))
+        elif message["channel"] == "shell":
+            reply = message["content"]
+        idle = idle or message["content"].get("execution_state") == "idle"
+    assert (reply["status"], shown) == ("error", [[reply["evalue"]]])
+    return reply["evalue"]
 
 
 @pytest.mark.parametrize("kind", ["server", "gateway"])
@@ -149,7 +202,7 @@ async def test_the_model_of_a_waiting_kernel_says_when_slurm_expects_it_to_start
         waiting, at = await until_expected(server, kernel["id"], cluster)
         slurm_model = waiting["slurm"]
         assert time.time() < slurm_model["expected_start"] < time.time() + 400
-        assert waiting["reason"].endswith(time.strftime("expected to start at %Y-%m-%d %H:%M", at))
+        assert time.strftime("%H:%M", at) in slurm_model["waiting"]
         await delete(server, kernel["id"])
 
 
@@ -172,7 +225,7 @@ async def test_the_server_stays_usable_while_kernels_wait(server, cluster):
     """Ten starts wait; each POST and each listing is answered at once."""
     with all_nodes_taken(cluster):
         began = time.monotonic()
-        kernels = [await start(server, "slurm") for _ in range(10)]
+        kernels = await asyncio.gather(*(start(server, "slurm") for _ in range(10)))
         listed = await server.json("GET", "/api/kernels")
         assert time.monotonic() - began < 5
         assert {one["id"] for one in listed} >= {one["id"] for one in kernels}
@@ -180,37 +233,60 @@ async def test_the_server_stays_usable_while_kernels_wait(server, cluster):
         assert await server.json("GET", "/api/kernels") == []
 
 
-async def test_a_refused_start_shows_as_dead_with_slurms_words(server, kernelspecs):
-    """The model is dead and says why, and so does the cell that waited for the kernel."""
+async def test_a_start_that_slurm_refuses_is_refused_with_slurms_words(server, kernelspecs):
+    """Kernels and sessions alike; a new kernel of a session, too; none is left, and no session."""
     install_kernelspec(kernelspecs, "wrong", config_overrides={"partition": "nowhere"})
-    kernel = await start(server, "wrong")
-    frontend = await Frontend.connect(server, kernel["id"])
-    reply, _printed = await frontend.execute("print(1)")
-    assert reply["status"] == "error"
-    assert "nowhere" in reply["evalue"]
+    words = "Slurm refused the job (partition nowhere"
+    status, body = await server.refusal("POST", "/api/kernels", {"name": "wrong"})
+    assert (status, json.loads(body)["message"].startswith(words)) == (400, True)
+    session = {"path": "a.ipynb", "name": "a.ipynb", "type": "notebook", "kernel": {"name": "wrong"}}
+    _status, body = await server.refusal("POST", "/api/sessions", session)
+    assert json.loads(body)["message"].startswith(words)
+    assert await server.json("GET", "/api/kernels") == await server.json("GET", "/api/sessions") == []
+
+
+async def test_a_kernel_that_exits_at_once_shows_why_wherever_it_is_looked_at(server, kernelspecs):
+    """The waiting cell has the reason, and so has a later one; a websocket of JupyterLab's is closed, and refused."""
+    argv = ["sh", "-c", "sleep 2; echo no module >&2; exit 3"]
+    install_kernelspec(kernelspecs, "exits", config_overrides={"kernel_argv": argv})
+    kernel = await start(server, "exits")
+    frontend, lab = [await Frontend.connect(server, kernel["id"], protocol) for protocol in ("", V1)]
+    cells = [await one.run("print(1)") for one in (frontend, lab)]
+    for one, cell in zip((frontend, lab), cells, strict=True):
+        assert "no module" in await refused(one, cell)
+    await lab.until_closed()
+    assert lab.close_code == 1011  # after 1000 and 1001 JupyterLab would not look at the model
     dead = await model(server, kernel["id"])
-    assert dead["execution_state"] == "dead"
-    assert "nowhere" in dead["reason"]
-    # One that comes later hears the same.
+    assert (dead["execution_state"], "no module" in dead["reason"]) == ("dead", True)
+    with pytest.raises(HTTPClientError) as raised:
+        await Frontend.connect(server, kernel["id"], V1)
+    assert raised.value.code == 410
     late = await Frontend.connect(server, kernel["id"])
-    assert "nowhere" in (await late.execute("print(1)"))[0]["evalue"]
-    await delete(server, kernel["id"])
+    assert await refused(late, await late.run("print(1)")) == dead["reason"]
+    # Its users have seen the reason: it is not listed for longer, so that JupyterLab offers another kernel.
+    await until_status(late, "dead")
+    await late.until_closed()
     assert await model(server, kernel["id"]) is None
 
 
+async def until_status(frontend, state):
+    """Read until the kernel has this state."""
+    while (message := await frontend.receive())["content"].get("execution_state") != state:
+        pass
+    assert message["msg_type"] == "status"
+
+
 async def test_a_kernel_whose_job_is_cancelled_shows_as_dead_with_the_reason(server, kernel_name, cluster):
-    """It stays in the list, dead, with Slurm's word, and its frontend hears of it."""
+    """It stays in the list, dead, with Slurm's word; its frontend is not closed before a cell has the reason, too."""
     kernel = await start(server, kernel_name)
     frontend = await Frontend.connect(server, kernel["id"])
     _reply, jobid = await frontend.execute(JOB)
     slurm("scancel", jobid, cluster=cluster)
-    while (message := await frontend.receive())["content"].get("execution_state") != "dead":
-        pass
-    assert message["msg_type"] == "status"
-    dead = await model(server, kernel["id"])
-    assert dead["execution_state"] == "dead"
+    dead = await until_dead(server, kernel["id"])
     assert "CANCELLED" in dead["reason"] or "signal" in dead["reason"]
-    await delete(server, kernel["id"])
+    assert (await frontend.execute("1"))[0]["evalue"] == dead["reason"]
+    await until_status(frontend, "dead")
+    await frontend.until_closed()
     assert await model(server, kernel["id"]) is None
 
 

@@ -19,6 +19,7 @@ from jupyter_client.session import DELIM, Session
 
 from gateway_slurm._util import Backoff, TaskSet
 from gateway_slurm.gateway.channels import messages
+from gateway_slurm.gateway.channels.notice import WaitingNotice
 from gateway_slurm.gateway.channels.queue import QUEUE_LIMIT, OutgoingQueue, QueuedMessage
 from gateway_slurm.gateway.channels.replay import Replay
 from gateway_slurm.gateway.channels.sockets import KernelSocket
@@ -35,11 +36,18 @@ NUDGE_DELAY, MAX_NUDGE_DELAY = 0.05, 1.0
 class Sink(Protocol):
     """An open websocket."""
 
+    @property
+    def reads_model(self) -> bool:
+        """Whether the frontend reads the kernel's model when the websocket closes and no other can be opened."""
+
     def write(self, channel: str, parts: list[bytes]) -> asyncio.Future[None] | None:
         """Send a message. The future is done when it is written, or never will be; None: closed. Raises nothing."""
 
     def end(self, reason: str) -> None:
         """Close: another websocket of the same session has taken over, or the session is over."""
+
+    def end_dead(self, reason: str) -> None:
+        """Close, with a code after which the frontend tries to open another: the kernel is dead."""
 
 
 class KernelChannels:
@@ -47,7 +55,7 @@ class KernelChannels:
 
     ``ready`` waits until the kernel exists and returns "", or the reason why it never will. ``make_replay`` is called
     then; the replay continues the session where an earlier server had it. ``on_cell`` is called when the kernel has
-    begun a cell.
+    begun a cell, ``on_failure_shown`` when the frontend shows why the kernel is dead.
     """
 
     def __init__(
@@ -60,6 +68,7 @@ class KernelChannels:
         log: logging.Logger,
         make_replay: Callable[[], Replay] = Replay,
         on_cell: Callable[[], None] = lambda: None,
+        on_failure_shown: Callable[[], None] = lambda: None,
     ) -> None:
         self.kernel, self.log = kernel, log
         self._ready, self._subscribe_timeout = ready, subscribe_timeout
@@ -72,7 +81,10 @@ class KernelChannels:
         # Messages for the kernel; None while they are sent at once.
         self._held: list[tuple[str, list[bytes]]] | None = []
         self._held_bytes = 0
+        self._notice = WaitingNotice(lambda kind, content, cell: self._put(*self._make_message(kind, content, cell)))
         self.failure = ""
+        self._on_failure_shown = on_failure_shown
+        self.failure_shown = False
         # The header of the request whose cell the kernel began last.
         self.last_cell: dict[str, Any] = {}
         self._closed = False
@@ -88,6 +100,11 @@ class KernelChannels:
     def is_attached(self) -> bool:
         return self._sink is not None
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the frontend does not have all that is queued for it."""
+        return not self._out.flushed.is_set()
+
     # -- the frontend -------------------------------------------------------------------------
 
     def attach(self, sink: Sink) -> None:
@@ -100,8 +117,10 @@ class KernelChannels:
             text = f"gateway_slurm: {self._out.dropped} messages of output were dropped while no frontend was there\n"
             self._out.put_first(QueuedMessage(*self._make_message("stream", {"name": "stderr", "text": text})))
             self._out.dropped = 0
-        if self.failure:
-            self.send_status("dead")
+        if self.failure and sink.reads_model:
+            self._show_failure()
+        elif self.failure:
+            self.send_status("starting")
         elif self._held is not None:
             self.send_status(self.kernel.execution_state or "starting")
         self._wake.set()
@@ -116,7 +135,8 @@ class KernelChannels:
     def from_client(self, channel: str, parts: list[bytes]) -> None:
         """Take a message for the kernel; raises MessageError when too much is held already."""
         if self.failure:
-            self._refuse(channel, parts)
+            if self._refuse(channel, parts, self.failure):
+                self._show_failure()
         elif self._held is None:
             self._send(channel, parts)
         else:
@@ -124,6 +144,13 @@ class KernelChannels:
             if self._held_bytes > HELD_LIMIT or len(self._held) >= HELD_COUNT:
                 raise messages.MessageError("too much was sent before the kernel had started")
             self._held.append((channel, parts))
+            if channel == "shell" and _is_cell(parts) and not _is_silent(parts):
+                self._notice.cell_held(messages.header_of(parts))
+
+    async def send_dead(self) -> None:
+        """Send the status ``dead``, and wait until the frontend, if it is there, has all that is queued."""
+        self.send_status("dead")
+        await self.flushed()
 
     def send_status(self, state: str) -> None:
         """Send the frontend the kernel's state, where the kernel itself cannot."""
@@ -134,27 +161,62 @@ class KernelChannels:
         if not self.failure:
             self._put(*self._make_message("stream", {"name": "stderr", "text": text}, cell))
 
+    def show_waiting(self, text: str) -> None:
+        """Show under the first cell that is held why the kernel is not there yet; the text replaces an earlier one."""
+        if self._held is not None and self._sink is not None:
+            self._notice.set_text(text)
+
     def fail(self, reason: str) -> None:
         """The kernel is dead: answer all cells that wait with the reason."""
         if self.failure:
             return
         self.failure = reason
-        for header in self._replay.cells.take():
+        cells = self._replay.cells.take()
+        for header in cells:
             self._refuse_cell(header, reason)
         self._replay.acknowledge_cells()
-        self.refuse_held(reason)
-        self.send_status("dead")
+        if self.refuse_held(reason) or cells or (self._sink is not None and self._sink.reads_model):
+            self._show_failure()
 
-    def refuse_held(self, reason: str) -> None:
-        """Answer with this reason all cells that are held for the kernel; they will not be sent to it."""
+    def refuse_held(self, reason: str) -> bool:
+        """Answer with this reason all cells that are held for the kernel; they will not be sent to it.
+
+        Return whether the frontend has the reason now: it shows none for a silent request.
+        """
         held, self._held = self._held or [], None
-        for channel, parts in held:
-            self._refuse(channel, parts, reason)
+        self._notice.clear()
+        shown = [self._refuse(channel, parts, reason) for channel, parts in held]
+        return any(shown)
 
-    def _refuse(self, channel: str, parts: list[bytes], reason: str = "") -> None:
-        header = messages.header_of(parts)
-        if channel == "shell" and header.get("msg_type") == "execute_request":
-            self._refuse_cell(header, reason or self.failure)
+    def drop_held(self, reason: str) -> None:
+        """The same while the kernel still waits: what is sent from now on is held again."""
+        if self._held is not None:
+            kept = [(channel, parts) for channel, parts in self._held if channel != "shell" or not _is_cell(parts)]
+            self.refuse_held(reason)
+            self._held, self._held_bytes = kept, sum(len(part) for _channel, parts in kept for part in parts)
+
+    def _refuse(self, channel: str, parts: list[bytes], reason: str) -> bool:
+        """Refuse a message if it is a cell; return whether the frontend shows the reason."""
+        if channel != "shell" or not _is_cell(parts):
+            return False
+        self._refuse_cell(messages.header_of(parts), reason)
+        return not _is_silent(parts)
+
+    def _show_failure(self) -> None:
+        """The frontend gets the reason: one that reads the kernel's model, from there; any other, under its cell.
+
+        The status ``dead`` would make it forget the kernel, after which it shows no reason and no reply: its cells
+        would not end. So it gets that only when the kernel is removed, soon after this.
+        """
+        self.failure_shown = True
+        self._on_failure_shown()
+        if self._sink is not None and self._sink.reads_model:
+            self._tasks.create_task(self._end_dead(self._sink))
+
+    async def _end_dead(self, sink: Sink) -> None:
+        await self._out.flushed.wait()
+        if self.failure and self._sink is sink:
+            sink.end_dead(self.failure)
 
     def _refuse_cell(self, header: dict[str, Any], reason: str, name: str = "KernelDied") -> None:
         error = {"ename": name, "evalue": reason, "traceback": [reason]}
@@ -208,7 +270,7 @@ class KernelChannels:
         """
         if self._closed:
             return
-        self.failure = ""
+        self.failure, self.failure_shown = "", False
         if not self._sockets:
             self._open()
         await self._continue()
@@ -233,6 +295,7 @@ class KernelChannels:
             self.send_status(self.kernel.execution_state)
         if not self.failure:
             held, self._held = self._held or [], None
+            self._notice.clear()
             for channel, parts in held:
                 self._send(channel, parts)
             self._tasks.create_task(self._replay.find_lost_cells(partial(self._nudge, "shell"), self._refuse_lost))
@@ -403,3 +466,12 @@ class KernelChannels:
         sink, self._sink = self._sink, None
         if sink is not None:
             sink.end(reason)
+
+
+def _is_cell(parts: list[bytes]) -> bool:
+    return messages.header_of(parts).get("msg_type") == "execute_request"
+
+
+def _is_silent(parts: list[bytes]) -> bool:
+    """Whether a frontend shows no output of the request."""
+    return bool(messages.content_of(parts).get("silent"))

@@ -31,11 +31,14 @@ LINK_SECONDS = 5.0
 class Frontends:
     """The frontends of one kernel manager, on its loop. ``close`` ends a kernel's.
 
-    ``why_dead`` waits until a kernel has started and returns "", or the reason why it is dead.
+    ``why_dead`` waits until a kernel has started and returns "", or the reason why it is dead. ``on_failure_shown`` is
+    called with a kernel's id when a frontend shows why it is dead.
     """
 
-    def __init__(self, manager: Any, why_dead: Callable[[str], Awaitable[str]]) -> None:
-        self._manager, self._why_dead = manager, why_dead
+    def __init__(
+        self, manager: Any, why_dead: Callable[[str], Awaitable[str]], on_failure_shown: Callable[[str], None]
+    ) -> None:
+        self._manager, self._why_dead, self._on_failure_shown = manager, why_dead, on_failure_shown
         self._channels: dict[str, dict[str, KernelChannels]] = {}
         self._acks: dict[str, OutputAcks] = {}
         # The sessions' positions for kernels of an earlier server, once they are known.
@@ -73,8 +76,17 @@ class Frontends:
                 log=self._manager.log,
                 make_replay=partial(self._make_replay, kernel_id, session_id),
                 on_cell=partial(self._show_early_warnings, kernel_id),
+                on_failure_shown=partial(self._on_failure_shown, kernel_id),
             )
         return sessions[session_id]
+
+    def refusal(self, kernel_id: str, session_id: str) -> str:
+        """Why the kernel is dead; empty where it is not, or where the session does not have all its messages yet."""
+        kernel = self._manager.find_kernel(kernel_id)
+        channels = self._channels.get(kernel_id, {}).get(session_id)
+        if getattr(kernel, "execution_state", "") != "dead" or (channels is not None and channels.has_unsent):
+            return ""
+        return str(kernel.reason or "it died")
 
     async def _wait_ready(self, kernel_id: str) -> str:
         reason = await self._why_dead(kernel_id)
@@ -113,6 +125,20 @@ class Frontends:
     def follow_restart(self, kernel_id: str) -> None:
         for channels in self.channels_of(kernel_id):
             channels.follow_restart()
+
+    def show_waiting(self, kernel_id: str, text: str) -> None:
+        """Show every session under its first cell why the kernel is not there yet."""
+        for channels in self.channels_of(kernel_id):
+            channels.show_waiting(text)
+
+    def restart_waiting(self, kernel_id: str, reason: str) -> None:
+        """A user restarts a kernel that is not there yet: refuse the cells that wait for it, and say that it starts.
+
+        The frontend that restarts a kernel forgets its cells, and shows "restarting" until it has another status.
+        """
+        for channels in self.channels_of(kernel_id):
+            channels.drop_held(reason)
+            channels.send_status("starting")
 
     def warn(self, kernel_id: str, text: str) -> None:
         """Show every session a warning under the cell that the kernel began last.

@@ -9,6 +9,7 @@ import asyncio
 from typing import Any
 
 from jupyter_server.services.kernels.connection.base import BaseKernelWebsocketConnection
+from tornado import web
 from tornado.websocket import WebSocketClosedError
 
 from gateway_slurm.gateway.channels import messages
@@ -17,6 +18,10 @@ from gateway_slurm.gateway.channels.channels import KernelChannels
 # RFC 6455, section 7.4.1.
 POLICY_VIOLATION = 1008
 GOING_AWAY = 1001
+# JupyterLab opens no other websocket after 1000 and 1001.
+INTERNAL_ERROR = 1011
+# Bytes of a close frame's reason, which has room for 123 (RFC 6455, section 5.5).
+MAX_REASON_BYTES = 120
 
 
 class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
@@ -28,6 +33,22 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
     @property
     def _protocol(self) -> str:
         return self.websocket_handler.selected_subprotocol or ""
+
+    @property
+    def reads_model(self) -> bool:
+        """JupyterLab's client, which alone speaks this protocol, does; through a Jupyter server it does not."""
+        return self._protocol == messages.V1
+
+    async def prepare(self) -> None:
+        """Called before the websocket opens. Refuse one to a dead kernel, so that JupyterLab shows the reason.
+
+        Raises HTTPError 410 if the frontend will read the kernel's model then, and has all that was meant for it.
+        """
+        offered = self.websocket_handler.request.headers.get("Sec-WebSocket-Protocol", "").split(",")
+        if messages.V1 in map(str.strip, offered) and self.kernel_ws_protocol in (None, messages.V1):
+            reason = self.multi_kernel_manager.frontends.refusal(self.kernel_id, self.session_id)
+            if reason:
+                raise web.HTTPError(410, f"the kernel is dead: {reason}")
 
     async def connect(self) -> None:
         # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
@@ -60,7 +81,7 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
             self._channels.from_client(channel, parts)
         except messages.MessageError as error:
             self.log.warning("kernel %s: the server closes a websocket: %s", self.kernel_id, error)
-            self.websocket_handler.close(POLICY_VIOLATION, str(error)[:120])
+            self._close(POLICY_VIOLATION, str(error))
 
     # -- ``channels.Sink`` ------------------------------------------------------------------------
 
@@ -75,7 +96,13 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
 
     def end(self, reason: str) -> None:
         self.log.debug("kernel %s: a websocket ends: %s", self.kernel_id, reason)
-        self.websocket_handler.close(GOING_AWAY, reason[:120])
+        self._close(GOING_AWAY, reason)
+
+    def end_dead(self, reason: str) -> None:
+        self._close(INTERNAL_ERROR, reason)
+
+    def _close(self, code: int, reason: str) -> None:
+        self.websocket_handler.close(code, reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore"))
 
     @classmethod
     async def close_all(cls) -> None:
