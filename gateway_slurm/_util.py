@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# Seconds between two signs that a loop runs.
+BEAT_SECONDS = 1.0
+
 
 def printable(text: object, line_end: str = "\n    ") -> str:
     """Return ``text`` with escapes for characters that control a terminal or change the reading order.
@@ -211,3 +214,45 @@ class TaskSet:
         """Cancel the tasks and wait until all of them have ended."""
         self.cancel()
         await asyncio.gather(*self, return_exceptions=True)
+
+
+class LoopWatch:
+    """When each of several event loops last ran, for a thread that must know whether one stands still.
+
+    Any thread may call any method.
+    """
+
+    def __init__(self) -> None:
+        self._beats: dict[str, float] = {}
+        self._closed = False
+
+    @contextlib.contextmanager
+    def following(self, name: str) -> Iterator[None]:
+        """Watch a loop until the end of the block; it must call ``beat`` meanwhile."""
+        self._beats[name] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._beats.pop(name, None)
+
+    def beat(self, name: str) -> None:
+        """Note that a loop that is watched runs. A long callback calls it at each of its steps."""
+        if name in self._beats:
+            self._beats[name] = time.monotonic()
+
+    async def follow(self, name: str) -> None:
+        """Watch the calling loop until the task is cancelled."""
+        with self.following(name):
+            while True:
+                self.beat(name)
+                await asyncio.sleep(BEAT_SECONDS)
+
+    def standing(self, seconds: float) -> str:
+        """The name of a loop that has not run for so many seconds; empty if all run."""
+        oldest = time.monotonic() - seconds
+        standing = [name for name, beat in list(self._beats.items()) if beat < oldest]
+        return standing[0] if standing and not self._closed else ""
+
+    def close(self) -> None:
+        """The loops end: none of them stands still from now on."""
+        self._closed = True

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from gateway_slurm._util import TaskSet, call_on
+from gateway_slurm._util import LoopWatch, TaskSet, call_on
 from gateway_slurm.access import SlurmUsers, cluster_access
 from gateway_slurm.addresses import endpoints, interface_addresses
 from gateway_slurm.allocations.keep import KeepFlags
@@ -43,6 +43,9 @@ T = TypeVar("T")
 
 # Seconds that the end of the process waits for the service to close.
 CLOSE_SECONDS = 40.0
+# Seconds that a loop may stand still before the server no longer renews its lease. Longer than any callback takes: the
+# longest one restores a thousand kernels, and notes each of them.
+STANDSTILL_SECONDS = 10.0
 
 
 class SlurmService(ServiceSettings):
@@ -76,6 +79,8 @@ class SlurmService(ServiceSettings):
         self._thread_lock = threading.Lock()
         self._opened: asyncio.Task[None] | None = None
         self.events = Events(self.log)
+        # The loops on which kernels depend: the service's own, and a gateway's.
+        self.loops = LoopWatch()
         self.access = cluster_access(self)
         self.runner = self.access.runner
         self.users = SlurmUsers(self, self.access)
@@ -141,7 +146,12 @@ class SlurmService(ServiceSettings):
 
     def make_registry(self) -> Registry:
         """The store that the admin has set, not opened yet; the caller opens and closes it."""
-        return Registry.default(url=self.store_url, key_file=self.store_key_file, deployment=self.deployment)
+        return Registry.default(
+            url=self.store_url,
+            key_file=self.store_key_file,
+            deployment=self.deployment,
+            standing=lambda: self.loops.standing(STANDSTILL_SECONDS),
+        )
 
     async def _open(self) -> None:
         """After an error nothing is left open."""
@@ -162,6 +172,7 @@ class SlurmService(ServiceSettings):
         # The store's thread calls it.
         self.registry.on_lost = lambda lost: call_on(loop, self._failover.hand_over, lost)
         self._tasks.create_task(self._keep_flags.watch())
+        self._tasks.create_task(self.loops.follow("the service's loop"))
         if self.recovers:
             self._tasks.create_task(recover(self.registry, self.all_jobs, self.log, deployment=self.deployment))
         # A program that starts one kernel asks Slurm for no more than that.
@@ -256,6 +267,7 @@ class SlurmService(ServiceSettings):
         if self.is_closed or loop is None or thread is None or self._pid != os.getpid():
             return
         self.is_closed = True
+        self.loops.close()
         closing = asyncio.run_coroutine_threadsafe(self._close(leave=leave), loop)
         try:
             closing.result(timeout=CLOSE_SECONDS)

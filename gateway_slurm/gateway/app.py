@@ -8,6 +8,8 @@ Jupyter's config path, or on the command line. The settings of Slurm and of allo
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import gc
 import signal
 import socket
@@ -32,8 +34,9 @@ from gateway_slurm.gateway.peers.forward import Forwarder
 from gateway_slurm.gateway.peers.peers import Peers
 from gateway_slurm.gateway.sessions import GatewaySessionManager, NoContents
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
+from gateway_slurm.gateway.systemd import READY, STOPPING, ServiceManager
 from gateway_slurm.link.endpoints import format_endpoint
-from gateway_slurm.service import SlurmService
+from gateway_slurm.service import STANDSTILL_SECONDS, SlurmService
 
 _ALL_ADDRESSES = ("", "*", "0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 DEPLOYMENT = "gateway"  # unless SlurmService.deployment is set
@@ -97,6 +100,7 @@ class SlurmGatewayApp(ServerApp):
     raise_config_file_errors = True
     restores_kernels = True  # while it listens already; see kernel_manager.set_up_server
     _exit_status = 0
+    _life: asyncio.Task[None] | None = None
 
     peer_url = Unicode(
         "",
@@ -172,20 +176,26 @@ class SlurmGatewayApp(ServerApp):
         self._audit_log = AuditLog(path, service.events, self.log) if self.audit_log else None
         if isinstance(self.identity_provider, GatewayIdentityProvider):
             self.identity_provider.report_to(service.events)
+        self._service_manager = ServiceManager()
         # The loop runs this first.
         self.io_loop.add_callback(self._restore)
 
     async def _restore(self) -> None:
         """Restore the earlier gateway's kernels; stop if the store cannot be used."""
+        loops = SlurmService.instance(self.log).loops
+        self._life = asyncio.ensure_future(self._service_manager.show_life(loops, STANDSTILL_SECONDS))
         restorer = self.kernel_manager.restorer
         await restorer.restore(DEPLOYMENT)
         if isinstance(restorer.failure, StoreError):
             self.log.critical("the gateway cannot be started: %s", restorer.failure)
             self._exit_status = 1
             self.stop()
+        else:
+            self._service_manager.notify(READY)
 
     def start(self) -> None:
         """Serve until a signal, or ``stop``."""
+        faulthandler.enable()  # systemd's watchdog sends SIGABRT: the log then says where each thread stood
         gc.freeze()  # no full collection, which stops all users for 20 to 50 ms, examines the imported modules
         super().start()
         if self._exit_status:
@@ -223,7 +233,10 @@ class SlurmGatewayApp(ServerApp):
 
     async def cleanup_extensions(self) -> None:
         """Close the collector, the forwarder and the identity provider."""
+        self._service_manager.notify(STOPPING)
         await super().cleanup_extensions()
+        if self._life is not None:
+            self._life.cancel()
         self._collector.close()
         self.forwarder.close()
         if isinstance(self.identity_provider, GatewayIdentityProvider):

@@ -26,6 +26,7 @@ from gateway_slurm._util import call_on
 from gateway_slurm.environment import kernel_environment
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.gateway import jupyter_compat
+from gateway_slurm.gateway.systemd import MAIN_LOOP
 from gateway_slurm.kernels.restore import RestoredKernel
 from gateway_slurm.provisioner import SlurmProvisioner
 from gateway_slurm.service import SlurmService
@@ -169,7 +170,9 @@ class KernelRestorer:
 
     def adopt(self, kernels: list[RestoredKernel]) -> None:
         """Manage these kernels, and restore their sessions."""
+        loops = SlurmService.instance(self.log).loops
         for restored in kernels:
+            loops.beat(MAIN_LOOP)
             try:
                 self._adopt_kernel(restored)
             except Exception:

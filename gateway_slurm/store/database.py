@@ -176,12 +176,22 @@ class Store:
         """Register a server that others took for dead. Returns the keys of all rows that other servers have."""
         with self.database.writing() as connection:
             self._register(connection, server)
-            others: set[RowKey] = set()
-            for name, table in TABLES.items():
-                rows = connection.execute(sa.select(table.c[KINDS[name].key], table.c.server_id)).all()
-                mine = {key for key, server_id in rows if server_id == server.server_id}
-                others |= {(name, str(key)) for key, _server_id in rows if key not in mine}
-            return others
+            return self._rows_of_others(connection, server.server_id)
+
+    def taken_over(self, server_id: str) -> set[RowKey]:
+        """The keys of all rows that other servers have, if others have taken this one for dead; else none."""
+        with self.database.reading() as connection:
+            ended = sa.select(SERVERS.c.ended).where(SERVERS.c.server_id == server_id)
+            lives = connection.execute(ended).scalar() is False
+            return set() if lives else self._rows_of_others(connection, server_id)
+
+    def _rows_of_others(self, connection: sa.Connection, server_id: str) -> set[RowKey]:
+        others: set[RowKey] = set()
+        for name, table in TABLES.items():
+            rows = connection.execute(sa.select(table.c[KINDS[name].key], table.c.server_id)).all()
+            mine = {key for key, server in rows if server == server_id}
+            others |= {(name, str(key)) for key, _server in rows if key not in mine}
+        return others
 
     # -- Rows --
 

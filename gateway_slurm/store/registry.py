@@ -61,8 +61,13 @@ class Registry:
         key_file: str = "",
         deployment: str = "",
         on_lost: Callable[[LostRows], None] = lambda lost: None,
+        standing: Callable[[], str] = lambda: "",
     ) -> None:
-        """``on_lost`` is called on the writer's thread with the rows that another server has taken over."""
+        """``on_lost`` is called on the writer's thread with the rows that another server has taken over.
+
+        So is ``standing``, which names an event loop of this process that stands still: while it does, the lease is not
+        renewed.
+        """
         self.directory = directory
         self.keep_flags = KeepFlagFiles(directory / "registry" / "keep")
         self.on_lost = on_lost
@@ -85,13 +90,21 @@ class Registry:
             lambda: self.store,
             on_lost=lambda lost: self.on_lost(lost),
             on_written=self._export,
+            standing=standing,
         )
 
     @classmethod
-    def default(cls, *, url: str = "", key_file: str = "", deployment: str = "") -> Registry:
+    def default(
+        cls,
+        *,
+        url: str = "",
+        key_file: str = "",
+        deployment: str = "",
+        standing: Callable[[], str] = lambda: "",
+    ) -> Registry:
         """The user's registry. ``on_lost`` may be set later."""
         export = Path(jupyter_runtime_dir()) / EXPORT_NAME
-        return cls(state_directory(), export, url=url, key_file=key_file, deployment=deployment)
+        return cls(state_directory(), export, url=url, key_file=key_file, deployment=deployment, standing=standing)
 
     @property
     def server_id(self) -> str:

@@ -31,6 +31,9 @@ class RecordWriter:
     The writer's thread retries after every StoreError, with back-off. Unwritten changes stay in memory, the latest one
     for each row. The thread also renews the server's lease. When another server has taken over rows, it calls
     ``on_lost`` with them and continues with the rest. The owner of a RecordWriter calls ``close``.
+
+    While ``standing`` names an event loop of this process that stands still, nothing is written, and the lease is not
+    renewed: another server must be able to take over. ``on_lost`` is called then, too.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class RecordWriter:
         *,
         on_lost: Callable[[LostRows], None],
         on_written: Callable[[set[RowKey]], None],
+        standing: Callable[[], str] = lambda: "",
     ) -> None:
         self.server = server
         self.trouble = ""
         self.failures = 0  # attempts to write that failed
         self._open_store, self._on_lost, self._on_written = open_store, on_lost, on_written
+        self._standing = standing
         self._changed = threading.Condition()
         self._rows: dict[RowKey, Record] = {}
         self._pending: dict[RowKey, Record | None] = {}
@@ -158,6 +163,9 @@ class RecordWriter:
                 renewed = time.monotonic()
                 continue
             try:
+                if standing := self._standing():
+                    self._drop_lost(self._open_store().taken_over(self.server.server_id))
+                    raise StoreUnavailable(f"{standing} stands still, and every write would renew the server's lease")
                 self._write(batch)
             except Exception as error:  # noqa: BLE001 - whatever it is: nothing may be lost with the thread
                 if not self._failed(error, batch, flushes):
@@ -201,6 +209,14 @@ class RecordWriter:
     def _join(self, store: Store) -> None:
         """Register this server (again), and drop the rows that other servers have taken over."""
         taken = store.rejoin(self.server)
+        self._drop_lost(taken)
+        with self._changed:
+            # Write all rows again: the database may have lost some of them.
+            self._pending = {**self._rows, **self._pending} if self._written else self._pending
+            self._joined = store
+
+    def _drop_lost(self, taken: set[RowKey]) -> None:
+        """Drop those of our rows that are among the rows that other servers have."""
         with self._changed:
             lost = self._written & taken
             lost |= {
@@ -212,9 +228,6 @@ class RecordWriter:
                 self._rows.pop(key, None)
                 self._pending.pop(key, None)
             self._written -= lost
-            # Write all rows again: the database may have lost some of them.
-            self._pending = {**self._rows, **self._pending} if self._written else self._pending
-            self._joined = store
         if lost:
             _log.warning(
                 "another server has taken over %d kernels from this one, which it took for dead",

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ import pytest
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
+from gateway_slurm.service import STANDSTILL_SECONDS
+from gateway_slurm.store import LEASE_SECONDS
 from gateway_slurm.testing import PrivateCluster
 from helpers.gateway_process import Gateway, ask, start, stop
 from helpers.kernel_clients import JOB, READY, jupyter_environment, jupyter_files_in
@@ -257,6 +260,25 @@ def test_the_unit_leaves_the_gateway_little(tmp_path):
 def settings(path: Path) -> dict[str, str]:
     """A unit's settings; of several of one name the last."""
     return dict(re.findall(r"(?m)^(\w+)=(.*)$", path.read_text()))
+
+
+def test_systemd_is_notified_when_the_gateway_is_ready_lives_and_stops(gateway_environment, monkeypatch):
+    """The unit waits for the first, kills the gateway without the second, and does not wait for it after the third."""
+    unit = settings(UNIT)
+    assert (unit["Type"], unit["WatchdogSignal"]) == ("notify", "SIGABRT")
+    assert int(unit["WatchdogSec"]) > STANDSTILL_SECONDS + LEASE_SECONDS  # another gateway takes over before
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(gateway_environment / "notify"))
+        systemd.settimeout(READY)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(gateway_environment / "notify"))
+        (gateway_environment / "notified").mkdir()
+        with gateway_on_socket(gateway_environment / "notified"):
+            states = [systemd.recv(100)]
+            while not {b"READY=1", b"WATCHDOG=1"} <= set(states) or states[-1] != b"WATCHDOG=1":
+                states.append(systemd.recv(100))
+        while (state := systemd.recv(100)) == b"WATCHDOG=1":
+            pass
+        assert state == b"STOPPING=1"
 
 
 # What implies NoNewPrivileges for a unit with a user (systemd.exec(5)).

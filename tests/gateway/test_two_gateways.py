@@ -13,6 +13,7 @@ import pytest
 from tornado.httpclient import HTTPClientError
 
 from gateway_slurm.gateway.openapi import OPERATIONS
+from gateway_slurm.service import STANDSTILL_SECONDS
 from gateway_slurm.store import LEASE_SECONDS
 from helpers.gateway_group import Deployment, deployment, has_itself, ids
 from helpers.gateway_process import ask, start, stop, stop_all
@@ -289,6 +290,57 @@ async def test_a_gateway_that_hangs_loses_its_kernels_and_lets_go_of_them(mortal
             await asyncio.sleep(0.1)
         assert await ask(alice, kernel_id, PID) == pid  # by way of the other one
         assert await ids(alice, "/api/kernels") == [kernel_id]
+    finally:
+        await stop_all(other)
+
+
+# A gateway's configuration is code: on SIGUSR2 one of its loops stands still while the file exists.
+STANDS_STILL = """
+import os, signal, time
+from gateway_slurm import SlurmService
+
+def stand_still():
+    while os.path.exists({file!r}):
+        time.sleep(0.1)
+
+on_service = {loop!r} == "service"
+signal.signal(
+    signal.SIGUSR2,
+    lambda *_: SlurmService.instance().submit(stand()) if on_service else stand_still(),
+)
+
+async def stand():
+    stand_still()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["main", "service"])
+async def test_a_gateway_of_which_one_loop_stands_still_loses_its_kernels(mortals, tmp_path, loop):
+    """Its other threads run on, and its lease ends all the same: the other gateway serves its kernels."""
+    file, config = tmp_path / "stands", tmp_path / "stands.py"
+    config.write_text(STANDS_STILL.format(file=str(file), loop=loop))
+    hanging = mortals.start("a", f"--config={config}")
+    other = mortals.start("b").of("alice")
+    await mortals.know_each_other()
+    kernel_id = await start(hanging.of("alice"))
+    try:
+        pid = await ask(hanging.of("alice"), kernel_id, PID)
+        file.touch()
+        os.kill(hanging.process.pid, signal.SIGUSR2)
+        try:
+            deadline = time.monotonic() + STANDSTILL_SECONDS + TAKEN_OVER_WITHIN
+            while mortals.owner_of(kernel_id) != mortals.server_of(mortals.gateways["b"]):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.2)
+            assert await ask(other, kernel_id, PID) == pid
+        finally:
+            file.unlink()
+        deadline = time.monotonic() + READY
+        while await mortals.holders(kernel_id) != ["b"]:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+        assert await ask(hanging.of("alice"), kernel_id, PID) == pid  # by way of the other one
     finally:
         await stop_all(other)
 

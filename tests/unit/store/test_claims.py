@@ -333,6 +333,37 @@ def test_a_server_that_was_taken_for_dead_loses_what_is_anothers_and_keeps_the_r
         one.close()
 
 
+def test_a_server_of_which_a_loop_stands_still_does_not_renew_its_lease(store, store_url, directory):
+    """It writes nothing, drops at once what another server takes over, and continues when the loop runs again."""
+    lost: list[LostRows] = []
+    standing, other = "", registry(directory, store_url)
+    url, parent = store_url, directory.parent
+    stood = Registry(parent, url=url, deployment="gateway", on_lost=lost.append, standing=lambda: standing)
+    stood.open()
+    for record in job(1):
+        stood._writer.put(record)
+    stood.flush()
+    standing = "the loop"
+    lease = next(one.lease_until for one in store.servers() if one.server_id == stood.server_id)
+    stood.put(replace(job(1)[0], state="RUNNING"))
+    assert poll(lambda: stood.trouble.startswith("the loop stands still"), timeout=10)
+    unchanged = next(one.lease_until for one in store.servers() if one.server_id == stood.server_id)
+    assert unchanged == pytest.approx(lease, abs=0.5)  # the two clocks are compared each time
+    end_lease(store, stood.server_id, ago=2 * LEASE_SECONDS)
+    assert poll(lambda: keys(other.claim())["kernels"] == ["k1.0"], timeout=2 * LEASE_SECONDS)
+    assert poll(lambda: bool(lost), timeout=10)
+    assert lost[0].kernels == {"k1.0"}
+    standing = ""
+    for record in job(2):
+        stood._writer.put(record)
+    stood.flush()
+    assert keys(store.rows_of(stood.server_id))["kernels"] == ["k2.0"]
+    assert keys(store.rows_of(other.server_id))["kernels"] == ["k1.0"]
+    assert (len(lost), stood.trouble) == (1, "")
+    for one in (stood, other):
+        one.close()
+
+
 def test_what_was_lost_is_not_written_after_a_write_that_failed(store, store_url, directory, monkeypatch):
     """The database goes away in the moment in which a server learns that a job is another's."""
     slept, other = registry(directory, store_url), registry(directory, store_url)

@@ -1,0 +1,51 @@
+"""Reports to systemd, where it runs this process as a service of ``Type=notify``: ready, alive, stopping.
+
+Source: sd_notify(3), its notes on the protocol; systemd.service(5), ``WatchdogSec``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+
+from gateway_slurm._util import BEAT_SECONDS, LoopWatch
+
+READY, ALIVE, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
+# The name of the loop that serves requests, in the log.
+MAIN_LOOP = "the gateway's loop"
+_log = logging.getLogger(__name__)
+
+
+class ServiceManager:
+    """The socket of the service manager that started this process; nothing is sent where there is none."""
+
+    def __init__(self) -> None:
+        # Not for the processes that this one starts.
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        # A name that begins with "@" is in Linux's abstract namespace.
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+
+    def notify(self, state: str) -> None:
+        """Send a state; never waits, and raises nothing."""
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+                sender.setblocking(False)
+                sender.sendto(state.encode(), self._address)
+        except OSError as error:
+            _log.warning("the service manager could not be notified: %s", error)
+
+    async def show_life(self, loops: LoopWatch, seconds: float) -> None:
+        """Show that the calling loop runs, to ``loops`` and to the service manager, until the task is cancelled.
+
+        The service manager is not notified while another loop has stood still for so many seconds.
+        """
+        with loops.following(MAIN_LOOP):
+            while True:
+                loops.beat(MAIN_LOOP)
+                if not loops.standing(seconds):
+                    self.notify(ALIVE)
+                await asyncio.sleep(BEAT_SECONDS)
