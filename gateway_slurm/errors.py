@@ -12,6 +12,9 @@ from collections.abc import Sequence
 class GatewaySlurmError(Exception):
     """The root of the tree: everything that this package raises on purpose."""
 
+    is_reported = False
+    """Whether the user sees it already, so that no log needs its traceback."""
+
 
 class RequestError(GatewaySlurmError):
     """A request field is missing, unknown or not valid; ``field`` is its name."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -32,8 +33,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
-from gateway_slurm._jupyter_compat import polling_restarter, renew_control_socket
-from gateway_slurm._util import printable
+from gateway_slurm._jupyter_compat import polling_restarter, renew_control_socket, report
 from gateway_slurm.config import port_range
 from gateway_slurm.environment import fill_placeholders, kernel_environment
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LinkError, RequestError
@@ -57,6 +57,22 @@ _PYTHON_NAMES = ("python", f"python{sys.version_info[0]}", "python{}.{}".format(
 _STATE_KEY = "provisioner"
 
 
+def _reported(method: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Coroutine[Any, Any, T]]:
+    """Report an error of a start once. No frames of this package are shown: the message has all that a user needs."""
+
+    @functools.wraps(method)
+    async def call(self: SlurmProvisioner, *args: Any, **kwargs: Any) -> T:
+        try:
+            return await method(self, *args, **kwargs)
+        except GatewaySlurmError as error:
+            # A gateway's admin must not read what a user's kernel printed.
+            text = reason_of(error) if self._owner else error
+            report(error, self.parent, self.log, f"kernel {self.kernel_id} was not started: {text}")
+            raise error.with_traceback(None) from None
+
+    return call
+
+
 class SlurmProvisioner(KernelProvisionerBase):
     """Runs the kernel of a kernelspec on a Slurm node.
 
@@ -69,6 +85,7 @@ class SlurmProvisioner(KernelProvisionerBase):
         kwargs.pop("config", None)
         super().__init__(**base_arguments)
         self._fields: dict[str, Any] = kwargs
+        self._owner = ""
         # The owner, and the fields that override the kernelspec's. A kernel manager that has checked both gives them
         # at the first start; restarts have the same.
         self._given: tuple[str, dict[str, Any]] | None = None
@@ -141,6 +158,7 @@ class SlurmProvisioner(KernelProvisionerBase):
 
     # -- Start --------------------------------------------------------------------------------
 
+    @_reported
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Called before each start. Raises RequestError when the kernelspec asks for something invalid.
 
@@ -169,6 +187,9 @@ class SlurmProvisioner(KernelProvisionerBase):
         wrapped = None if self._request.kernel_argv else self._wrapped_spec()
         for name, value in (wrapped.env if wrapped else {}).items():
             kwargs["env"][name] = Template(value).safe_substitute(kwargs["env"])
+        if language.lower() == "python":
+            # Else debugpy, which ipykernel imports, warns of Python's frozen modules in the log of each kernel.
+            kwargs["env"].setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
         extra = list(kwargs.pop("extra_arguments", []))
         kwargs = await super().pre_launch(**kwargs)
         kwargs["env"] = {str(name): str(value) for name, value in kwargs["env"].items() if value is not None}
@@ -197,6 +218,7 @@ class SlurmProvisioner(KernelProvisionerBase):
                 f"kernel_name: there is no kernelspec {name!r} to wrap (installed are {known})", field="kernel_name"
             ) from error
 
+    @_reported
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         """Start the kernel and return its connection info once it listens; the job may wait in Slurm's queue."""
         try:
@@ -210,11 +232,6 @@ class SlurmProvisioner(KernelProvisionerBase):
                 await self._call(self._handle.restart(launch))
         except asyncio.CancelledError:
             settle_cancelled_start(self.parent)
-            raise
-        except GatewaySlurmError as error:
-            # A gateway's admin must not read what a user's kernel printed.
-            text = reason_of(error) if self._owner else error
-            self.log.error("kernel %s was not started: %s", self.kernel_id, printable(text))
             raise
         assert self._handle is not None
         self._has_process = True

@@ -12,7 +12,7 @@ c = get_config()  # noqa: F821
 c.GatewayClient.url = os.environ.get("JUPYTER_GATEWAY_URL") or "https://gateway.example.org"
 
 # The token that the gateway's admin gave you, from the environment or from a file that only you can read:
-#   install -m 0600 /dev/stdin ~/.config/gateway_slurm/token
+#   install -D -m 0600 /dev/stdin ~/.config/gateway_slurm/token
 # Other users of the machine would see it on a command line.
 token_file = Path("~/.config/gateway_slurm/token").expanduser()
 if os.environ.get("JUPYTER_GATEWAY_AUTH_TOKEN"):

@@ -15,13 +15,14 @@ from gateway_slurm.allocations.identity import identity_of
 from gateway_slurm.allocations.recovery import living_jobs
 from gateway_slurm.cli.common import BlockingSlurm, print_table
 from gateway_slurm.config import load_admin_config
-from gateway_slurm.errors import SlurmError, UnknownJob
+from gateway_slurm.errors import GatewaySlurmError, SlurmError, UnknownJob
 from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.formats import expand_hostlist
 from gateway_slurm.slurm.model import JobInfo
-from gateway_slurm.store import AllocationRecord, Registry, ServerRecord, by_job
+from gateway_slurm.store import AllocationRecord, Registry, ServerAllocation, ServerRecord, by_job
 
 COLUMNS = ("JOBID", "STATE", "NODES", "TIME LEFT", "KERNELS", "KEPT", "WAITS FOR")
+ORPHAN_SLACK = 5.0  # seconds that a launcher may take to end its kernels
 LINE_END = "\n" + 11 * " "  # of a value that has several lines
 
 
@@ -41,6 +42,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.set_defaults(run=run)
+        if name == "release":
+            yes_help = "end the job also if kernels without a server may run in it, without asking"
+            action.add_argument("--yes", "-y", action="store_true", help=yes_help)
         if name in ("list", "show"):
             action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=json_help)
         if name != "list":
@@ -61,13 +65,14 @@ def _registry() -> Iterator[Registry]:
 
 def _known(registry: Registry) -> tuple[dict[str, dict[str, Any]], str]:
     """The allocations by job id, from the store and from Slurm; and the reason, if Slurm did not answer."""
-    records = by_job(registry.all_allocations())
+    allocations = registry.all_allocations()
+    records, orphans = by_job(allocations), _orphans(allocations)
     try:
         with _slurm() as slurm:
             jobs = slurm.run(living_jobs(slurm.driver, records))
     except SlurmError as error:
         rows = {jobid: _row(jobid) | _from_record(*record) for jobid, record in records.items()}
-        return _marked(rows, registry), str(error)
+        return _marked(rows, registry, orphans), str(error)
     # A job that Slurm does not know is over, even if it is on record. A record of another job with that id is ignored.
     rows = {}
     for jobid, info in jobs.items():
@@ -75,7 +80,20 @@ def _known(registry: Registry) -> tuple[dict[str, dict[str, Any]], str]:
         record = records.get(jobid)
         stored = _from_record(*record) if record and record[1].identity == identity else {}
         rows[jobid] = _row(jobid) | stored | _from_slurm(info) | {"identity": identity}
-    return _marked(rows, registry), ""
+    return _marked(rows, registry, orphans), ""
+
+
+def _orphans(allocations: list[ServerAllocation]) -> dict[tuple[str, str], list[str]]:
+    """The kernels whose server is gone and that may run on, by the job's id and identity.
+
+    A launcher ends them ``orphan_timeout`` after its server's end, which the server's lease bounds.
+    """
+    timeout = load_admin_config(SlurmService).orphan_timeout + ORPHAN_SLACK
+    return {
+        (record.jobid or "", record.identity): record.kernel_ids
+        for server, record in allocations
+        if server.is_gone and record.kernel_ids and time.time() < server.lease_until + timeout
+    }
 
 
 def _row(jobid: str) -> dict[str, Any]:
@@ -86,6 +104,7 @@ def _row(jobid: str) -> dict[str, Any]:
         "nodes": [],
         "end_time": None,
         "kernel_ids": [],
+        "orphans": [],
         "kept": False,
         "reason": "",
         "advice": "",
@@ -116,10 +135,13 @@ def _from_slurm(info: JobInfo) -> dict[str, Any]:
     }
 
 
-def _marked(rows: dict[str, dict[str, Any]], registry: Registry) -> dict[str, dict[str, Any]]:
+def _marked(
+    rows: dict[str, dict[str, Any]], registry: Registry, orphans: dict[tuple[str, str], list[str]]
+) -> dict[str, dict[str, Any]]:
     marks = registry.keep_flags.all()
     for jobid, row in rows.items():
         row["kept"] = (jobid, row["identity"]) in marks
+        row["orphans"] = sorted(set(orphans.get((jobid, row["identity"]), ())) - set(row["kernel_ids"]))
     return rows
 
 
@@ -144,7 +166,10 @@ def _list(arguments: argparse.Namespace) -> int:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     left = "" if row["end_time"] is None else _duration(row["end_time"] - time.time())
     kept = "yes" if row["kept"] else ""
-    cells = row["jobid"], row["state"], ",".join(row["nodes"]), left, str(len(row["kernel_ids"])), kept, row["reason"]
+    kernels = str(len(row["kernel_ids"])) if row["kernel_ids"] or not row["orphans"] else ""
+    without = f"{len(row['orphans'])} without a server" if row["orphans"] else ""
+    kernels = ", ".join(filter(None, (kernels, without)))
+    cells = row["jobid"], row["state"], ",".join(row["nodes"]), left, kernels, kept, row["reason"]
     return tuple(map(in_one_line, cells))
 
 
@@ -178,7 +203,7 @@ def _show(arguments: argparse.Namespace) -> int:
         ("ends", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["end_time"])) if row["end_time"] else "unknown"),
         ("kept", "yes" if row["kept"] else "no"),
         ("server", row["server"] or "unknown"),
-        ("kernels", "\n".join(row["kernel_ids"]) or "none"),
+        ("kernels", "\n".join([*row["kernel_ids"], *(f"{name} (no server)" for name in row["orphans"])]) or "none"),
         ("request", json.dumps(row["config"])),
         ("logs", f"{load_admin_config(SlurmService).log_directory} on the nodes"),
     ):
@@ -205,7 +230,25 @@ def _release(arguments: argparse.Namespace) -> int:
     if row["kernel_ids"]:
         print(f"job {row['jobid']} will end with the last of its kernels ({len(row['kernel_ids'])})")
         return 0
+    if row["orphans"] and not arguments.yes and not _confirmed(row):
+        print(f"job {row['jobid']} is not kept any more; its launcher ends its kernels, and then the job")
+        return 0
     return _cancel(arguments)
+
+
+def _confirmed(row: dict[str, Any]) -> bool:
+    """Whether the user agrees to end a job with kernels that have no server.
+
+    Raises GatewaySlurmError without a terminal.
+    """
+    kernels = ", ".join(row["orphans"])
+    what = f"In job {row['jobid']} kernels may run whose server is gone ({kernels})."
+    if not sys.stdin.isatty():
+        raise GatewaySlurmError(
+            f"{what} Nothing was cancelled. To take them over: jupyter slurm attach KERNEL; to end them and the job: "
+            f"jupyter slurm allocations release --yes {row['jobid']}"
+        )
+    return input(f"{what} End them and the job (y/[n])? ").strip().lower() in ("y", "yes")
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
@@ -213,5 +256,6 @@ def _cancel(arguments: argparse.Namespace) -> int:
     with _slurm() as slurm:
         slurm.run(slurm.driver.cancel(row["jobid"]))
     _set_kept(row, False)
-    print(f"job {row['jobid']} is cancelled")
+    number = len(row["kernel_ids"]) + len(row["orphans"])
+    print(f"job {row['jobid']} is cancelled" + (f", and with it its kernels ({number})" if number else ""))
     return 0

@@ -83,7 +83,9 @@ def _up(arguments: argparse.Namespace) -> int:
     else:
         _say(f"Starting a private cluster in {cluster.directory} …")
         cluster.up()
-        _say("It is up. Take it down with: jupyter slurm cluster down")
+        named = arguments.directory.absolute() != _default_directory()
+        directory = f" {shlex.quote(str(arguments.directory.absolute()))}" if named else ""
+        _say(f"It is up. Take it down with: jupyter slurm cluster down{directory}")
     if arguments.rest:
         _say(f"Its REST interface: SlurmService.cluster = {cluster.rest_url!r}")
     for name, value in cluster.environment().items():
@@ -105,10 +107,10 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _down(arguments: argparse.Namespace) -> int:
     cluster = PrivateCluster(arguments.directory)
-    if cluster.down():
-        _say(f"The private cluster in {cluster.directory} is down.")
-    else:
-        _say(f"There is no private cluster in {cluster.directory}.")
+    if not cluster.down():
+        _say(f"There is no private cluster in {cluster.directory}. Name the directory that 'cluster up' had.")
+        return 1
+    _say(f"The private cluster in {cluster.directory} is down.")
     return 0
 
 

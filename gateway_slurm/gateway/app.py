@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import gc
+import os
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_server.serverapp import ServerApp
-from traitlets import CInt, Dict, Unicode, default, validate
+from traitlets import CInt, Dict, Int, Unicode, default, validate
 
 from gateway_slurm import __version__
 from gateway_slurm.errors import StoreError
@@ -102,6 +103,12 @@ class SlurmGatewayApp(ServerApp):
     _exit_status = 0
     _life: asyncio.Task[None] | None = None
 
+    port = Int(
+        ServerApp.port_default_value,
+        config=True,
+        help="Port that the gateway listens on (also: the environment variable JUPYTER_PORT). If it is taken, the next "
+        "free one of ``port_retries`` ports is used.",
+    )
     peer_url = Unicode(
         "",
         config=True,
@@ -148,6 +155,10 @@ class SlurmGatewayApp(ServerApp):
     _opens_browser = _default_is("open_browser", False)
     # Every request is authenticated by a header, which a browser does not send by itself.
     _remote_access = _default_is("allow_remote_access", True)
+
+    @default("port")
+    def _port_default(self) -> int:
+        return int(os.getenv(self.port_env, self.port_default_value))
 
     @default("default_url")
     def _default_url(self) -> str:

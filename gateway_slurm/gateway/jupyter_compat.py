@@ -7,8 +7,10 @@ test for each, which fails when a release changes the member.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
@@ -146,6 +148,50 @@ class HookedKernelManager(AsyncMappingKernelManager):
 
     def _handle_kernel_died(self, kernel_id: str) -> None:
         self.restarter_gave_up(kernel_id)
+
+
+# -- What jupyter_server logs --
+
+
+class ServerLogFilter(logging.Filter):
+    """Corrects two lines of jupyter_server's log where kernels outlive the server, and drops a wrong one of tornado's.
+
+    ``ServerApp.start_app`` and ``ServerApp.cleanup_kernels``: both say that all kernels are shut down.
+    ``WebSocketMixin.ping_interval``: milliseconds, which tornado reads as seconds, and warns of.
+    """
+
+    _CHANGES: Final = (
+        (
+            re.compile(r"Use Control-C to stop this server and shut down all kernels"),
+            "Use Control-C to stop this server; its kernels keep running for the next one",
+        ),
+        (
+            re.compile(r"Shutting down (\d+) kernels?$"),
+            r"Stopping; kernels on nodes keep running for the next server (\1)",
+        ),
+    )
+    _DROPPED: Final = "The websocket_ping_timeout (90000)"
+
+    def __init__(self, leaves_kernels: Callable[[], bool]) -> None:
+        super().__init__()
+        self._leaves_kernels = leaves_kernels
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not isinstance(record.msg, str):
+            return True
+        if self._leaves_kernels():
+            for pattern, text in self._CHANGES:
+                record.msg = pattern.sub(text, record.msg)
+        return not record.msg.startswith(self._DROPPED)
+
+
+def correct_log(log: Any, leaves_kernels: Callable[[], bool]) -> None:
+    """Filter a server's log, and tornado's, by a ``ServerLogFilter``; an earlier one is replaced."""
+    made = ServerLogFilter(leaves_kernels)
+    for logger in (getattr(log, "logger", log), logging.getLogger("tornado.general")):
+        for known in [known for known in logger.filters if isinstance(known, ServerLogFilter)]:
+            logger.removeFilter(known)
+        logger.addFilter(made)
 
 
 # -- Kernelspecs, and HTTP handlers --

@@ -126,6 +126,7 @@ def set_up_server(manager: SlurmMappingKernelManager, app: Any) -> None:
     Called while the server is set up.
     """
     configured = app.config.get(type(app).__name__, {})
+    jupyter_compat.correct_log(manager.log, lambda: not manager.kill_kernels_on_exit)
     if "kernel_websocket_connection_class" not in configured:
         app.kernel_websocket_connection_class = SlurmWebsocketConnection
     elif hasattr(app, "kernel_websocket_connection_class"):

@@ -49,7 +49,7 @@ def test_a_job_that_the_command_keeps_outlives_its_server(quick, cluster, how):
     assert job_state(one.jobid) == "RUNNING"
     (row,) = json.loads(allocations("--json"))
     assert (row["jobid"], row["kept"], row["kernel_ids"]) == (one.jobid, True, [])
-    assert f"job {one.jobid} is cancelled" in allocations("release", one.jobid)
+    assert f"job {one.jobid} is cancelled" in allocations("release", "--yes", one.jobid)
     assert marks() == set()
     assert nothing_left(cluster)
 
@@ -77,7 +77,7 @@ def test_a_job_kept_by_request_outlives_its_server_and_is_used_again(quick, clus
         (row,) = json.loads(allocations("--json"))
         assert row["kernel_ids"] == [manager.kernel_id]
     assert job_state(one.jobid) == "RUNNING"
-    allocations("release", one.jobid)
+    allocations("release", "--yes", one.jobid)
     assert nothing_left(cluster)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from traitlets import import_item
 from traitlets.config.loader import PyFileConfigLoader
 
 from gateway_slurm import SlurmMappingKernelManager
+from gateway_slurm.cli.app import build_parser
 from gateway_slurm.config import FILE_NAME, load_admin_config
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
@@ -99,6 +101,20 @@ def test_the_commands_of_jupyter_slurm_are_there():
         # The gateway is a Jupyter application, which has another form of help.
         first = "The shared gateway" if command == " gateway" else f"usage: jupyter slurm{command}"
         assert result.stdout.startswith(first)
+
+
+SAMPLES = [path for path in sorted((ROOT / "etc").rglob("*")) if path.is_file()]
+_COMMAND = re.compile(r"jupyter slurm ((?:token (?:add|list|remove)|cluster|allocations|attach|doctor)\b[^`\n\")>;&]*)")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SAMPLES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_command_line_of_a_page_or_sample_is_complete(page):
+    """The command accepts the options, and lacks none that it needs; placeholders count as values."""
+    # In a comment of a sample a line that ends with a backslash continues in the next comment.
+    text = re.sub(r"\\\n[\s#]*", " ", page.read_text(errors="replace"))
+    commands = "\n".join(found[2] for found in _FENCE.findall(text)) if page.suffix == ".md" else text
+    for line in _COMMAND.findall(commands):
+        build_parser().parse_args(shlex.split(line, comments=True))
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

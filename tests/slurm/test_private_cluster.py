@@ -260,7 +260,10 @@ def test_a_daemon_can_be_killed(cluster: PrivateCluster) -> None:
 
 
 def test_the_command_line_prints_one_line_for_the_shell(short_tmp: Path) -> None:
-    """Up prints only the export line on stdout, also when the cluster is up already; down says so, twice."""
+    """Up prints only the export line on stdout, also when the cluster is up already, and names the right ``down``.
+
+    Down fails where there is nothing to stop.
+    """
     directory = short_tmp / "h"
     command = [sys.executable, "-m", "gateway_slurm.cli.app", "cluster"]
 
@@ -270,6 +273,7 @@ def test_the_command_line_prints_one_line_for_the_shell(short_tmp: Path) -> None
         )
 
     first = run("up", str(directory), "--nodes", "1", "--gpus", "0")
+    assert f"jupyter slurm cluster down {directory}\n" in first.stderr
     assert first.stdout == f"export SLURM_CONF={directory}/etc/slurm.conf\n", first.stderr
     again = run("up", str(directory))
     assert (again.returncode, again.stdout) == (0, first.stdout)
@@ -277,7 +281,8 @@ def test_the_command_line_prints_one_line_for_the_shell(short_tmp: Path) -> None
     status = run("status", str(directory))
     assert (status.returncode, status.stdout.splitlines()[-1]) == (0, "c1: running, node idle")
     assert "is down" in run("down", str(directory)).stderr
-    assert "no private cluster" in run("down", str(directory)).stderr
+    nothing = run("down", str(directory))
+    assert (nothing.returncode, "no private cluster" in nothing.stderr) == (1, True)
     assert run("status", str(directory)).returncode == 1
 
 

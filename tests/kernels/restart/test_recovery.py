@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gateway_slurm import store
@@ -28,7 +29,7 @@ from helpers.dead_server import leave_behind
 from helpers.failing_starts import jobs_of_ours
 from helpers.kernel_clients import READY, async_kernel, install_kernelspec, job_state, jobid_of, poll_async
 from helpers.private_slurm import jobs_of, poll, slurm
-from helpers.server_processes import on_record
+from helpers.server_processes import on_record, server
 
 LOG = logging.getLogger("test.recovery")
 
@@ -198,6 +199,26 @@ def allocations(*arguments: str) -> subprocess.CompletedProcess[str]:
     """``jupyter slurm allocations …`` as its user runs it."""
     argv = [sys.executable, "-m", "gateway_slurm.cli.app", "allocations", *arguments]
     return subprocess.run(argv, capture_output=True, text=True, timeout=READY, check=False)
+
+
+def test_a_kernel_whose_server_was_killed_is_counted_and_release_asks_first(service, tmp_path, monkeypatch, cluster):
+    """Without a terminal ``release`` ends nothing and says how; with ``--yes`` it ends the job and its kernels."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with server() as one:
+        one.end("SIGKILL")
+        (row,) = json.loads(allocations("--json").stdout)
+        assert (row["kernel_ids"], len(row["orphans"])) == ([], 1)
+        assert "1 without a server" in allocations().stdout
+        assert f"{row['orphans'][0]} (no server)" in allocations("show", one.jobid).stdout
+        asked = allocations("release", one.jobid)
+        assert asked.returncode == 1
+        assert "jupyter slurm attach" in asked.stderr
+        assert f"release --yes {one.jobid}" in asked.stderr
+        assert job_state(one.jobid) == "RUNNING"
+        assert psutil.pid_exists(one.kernel)
+        ended = allocations("release", "--yes", one.jobid)
+        assert ended.stdout == f"job {one.jobid} is cancelled, and with it its kernels (1)\n"
+    assert poll(lambda: not jobs_of(cluster), timeout=READY)
 
 
 async def test_the_command_line_lists_keeps_releases_and_cancels(service, kernelspecs, tmp_path, monkeypatch):
