@@ -144,6 +144,10 @@ class OutOfReach(LauncherFailed):
     """The job runs, but its launcher reached none of the server's addresses; the message has the known reasons."""
 
 
+class PrologTimeout(LauncherFailed):
+    """Slurm's prolog ran on the node for longer than ``prolog_timeout``, and no script has begun."""
+
+
 class NotProven(LauncherFailed):
     """A client claimed to be the launcher, but its HELLO could not be opened with the launch token."""
 

@@ -178,7 +178,11 @@ class Kernel:
                 self._listening()
         elif time.monotonic() > self._deadline:
             seconds = self.spec["start_timeout"]
-            self._fail("timeout", f"the kernel did not listen on its channels within {seconds:g} s")
+            self._fail(
+                "timeout",
+                f"the kernel did not listen on its channels within {seconds:g} s; raise SlurmService.start_timeout if "
+                "it first fetches a container image or reads a slow file system",
+            )
         else:
             # The checks must not take the CPU time that the kernel needs to start.
             pause = max(CHECK_INTERVAL, 4 * (time.monotonic() - began))

@@ -45,7 +45,7 @@ class Allocations:
         addresses: DialAddresses,
         *,
         may_adopt: Callable[[str], Awaitable[bool]],
-        log_end: Callable[[str], Awaitable[str]],
+        log_end: Callable[[str], Awaitable[str | None]],
     ) -> None:
         self._driver, self.table, self.log = context.driver, context.table, context.log
         self._owner, self._user, self._may_adopt = context.owner, context.user, may_adopt

@@ -13,8 +13,17 @@ from gateway_slurm.allocations.identity import COMMENT, JOB_NAME, STEP_NAME, TOK
 from gateway_slurm.allocations.launcher import UNKNOWN_NODE, Launcher, moment
 from gateway_slurm.allocations.model import Allocation, Place
 from gateway_slurm.allocations.monitor import AllocationMonitor
+from gateway_slurm.allocations.stages import Stage, StageClock, stage_of
 from gateway_slurm.allocations.table import OwnerContext
-from gateway_slurm.errors import AllocationError, GatewaySlurmError, LauncherFailed, NotProven, OutOfReach, QueueTimeout
+from gateway_slurm.errors import (
+    AllocationError,
+    GatewaySlurmError,
+    LauncherFailed,
+    NotProven,
+    OutOfReach,
+    PrologTimeout,
+    QueueTimeout,
+)
 from gateway_slurm.link.program import launcher_program
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.account import Account
@@ -60,7 +69,7 @@ class LauncherStarter:
         monitor: AllocationMonitor,
         addresses: DialAddresses,
         *,
-        log_end: Callable[[str], Awaitable[str]],
+        log_end: Callable[[str], Awaitable[str | None]],
     ) -> None:
         self._driver, self._socket, self._table = context.driver, context.socket, context.table
         self._registry, self.log = context.table.registry, context.log
@@ -261,46 +270,92 @@ class LauncherStarter:
             deadline.cancel()
 
     async def _deadline(self, allocation: Allocation, launcher: Launcher) -> AllocationError | LauncherFailed:
-        """Return the error to raise, once the queue or the launcher took too long."""
-        loop = asyncio.get_running_loop()
-        began, running_since = loop.time(), None
+        """Return the error to raise, once the queue, the prolog or the launcher took too long.
+
+        Each has its own clock. None runs while nodes boot or PrologSlurmctld runs: Slurm's ResumeTimeout limits the
+        boot. The launcher's clock begins when its script does, as far as that can be seen.
+        """
+        clock, script = StageClock(asyncio.get_running_loop().time), _ScriptStart(self._settings.link_timeout)
         while True:
             await asyncio.sleep(0.25)
-            info = allocation.info
-            if allocation.is_running:
-                running_since = running_since or loop.time()
-                if loop.time() - running_since > self._settings.link_timeout:
-                    return await self._never_came(allocation, launcher)
-            elif allocation.never_starts:
+            stage = stage_of(allocation)
+            seconds = clock.spend(stage)
+            if stage is Stage.QUEUE and allocation.never_starts:
                 return _never_starts(allocation)
-            elif self._settings.queue_timeout and loop.time() - began > self._settings.queue_timeout:
-                reason = f" ({info.reason})" if info is not None and info.reason else ""
-                advice = f"; {info.pending.advice}" if info is not None and info.pending.advice else ""
-                return QueueTimeout(
-                    f"job {allocation.jobid} was still waiting in the queue{reason} after "
-                    f"{self._settings.queue_timeout:g} s (SlurmService.queue_timeout); it was cancelled{advice}",
-                    jobid=allocation.jobid,
-                )
+            if stage is Stage.QUEUE and self._settings.queue_timeout and seconds > self._settings.queue_timeout:
+                return self._queued_too_long(allocation)
+            if stage is Stage.PROLOG:
+                script.prolog = ""  # Slurm says when it ends
+                if seconds > self._settings.prolog_timeout:
+                    return _prolog_too_long(allocation, seconds)
+            if stage is Stage.RUNNING:
+                await self._look_for_script(allocation, launcher, script, seconds)
+                if seconds > script.deadline(self._settings.prolog_timeout):
+                    return await self._never_came(allocation, launcher, script, seconds)
+
+    async def _look_for_script(
+        self, allocation: Allocation, launcher: Launcher, script: _ScriptStart, seconds: float
+    ) -> None:
+        """Look for the script's log and, once the launcher is late without one, ask Slurm whether it has a prolog."""
+        if launcher.holds_job and script.is_look_due(seconds):
+            script.looked(seconds, await self._log_end(self._log_of(allocation)))
+        if script.prolog is not None or script.began is not None or seconds <= self._settings.link_timeout:
+            return
+        try:
+            script.prolog = (await self._driver.cluster_info()).prolog
+        except GatewaySlurmError as error:
+            self.log.info("Slurm does not say whether it has a prolog: %s", error)
+            script.prolog = ""
+        if script.prolog:
+            self.log.warning(
+                "job %s runs without its launcher: perhaps its prolog %s still runs; this server waits %g s more "
+                "(SlurmService.prolog_timeout)",
+                allocation.jobid,
+                script.prolog,
+                self._settings.prolog_timeout,
+            )
+
+    def _queued_too_long(self, allocation: Allocation) -> QueueTimeout:
+        info = allocation.info
+        reason = f" ({info.reason})" if info is not None and info.reason else ""
+        advice = f"; {info.pending.advice}" if info is not None and info.pending.advice else ""
+        return QueueTimeout(
+            f"job {allocation.jobid} was still waiting in the queue{reason} after "
+            f"{self._settings.queue_timeout:g} s (SlurmService.queue_timeout); it was cancelled{advice}",
+            jobid=allocation.jobid,
+        )
 
     def _log_of(self, allocation: Allocation) -> str:
         return f"{self._settings.log_directory}/launcher-{allocation.jobid}.log"
 
-    async def _never_came(self, allocation: Allocation, launcher: Launcher) -> LauncherFailed:
-        """The error for a job that runs without a link: with the addresses that failed, where its log can be read."""
+    async def _never_came(
+        self, allocation: Allocation, launcher: Launcher, script: _ScriptStart, seconds: float
+    ) -> LauncherFailed:
+        """The error for a job that runs without a link: what is known, and then the possible causes in their order."""
         log = self._log_of(allocation)
         where = f" on {allocation.info.nodes}" if allocation.info is not None else ""
-        within = f"within {self._settings.link_timeout:g} s"
+        within = f"within {seconds if script.began is None else self._settings.link_timeout:.3g} s"
         if launcher.expected is not None and launcher.expected.refused:
             return NotProven(
                 f"job {allocation.jobid} runs{where}, but its launcher was not accepted {within}: "
                 f"{launcher.expected.refused}; something on the way changes what is sent (its log on the node: {log})"
             )
         addresses = self._addresses.first()
-        why = "; ".join(failed_dials(await self._log_end(log), addresses))
+        failed = "; ".join(failed_dials(await self._log_end(log) or "", addresses))
+        dial = "set SlurmService.response_address to an address that the compute nodes can dial"
+        slow = "Python starts slowly there: raise SlurmService.link_timeout"
+        prolog = f"the prolog {script.prolog} still ran: raise SlurmService.prolog_timeout"
+        if failed:
+            known, causes = failed, [dial]
+        elif script.began is not None:
+            known, causes = f"its script began {seconds - script.began:.0f} s ago", [slow, dial]
+        else:
+            known = "its log cannot be read here, so it is not known whether its script has begun"
+            causes = [prolog, dial, slow] if script.prolog else [dial, slow]
+        what_to_do = causes[0] if len(causes) == 1 else "possible causes, the likeliest first: " + "; ".join(causes)
         return OutOfReach(
             f"job {allocation.jobid} runs{where}, but its launcher did not reach this server {within} at any of "
-            f"{', '.join(addresses)}{f' ({why})' if why else ''}; set SlurmService.response_address to an address "
-            f"that the compute nodes can dial (its log on the node: {log})"
+            f"{', '.join(addresses)} ({known}); {what_to_do} (its log on the node: {log})"
         )
 
     async def _why_no_launcher(self, allocation: Allocation) -> AllocationError | LauncherFailed:
@@ -315,12 +370,50 @@ class LauncherStarter:
         exit_text = f"exit code {info.exit_code}"
         if info.exit_code == 127:  # the job script's own (slurm/script.py)
             exit_text = "no Python was found on the node: name an installed one in SlurmService.launcher_python"
-        tail = "\n".join((await self._log_end(self._log_of(allocation))).splitlines()[-20:])
+        tail = "\n".join((await self._log_end(self._log_of(allocation)) or "").splitlines()[-20:])
         return LauncherFailed(
             f"job {allocation.jobid} on {info.nodes} ended before its launcher was up: {exit_text}"
             + (f"; its log ends:\n{tail}" if tail else ""),
             output_tail=tail,
         )
+
+
+class _ScriptStart:
+    """When the job's script began, in seconds of the stage RUNNING: its first act is to make its log.
+
+    Slurm calls a job RUNNING while the prolog runs on its node, and says so only with PrologFlags=Alloc.
+    """
+
+    def __init__(self, link_timeout: float) -> None:
+        self._link_timeout = link_timeout
+        self._next_look = 0.0
+        self.began: float | None = None
+        self.prolog: str | None = None
+        """The program that may still run; empty where there is none, and None until Slurm was asked."""
+
+    def is_look_due(self, seconds: float) -> bool:
+        """Whether the log should be looked for now."""
+        return self.began is None and seconds >= self._next_look
+
+    def looked(self, seconds: float, log: str | None) -> None:
+        """Take the log's end; None where there is no log, or none that this server can read."""
+        self._next_look = seconds + max(1.0, self._link_timeout / 8)
+        if log is not None:
+            self.began = seconds
+
+    def deadline(self, prolog_timeout: float) -> float:
+        """The second in which the launcher is late."""
+        if self.began is not None:
+            return self.began + self._link_timeout
+        return self._link_timeout + (0.0 if self.prolog == "" else prolog_timeout)
+
+
+def _prolog_too_long(allocation: Allocation, seconds: float) -> PrologTimeout:
+    where = f" on {allocation.info.nodes}" if allocation.info is not None else ""
+    return PrologTimeout(
+        f"Slurm has run its prolog for job {allocation.jobid}{where} for {seconds:.0f} s, and the job's script has not "
+        "begun; ask the admin what the prolog waits for, or raise SlurmService.prolog_timeout"
+    )
 
 
 def _never_starts(allocation: Allocation) -> AllocationError:

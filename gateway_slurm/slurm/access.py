@@ -64,11 +64,11 @@ class ClusterAccess:
         """Connect as far as possible without Slurm itself, and describe the result to the user. Raises SlurmError."""
         raise NotImplementedError
 
-    async def log_end(self, path: str) -> str:
+    async def log_end(self, path: str) -> str | None:
         """Return the last ``MAX_LOG_END`` bytes of a file that a job of this process's user wrote, as a launcher's log.
 
-        ``~/`` is the user's home. The text is empty if the file cannot be read, for example because the nodes have
-        other home directories.
+        ``~/`` is the user's home. None if the file cannot be read, for example because the nodes have other home
+        directories.
         """
         return await asyncio.to_thread(_end_of, path)
 
@@ -124,11 +124,11 @@ class LocalAccess(ClusterAccess):
         return f"sbatch is {self.runner.find(['sbatch'])}"
 
 
-def _end_of(path: str) -> str:
+def _end_of(path: str) -> str | None:
     try:
         with Path(path).expanduser().open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - MAX_LOG_END))
             return file.read(MAX_LOG_END).decode(errors="replace")
     except (OSError, RuntimeError):  # the file or the home directory does not exist
-        return ""
+        return None

@@ -56,6 +56,7 @@ _JOB_FIELDS: Final = (
 )  # fmt: skip
 _STEP_FIELDS: Final = ("StepID", "UserName", "Nodes", "StepName")
 _STEP_END_STATES: Final = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL"}
+_PROLOG: Final = re.compile(r"^(?:Task)?Prolog(?:\[\d+\])?\s*=\s*(\S+)", re.MULTILINE)
 _VERSION: Final = re.compile(r"^SLURM_VERSION\s*=\s*(\S+)", re.MULTILINE)
 
 
@@ -265,6 +266,12 @@ def parse_version(stdout: str) -> str:
     """Return the version in ``scontrol show config``; empty if there is none."""
     found = _VERSION.search(stdout)
     return found[1] if found else ""
+
+
+def parse_prolog(stdout: str) -> str:
+    """Return the first prolog in ``scontrol show config`` that runs on nodes before a script; empty if none does."""
+    found = [value for value in _PROLOG.findall(stdout) if value != "(null)"]
+    return found[0] if found else ""
 
 
 def parse_partitions(stdout: str) -> tuple[Partition, ...]:

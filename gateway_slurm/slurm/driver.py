@@ -95,8 +95,9 @@ class CommandLineDriver:
         self.runner = runner
 
     async def cluster_info(self) -> ClusterInfo:
-        version = commands.parse_version(await self._output(commands.config_command()))
-        return ClusterInfo(version, commands.parse_partitions(await self._output(commands.partitions_command())))
+        config = await self._output(commands.config_command())
+        partitions = commands.parse_partitions(await self._output(commands.partitions_command()))
+        return ClusterInfo(commands.parse_version(config), partitions, commands.parse_prolog(config))
 
     async def _output(self, argv: list[str]) -> str:
         result = await self.runner.run(argv)

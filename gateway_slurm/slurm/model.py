@@ -156,6 +156,8 @@ class ClusterInfo:
 
     version: str
     partitions: tuple[Partition, ...] = ()
+    prolog: str = ""
+    """The program that runs on a node before a job's script; empty if there is none, or Slurm does not tell it."""
 
     @property
     def default_partition(self) -> str | None:

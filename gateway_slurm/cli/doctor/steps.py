@@ -19,6 +19,7 @@ from gateway_slurm.errors import (
     NotAllowed,
     NotProven,
     OutOfReach,
+    PrologTimeout,
     QueueTimeout,
     RequestError,
     SlurmNotInstalled,
@@ -48,6 +49,7 @@ _ERRORS: Final[tuple[tuple[type[GatewaySlurmError], str], ...]] = (
     (CryptoMissing, "python"),
     (OutOfReach, "dial"),
     (NotProven, "crypto"),
+    (PrologTimeout, "run"),
     (LauncherFailed, "python"),
     (KernelStartError, "kernel"),
     (AllocationError, "run"),
@@ -92,6 +94,7 @@ _CHANGES: Final[tuple[tuple[str, type[GatewaySlurmError], str], ...]] = (
         QueueTimeout,
         "a longer --wait, another partition, or a smaller request (squeue --start shows the expected start)",
     ),
+    ("run", PrologTimeout, "the cluster's Prolog (slurm.conf), or SlurmService.prolog_timeout"),
     ("run", AllocationEnded, "what Slurm's message names; sacct and slurmctld's log say more"),
     ("run", AllocationError, "the options that the message names"),
     (

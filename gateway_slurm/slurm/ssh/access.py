@@ -46,14 +46,14 @@ class SshAccess(ClusterAccess):
         host = await self.runner.connect()
         return f"logged in to {self._connection.destination}, which is {host}"
 
-    async def log_end(self, path: str) -> str:
+    async def log_end(self, path: str) -> str | None:
         """The end of the file on the login node, which usually shares its home directories with the nodes."""
         program = 'case $1 in "~/"*) set -- "$HOME/${1#"~/"}" "$2";; esac; exec tail -c "$2" -- "$1"'
         try:
             result = await self.runner.run(["sh", "-c", program, "sh", path, str(MAX_LOG_END)])
         except GatewaySlurmError:
-            return ""
-        return result.stdout if result.exit_status == 0 else ""
+            return None
+        return result.stdout if result.exit_status == 0 else None
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
         """Return the environment without variables of this machine and its user; jobs have the login node's."""
