@@ -177,8 +177,8 @@ c = get_config()  # noqa: F821
 # c.SlurmMappingKernelManager.kill_kernels_on_exit = False
 
 ## Maximum size in bytes of one part of a kernel's message: its JSON text, or one of its buffers. The server
-## needs the memory for it. A larger message is not delivered, the cell says so, and the kernel's connection is
-## made again. 0: no limit.
+## needs the memory for it. A larger message ends the kernel's connection. The server makes it again, says so
+## under the cell, and delivers what the launcher kept meanwhile (SlurmService.kept_output). 0: no limit.
 # c.SlurmMappingKernelManager.max_message_size = 536870912
 
 ## Whether a frontend shows, under the first cell that waits for its kernel, the job, its place in Slurm's queue

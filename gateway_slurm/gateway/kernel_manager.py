@@ -172,8 +172,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         min=0,
         config=True,
         help="""Maximum size in bytes of one part of a kernel's message: its JSON text, or one of its buffers. The
-        server needs the memory for it. A larger message is not delivered, the cell says so, and the kernel's
-        connection is made again. 0: no limit.""",
+        server needs the memory for it. A larger message ends the kernel's connection. The server makes it again, says
+        so under the cell, and delivers what the launcher kept meanwhile (SlurmService.kept_output). 0: no limit.""",
     )
 
     show_waiting = Bool(

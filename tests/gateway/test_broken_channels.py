@@ -8,18 +8,20 @@ import contextlib
 import pytest
 
 from helpers.broken_channels import KINDS, breaking
-from helpers.gateway_process import running_gateway, stop
+from helpers.gateway_process import running_gateway, start, stop
 from helpers.kernel_clients import JOB, READY, poll_async
 from helpers.notebook_server import Frontend
 
 # Seconds for an answer to another user, on two busy CPUs. A kernel that does not end when asked is killed after 5.
 IN_TIME = 3.0
+MAX_MESSAGE = 1_000_000  # bytes
 
 
 @pytest.fixture(scope="module")
 def module_gateway(gateway_environment):
     """One gateway for the tests here."""
-    with running_gateway(gateway_environment / "broken") as gateway:
+    limit = f"--SlurmMappingKernelManager.max_message_size={MAX_MESSAGE}"
+    with running_gateway(gateway_environment / "broken", limit) as gateway:
         yield gateway
 
 
@@ -75,5 +77,24 @@ async def test_a_kernel_with_broken_channels_is_restarted_and_ended(gateway, ker
         await frontend.until_closed()
         assert await alice.status("GET", kernel) == 404
         assert "Traceback" not in gateway.log.read_text()
+    finally:
+        await stop(alice, kernel_id)
+
+
+async def test_a_cell_with_too_large_an_output_ends_and_says_so(gateway):
+    """What it printed before and after comes once and in order, and so does the next cell's output."""
+    alice = gateway.of("alice")
+    kernel_id = await start(alice)
+    try:
+        frontend = await Frontend.connect(alice, kernel_id)
+        await frontend.execute(JOB)
+        code = (
+            f"from IPython.display import HTML; print('before'); display(HTML('x' * {2 * MAX_MESSAGE})); print('after')"
+        )
+        reply, printed = await asyncio.wait_for(frontend.execute(code), READY)
+        assert reply["status"] == "ok"
+        assert (printed.count("before"), printed.count("after"), printed.count("or too large")) == (1, 1, 1), printed
+        assert (await frontend.execute("print(1 + 1)"))[1] == "2"
+        frontend.close()
     finally:
         await stop(alice, kernel_id)

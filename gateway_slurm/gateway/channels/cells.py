@@ -33,7 +33,7 @@ class Cell:
     aborted: bool = False
     """Whether it ended without having run, since a cell before it failed."""
     reply_uncertain: bool = False
-    """Whether its reply may have been lost with an earlier server."""
+    """Whether its reply may have been lost, with an earlier server or a connection."""
 
     @property
     def mark(self) -> str:
@@ -82,8 +82,13 @@ class Cells:
         """The cells that have ended, and whose reply may have been lost."""
         return (msg_id for msg_id, cell in self._cells.items() if cell.ended and cell.reply_uncertain)
 
+    def doubt_replies(self) -> None:
+        """The requests of all cells, and the replies to them, may have been lost."""
+        for cell in self._cells.values():
+            cell.reply_uncertain = True
+
     def unconfirmed(self) -> set[str]:
-        """The cells of an earlier server that may never have reached the kernel."""
+        """The cells that may never have reached the kernel, of those whose reply may have been lost."""
         return {msg_id for msg_id, cell in self._cells.items() if cell.reply_uncertain and not cell.begun}
 
     def add_request(self, header: dict[str, Any]) -> bool:

@@ -91,6 +91,8 @@ class KernelChannels:
         self._subscribed = asyncio.Event()
         # After a restart, messages of the old process do not prove that the new one publishes to this session.
         self._restarted = False
+        self._catching_up = asyncio.Lock()
+        self._finding: asyncio.Task[None] | None = None
         self._nudges: set[str] = set()
         self._tasks = TaskSet()
         self._tasks.create_task(self._pump())
@@ -290,15 +292,19 @@ class KernelChannels:
         await self._wait_subscribed()
         if self._closed:
             return
-        if self._replay.is_behind:
-            await self._replay_missed()
-            self.send_status(self.kernel.execution_state)
+        async with self._catching_up:
+            if self._replay.is_behind:
+                await self._replay_missed()
+                self.send_status(self.kernel.execution_state)
         if not self.failure:
             held, self._held = self._held or [], None
             self._notice.clear()
             for channel, parts in held:
                 self._send(channel, parts)
-            self._tasks.create_task(self._replay.find_lost_cells(partial(self._nudge, "shell"), self._refuse_lost))
+            if self._finding is not None:
+                self._finding.cancel()
+            finding = self._replay.find_lost_cells(partial(self._nudge, "shell"), self._refuse_lost)
+            self._finding = self._tasks.create_task(finding)
 
     async def _replay_missed(self) -> None:
         """Queue what the session has not had: the kept messages, then those that came meanwhile."""
@@ -345,6 +351,13 @@ class KernelChannels:
             "large (SlurmMappingKernelManager.max_message_size), and made again; messages may be missing\n"
         )
         self.warn(text, self.last_cell)
+        if channel == "iopub":
+            self._replay.subscription_lost()
+            self._subscribed.clear()
+        elif channel == "shell":
+            self._replay.shell_lost()
+        if channel in ("iopub", "shell") and self._held is None:  # else a restart is under way, and continues later
+            self._tasks.create_task(self._continue())
 
     async def _wait_subscribed(self) -> None:
         """Wait until the kernel publishes to this session: its welcome message (JEP 65), or any other, proves it.

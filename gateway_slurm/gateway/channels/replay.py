@@ -134,6 +134,16 @@ class Replay:
         if self._acks is not None and self._session_id:
             self._acks.set_cells(self._session_id, {**self._replying, **self.cells.marks()})
 
+    def subscription_lost(self) -> None:
+        """Hold back what a new subscription brings, until the messages kept meanwhile have been read."""
+        if self._acks is not None and self._live is None:
+            self._live = deque()
+
+    def shell_lost(self) -> None:
+        """Requests and replies may have been lost with the connection: ``find_lost_cells`` finds such requests."""
+        self.cells.doubt_replies()
+        self.finish()
+
     # -- the output that was missed -----------------------------------------------------------------
 
     @property

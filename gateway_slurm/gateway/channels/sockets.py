@@ -62,6 +62,7 @@ class KernelSocket:
         self._open()
 
     def _open(self) -> None:
+        self._opened_at = self._loop.time()
         self._socket, self._monitor = _connect(self._kernel, self._channel, self._identity)
         # ZMQ's descriptor signals changes only (zmq_getsockopt(3), ZMQ_FD): messages are read until there are none.
         self._descriptor = int(self._socket.get(zmq.FD))
@@ -129,8 +130,6 @@ class KernelSocket:
                 if self._given_up:  # all that came before has been read
                     self._renew()
                 return
-            if self._broken is None:
-                self._delays.reset()
             self._on_message(frames)
             if time.monotonic() > until:
                 self._schedule_read()
@@ -156,6 +155,8 @@ class KernelSocket:
         self._schedule_read()
 
     def _renew(self) -> None:
+        if self._loop.time() > self._opened_at + 2 * MAX_GIVEN_UP_SECONDS:
+            self._delays.reset()
         self.close()
         self._given_up = False
         self._open()

@@ -21,6 +21,7 @@ from gateway_slurm.gateway.channels import messages, replay
 from gateway_slurm.gateway.channels.acks import OutputAcks, Position
 from gateway_slurm.gateway.channels.channels import KernelChannels
 from gateway_slurm.gateway.channels.replay import Replay
+from gateway_slurm.gateway.channels.sockets import prepare_context
 from helpers.kernel_clients import poll_async
 
 SESSION = "frontend-1"
@@ -346,3 +347,53 @@ async def test_the_frontend_hears_what_the_kernel_does(kernel, open_channels):
     await until(lambda: one._held is None)
     await until(lambda: frontend.got)
     assert {content["execution_state"] for _, kind, content, _ in frontend.got if kind == "status"} == {"busy"}
+
+
+# -- a connection that libzmq has given up ------------------------------------------------------------------------
+
+
+async def test_after_a_message_over_the_limit_the_launcher_has_the_rest(kernel, open_channels):
+    """The frontend gets a line about it, then what the kernel printed meanwhile, in order and once, and its replies."""
+    prepare_context(kernel.context, 1000)
+    kept = Kept()
+    one, frontend = open_channels(kept), Frontend()
+    one.attach(frontend)
+    one.from_client("shell", execute("cell"))
+    identity, asked = await kernel.requests.get()
+    before, large, after = kernel.output("before "), kernel.output("x" * 2000), kernel.output("after ")
+    await kernel.say(before)
+    await until(lambda: frontend.printed == "before ")
+    kept.messages += [before, after, kernel.status("idle")]
+    kept.dropped = 1
+    await kernel.say(large)
+    await until(lambda: frontend.printed.endswith("after "))
+    await kernel.reply(asked, identity=identity, status="ok")
+    await until(lambda: len(frontend.replies) == 1)
+    await kernel.say(kernel.output("later "))
+    await until(lambda: frontend.printed.endswith("later "))
+    assert frontend.printed.count("connection for iopub was ended by a message that is malformed or too large") == 1
+    assert frontend.printed.count("1 messages of output were dropped") == 1
+    assert [frontend.printed.count(word) for word in ("before ", "after ", "later ", "xx")] == [1, 1, 1, 0]
+    assert [content["execution_state"] for _, kind, content, _ in frontend.got if kind == "status"].count("idle") >= 1
+
+
+async def test_a_cell_that_was_lost_with_its_connection_is_refused(kernel, open_channels):
+    """The kernel has begun neither of its cells: the one that it never got is refused, the other is answered."""
+    prepare_context(kernel.context, 1000)
+    one, frontend = open_channels(), Frontend()
+    one.attach(frontend)
+    one.from_client("shell", execute("first"))
+    identity, asked = await kernel.requests.get()
+    await kernel.say(kernel.status("busy", "first"))
+    await kernel.reply(asked, identity=identity, status="ok", payload=["x" * 2000])
+    one.from_client("shell", execute("lost"))
+    await until(lambda: any("connection for shell was ended" in str(content) for _, _, content, _ in frontend.got))
+    await kernel.say(kernel.status("idle", "first"))
+    await until(lambda: len(frontend.replies) == 2 or not kernel.requests.empty())
+    if not kernel.requests.empty():  # libzmq had it on its way already
+        identity, asked = await kernel.requests.get()
+        await kernel.say(kernel.status("busy", "lost"))
+        await kernel.reply(asked, identity=identity, status="ok")
+        await kernel.say(kernel.status("idle", "lost"))
+    await until(lambda: {cell for cell, _ in frontend.replies} == {"first", "lost"})
+    assert len(frontend.replies) == 2
