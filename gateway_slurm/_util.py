@@ -38,6 +38,22 @@ def in_one_line(text: object) -> str:
     return printable(text, "\\n")
 
 
+USER_NAMES = "1 to 255 letters, digits and _ . @ - + $ \\, beginning with a letter, a digit or _, and not digits alone"
+"""What ``is_user_name`` accepts, in words."""
+# Names of directories have these characters: ann@corp.example, CORP\ann, CORP+ann, 1234567a, pc7$. The first character
+# is never one by which sudo(8) or another program would know an option, a user id (#0) or a group (%users).
+_USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@$+\\-]{0,254}", re.ASCII)
+
+
+def is_user_name(text: object) -> bool:
+    """Whether ``text`` can be a user's name here. The name becomes part of argv, headers, paths and records.
+
+    Digits alone are refused: tools that accept a name take a number for a uid. Whether the user exists is a question
+    for getpwnam(3).
+    """
+    return isinstance(text, str) and bool(_USER_NAME.fullmatch(text)) and not text.isdigit()
+
+
 # What a failed TCP connection's reason (strerror(3), or a program's words for a time-out) says about the cause.
 _NO_ANSWER = re.compile(r"no answer|timed? ?out|timeout", re.IGNORECASE)
 _REFUSED = re.compile(r"connection refused", re.IGNORECASE)

@@ -15,6 +15,7 @@ from traitlets import Bool, CFloat, CInt, CUnicode, Enum, Float, List, TraitErro
 from traitlets.config import Config, LoggingConfigurable
 from traitlets.config.loader import PyFileConfigLoader
 
+from gateway_slurm._util import is_user_name
 from gateway_slurm.addresses import check_address
 from gateway_slurm.errors import ConfigError
 from gateway_slurm.link.steps import PROPAGATE
@@ -350,7 +351,7 @@ class ServiceSettings(LoggingConfigurable):
 
     @validate("rest_user")
     def _valid_rest_user(self, proposal: Any) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}|", proposal["value"], re.ASCII):
+        if proposal["value"] and not is_user_name(proposal["value"]):
             raise TraitError(f"SlurmService.rest_user must be a user name, not {proposal['value']!r}")
         return str(proposal["value"])
 

@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from gateway_slurm._util import is_user_name
+
 URL_FORMS: Final = "'local:', 'ssh://[user@]login[:port]' or 'rest+http(s)://host:port'"
 
 _SCHEMES: Final = {"local", "ssh", "rest+http", "rest+https"}
-# POSIX's portable characters, without a leading "-". The name goes into messages, %-tokens, headers and file names.
-USER_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}", re.ASCII)
 # Includes names in ~/.ssh/config, which may hold underscores.
 _HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?", re.ASCII)
 _AUTHORITY: Final = re.compile(r"(?:(?P<user>.*)@)?(?:\[(?P<ip>[^\]]*)\]|(?P<host>[^:]*))(?::(?P<port>[0-9]{1,5}))?")
@@ -74,7 +74,7 @@ def parse_cluster_url(text: str) -> ClusterUrl:
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"{port} is not a TCP port")
     if scheme == "ssh":
-        if found["user"] is not None and not USER_NAME.fullmatch(user):
+        if found["user"] is not None and not is_user_name(user):
             raise ValueError("the part before @ must be a user's name, without a password")
         return ClusterUrl("ssh", host, port, user)
     if found["user"] is not None:

@@ -82,7 +82,9 @@ def change_users(*argv: str) -> None:
 def people(cluster: PrivateCluster) -> Iterator[People]:
     """Make the users, the helper's installation and its sudoers rule; take all of it away. Needs root."""
     mark = f"gwst{secrets.token_hex(3)}"
-    group, names = f"{mark}-users", {role: f"{mark}-{role}" for role in ("gateway", "ada", "bob")}
+    # A directory's names: a mail address of 32 characters (all that useradd(8) makes), and a domain and a number.
+    ada, bob = f"{mark}.ada@corp.example".ljust(32, "x"), f"{mark.upper()}\\1bob$"
+    group, names = f"{mark}-users", {"gateway": f"{mark}-gateway", "ada": ada, "bob": bob}
     base = Path(tempfile.mkdtemp(prefix=f"{mark}-", dir="/tmp"))
     base.chmod(0o755)
     # Not in /tmp, which all can write: the helper looks at every directory above it.
@@ -92,9 +94,11 @@ def people(cluster: PrivateCluster) -> Iterator[People]:
     try:
         change_users("groupadd", group)
         for role, name in names.items():
-            home = base / name
+            home = base / role
             groups = [] if role == "gateway" else ["--groups", group]
-            change_users("useradd", "--no-create-home", "--home-dir", str(home), "--shell", "/bin/sh", *groups, name)
+            change_users(
+                "useradd", "--badname", "--no-create-home", "--home-dir", str(home), "--shell", "/bin/sh", *groups, name
+            )
             home.mkdir(mode=0o700)
             shutil.chown(home, name, name)
         helper = _install_helper(installed, cluster)

@@ -7,6 +7,7 @@ tests/unit/slurm/test_sudo.py.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 import threading
@@ -129,7 +130,7 @@ def test_a_user_outside_the_group_is_refused_by_sudo(folk, gateway):
     """Whom no sudoers rule names gets the error with sudo's words, and no job."""
     change_users("gpasswd", "-d", folk.bob, sudo_group(folk))
     try:
-        with pytest.raises(GatewayError, match=f"SlurmUnavailable: .*as user {folk.bob}: sudo: "):
+        with pytest.raises(GatewayError, match=rf"SlurmUnavailable: .*as user {re.escape(folk.bob)}: sudo: "):
             gateway.ask("start", kernel="one", owner=folk.bob)
     finally:
         change_users("gpasswd", "-a", folk.bob, sudo_group(folk))
@@ -137,7 +138,7 @@ def test_a_user_outside_the_group_is_refused_by_sudo(folk, gateway):
 
 def sudo_group(folk) -> str:
     """The group whose members may have kernels."""
-    return folk.ada.replace("-ada", "-users")
+    return folk.gateway.replace("-gateway", "-users")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.simple_httpclient import SimpleAsyncHTTPClient
 from tornado.web import RequestHandler
 
+from gateway_slurm._util import USER_NAMES, is_user_name
 from gateway_slurm.errors import IdentityUnavailable, NotAllowed
 from gateway_slurm.gateway.auth.tokens import PREFIX, request_token
-from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
+from gateway_slurm.gateway.auth.user import GatewayUser
 
 MAX_CACHED_USERS: Final = 1024
 """How many users' tokens the cache keeps: those used last."""
@@ -122,8 +123,10 @@ class HubTokens:
         name, kind = model.get("name"), model.get("kind", "user")
         if kind == "service" and name not in self.services:
             raise NotAllowed("this service of the JupyterHub may not use the gateway", field="hub_services")
-        if kind not in ("user", "service") or not is_name(name):
-            raise NotAllowed(f"the JupyterHub's name for you cannot be used here; allowed are {NAMES}", field="name")
+        if kind not in ("user", "service") or not is_user_name(name):
+            raise NotAllowed(
+                f"the JupyterHub's name for you cannot be used here; allowed are {USER_NAMES}", field="name"
+            )
         if not self._scopes_suffice(model.get("scopes")):
             raise NotAllowed(f"your token lacks the scope {' or '.join(self.scopes)}", field="scopes")
         return GatewayUser(str(name), service=kind == "service")

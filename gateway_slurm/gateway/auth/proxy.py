@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from tornado.web import RequestHandler
 
+from gateway_slurm._util import USER_NAMES, is_user_name
 from gateway_slurm.errors import ConfigError, NotAllowed
-from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
+from gateway_slurm.gateway.auth.user import GatewayUser
 
 UNIX = "unix"
 """In the list of proxies: every client that connects by a Unix socket."""
@@ -44,8 +45,8 @@ class TrustedHeader:
             return None
         if not self._is_proxy(handler):
             raise NotAllowed(f"the header {self._header} is not accepted from this address", field=self._header)
-        if len(values) > 1 or not is_name(values[0]):
-            message = f"the header {self._header} is not one user's name; allowed are {NAMES}"
+        if len(values) > 1 or not is_user_name(values[0]):
+            message = f"the header {self._header} is not one user's name; allowed are {USER_NAMES}"
             raise NotAllowed(message, field=self._header)
         return GatewayUser(values[0])
 

@@ -24,9 +24,9 @@ from urllib.parse import unquote_plus
 from tornado.httputil import HTTPServerRequest
 from tornado.web import RequestHandler
 
-from gateway_slurm._util import exposure, locked, write_atomically
+from gateway_slurm._util import USER_NAMES, exposure, is_user_name, locked, write_atomically
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, RequestError
-from gateway_slurm.gateway.auth.user import NAMES, GatewayUser, is_name
+from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.specs.catalog import FileCache
 
 LOCK_SECONDS: Final = 10.0
@@ -107,8 +107,8 @@ class TokenFile:
 
     def add(self, user: str, *, service: bool = False, admin: bool = False, days: float | None = None) -> str:
         """Make a token and return it; the file has only its hash. Raises RequestError if ``user`` is no valid name."""
-        if not is_name(user):
-            raise RequestError(f"{user[:200]!r} is not a user's name; allowed are {NAMES}", field="user")
+        if not is_user_name(user):
+            raise RequestError(f"{user[:200]!r} is not a user's name; allowed are {USER_NAMES}", field="user")
         now = int(time.time())
         expires = None if days is None else now + int(days * 86400)
         with self._edited() as records:
@@ -195,7 +195,7 @@ def _parse(_path: Path, content: bytes, status: os.stat_result) -> dict[str, Tok
 
 def _record(entry: dict[str, Any]) -> TokenRecord:
     record = TokenRecord(**entry)
-    if not (_ID.fullmatch(record.id) and _HASH.fullmatch(record.sha256) and is_name(record.user)):
+    if not (_ID.fullmatch(record.id) and _HASH.fullmatch(record.sha256) and is_user_name(record.user)):
         raise ValueError(f"a record with id {str(record.id)[:20]!r} is not valid")
     if not (isinstance(record.service, bool) and isinstance(record.admin, bool)):
         raise ValueError(f"service and admin of {record.id} are not both true or false")

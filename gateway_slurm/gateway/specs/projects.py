@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gateway_slurm._util import is_user_name
 from gateway_slurm.errors import ConfigError
-from gateway_slurm.gateway.auth.user import is_name
 from gateway_slurm.request import FIELDS
 from gateway_slurm.slurm.formats import memory_in_mebibytes
 
@@ -182,7 +182,7 @@ KEYS: Final[tuple[Key, ...]] = (
         _each(_ENV, "names"),
         "variables of the client that kernels get, besides `KERNEL_*` and those of the gateway's setting",
     ),
-    Key("members.users", _set(_matching(is_name, "users' names"), "users"), "users who are members"),
+    Key("members.users", _set(_matching(is_user_name, "users' names"), "users"), "users who are members"),
     Key(
         "members.groups",
         _set(_matching(_GROUP.fullmatch, "names of groups"), "groups"),

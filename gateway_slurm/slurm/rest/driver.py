@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, Final, Protocol
 
+from gateway_slurm._util import is_user_name
 from gateway_slurm.errors import (
     AllocationError,
     SlurmError,
@@ -30,7 +31,6 @@ from gateway_slurm.slurm.rest import responses
 from gateway_slurm.slurm.rest.http import RestClient, RestResponse
 from gateway_slurm.slurm.rest.tokens import Tokens
 from gateway_slurm.slurm.rest.versions import Version, newest_known, offered_versions, submission
-from gateway_slurm.slurm.url import USER_NAME
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class RestDriver:
     can_adopt: Final = False
 
     def __init__(self, rest: Slurmrestd, user: str, *, find_launcher: Callable[[str], StepLauncher | None]) -> None:
-        if not USER_NAME.fullmatch(user):
+        if not is_user_name(user):
             raise ValueError(f"{user[:64]!r} is not the name of a user")
         self.rest, self.user = rest, user
         self._find_launcher = find_launcher

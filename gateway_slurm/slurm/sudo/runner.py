@@ -7,20 +7,18 @@ import contextlib
 import json
 import os
 import pwd
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from typing import IO, Any, Final
 
+from gateway_slurm._util import is_user_name
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable
 from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, ExtraEnv, Runner, reap, timed_out
 from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY_UID, READY, VARIABLES
 
 # Seconds by which the helper's timeout is longer than this process's. The helper's matters only if this process dies.
 _TIMEOUT_MARGIN: Final = 5.0
-# The names that useradd(8) accepts, and capitals. sudo could read none of them as an option or a user id (``#0``).
-_USER_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", re.ASCII)
 
 
 class SudoRunner(Runner):
@@ -147,16 +145,21 @@ def check_user(name: str, *, min_uid: int, allow_own: bool) -> None:
 
     Raises NotAllowed. Each message begins with the same words, for unknown users as for those who are not allowed.
     """
-    if not _USER_NAME.fullmatch(name):
+    if not is_user_name(name):
         raise NotAllowed(f"not allowed to run kernels: {name[:40]!r} is not the name of a user")
     try:
         found = pwd.getpwnam(name)
     except KeyError:
         raise NotAllowed(f"not allowed to run kernels: there is no user {name!r} on this machine") from None
-    # A directory service may ignore case and return root for "Root".
-    if found.pw_name != name or found.pw_uid in (0, NOBODY_UID) or found.pw_uid < min_uid:
+    if found.pw_uid in (0, NOBODY_UID) or found.pw_uid < min_uid:
         raise NotAllowed(
             f"not allowed to run kernels: {name!r} is a system account (SlurmService.min_user_uid is {min_uid})"
+        )
+    # A directory service may ignore case, or a name's domain. One user must not be two owners.
+    if found.pw_name != name:
+        raise NotAllowed(
+            f"not allowed to run kernels: {name!r} is another spelling of the user {found.pw_name!r} of this machine; "
+            "the gateway must know the user by that name"
         )
     if found.pw_uid == os.geteuid() and not allow_own:
         raise NotAllowed(

@@ -389,6 +389,16 @@ def test_system_accounts_are_refused(name):
         check_user(name, min_uid=0 if name != "daemon" else 1000, allow_own=True)
 
 
+@pytest.mark.parametrize("name", ["ann@corp.example", "1234567a", "CORP\\ann", "pc7$", "a" * 40])
+def test_names_of_a_directory_are_accepted_and_another_spelling_is_refused(monkeypatch, name):
+    """What getpwnam knows under this very name may run kernels; the message gives the right spelling."""
+    known = pwd.struct_passwd((name, "x", 4242, 4242, "", "/", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwnam", lambda _name: known)
+    check_user(name, min_uid=1000, allow_own=True)
+    with pytest.raises(NotAllowed, match="another spelling of the user"):
+        check_user(name.swapcase(), min_uid=1000, allow_own=True)
+
+
 def test_the_servers_own_account_is_a_matter_of_settings(monkeypatch):
     """By default it is refused, since it could change all users' jobs."""
     own = pwd.struct_passwd(("server", "x", 4242, 4242, "", "/", "/bin/sh"))
