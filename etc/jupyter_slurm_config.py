@@ -97,6 +97,9 @@ c = get_config()  # noqa: F821
 ## there.
 # c.SlurmService.log_directory = "~/.local/state/gateway_slurm"
 
+## Days after their last change until a launcher removes logs from `log_directory`.
+# c.SlurmService.log_retention = 30
+
 ## Directory on this machine in which the server makes a private directory for the tunnels' Unix sockets. Its
 ## path must be short, since a socket's path has at most 108 bytes. Default: the first of `$TMPDIR`, `/tmp`,
 ## `/var/tmp` and `$XDG_RUNTIME_DIR` that can be used.

@@ -145,6 +145,12 @@ class ServiceSettings(LoggingConfigurable):
         help="""Directory on the nodes (mode 0700) for the logs of kernels and launchers; ``~`` is the user's home
         directory there.""",
     )
+    log_retention = CInt(
+        30,
+        min=1,
+        max=3650,
+        help="Days after their last change until a launcher removes logs from ``log_directory``.",
+    )
     tunnel_directory = Unicode(
         "",
         help="""Directory on this machine in which the server makes a private directory for the tunnels' Unix sockets.

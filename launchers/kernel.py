@@ -258,7 +258,9 @@ class Kernel:
         directory = os.path.expanduser(self.spec["log_dir"])
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            self.log_path = os.path.join(directory, f"kernel-{self.kernel_id}.log")
+            # The name has the notebook's, for which this node's locale may have no characters.
+            name = os.path.basename(self.spec["log_name"]).encode()
+            self.log_path = os.path.join(directory, os.fsdecode(name))
             self._log = self._create_log()
         except OSError as error:
             # A full or missing home must not prevent the start. The runtime directory is private, too.

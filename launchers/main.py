@@ -24,7 +24,17 @@ from gateway_slurm.link import endpoints
 from launchers.directories import Directories
 from launchers.guard import Guard
 from launchers.kernel import Kernel
-from launchers.node import Walltime, find_slurmd, is_slurmd, pids, remove_old_logs, stat_fields
+from launchers.node import (
+    Walltime,
+    find_slurmd,
+    hold_own_log,
+    is_slurmd,
+    pids,
+    remove_empty_logs,
+    remove_old_logs,
+    remove_own_empty_log,
+    stat_fields,
+)
 from launchers.ports import Probes
 from launchers.reactor import Backoff, Reactor
 from launchers.slurm_variables import KernelEnvironment, nodes_of_job
@@ -40,6 +50,7 @@ TERM_GRACE = 3.0
 # A launcher without a server checks for other steps in its job: seconds between checks, and failed checks in a row.
 SHARED_DELAY, MAX_SHARED_DELAY, MAX_FAILED_CHECKS = 3.0, 30.0, 10
 PR_SET_CHILD_SUBREAPER = 36
+RELEASED = "released"
 
 
 class NodeLauncher:
@@ -54,6 +65,8 @@ class NodeLauncher:
         self._kernels: dict[str, Kernel] = {}
         self._old: list[Kernel] = []
         self._heartbeat = 10.0
+        self._logs: set[str] = set()  # of all kernels so far
+        self._log_days = 30.0  # until WELCOME sets it
         self._kept_output = 0  # bytes for each kernel; WELCOME sets it
         # Until WELCOME: a job whose server never answers must end, even if later orphans have no time limit.
         self._orphan_timeout = orphan_timeout or FIRST_ORPHAN_TIMEOUT
@@ -89,6 +102,7 @@ class NodeLauncher:
         self._steps = Steps(self._reactor, os.environ.get("SLURM_JOB_ID", ""), self._uplink.send)
 
     def run(self) -> None:
+        hold_own_log()
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         # SIGTERM first: the server must know that the job ends when it hears that a kernel did.
         self._reactor.on_signal(signal.SIGTERM, self._on_sigterm)
@@ -145,7 +159,7 @@ class NodeLauncher:
             "PROBE": lambda fields: self._probes.listen(fields, self._address(fields)),
             "START": self._start,
             "STOP": self._stop,
-            "RELEASE": lambda _fields: self._leave("released"),
+            "RELEASE": lambda _fields: self._leave(RELEASED),
             "END_TIME": self._walltime.set_end_time,
             "HEARTBEAT": self._on_heartbeat,
             "STEP": self._steps.start,
@@ -169,6 +183,7 @@ class NodeLauncher:
         self._keep, self._orphaned, self._next_check = bool(fields["keep"]), False, 0.0
         same_server = self._tunnel.is_same_server(fields)
         self._kept_output = int(fields.get("kept_output", 0))
+        self._log_days = float(fields["log_days"])
         streams = self._tunnel.link_up(fields)
         for kernel in self._kernels.values():
             kernel.output.link_up(same_server=same_server, limit=self._kept_output)
@@ -204,9 +219,10 @@ class NodeLauncher:
             kept_output=self._kept_output,
         )
         kernel.start()
+        self._logs.add(kernel.log_path)
         if is_first:
             # After the start, so that a slow home does not delay it.
-            self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"], kernel.log_path))
+            self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"], kernel.log_path, self._log_days))
 
     def _address(self, fields: dict[str, Any]) -> str:
         """The address for a direct kernel: on a restart the same as before, whatever the link's address is now."""
@@ -261,7 +277,8 @@ class NodeLauncher:
         self._uplink.send("NOTICE", kind="signal")
 
     def _leave(self, reason: str) -> None:
-        print(f"launcher: exiting: {reason}", file=sys.stderr, flush=True)
+        if reason != RELEASED:
+            print(f"launcher: exiting: {reason}", file=sys.stderr, flush=True)
         self._leaving = True
         if self._running():
             self._terminate_kernels(lambda: self._reactor.later(1.0, self._reactor.stop))
@@ -335,6 +352,8 @@ class NodeLauncher:
         _kill_children(except_pid=self._guard.pid)
         self._directories.close()
         self._guard.close()
+        remove_empty_logs(self._logs)
+        remove_own_empty_log(alone=self._holds_job)
 
 
 def _reap_orphans(known: set[int]) -> None:

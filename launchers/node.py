@@ -6,14 +6,16 @@ Slurm declares the job lost (slurm.conf(5), SlurmdTimeout), and it plans the war
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from launchers.reactor import Reactor, Timer
 
-LOG_RETENTION_SECONDS = 30 * 86400
 # Directory entries that one cleaning looks at.
 MAX_ENTRIES = 10_000
 
@@ -57,13 +59,13 @@ def _read(pid: int, name: str) -> str:
 # -- Log files in the user's home --
 
 
-def remove_old_logs(directory: str, newest: str) -> None:
-    """Remove logs of launchers and kernels that are LOG_RETENTION_SECONDS older than ``newest``, a log of now.
+def remove_old_logs(directory: str, newest: str, days: float) -> None:
+    """Remove logs of launchers and kernels that are so many days older than ``newest``, a log of now.
 
     The file server's times are compared with each other: this node's clock may be wrong.
     """
     try:
-        oldest = os.stat(newest).st_mtime - LOG_RETENTION_SECONDS
+        oldest = os.stat(newest).st_mtime - days * 86400
         with os.scandir(os.path.expanduser(directory)) as entries:
             for _count, entry in zip(range(MAX_ENTRIES), entries):
                 named = entry.name.startswith(("launcher-", "kernel-")) and ".log" in entry.name
@@ -71,6 +73,36 @@ def remove_old_logs(directory: str, newest: str) -> None:
                     os.unlink(entry.path)
     except OSError:  # another launcher removed the file first, or the directory is gone: the next launcher tries again
         return
+
+
+def remove_empty_logs(paths: Iterable[str]) -> None:
+    """Remove the logs of kernels that have printed nothing and have ended."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # it does not exist
+            if os.path.getsize(path) == 0:
+                os.unlink(path)
+
+
+def remove_own_empty_log(*, alone: bool) -> None:
+    """Remove the file that this launcher's standard error goes to, if nothing is in it.
+
+    Several launchers of a job, each a job step, share the file. One that is not ``alone`` removes the file only if no
+    other one holds its lock.
+    """
+    try:
+        if not alone:
+            fcntl.flock(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status, path = os.fstat(2), os.readlink("/proc/self/fd/2")
+        if stat.S_ISREG(status.st_mode) and status.st_size == 0 and os.path.basename(path).startswith("launcher-"):
+            os.unlink(path)
+    except OSError:  # another launcher uses it, or the file system has no locks
+        return
+
+
+def hold_own_log() -> None:
+    """Keep other launchers of the job from removing the file that they share with this one."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(2, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 # -- The end of the job --

@@ -425,6 +425,7 @@ class Launcher:
             "remaining": None if self._job.end_time is None else self._job.end_time - time.time(),
             "warn_minutes": self._settings.walltime_warnings,
             "kept_output": self._kept_output,
+            "log_days": self._settings.log_retention,
         }
 
     def link_message(self, link: Link, name: str, payload: Any) -> None:

@@ -205,7 +205,7 @@ def _show(arguments: argparse.Namespace) -> int:
         ("server", row["server"] or "unknown"),
         ("kernels", "\n".join([*row["kernel_ids"], *(f"{name} (no server)" for name in row["orphans"])]) or "none"),
         ("request", json.dumps(row["config"])),
-        ("logs", f"{load_admin_config(SlurmService).log_directory} on the nodes"),
+        ("logs", f"jupyter slurm logs {row['jobid']}"),
     ):
         print(f"{name + ':':<11}{printable(value, LINE_END)}")
     return 0

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 
 from gateway_slurm import __version__
 from gateway_slurm._util import printable
-from gateway_slurm.cli import allocations, attach, cluster, gateway, token
+from gateway_slurm.cli import allocations, attach, cluster, gateway, logs, token
 from gateway_slurm.cli.common import discard_output, flush_output
 from gateway_slurm.cli.doctor import findings as doctor
 from gateway_slurm.errors import GatewaySlurmError
 
-_SUBCOMMANDS = (allocations, attach, cluster, doctor, gateway, token)
+_SUBCOMMANDS = (allocations, attach, cluster, doctor, gateway, logs, token)
 
 
 def build_parser() -> argparse.ArgumentParser:

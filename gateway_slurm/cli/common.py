@@ -50,7 +50,7 @@ class BlockingSlurm:
     """
 
     def __init__(self, access: ClusterAccess) -> None:
-        self._access = access
+        self.access = access
         self._loop = asyncio.new_event_loop()
         self.driver = access.driver(access.user)
 
@@ -63,7 +63,7 @@ class BlockingSlurm:
 
     def __exit__(self, *_error: object) -> None:
         try:
-            self.run(self._access.close())
+            self.run(self.access.close())
             self.run(_cancel_all())
             self.run(self._loop.shutdown_default_executor())
         finally:

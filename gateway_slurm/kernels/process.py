@@ -27,6 +27,7 @@ from gateway_slurm.kernels.model import TRANSITIONS, KernelLaunch, Phase
 from gateway_slurm.kernels.transport import TransportSelector, checked_ports
 from gateway_slurm.link import wire
 from gateway_slurm.link.tunnel import KernelTunnel
+from gateway_slurm.slurm.names import kernel_log
 from gateway_slurm.store.records import KernelRecord
 
 MAX_TEXT = 4096
@@ -223,6 +224,7 @@ class KernelProcess:
             port_range=launch.port_range,
             start_timeout=launch.start_timeout,
             log_dir=launch.log_dir,
+            log_name=kernel_log(self.launcher.jobid, self.kernel_id, launch.connection.get("jupyter_session", "")),
             umask=launch.umask,
         )
         if not sent:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -17,6 +21,21 @@ if TYPE_CHECKING:
 
 MAX_LOG_END: Final = 8000
 """Bytes that are read from the end of a log."""
+
+
+MAX_LOGS: Final = 10_000
+"""Files of a directory that are listed."""
+MAX_LOG_READ: Final = 256 << 10
+"""Bytes of a log that are read at a time."""
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """A file in a directory of logs: its size in bytes, and when it has changed, in seconds since the epoch."""
+
+    name: str
+    size: int
+    changed: float
 
 
 class LauncherLink(Protocol):
@@ -72,6 +91,17 @@ class ClusterAccess:
         """
         return await asyncio.to_thread(_end_of, path)
 
+    async def logs(self, directory: str) -> list[LogFile]:
+        """List the user's own files in a directory of logs (``~/`` is the user's home), at most MAX_LOGS.
+
+        Raises SlurmError where the directory cannot be reached; a missing directory has none.
+        """
+        return await asyncio.to_thread(_files_in, directory)
+
+    async def read_log(self, path: str, start: int) -> bytes:
+        """Return up to MAX_LOG_READ bytes of a log from ``start`` on; -1: its end. Empty if it cannot be read."""
+        return await asyncio.to_thread(_read_from, path, start)
+
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
         """Return a kernel's environment without the variables that mean nothing on the cluster."""
         return environment
@@ -122,6 +152,30 @@ class LocalAccess(ClusterAccess):
 
     async def connect(self) -> str:
         return f"sbatch is {self.runner.find(['sbatch'])}"
+
+
+def _files_in(directory: str) -> list[LogFile]:
+    found = []
+    try:
+        with os.scandir(Path(directory).expanduser()) as entries:
+            for entry in itertools.islice(entries, MAX_LOGS):
+                with contextlib.suppress(OSError):  # it was removed meanwhile
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                        found.append(LogFile(entry.name, status.st_size, status.st_mtime))
+    except (OSError, RuntimeError):  # the directory or the home directory does not exist
+        return []
+    return found
+
+
+def _read_from(path: str, start: int) -> bytes:
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - MAX_LOG_READ) if start < 0 else start)
+            return file.read(MAX_LOG_READ)
+    except (OSError, RuntimeError):  # the file or the home directory does not exist
+        return b""
 
 
 def _end_of(path: str) -> str | None:

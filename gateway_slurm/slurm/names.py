@@ -61,3 +61,29 @@ def check_template(template: str) -> str:
 def job_name(template: str, values: Mapping[str, str], default: str) -> str:
     """Fill a valid template with ``values``, cleaned; ``default`` is the name if nothing is left."""
     return clean_name(template.format_map({name: clean_name(values.get(name, "")) for name in PLACEHOLDERS})) or default
+
+
+# -- Log files on the nodes --
+
+_KERNEL_LOG: Final = re.compile(
+    r"kernel-([0-9]{1,10})-(?:([0-9a-f-]{36})(?:-(.*))?|(.*))\.log(?:\.1)?", re.ASCII | re.S
+)
+_LAUNCHER_LOG: Final = re.compile(r"launcher-([0-9]{1,10})\.log", re.ASCII)
+
+
+def kernel_log(jobid: str, kernel_id: str, session_name: str) -> str:
+    """Return the name of a kernel's log: it has the job, the kernel and the notebook."""
+    return "-".join(["kernel", jobid, clean_name(kernel_id), *filter(None, [file_of(session_name)])]) + ".log"
+
+
+def launcher_log(jobid: str) -> str:
+    """Return the name of the log that a job's launchers share (``script.job_script``)."""
+    return f"launcher-{jobid}.log"
+
+
+def parse_log(name: str) -> tuple[str, str, str] | None:
+    """Return a log's job, kernel and notebook, of which a launcher's has none; None for any other file's name."""
+    if launcher := _LAUNCHER_LOG.fullmatch(name):
+        return launcher[1], "", ""
+    kernel = _KERNEL_LOG.fullmatch(name)
+    return None if kernel is None else (kernel[1], kernel[2] or kernel[4], kernel[3] or "")

@@ -10,9 +10,12 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from jupyter_client import AsyncKernelManager
@@ -21,6 +24,7 @@ from gateway_slurm.errors import AllocationError, SubmitRefused
 from gateway_slurm.testing import PrivateCluster
 from helpers.failing_starts import all_nodes_taken, jobs_of_ours, nothing_left
 from helpers.kernel_clients import (
+    IPYKERNEL,
     JOB,
     PID,
     READY,
@@ -38,6 +42,7 @@ from helpers.private_slurm import jobs_of, poll, slurm, state_of, steps_of
 from helpers.rest_cluster import cluster_with_rest
 from helpers.slurm_accesses import COMMANDS, EACH_ACCESS_AND_MODE, REST, SSH
 
+LOGS = ".local/state/gateway_slurm"
 NODE = "import os; print(os.environ['SLURMD_NODENAME'])"
 GPUS = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'none'))"
 # Run with stop_on_error=False: else ipykernel aborts what comes too soon after the interrupted cell.
@@ -89,6 +94,58 @@ async def test_a_kernels_life(access, cluster, kernel_name):
     assert await poll_async(lambda: state_of(cluster, jobid) == "", timeout=15)
     assert nothing_left(cluster)
     assert {name for name in service.runner.counts if not name.startswith("slurmrestd")} <= MAY_RUN[access.name]
+
+
+def logs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``jupyter slurm logs …`` as its user runs it."""
+    argv = [sys.executable, "-m", "gateway_slurm.cli.app", "logs", *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=READY, check=False)
+
+
+def follow(kernel: str, file: Path) -> None:
+    """``jupyter slurm logs --follow`` prints what is added to the log, until Ctrl-C."""
+    argv = [sys.executable, "-m", "gateway_slurm.cli.app", "logs", "--follow", kernel]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "said before\n" in iter(process.stdout.readline, "")
+        with file.open("a") as log:
+            log.write("\x1b[2Jadded\n")
+        assert "\\x1b[2Jadded\n" in iter(process.stdout.readline, "")
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+
+
+async def test_a_kernels_logs_are_found_by_its_notebook_and_empty_ones_are_removed(access, cluster, kernelspecs):
+    """What the kernel prints outside its cells is listed and shown; a kernel that prints nothing leaves no file."""
+    access.service()
+    environment = {"env": {"IPYTHONDIR": str(kernelspecs.parent / "ipython-on-node")}}
+    says = ["/bin/sh", "-c", 'echo "said before"; exec "$0" "$@"', *IPYKERNEL]
+    install_kernelspec(kernelspecs, "saying", config_overrides={"kernel_argv": says}, spec_overrides=environment)
+    silent = ["/bin/sh", "-c", 'exec "$0" "$@" >/dev/null 2>&1', *IPYKERNEL]
+    install_kernelspec(kernelspecs, "silent", config_overrides={"kernel_argv": silent}, spec_overrides=environment)
+    session = {**os.environ, "JPY_SESSION_NAME": "work/my plan.ipynb"}
+    async with async_kernel("saying", env=session) as (manager, _client):
+        jobid, kernel_id = jobid_of(manager), manager.kernel_id
+        name = f"kernel-{jobid}-{kernel_id}-my_plan.ipynb.log"
+        shown = await asyncio.to_thread(logs, "work/my plan.ipynb")
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert f"==> {name} <==\nsaid before\n" in shown.stdout
+        if access.name == COMMANDS:
+            await asyncio.to_thread(follow, kernel_id[:8], Path(os.environ["HOME"], LOGS, name))
+        listed = (await asyncio.to_thread(logs)).stdout.splitlines()
+        assert listed[0].split() == ["CHANGED", "JOB", "KERNEL", "NOTEBOOK", "SIZE"]
+        assert any(line.split()[2:5] == [jobid, kernel_id, "my_plan.ipynb"] for line in listed)
+        await manager.shutdown_kernel()
+    async with async_kernel("silent", env=session) as (manager, _client):
+        silent_job = jobid_of(manager)
+        await manager.shutdown_kernel()
+    assert await poll_async(lambda: jobs_of(cluster) == [], timeout=READY)
+    listed = (await asyncio.to_thread(logs)).stdout.splitlines()
+    assert [line.split()[2:4] for line in listed if jobid in line.split()] == [[jobid, kernel_id]]
+    assert not [line for line in listed if silent_job in line.split()]
+    refused = await asyncio.to_thread(logs, "other.ipynb")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "there is no log" in refused.stderr
 
 
 async def test_further_kernels_in_the_job(access, cluster, kernelspecs):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from gateway_slurm.environment import MACHINE, PERSONAL, without
-from gateway_slurm.errors import ConfigError, GatewaySlurmError, SshError
-from gateway_slurm.slurm.access import MAX_LOG_END, AcceptLauncher, ClusterAccess
+from gateway_slurm.errors import ConfigError, GatewaySlurmError, SlurmError, SshError
+from gateway_slurm.slurm.access import MAX_LOG_END, MAX_LOG_READ, MAX_LOGS, AcceptLauncher, ClusterAccess, LogFile
 from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
 from gateway_slurm.slurm.ssh.relay import SshRelay
 from gateway_slurm.slurm.ssh.runner import SshRunner
@@ -54,6 +56,31 @@ class SshAccess(ClusterAccess):
         except GatewaySlurmError:
             return None
         return result.stdout if result.exit_status == 0 else None
+
+    async def logs(self, directory: str) -> list[LogFile]:
+        """List the files on the login node, by GNU find."""
+        program = (
+            'case $1 in "~/"*) set -- "$HOME/${1#"~/"}";; esac; [ -d "$1" ] || exit 0; '
+            'exec find -H "$1" -mindepth 1 -maxdepth 1 -type f -uid "$(id -u)" -printf "%s %T@ %f\\0"'
+        )
+        result = await self.runner.run(["sh", "-c", program, "sh", directory])
+        if result.exit_status != 0:
+            raise SlurmError(f"the logs in {directory} on the login node cannot be listed: {result.stderr[:500]}")
+        found = []
+        for line in result.stdout.split("\0")[:MAX_LOGS]:
+            with contextlib.suppress(ValueError):
+                size, changed, name = line.split(" ", 2)
+                found.append(LogFile(name, int(size), float(changed)))
+        return found
+
+    async def read_log(self, path: str, start: int) -> bytes:
+        """Read the file on the login node."""
+        program = (
+            'case $1 in "~/"*) set -- "$HOME/${1#"~/"}" "$2" "$3";; esac; tail -c "$2" -- "$1" | head -c "$3" | base64'
+        )
+        first = str(MAX_LOG_READ) if start < 0 else f"+{start + 1}"
+        result = await self.runner.run(["sh", "-c", program, "sh", path, first, str(MAX_LOG_READ)])
+        return base64.b64decode(result.stdout) if result.exit_status == 0 else b""
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
         """Return the environment without variables of this machine and its user; jobs have the login node's."""

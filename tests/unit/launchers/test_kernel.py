@@ -17,7 +17,8 @@ def test_a_start_without_a_directory_is_reported_with_its_reason(tmp_path: Path,
     """As on a node with a full disk: the server need not wait for the start's time-out."""
     (tmp_path / "file").touch()
     sent: list[tuple[str, dict[str, Any]]] = []
-    spec = {"generation": 1, "slot": 0, "mode": mode, "start_timeout": 60, "log_dir": str(tmp_path), "umask": 0o022}
+    spec = {"generation": 1, "slot": 0, "mode": mode, "start_timeout": 60, "umask": 0o022}
+    spec |= {"log_dir": str(tmp_path), "log_name": "k.log"}
     guard = Guard()
     kernel = Kernel(
         Reactor(),

@@ -1,10 +1,15 @@
-"""Logs on the nodes go after a month, and nothing else does."""
+"""Logs on the nodes are removed when they are old, and nothing else is."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
-from launchers.node import LOG_RETENTION_SECONDS, remove_old_logs
+from launchers.node import remove_empty_logs, remove_old_logs
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_only_old_logs_of_ours_are_removed(tmp_path):
@@ -15,11 +20,41 @@ def test_only_old_logs_of_ours_are_removed(tmp_path):
     (tmp_path / "registry").mkdir()
     newest = tmp_path.parent / "newest"
     newest.touch()
-    remove_old_logs(str(tmp_path), str(newest))
+    remove_old_logs(str(tmp_path), str(newest), 30)
     assert len(list(tmp_path.iterdir())) == 6
-    a_month_on = newest.stat().st_mtime + LOG_RETENTION_SECONDS + 60
+    a_month_on = newest.stat().st_mtime + 30 * 86400 + 60
     os.utime(newest, (a_month_on, a_month_on))
-    remove_old_logs(str(tmp_path), str(newest))
+    remove_old_logs(str(tmp_path), str(newest), 30)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel-plan.txt", "notes.log", "registry"]
-    remove_old_logs(str(tmp_path / "nowhere"), str(newest))
-    remove_old_logs(str(tmp_path), str(tmp_path / "nowhere"))
+    remove_old_logs(str(tmp_path / "nowhere"), str(newest), 30)
+    remove_old_logs(str(tmp_path), str(tmp_path / "nowhere"), 30)
+
+
+def test_only_empty_logs_of_kernels_are_removed(tmp_path):
+    """What a kernel printed stays; a log that was never made is no error."""
+    for name in ("kernel-1-a.log", "kernel-1-b.log"):
+        (tmp_path / name).touch()
+    (tmp_path / "kernel-1-b.log").write_text("said")
+    remove_empty_logs([str(tmp_path / name) for name in ("kernel-1-a.log", "kernel-1-b.log", "kernel-1-c.log")])
+    assert [path.name for path in tmp_path.iterdir()] == ["kernel-1-b.log"]
+
+
+def test_launchers_that_share_an_empty_log_remove_it_with_the_last_one(tmp_path):
+    """A launcher that is a step of its own may not take the file from another one; other files stay in any case."""
+    code = "import sys; from launchers.node import *; hold_own_log(); print(1, flush=True); sys.stdin.read();"
+    path = tmp_path / "launcher-1.log"
+
+    def launcher(file: Path) -> subprocess.Popen[str]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with file.open("a") as log:
+            argv = [sys.executable, "-c", f"{code} remove_own_empty_log(alone=False)"]
+            started = subprocess.Popen(argv, stderr=log, cwd=ROOT, **pipes)
+        assert started.stdout is not None
+        assert started.stdout.readline() == "1\n"
+        return started
+
+    first, second, other = launcher(path), launcher(path), launcher(tmp_path / "terminal")
+    for process, left in ((first, True), (second, False), (other, False)):
+        process.communicate(timeout=30)
+        assert path.exists() is left
+    assert (tmp_path / "terminal").exists()

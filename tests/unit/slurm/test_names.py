@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from gateway_slurm.config import ServiceSettings
-from gateway_slurm.slurm.names import MAX_NAME_BYTES, clean_name, file_of, job_name
+from gateway_slurm.slurm.names import (
+    MAX_NAME_BYTES,
+    clean_name,
+    file_of,
+    job_name,
+    kernel_log,
+    launcher_log,
+    parse_log,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,3 +62,31 @@ def test_a_wrong_template_is_found_when_the_settings_are_read(template):
     """The message names the setting and the placeholders that there are."""
     with pytest.raises(Exception, match=r"SlurmService\.job_name must be .*\{notebook\}, \{kernelspec\}"):
         ServiceSettings(job_name=template)
+
+
+@pytest.mark.parametrize(
+    ("kernel_id", "session", "found"),
+    [
+        (
+            "0f8fad5b-d9cb-469f-a165-70867728950e",
+            "w/my plan.ipynb",
+            ("0f8fad5b-d9cb-469f-a165-70867728950e", "my_plan.ipynb"),
+        ),
+        ("0f8fad5b-d9cb-469f-a165-70867728950e", "", ("0f8fad5b-d9cb-469f-a165-70867728950e", "")),
+        ("kernel-3", "", ("kernel-3", "")),
+        ("../../x", "", ("_.._x", "")),
+    ],
+)
+def test_a_kernels_log_is_found_by_job_kernel_and_notebook(kernel_id, session, found):
+    """Its name is enough: no index is kept; and it is short enough for a file system."""
+    name = kernel_log("12", kernel_id, session)
+    assert "/" not in name
+    assert parse_log(name) == ("12", *found)
+    assert parse_log(f"{name}.1") == ("12", *found)
+    assert len(kernel_log("1" * 10, "0" * 36, "分" * 300).encode()) < 250
+
+
+def test_other_files_are_no_logs():
+    """A user may keep files of their own in the directory."""
+    assert parse_log(launcher_log("12")) == ("12", "", "")
+    assert [parse_log(name) for name in ("kernel-plan.txt", "launcher-x.log", "store.sqlite")] == [None] * 3
