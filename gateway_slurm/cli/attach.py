@@ -146,8 +146,14 @@ def _explain(chosen: RestoredKernel, files: list[Path]) -> None:
     record, job = chosen.record, chosen.handle.allocation.jobid
     print(f"Kernel {record.kernel_id} on node {in_one_line(record.node)} (job {job}) is attached. To connect:")
     for path in files:
-        print(f"    jupyter console --existing {path.name}")
-    print("Ctrl-C leaves it running. To end it: jupyter slurm attach --stop", flush=True)
+        if "curve_publickey" in path.read_text():
+            # Up to jupyter_client 8.10 its consoles read the keys, and do not give them to their sockets.
+            print(f'    a program: BlockingKernelClient(connection_file="{path}"); consoles do not support CurveZMQ')
+        else:
+            print(f"    jupyter console --existing {path.name}")
+    # For exit, jupyter_console asks the kernel to shut down, also a kernel that it did not start.
+    print("Leave a console with Ctrl-D, or in a Python kernel with exit(keep_kernel=True): exit alone ends the kernel.")
+    print("Ctrl-C here leaves it running. To end it: jupyter slurm attach --stop", flush=True)
 
 
 def _write_connection_file(restored: RestoredKernel) -> Path:

@@ -27,6 +27,7 @@ from tornado import web
 
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.events import OVER_LIMIT, UNKNOWN_KERNELSPEC, outcome_of, reason_of
+from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
 from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, message_of
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
@@ -58,6 +59,13 @@ async def wait_restored(handler: web.RequestHandler) -> None:
         await asyncio.wait_for(restorer.done.wait(), RESTORE_SECONDS)
     except asyncio.TimeoutError as error:
         raise web.HTTPError(503, NOT_RESTORED) from error
+
+
+def refusal_of(handler: APIHandler) -> str:
+    """Why the request's user is not known; the percent signs are doubled, as HTTPError needs them."""
+    provider = handler.identity_provider
+    reason = provider.refusal_of(handler) if isinstance(provider, GatewayIdentityProvider) else ""
+    return (reason or "the user of this request is not known").replace("%", "%%")
 
 
 class GatewayHandler(ForwardsRequests, APIHandler):
@@ -92,6 +100,10 @@ class GatewayHandler(ForwardsRequests, APIHandler):
     @property
     def specs(self) -> GatewayKernelSpecManager:
         return cast(GatewayKernelSpecManager, self.settings["kernel_spec_manager"])
+
+    def get_login_url(self) -> str:
+        """Called where a request needs a user and has none. Raises HTTPError 403 with the reason."""
+        raise web.HTTPError(403, refusal_of(self))
 
     def check_kernel(self, kernel_id: str) -> None:
         """Raise HTTPError 404 for a kernel that does not exist, or that this user may not see."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from gateway_slurm.testing.processes import free_port
 from helpers.gateway_process import JUPYTER_SLURM, USERS, Gateway, make_token, write_project
@@ -149,8 +150,15 @@ class Proxy:
 
 
 @contextmanager
-def nginx(directory: Path, gateway: Gateway, certificate: Certificate, *, knows_users: bool) -> Iterator[Proxy]:
-    """nginx with etc/nginx/gateway_slurm.conf, as a process of this user's."""
+def nginx(
+    directory: Path,
+    gateway: Gateway,
+    certificate: Certificate,
+    *,
+    knows_users: bool,
+    mistakes: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Proxy]:
+    """nginx with etc/nginx/gateway_slurm.conf, as a process of this user's; with ``mistakes``, texts and others."""
     port, access_log, passwords = free_port(), directory / "access.log", directory / "passwords"
     passwords.write_text("".join(f"{user}:{{PLAIN}}{PASSWORD}\n" for user in USERS))
     changes = {
@@ -161,6 +169,7 @@ def nginx(directory: Path, gateway: Gateway, certificate: Certificate, *, knows_
         "/var/log/nginx/gateway_slurm.log": str(access_log),
         "/etc/nginx/gateway_slurm.htpasswd": str(passwords),
         SOCKET: gateway.url,
+        **mistakes,
     }
     text = adapted(ETC / "nginx/gateway_slurm.conf", changes, unmark="users" if knows_users else "")
     with running_nginx(directory, text, port):

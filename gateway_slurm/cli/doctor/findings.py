@@ -32,7 +32,13 @@ from gateway_slurm.allocations.recovery import (
     living_jobs,
 )
 from gateway_slurm.cli.common import BlockingSlurm
-from gateway_slurm.cli.doctor.path import PATH_CHECK_FAILED, PathCheck, add_path_check_options, check_path
+from gateway_slurm.cli.doctor.path import (
+    PATH_CHECK_FAILED,
+    PathCheck,
+    add_path_check_options,
+    check_path,
+    print_line,
+)
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, LinkError, SlurmError, StoreError
 from gateway_slurm.link.endpoints import parse_endpoint
@@ -61,6 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--fix", action="store_true", help="fix what can be fixed")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     add_path_check_options(parser)
+    add_client_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -103,8 +110,35 @@ class Finding:
         }
 
 
+def add_client_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the check of a gateway's client."""
+    group = parser.add_argument_group(
+        "client of a gateway",
+        "Instead of all the rest: check a gateway as your Jupyter server reaches it, from its settings to a kernel.",
+    )
+    group.add_argument("--gateway-url", default="", metavar="URL", help="the gateway to check; needs no Slurm here")
+    group.add_argument(
+        "--token-file",
+        default="",
+        metavar="FILE",
+        help="the file with your token (default: the token of your Jupyter configuration)",
+    )
+
+
+def _check_client(arguments: argparse.Namespace) -> int:
+    # Its imports take a second, which no other command needs.
+    from gateway_slurm.cli.doctor.client import check_client
+
+    check = check_client(arguments, (lambda _line: None) if arguments.json else print_line)
+    if arguments.json:
+        print(json.dumps({"walk": [result.row() for result in check.results]}, indent=1))
+    return PATH_CHECK_FAILED if check.failed else 0
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Check the path, look for leftovers, fix them if asked, and print the results; return the exit status."""
+    if arguments.gateway_url:
+        return _check_client(arguments)
     path_check = check_path(arguments) if arguments.walk or arguments.only_walk else None
     ask_slurm = path_check is None or path_check.slurm_answers
     doctor = None if arguments.only_walk else _doctor(arguments, ask_slurm=ask_slurm)

@@ -339,13 +339,14 @@ def check_path(arguments: argparse.Namespace) -> PathCheck:
     """Run the path check that the options ask for; print each step when it is done, unless ``--json`` is given."""
     fields = {name: value for name in OPTIONS if (value := getattr(arguments, f"field_{name}")) is not None}
     options = CheckOptions(arguments.kernelspec, fields, arguments.user, arguments.wait)
-    show: Callable[[str], None] = (lambda _line: None) if arguments.json else _print_line
+    show: Callable[[str], None] = (lambda _line: None) if arguments.json else print_line
     check = PathCheck(options, show=show, log=_make_log(verbose=arguments.verbose))
     asyncio.run(_run(check))
     return check
 
 
-def _print_line(line: str) -> None:
+def print_line(line: str) -> None:
+    """Print a line of untrusted text."""
     try:
         print(printable(line), flush=True)
     except BrokenPipeError:

@@ -45,6 +45,19 @@ STEPS: Final[dict[str, str]] = {
 }
 """In the order in which they are checked."""
 
+CLIENT_STEPS: Final[dict[str, str]] = {
+    "client": "settings of the Jupyter server",
+    "name": "the gateway's name",
+    "connect": "a connection",
+    "tls": "the gateway's certificate",
+    "token": "the gateway knows you",
+    "kernelspecs": "kernelspecs",
+    "start": "a kernel starts",
+    "websocket": "a websocket; the kernel answers 1+1",
+    "delete": "nothing is left behind",
+}
+"""The steps of the check of a gateway's client, in the order in which they are checked."""
+
 _ERRORS: Final[tuple[tuple[type[GatewaySlurmError], str], ...]] = (
     (CryptoMissing, "python"),
     (OutOfReach, "dial"),
@@ -141,6 +154,10 @@ class StepResult:
     seconds: float
     change: str = ""
 
+    @property
+    def title(self) -> str:
+        return (STEPS | CLIENT_STEPS)[self.step]
+
     def row(self) -> dict[str, Any]:
         """The JSON that ``--json`` prints."""
         return {
@@ -148,14 +165,14 @@ class StepResult:
             "ok": self.ok,
             "said": self.message,
             "change": self.change,
-            "title": STEPS[self.step],
+            "title": self.title,
             "seconds": round(self.seconds, 3),
         }
 
     def lines(self) -> list[str]:
         """The lines that are printed without ``--json``."""
         first, *more = self.message.splitlines() or [""]
-        lines = [f"{'ok' if self.ok else 'FAILED':<7}{self.seconds:6.1f} s  {STEPS[self.step]}: {first}"]
+        lines = [f"{'ok' if self.ok else 'FAILED':<7}{self.seconds:6.1f} s  {self.title}: {first}"]
         more += [f"change: {self.change}"] if self.change else []
         return [*lines, *(INDENT + line for line in more)]
 

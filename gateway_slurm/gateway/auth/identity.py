@@ -7,12 +7,13 @@ when it cannot tell. This module chooses the HTTP statuses.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from jupyter_server.auth import IdentityProvider, User
@@ -24,11 +25,14 @@ from gateway_slurm.errors import ConfigError, IdentityUnavailable, NotAllowed
 from gateway_slurm.events import Events
 from gateway_slurm.gateway.auth.hub import HubTokens
 from gateway_slurm.gateway.auth.proxy import TrustedHeader
-from gateway_slurm.gateway.auth.tokens import TokenFile, UserTokens, request_token, take_url_token
+from gateway_slurm.gateway.auth.tokens import PREFIX, TokenFile, UserTokens, request_token, take_url_token
 from gateway_slurm.gateway.auth.user import GatewayUser
 
 # Events of refused logins in so many seconds; those beyond are counted with the next one.
 MAX_REFUSALS, REFUSAL_SECONDS = 30, 60.0
+HOW_TO_SEND: Final = "send it as 'Authorization: token …' (GatewayClient.auth_token of a Jupyter server)"
+# Schemes that clients send by mistake: any other word may be the token itself, which the answer must not repeat.
+OTHER_SCHEMES: Final = frozenset({"basic", "digest", "negotiate", "none", "ntlm"})
 
 
 def http_url(trait: str, url: str) -> str:
@@ -158,6 +162,7 @@ class GatewayIdentityProvider(IdentityProvider):
         super().__init__(**kwargs)
         # The user of each request that is being answered; jupyter_server asks more than once.
         self._users: WeakKeyDictionary[RequestHandler, GatewayUser] = WeakKeyDictionary()
+        self._unknown: WeakKeyDictionary[RequestHandler, str] = WeakKeyDictionary()
         self._refusals = RefusedLogins()
         self._token_file = TokenFile(Path(self.tokens_file).expanduser()) if self.tokens_file else None
         self._hub: HubTokens | None = None
@@ -207,9 +212,34 @@ class GatewayIdentityProvider(IdentityProvider):
         if user is not None:
             user.admin = user.admin or user.username in self.admins
             self._users[handler] = user
-        elif request_token(handler.request) is not None:
-            self._refusals.report(handler, "its token is not valid")
+        elif handler not in self._unknown:
+            self._unknown[handler] = reason = await self._why_unknown(handler.request)
+            if request_token(handler.request) is not None:
+                self._refusals.report(handler, reason)
         return user
+
+    def refusal_of(self, handler: RequestHandler) -> str:
+        """Why the request's user is not known, for the answer; "" where that is not the case."""
+        return self._unknown.get(handler, "")
+
+    async def _why_unknown(self, request: HTTPServerRequest) -> str:
+        """Why no authenticator knows the user. Only a client with the whole token learns that it has expired."""
+        token = request_token(request)
+        if token is None:
+            scheme = request.headers.get("Authorization", "").partition(" ")[0]
+            if scheme.lower() in OTHER_SCHEMES:
+                return f"the scheme {scheme} of the header Authorization is not accepted: {HOW_TO_SEND}"
+            return f"the request has no token: {HOW_TO_SEND}"
+        if not token.startswith(PREFIX) or self._token_file is None:
+            origin = "the JupyterHub knows" if self._hub is not None else "this gateway gave"
+            return f"the token is none that {origin}: copy it again, or ask the gateway's admin for one"
+        expired = await asyncio.to_thread(self._token_file.expired_since, token)
+        if expired is not None:
+            when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expired))
+            return f"the token expired at {when}: ask the gateway's admin for a new one"
+        return (
+            "the gateway does not know this token: it was removed, is another gateway's, or was not copied as a whole"
+        )
 
     async def _authenticate(self, handler: RequestHandler) -> GatewayUser | None:
         for authenticator in self.authenticators:

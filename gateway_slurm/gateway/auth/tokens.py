@@ -95,11 +95,20 @@ class TokenFile:
 
     def find(self, token: str) -> TokenRecord | None:
         """The record of a valid token; None for any other. An unknown id takes as long as a known one."""
+        record = self._find(token)
+        return record if record is not None and not record.is_expired else None
+
+    def expired_since(self, token: str) -> int | None:
+        """When the token expired, in seconds since the epoch; None for a valid or an unknown token."""
+        record = self._find(token)
+        return record.expires if record is not None and record.is_expired else None
+
+    def _find(self, token: str) -> TokenRecord | None:
         match = _TOKEN.fullmatch(token)
         records = self._by_id()
         record = records.get(match[1]) if match else None
         same = secrets.compare_digest(record.sha256 if record else _NO_HASH, _hash(token))
-        return record if record is not None and same and not record.is_expired else None
+        return record if record is not None and same else None
 
     def records(self) -> list[TokenRecord]:
         """All records, in the order in which they were added."""

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pexpect
 import pytest
 from jupyter_client import BlockingKernelClient
 
 from helpers.dying_servers import driven_server
 from helpers.kernel_clients import PID, READY, execute, job_state
 from helpers.private_slurm import poll
+
+CTRL_D = "\x04"
 
 
 @pytest.fixture
@@ -47,14 +50,17 @@ def connection_file(kernel_id: str) -> Path:
 
 
 @contextmanager
-def attached(kernel_id: str) -> Iterator[subprocess.Popen[str]]:
-    """The command in the foreground of a user's terminal, ready."""
+def attached(kernel_id: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in the foreground of a user's terminal, ready, and what it said."""
     process = subprocess.Popen(attach_command(kernel_id), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        assert any("Ctrl-C leaves it running" in line for line in lines)
-        yield process
+        said = ""
+        while "Ctrl-C here leaves it running" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        yield process, said
     finally:
         process.kill()
         process.wait(READY)
@@ -69,7 +75,7 @@ def test_a_killed_processs_kernel_is_listed_attached_left_and_stopped(abandoned)
     assert row.startswith(kernel_id)
     assert abandoned["node"] in row
     for _again in range(2):
-        with attached(kernel_id[:8]) as process:
+        with attached(kernel_id[:8]) as (process, _said):
             path = connection_file(kernel_id)
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             assert json.loads(path.read_text())["kernel_name"] != ""
@@ -91,9 +97,46 @@ def test_a_killed_processs_kernel_is_listed_attached_left_and_stopped(abandoned)
     assert attach().stdout == "There are no kernels without a server.\n"
 
 
+def leave_console(name: str, *words: str) -> str:
+    """Run ``jupyter console --existing`` in a terminal, type ``words``, and return what it says about the kernel."""
+    console = pexpect.spawn(
+        sys.executable, ["-m", "jupyter_console", "--existing", name], encoding="utf-8", timeout=READY, echo=False
+    )
+    try:
+        console.expect(r"In \[")
+        for word in words:
+            console.send(word)
+            if word == CTRL_D:
+                console.expect("exit")  # it asks whether
+        console.expect("keeping kernel alive|Shutting down kernel")
+        return str(console.match.group())
+    finally:
+        console.close(force=True)
+
+
+@pytest.mark.slow
+def test_the_console_is_left_as_attach_says(abandoned):
+    """Ctrl-D and exit(keep_kernel=True) keep the kernel, exit alone ends it; no console is named for CurveZMQ."""
+    with attached(abandoned["kernel_id"]) as (process, said):
+        path = connection_file(abandoned["kernel_id"])
+        name = path.name
+        if "curve_publickey" in path.read_text():
+            assert "--existing" not in said
+            assert f'BlockingKernelClient(connection_file="{path}")' in said
+            os.kill(abandoned["pid"], signal.SIGKILL)
+            assert process.wait(READY) == 0
+            return
+        assert leave_console(name, CTRL_D, "y\r") == "keeping kernel alive"
+        assert leave_console(name, "print(x)\r", "exit(keep_kernel=True)\r") == "keeping kernel alive"
+        assert process.poll() is None
+        os.kill(abandoned["pid"], 0)
+        assert leave_console(name, "exit\r") == "Shutting down kernel"
+        assert process.wait(READY) == 0
+
+
 def test_a_kernel_that_ended_while_it_is_attached_is_told(abandoned):
     """The command ends with the kernel, and the kernel's job with both."""
-    with attached(abandoned["kernel_id"]) as process:
+    with attached(abandoned["kernel_id"]) as (process, _said):
         os.kill(abandoned["pid"], signal.SIGKILL)
         assert process.stdout is not None
         assert "ended: signal 9 (SIGKILL)" in process.stdout.read()
