@@ -48,6 +48,11 @@ def is_slurmd(pid: int) -> bool:
     return _read(pid, "comm").strip() == "slurmd"
 
 
+def command_line(pid: int) -> str:
+    """The arguments of a process, or its title; empty if it has ended or is hidden."""
+    return _read(pid, "cmdline").replace("\0", " ").strip()
+
+
 def _read(pid: int, name: str) -> str:
     try:
         with open(f"/proc/{pid}/{name}", errors="replace") as file:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway_slurm.link import steps, wire
+from launchers import node
 from launchers.reactor import Reactor
 
 MAX_STDERR = 8192  # bytes that are reported, of the end
@@ -30,6 +31,8 @@ SQUEUE_SECONDS = 20.0
 INHERITED_VARIABLES = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "KRB5CCNAME", "SLURM_CONF")
 # The steps that every batch job has.
 BATCH_STEPS = ("batch", "extern")
+# The title of a step's slurmstepd: "slurmstepd: [12.batch]".
+_STEPD = r"slurmstepd: \[([0-9]+)\.([A-Za-z0-9]+)"
 
 
 def commands_environment() -> dict[str, str]:
@@ -167,11 +170,26 @@ def job_is_shared(jobid: str) -> bool | None:
             argv, capture_output=True, stdin=subprocess.DEVNULL, env=env, text=True, timeout=SQUEUE_SECONDS
         )
     except FileNotFoundError:
-        print("launcher: this node has no squeue: other steps of the job cannot be seen", file=sys.stderr)
-        return False
+        return _has_foreign_daemon(jobid)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
     return lists_foreign_steps(jobid, done.stdout) if done.returncode == 0 else None
+
+
+def _has_foreign_daemon(jobid: str) -> bool | None:
+    """The same on a node without squeue, by the daemons of the job's steps on this node.
+
+    Each step has a slurmstepd, whose title names it. None if not even the launcher's own is visible (proc(5),
+    hidepid), and for a job of several nodes, whose other nodes are not visible from here.
+    """
+    found = [match for pid in node.pids() if (match := re.match(_STEPD, node.command_line(pid)))]
+    steps_here = {match[2] for match in found if match[1] == jobid}
+    if steps_here - set(BATCH_STEPS):
+        return True
+    if not steps_here or os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
+        print("launcher: without squeue, other steps of the job cannot be seen from this node", file=sys.stderr)
+        return None
+    return False
 
 
 def lists_foreign_steps(jobid: str, listed: str) -> bool:

@@ -31,6 +31,11 @@ def is_ours(info: JobInfo) -> bool:
     return _LAUNCHER_ID.fullmatch(info.comment) is not None
 
 
+def is_launcher_id(identity: str) -> bool:
+    """Whether a job with this identity has one of our launchers as its script; else its identity is a submit time."""
+    return not identity.isdecimal()
+
+
 def new_launcher_id(store_id: str) -> str:
     """A new launcher id, which names the store that has the launcher's record."""
     return "-".join(["gs", *filter(None, [store_id[:STORE_DIGITS]]), secrets.token_hex(8)])

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from gateway_slurm._util import Backoff, LogOnce, printable
-from gateway_slurm.allocations.identity import COMMENT, STEP_NAME, identity_of, is_of_store, is_ours
+from gateway_slurm._util import Backoff, LogOnce
+from gateway_slurm.allocations.identity import COMMENT, identity_of, is_of_store, is_ours
+from gateway_slurm.allocations.use import use_without_server
 from gateway_slurm.errors import SlurmError, StepsUnknown, StoreError
 from gateway_slurm.slurm.driver import SlurmJobs
 from gateway_slurm.slurm.formats import Meaning
@@ -227,12 +228,12 @@ async def cancel_orphan(driver: SlurmJobs, registry: Registry, orphan: Orphan) -
     Return why it was left, or an empty text. Raises SlurmError or StoreError.
     """
     try:
-        steps = await driver.steps(orphan.jobid) if orphan.info.meaning is Meaning.USABLE else []
+        if orphan.info.meaning is Meaning.USABLE:
+            use, what = await use_without_server(driver, orphan.jobid, identity_of(orphan.info))
+            if use is not None:
+                return use.in_words(what)
     except StepsUnknown as error:
         return str(error)
-    others = [step for step in steps if step.number not in ("batch", "extern") and step.name != STEP_NAME]
-    if others:
-        return f"step {others[0].stepid} ({printable(others[0].name)}) runs in it"
     await driver.cancel(orphan.jobid)
     if orphan.server is not None and orphan.record is not None:
         await asyncio.to_thread(registry.drop, [(orphan.server, orphan.record)])

@@ -1,4 +1,4 @@
-"""Releasing an allocation: the job ends with its last kernel, unless it is kept or others use it.
+"""Releasing an allocation: the job ends with its last kernel, unless it is kept or others use it (``use``).
 
 Before a job is ended, Slurm is asked for the steps in it, and for nothing else.
 """
@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 from weakref import WeakKeyDictionary
 
-from gateway_slurm._util import Backoff, printable
+from gateway_slurm._util import Backoff
 from gateway_slurm.allocations.identity import COMMENT, identity_of
 from gateway_slurm.allocations.keep import KeepFlags
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation, AllocationPhase, Place
 from gateway_slurm.allocations.table import OwnerContext
+from gateway_slurm.allocations.use import Use, jobs_of_this_process, use_by_steps
 from gateway_slurm.errors import SlurmError, StoreError
 
 # How long released launchers may take to go, and how long a caller waits for a job's end.
@@ -132,43 +133,54 @@ class AllocationReleaser:
             await self._release_if_idle(allocation, again)
 
     async def _release_if_idle(self, allocation: Allocation, again: float | None = None) -> None:
-        """End the job, unless others use it. In that case, check once more after ``again`` seconds."""
-        if await self._is_used_by_others(allocation):
-            self._table.tasks.create_task(self._release_later(allocation, again or IN_USE_RETRY_DELAY))
-        elif not allocation.places and not allocation.is_over:
-            await self._release(allocation)
+        """End the job, unless others use it.
 
-    async def _is_used_by_others(self, allocation: Allocation) -> bool:
-        """Whether another server has kernels in the job, or another step of the user's runs there or may run there."""
+        In that case, check once more after ``again`` seconds, or leave the job alone if it is not ours to end.
+        """
+        use = await self._use_of(allocation)
+        if allocation.places or allocation.is_over:
+            return
+        if use is None:
+            await self._release(allocation)
+        elif use.is_lasting and not allocation.ours:
+            await self._detach(allocation)
+        else:
+            self._table.tasks.create_task(self._release_later(allocation, again or IN_USE_RETRY_DELAY))
+
+    async def _use_of(self, allocation: Allocation) -> Use | None:
+        """What keeps the job from being ended; None if there is nothing."""
+        use, what = await self._find_use(allocation)
+        if use is not None:
+            self.log.warning("job %s stays after its last kernel: %s", allocation.jobid, use.in_words(what))
+        return use
+
+    async def _find_use(self, allocation: Allocation) -> tuple[Use | None, str]:
+        # A job that this process has submitted began later than this process.
+        if (not allocation.ours or allocation.restored) and allocation.jobid in jobs_of_this_process():
+            return Use.SERVER, ""
         try:
             used = await asyncio.to_thread(self._table.registry.used_jobs, by_others=True)
         except StoreError as error:
-            # A job that is not known to be idle is not ended.
-            self.log.warning("job %s is kept for now: the store cannot be read (%s)", allocation.jobid, error)
-            return True
+            return Use.UNKNOWN, f"the store cannot be read: {error}"
         if allocation.jobid in used:
-            self.log.warning("job %s is kept after its last kernel: another server uses it", allocation.jobid)
-            return True
+            return Use.OTHER_SERVER, ""
         ran = allocation.restored or any(launcher.was_up for launcher in allocation.launchers.values())
         if allocation.ours and not ran:
-            return False  # only this server can have started anything in it
+            return None, ""  # only this server can have started anything in it
         try:
             steps = await self._driver.steps(allocation.jobid)
         except SlurmError as error:
             now = asyncio.get_running_loop().time()
             since = self._unknown_since.setdefault(allocation, now) if allocation.ours else now
-            kept = now - since < MAX_STEPS_UNKNOWN
-            outcome = "it is kept for now" if kept else "it is released"
-            self.log.warning("job %s: its steps could not be listed (%s); %s", allocation.jobid, error, outcome)
-            return kept
+            if now - since < MAX_STEPS_UNKNOWN:
+                return Use.UNKNOWN, f"its steps could not be listed: {error}"
+            text = "job %s is released: its steps could not be listed for %.0f s (%s)"
+            self.log.warning(text, allocation.jobid, now - since, error)
+            return None, ""
         self._unknown_since.pop(allocation, None)
         # Launchers of other servers count as use, and so does the shell of an interactive step.
-        others = [step for step in steps if step.number not in allocation.own_steps | {"batch", "extern"}]
-        if others:
-            step = others[0]
-            text = "job %s is kept after its last kernel: step %s (%s) runs in it"
-            self.log.warning(text, allocation.jobid, step.stepid, printable(step.name))
-        return bool(others)
+        own = allocation.own_steps | ({"batch"} if allocation.ours else set())
+        return use_by_steps(steps, own=own, identity=allocation.identity)
 
     async def _release(self, allocation: Allocation) -> None:
         """End the job. Waits END_TIMEOUT at most; the end goes on if the caller is cancelled."""
@@ -291,7 +303,7 @@ class AllocationReleaser:
             return
         if not allocation.ours and not allocation.used:
             await self._detach(allocation)
-        elif not await self._is_used_by_others(allocation):
+        elif await self._use_of(allocation) is None:
             await self._release(allocation)
         elif self._table.find(allocation.jobid) is allocation:  # it did not end meanwhile
             if allocation.ours:

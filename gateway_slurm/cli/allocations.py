@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from gateway_slurm._util import in_one_line, printable
-from gateway_slurm.allocations.identity import identity_of
+from gateway_slurm.allocations.identity import identity_of, is_launcher_id
 from gateway_slurm.allocations.recovery import living_jobs
+from gateway_slurm.allocations.use import Use, use_without_server
 from gateway_slurm.cli.common import BlockingSlurm, print_table
 from gateway_slurm.config import load_admin_config
-from gateway_slurm.errors import GatewaySlurmError, SlurmError, UnknownJob
+from gateway_slurm.errors import GatewaySlurmError, SlurmError, StepsUnknown, UnknownJob
 from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.formats import expand_hostlist
 from gateway_slurm.slurm.model import JobInfo
@@ -230,10 +231,24 @@ def _release(arguments: argparse.Namespace) -> int:
     if row["kernel_ids"]:
         print(f"job {row['jobid']} will end with the last of its kernels ({len(row['kernel_ids'])})")
         return 0
+    if why := _use(row):
+        print(f"job {row['jobid']} stays: {why}; to end it: jupyter slurm allocations cancel {row['jobid']}")
+        return 0
     if row["orphans"] and not arguments.yes and not _confirmed(row):
         print(f"job {row['jobid']} is not kept any more; its launcher ends its kernels, and then the job")
         return 0
     return _cancel(arguments)
+
+
+def _use(row: dict[str, Any]) -> str:
+    """What uses a job that has no kernels; empty if there is nothing."""
+    with _slurm() as slurm:
+        try:
+            use, what = slurm.run(use_without_server(slurm.driver, row["jobid"], row["identity"]))
+        except StepsUnknown as error:
+            # By REST. Of a job of ours its user says by this command that it is over.
+            use, what = (None, "") if is_launcher_id(row["identity"]) else (Use.UNKNOWN, str(error))
+    return use.in_words(what) if use is not None else ""
 
 
 def _confirmed(row: dict[str, Any]) -> bool:

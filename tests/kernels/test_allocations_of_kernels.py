@@ -22,7 +22,8 @@ from helpers.kernel_clients import (
     processes_of_job,
     running_kernel,
 )
-from helpers.private_slurm import poll, slurm
+from helpers.private_slurm import poll, slurm, steps_of
+from helpers.server_processes import allocations
 
 NODE = "import os; print(os.environ['SLURMD_NODENAME'])"
 
@@ -119,13 +120,20 @@ async def test_an_allocation_made_by_salloc_is_adopted(service, kernelspecs, sal
     assert poll(lambda: job_state(salloc_job) == "", timeout=15)
 
 
-def test_a_batch_job_is_adopted_and_relinquished(service, kernelspecs, sbatch_job):
-    """A kernel runs beside the script of a batch job, and the last kernel's stop ends it, as documented."""
+def test_a_batch_job_outlives_its_last_kernel(service, kernelspecs, sbatch_job, cluster, caplog):
+    """A kernel runs beside the user's batch script, and neither its stop nor `release` ends that script's job."""
+    install_kernelspec(kernelspecs, "join", config_overrides={"jobid": sbatch_job, "keep_allocation": True})
+    with running_kernel("join") as (_manager, client):
+        assert execute(client, JOB) == sbatch_job
+    assert "stays" in allocations("release", sbatch_job)
     install_kernelspec(kernelspecs, "join", config_overrides={"jobid": sbatch_job})
     with running_kernel("join") as (_manager, client):
         assert execute(client, JOB) == sbatch_job
-        assert job_state(sbatch_job) == "RUNNING"
-    assert poll(lambda: job_state(sbatch_job) == "", timeout=15)
+    assert poll(lambda: service.allocations_of("") == [], timeout=READY)  # it is not asked about any more
+    assert f"job {sbatch_job} stays after its last kernel: its batch script is not ours" in caplog.text
+    forget_service()
+    assert poll(lambda: steps_of(cluster, sbatch_job) == [], timeout=READY)
+    assert job_state(sbatch_job) == "RUNNING"
 
 
 def test_a_job_in_which_the_user_works_is_not_ended(service, kernelspecs, salloc_job, cluster):

@@ -114,6 +114,7 @@ def test_a_kernel_in_an_adopted_job_is_reported_with_its_step(reporting, cluster
         assert execute(client, JOB) == jobid
         (report,) = reporting.until(1)
         steps = slurm("squeue", "--noheader", "--steps", f"--job={jobid}", "--format=%i", cluster=cluster).stdout
+    slurm("scancel", jobid, cluster=cluster)
     assert (report["slurm_allocation_id"], report["slurm_allocation_name"]) == (jobid, "mine")
     assert report["slurm_jobstep_id"] in steps.split()
 

@@ -102,11 +102,9 @@ def test_a_job_of_another_user_is_neither_joined_nor_ended(folk, gateway, kernel
 
 
 def test_a_job_from_a_terminal_is_adopted_by_its_user_only(folk, gateway, kernels, cluster):
-    """A job that a user made with sbatch takes their kernel, by a detached srun as that user; another's is refused."""
-    made = folk.run(
-        folk.ada, "env", f"SLURM_CONF={cluster.slurm_conf}", "sbatch", "--parsable", "-o/dev/null", "--wrap=sleep 300"
-    )
-    jobid = made.stdout.decode().strip()
+    """A job that a user made with salloc takes their kernel, by a detached srun as that user; another's is refused."""
+    made = slurm_as(folk, cluster, "salloc", "--no-shell", "-N1", "-t5")
+    jobid = made.stderr.decode().split("Granted job allocation ")[1].split()[0]
     assert poll(lambda: job_state(jobid) == "RUNNING", timeout=READY), made
     with pytest.raises(GatewayError, match="not a job of yours"):
         gateway.ask("start", kernel="two", owner=folk.bob, fields={"jobid": jobid})

@@ -15,7 +15,7 @@ from helpers.dying_servers import adopt, call
 from helpers.dying_servers import driven_server as deployed_server
 from helpers.failing_starts import cut_links, nothing_left, spec
 from helpers.kernel_clients import JOB, PID, READY, async_execute, async_kernel, job_state, jobid_of, poll_async
-from helpers.private_slurm import poll, slurm
+from helpers.private_slurm import slurm
 from helpers.server_processes import launcher_said, on_record, server
 
 
@@ -53,9 +53,8 @@ async def test_a_job_that_its_user_renamed_is_the_same_one(state, admin_settings
 
 async def test_a_kernel_whose_srun_was_killed_outlives_a_break_of_its_link(service, kernelspecs, cluster, monkeypatch):
     """Its step runs on without: it is over when Slurm says so."""
-    argv = ("sbatch", "--parsable", "-o/dev/null", "--wrap=sleep 300")
-    jobid = slurm(*argv, cluster=cluster).stdout.strip()
-    assert await asyncio.to_thread(poll, lambda: job_state(jobid) == "RUNNING", timeout=READY)
+    said = slurm("salloc", "--no-shell", "-t5", cluster=cluster).stderr
+    jobid = said.split("Granted job allocation ")[1].split()[0]
     async with async_kernel(spec(kernelspecs, jobid=jobid)) as (manager, client):
         await async_execute(client, "kept = 41")
         process, pid = manager.provisioner._handle.process, await async_execute(client, PID)

@@ -187,7 +187,7 @@ async def test_a_job_with_another_step_is_not_cancelled(caplog):
     slurm = Slurm(job("1", "gs-1"), steps=[StepInfo(stepid="1.7", name="a.out")])
     await settled(slurm, rows, "cancel")
     assert slurm.cancelled == []
-    assert "step 1.7 (a.out) runs in it" in caplog.text
+    assert "another job step runs in it (step 1.7 (a.out))" in caplog.text
 
 
 async def test_a_job_with_unknown_steps_is_not_cancelled(caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from launchers import node
 from launchers.steps import job_is_shared, lists_foreign_steps
 
 
@@ -23,11 +24,29 @@ def test_steps_beside_the_jobs_own_are_others(listed, others):
     assert lists_foreign_steps("12", listed) is others
 
 
-@pytest.mark.parametrize(("script", "answer"), [("echo 12.3", True), ("exit 1", None), ("echo", False), (None, False)])
+@pytest.mark.parametrize(("script", "answer"), [("echo 12.3", True), ("exit 1", None), ("echo", False)])
 def test_an_answer_that_fails_is_none(tmp_path, monkeypatch, script, answer):
-    """A squeue that fails says nothing; where there is none, the launcher cannot ask at all."""
+    """A squeue that fails says nothing."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    if script is not None:
-        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "squeue").chmod(0o755)
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    assert job_is_shared("12") is answer
+
+
+@pytest.mark.parametrize(
+    ("titles", "nodes", "answer"),
+    [
+        (["slurmstepd: [12.batch]", "slurmstepd: [12.extern]", "slurmstepd: [123.0]"], "1", False),
+        (["slurmstepd: [12.batch]", "slurmstepd: [12.0]", "bash"], "1", True),
+        (["slurmstepd: [12.batch]", "slurmstepd: [12.interactive]"], "2", True),
+        (["slurmstepd: [12.batch]"], "2", None),
+        (["slurmstepd: [13.0]"], "1", None),
+    ],
+)
+def test_without_squeue_the_daemons_of_steps_are_looked_for(tmp_path, monkeypatch, titles, nodes, answer):
+    """What cannot be seen from the node is not taken for nothing."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", nodes)
+    monkeypatch.setattr(node, "pids", lambda: list(range(len(titles))))
+    monkeypatch.setattr(node, "command_line", titles.__getitem__)
     assert job_is_shared("12") is answer
