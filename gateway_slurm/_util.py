@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -85,9 +86,32 @@ def _escaped(character: str) -> str:
 # -- Files --
 
 
+# NFS without lockd, Lustre without the mount option flock, and some FUSE file systems (flock(2), fcntl(2)).
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def why_no_locks(directory: Path) -> str:
+    """Return the reason why files in ``directory`` cannot be locked; empty if they can be, or if no file can be made.
+
+    Locks of both kinds are tried, on a new file: closing another one would release the locks that this process has.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return f"the file system of {directory} has no file locks ({error.strerror})"
+    return ""
+
+
 @contextlib.contextmanager
 def locked(path: Path, seconds: float) -> Iterator[None]:
-    """Hold a lock file. Raises OSError if another process, such as a stopped one, holds it longer than ``seconds``."""
+    """Hold a lock file.
+
+    Raises OSError if another process, such as a stopped one, holds it longer than ``seconds``, and where the file
+    system has no locks.
+    """
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     deadline = time.monotonic() + seconds
     try:
@@ -99,6 +123,13 @@ def locked(path: Path, seconds: float) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{path} is locked by another process") from error
                 time.sleep(0.01)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                raise OSError(
+                    f"{path} cannot be locked: its file system has no file locks ({error.strerror}); keep the file on "
+                    "one that has, such as a disk of this host"
+                ) from error
         yield
     finally:
         os.close(lock)

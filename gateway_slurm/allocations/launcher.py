@@ -41,6 +41,8 @@ UNKNOWN_NODE: Final = "?"
 MAX_NODES: Final = 4096
 """Nodes of a job that a launcher may report: the list is expanded on the loop, in a few milliseconds a link."""
 TEN_YEARS: Final = 10 * 366 * 86400.0
+MAX_DELAY: Final = 3600.0
+"""Seconds by which a launcher may start later than its job: a prolog, and a Python on a cold file system."""
 MAX_SKEW: Final = 10.0
 """Seconds by which a node's clock may differ without a word in the log."""
 MAX_UNKNOWN_KERNELS: Final = 1000
@@ -480,14 +482,16 @@ class Launcher:
     def _end_time_of(self, hello: dict[str, Any]) -> float | None:
         """The end that a server has sent it; else Slurm's, where jobs have it (22.05, some sites); else calculated.
 
-        Slurm's time is absolute and read by this server's clock, as all of Slurm's times are. The node's clock has no
-        part in it.
+        Slurm's time is absolute: it counts where it is the calculated one within an hour, and this server's clock is
+        Slurm's. The node's clock has no part in it.
         """
         text = str(hello.get("slurm_job_end_time", ""))
         slurms = moment(float(text)) if text.isascii() and text.isdigit() else None
         minutes, age = self._job.minutes, hello.get("age")
-        end = in_seconds(hello.get("remaining")) or slurms
-        return end if end or not (minutes and in_seconds(age)) else in_seconds(60.0 * minutes - float(age or 0))
+        calculated = in_seconds(60.0 * minutes - float(age or 0)) if minutes and in_seconds(age) else None
+        if slurms and calculated and abs(slurms - calculated) > MAX_DELAY:
+            slurms = None
+        return in_seconds(hello.get("remaining")) or slurms or calculated
 
     def _compare_clocks(self, clock: Any) -> None:
         """Log it where the node's clock is wrong, or this server's: kernels stamp their messages by the node's."""

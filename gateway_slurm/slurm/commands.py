@@ -26,7 +26,7 @@ from gateway_slurm.errors import (
     Unanswered,
     UnknownJob,
 )
-from gateway_slurm.slurm.formats import Meaning, TimeFormatError, meaning, minutes
+from gateway_slurm.slurm.formats import Meaning, TimeFormatError, meaning, minutes, seconds
 from gateway_slurm.slurm.model import JobInfo, JobSpec, Partition, StepInfo, StepSpec
 
 _JOBID: Final = re.compile(r"[0-9]{1,10}(?:[_+][0-9]{1,10})?", re.ASCII)
@@ -52,7 +52,7 @@ _PREFIX: Final = re.compile(
 _MAX_MESSAGE: Final = 4000  # characters
 _JOB_FIELDS: Final = (
     "JobID", "JobArrayID", "State", "Reason", "NodeList", "UserName", "Partition", "Account",
-    "SubmitTime", "StartTime", "EndTime", "TimeLimit", "exit_code", "Name", "Comment",
+    "SubmitTime", "StartTime", "EndTime", "TimeLeft", "TimeLimit", "exit_code", "Name", "Comment",
 )  # fmt: skip
 _STEP_FIELDS: Final = ("StepID", "UserName", "Nodes", "StepName")
 _STEP_END_STATES: Final = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL"}
@@ -376,6 +376,7 @@ def _job_info(row: Sequence[str]) -> JobInfo:
         submit_time=_epoch(job["SubmitTime"]),
         start_time=_epoch(job["StartTime"]),
         end_time=_epoch(job["EndTime"]),
+        clock=_clock(job),
         time_limit=_limit(job["TimeLimit"]),
         exit_code=code,
         exit_signal=signal,
@@ -391,6 +392,12 @@ def _text(value: str) -> str:
 
 def _epoch(value: str) -> float | None:
     return float(value) if re.fullmatch(r"\s*[0-9]{1,12}\s*", value, re.ASCII) else None
+
+
+def _clock(job: Mapping[str, str]) -> float | None:
+    """The clock of the host that squeue ran on, which calculated the time left; None where a job does not run."""
+    end, left = _epoch(job["EndTime"]), seconds(job["TimeLeft"])
+    return end - left if job["State"].strip() == "RUNNING" and end and left else None
 
 
 def _limit(value: str) -> int | None:

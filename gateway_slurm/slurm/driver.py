@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Protocol
 
@@ -148,7 +149,9 @@ class CommandLineDriver:
         mark = _mark()
         result = await self.runner.run(commands.jobs_command(jobids, mark=mark))
         alone = len(jobids) == 1
-        return commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark, alone=alone)
+        found = commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark, alone=alone)
+        # A login node's clock may be another one than this host's.
+        return {jobid: info.by_clock(time.time()) for jobid, info in found.items()}
 
     async def find(self, comment: str) -> dict[str, JobInfo]:
         """Run one squeue for all jobs of the user: it cannot choose by comment."""

@@ -25,6 +25,7 @@ _HOSTLIST_RANGE: Final = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 _HOST_NAME: Final = re.compile(r"[^\s,\[\]\x00-\x1f\x7f]+")
 _TIME_NUMBER: Final = r"([0-9]{1,9})"
 _TIME_WITH_DAYS: Final = re.compile(rf"{_TIME_NUMBER}-{_TIME_NUMBER}(?::{_TIME_NUMBER})?(?::{_TIME_NUMBER})?")
+_SQUEUE_TIME: Final = re.compile(r"(?:(?:([0-9]{1,6})-)?([0-9]{1,2}):)?([0-9]{1,2}):([0-9]{2})", re.ASCII)
 _TIME_OF_DAY: Final = re.compile(rf"{_TIME_NUMBER}(?::{_TIME_NUMBER})?(?::{_TIME_NUMBER})?")
 _MEBIBYTES: Final = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
@@ -181,6 +182,15 @@ def minutes(text: str) -> int | None:
     else:
         raise TimeFormatError(f"{text[:200]!r} is not in a time format of Slurm: {TIME_FORMATS}")
     return (days * 24 + hours) * 60 + mins + -(-secs // 60)
+
+
+def seconds(text: str) -> int | None:
+    """Return a duration as squeue prints it (``[days-]hours:minutes:seconds``) as seconds; None for other text."""
+    match = _SQUEUE_TIME.fullmatch(text.strip())
+    if match is None:
+        return None
+    days, hours, mins, secs = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + mins) * 60 + secs
 
 
 def memory_in_mebibytes(text: str | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from gateway_slurm.slurm.formats import Meaning, meaning
@@ -71,6 +71,10 @@ class StepSpec:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
+MAX_SKEW: Final = 10.0
+"""Seconds. An answer from a login node may take that long, and end times should not change with each answer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobInfo:
     """What Slurm says about one job. Times are seconds since the epoch, None where Slurm has none."""
@@ -89,12 +93,24 @@ class JobInfo:
     start_time: float | None = None
     end_time: float | None = None
     """When the time limit will end a running job, or when a finished job ended."""
+    clock: float | None = None
+    """What the clock by which the times were calculated showed at the answer; None where it is not known."""
     time_limit: int | None = None
     """Minutes; None means no limit."""
     exit_code: int | None = None
     exit_signal: int | None = None
     display_id: str = ""
     """``123_4`` for an array task, ``123+1`` for a component of a heterogeneous job; else the job id."""
+
+    def by_clock(self, now: float) -> JobInfo:
+        """The same with times by a clock that shows ``now``; small differences are left."""
+        ahead = 0.0 if self.clock is None else now - self.clock
+        if abs(ahead) < MAX_SKEW:
+            return self
+        submit_time, start_time, end_time = (
+            None if at is None else at + ahead for at in (self.submit_time, self.start_time, self.end_time)
+        )
+        return replace(self, clock=now, submit_time=submit_time, start_time=start_time, end_time=end_time)
 
     @property
     def meaning(self) -> Meaning:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.pool import QueuePool
 
+from gateway_slurm._util import why_no_locks
 from gateway_slurm.errors import StoreError, StoreUnavailable
 from gateway_slurm.store.records import MEMORY
 
@@ -77,6 +78,8 @@ class Database:
                 f"the store {self.name} does not answer as it should: {message}; check that this PostgreSQL runs, and "
                 "the user, password and database in SlurmService.store_url"
             )
+        if self._path is not None and (reason := why_no_locks(self._path.parent)):
+            return StoreUnavailable(f"the store {self.name} cannot be used: {reason}; {_NO_LOCKS}")
         for part, kind, what_to_do in _SQLITE_ERRORS:
             if part in message:
                 return kind(f"the store {self.name} cannot be used: {message}; {what_to_do}")
@@ -95,6 +98,12 @@ _OTHER_STORE = "or name another store in SlurmService.store_url"
 _MOVE_AWAY = (
     "it is left as it is: move it away (with its -wal file) for a new one to be made, or put a copy of it back; jobs "
     "that run are still listed by: jupyter slurm allocations"
+)
+_NO_LOCKS = (
+    "SQLite needs them: keep the store on a disk of this host (SlurmService.store_url = "
+    "'sqlite:////DIRECTORY/store.sqlite', with a directory that only this user can write), or use PostgreSQL; a user "
+    "without admin settings sets XDG_STATE_HOME to a directory on such a disk. Locks on the home need lockd for NFS, "
+    "or the mount option flock for Lustre"
 )
 _FULL = f"its disk is full, or a quota is used up: make room, {_OTHER_STORE}"
 _READ_ONLY = f"make the file, its directory and its file system writable for this user, {_OTHER_STORE}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 
@@ -82,6 +83,19 @@ async def test_submit_and_describe(jobs: Jobs, driver: SlurmDriver) -> None:
     assert info.end_time == info.start_time + 7 * 60
 
 
+@BY_EACH_RUNNER
+async def test_times_are_by_this_hosts_clock(jobs: Jobs, driver: SlurmDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's commands on a host whose clock is an hour behind ours, or ahead, say when a job ends by our clock."""
+    jobid = await jobs.running(time=7)
+    for ahead in (3600, -3600):
+        ours = time.time() + ahead
+        with monkeypatch.context() as patch:
+            patch.setattr("gateway_slurm.slurm.driver.time.time", lambda ours=ours: ours)
+            info = await driver.describe(jobid)
+        assert info.end_time is not None
+        assert 300 < info.end_time - ours <= 420
+
+
 async def test_environment_reaches_the_job(jobs: Jobs, access_name: str, tmp_path: Path) -> None:
     """The job gets the variables of its spec, and neither this process's locale nor its time format."""
     out = tmp_path / "env"
@@ -146,10 +160,10 @@ async def test_how_a_job_ended(jobs: Jobs, script: str, code: int, signal: int |
     assert info.end_time is not None
 
 
-async def test_jobs_are_found_by_name(jobs: Jobs, driver: SlurmDriver) -> None:
-    """The user's own jobs of that name that are not over."""
-    over = await jobs.submit("#!/bin/sh\n", name="ours")
-    lives, _other = await jobs.submit(name="ours"), await jobs.submit(name="another")
+async def test_jobs_are_found_by_their_comment(jobs: Jobs, driver: SlurmDriver) -> None:
+    """The user's own jobs whose comment begins so and that are not over, whatever their names."""
+    over = await jobs.submit("#!/bin/sh\n", comment="ours:1")
+    lives, _other = await jobs.submit(comment="ours:2"), await jobs.submit(name="ours", comment="another")
     await jobs.reaches(over, Meaning.OVER)
     assert set(await driver.find("ours")) == {lives}
 

@@ -47,7 +47,7 @@ def row(*fields: str) -> str:
 
 RUNNING = row(
     "20", "20", "RUNNING", "None", "c[1-2]", "root", "batch", "(null)",
-    "1795475990", "1795475998", "1795477798", "30:00", "0", "we|ird\nname \x1f \x1e é,:", "com\nment",
+    "1795475990", "1795475998", "1795477798", "29:30", "30:00", "0", "we|ird\nname \x1f \x1e é,:", "com\nment",
 )  # fmt: skip
 PENDING = row(
     "3",
@@ -62,13 +62,14 @@ PENDING = row(
     "N/A",
     "N/A",
     "UNLIMITED",
+    "UNLIMITED",
     "0",
     "n",
     "(null)",
 )
 FAILED = row(
     "4", "4", "FAILED", "NonZeroExitCode", "c1", "root", "batch", "(null)",
-    "1795475990", "1795475998", "1795475999", "1:00:00", "768", "sbatch", "(null)",
+    "1795475990", "1795475998", "1795475999", "59:59", "1:00:00", "768", "sbatch", "(null)",
 )  # fmt: skip
 HETERO = row(
     "22",
@@ -82,6 +83,7 @@ HETERO = row(
     "1795475990",
     "N/A",
     "N/A",
+    "1:00:00",
     "1:00:00",
     "0",
     "sbatch",
@@ -165,6 +167,10 @@ def test_parse_jobs() -> None:
     running = jobs["20"]
     assert (running.name, running.comment) == ("we|ird\nname \x1f \x1e é,:", "com\nment")
     assert (running.start_time, running.end_time, running.time_limit) == (1795475998.0, 1795477798.0, 30)
+    assert (running.clock, jobs["3"].clock, jobs["4"].clock) == (1795476028.0, None, None)
+    assert running.by_clock(1795476028.0 + 9) is running
+    a_day_on = running.by_clock(1795476028.0 + 86400)
+    assert (a_day_on.start_time, a_day_on.end_time) == (1795475998.0 + 86400, 1795477798.0 + 86400)
     assert (running.nodes, running.account, running.reason) == ("c[1-2]", "", "")
     assert (running.exit_code, running.meaning) == (None, Meaning.USABLE)
     assert (jobs["3"].start_time, jobs["3"].time_limit, jobs["3"].comment) == (None, None, "")
@@ -213,7 +219,7 @@ def test_parsers_raise_only_ours(status: int, stdout: str, stderr: str) -> None:
     for parse in (
         lambda: commands.parse_submit(status, stdout, stderr),
         lambda: commands.parse_jobs(status, stdout, stderr, mark=MARK),
-        lambda: commands.parse_jobs(status, row(*stdout[:15].ljust(15)), stderr, mark=MARK),
+        lambda: commands.parse_jobs(status, row(*stdout[:16].ljust(16)), stderr, mark=MARK),
         lambda: commands.parse_steps(status, stdout, stderr, jobid="1", mark=MARK),
         lambda: commands.parse_cancel(status, stderr),
     ):
@@ -233,7 +239,7 @@ TEXT = st.text(st.characters(codec="utf-8")).filter(lambda text: SEP not in text
 @given(name=TEXT, comment=TEXT)
 def test_names_round_trip(name: str, comment: str) -> None:
     """Any name and any comment come back unchanged."""
-    text = row("1", "1", "RUNNING", "None", "c1", "u", "p", "a", "0", "1", "2", "3", "0", name, comment)
+    text = row("1", "1", "RUNNING", "None", "c1", "u", "p", "a", "0", "1", "2", "1", "3", "0", name, comment)
     info = commands.parse_jobs(0, text + PENDING, "", mark=MARK)["1"]
     assert info.name == name
     assert info.comment == ("" if comment == "(null)" else comment)
