@@ -10,10 +10,11 @@ import pytest
 from helpers.broken_channels import KINDS, breaking
 from helpers.gateway_process import running_gateway, start, stop
 from helpers.kernel_clients import JOB, READY, poll_async
-from helpers.notebook_server import Frontend
+from helpers.notebook_server import Frontend, running_server
 
 # Seconds for an answer to another user, on two busy CPUs. A kernel that does not end when asked is killed after 5.
 IN_TIME = 3.0
+LISTS = ("/api/kernels", "/api/sessions", "/api/kernelspecs")
 MAX_MESSAGE = 1_000_000  # bytes
 
 
@@ -32,13 +33,13 @@ def gateway(module_gateway, kernelspecs):
 
 
 @contextlib.asynccontextmanager
-async def answered_in_time(server):
+async def answered_in_time(server, *paths):
     """Another user's requests, one after the other: each must be answered within ``IN_TIME``."""
     is_over = False
 
     async def ask_again() -> None:
         while not is_over:
-            for path in ("/api/kernels", "/api/sessions", "/api/kernelspecs", "/api/allocations"):
+            for path in paths:
                 assert await asyncio.wait_for(server.status("GET", path), IN_TIME) == 200, path
             await asyncio.sleep(0.05)
 
@@ -64,7 +65,7 @@ async def test_a_kernel_with_broken_channels_is_restarted_and_ended(gateway, ker
             done = tmp_path / kind
             await frontend.run(breaking(kind, done, "control", "shell", "stdin", "iopub", "hb"))
             assert await poll_async(done.exists, timeout=READY), kind
-            async with answered_in_time(bob):
+            async with answered_in_time(bob, *LISTS, "/api/allocations"):
                 for path in (kernel, sessions, "/api/kernels", "/api/sessions"):
                     assert await asyncio.wait_for(alice.status("GET", path), IN_TIME) == 200, (kind, path)
                 assert await alice.status("POST", f"{kernel}/interrupt") == 204, kind
@@ -98,3 +99,19 @@ async def test_a_cell_with_too_large_an_output_ends_and_says_so(gateway):
         frontend.close()
     finally:
         await stop(alice, kernel_id)
+
+
+@pytest.mark.slow
+async def test_a_plain_jupyter_server_ends_a_kernel_with_a_broken_control_channel(cluster, kernelspecs, tmp_path):
+    """Without our kernel manager, too: the provisioner gives its manager a new control socket for each request."""
+    with running_server(kernelspecs.parent / "home") as server:
+        kernel_id = await start(server)
+        frontend = await Frontend.connect(server, kernel_id)
+        await frontend.until_ready()
+        for kind in ("malformed", "huge"):
+            done = tmp_path / kind
+            await frontend.run(breaking(kind, done, "control"))
+            assert await poll_async(done.exists, timeout=READY), kind
+        async with answered_in_time(server, *LISTS):
+            assert await server.status("DELETE", f"/api/kernels/{kernel_id}") == 204
+        frontend.close()

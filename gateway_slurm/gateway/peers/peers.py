@@ -44,6 +44,7 @@ class Peers:
         self._websockets: dict[Callable[[int, str], None], Peer] = {}
         self._watching: asyncio.Task[None] | None = None
         self._complaints = LogOnce(log)
+        self._is_silent = False  # the store, at the last question
 
     @property
     def server_id(self) -> str:
@@ -61,8 +62,13 @@ class Peers:
         return known
 
     async def lives(self, peer: Peer) -> bool:
-        """Whether a gateway lives. A gateway that is not on record is dead, and others have taken over its kernels."""
-        return any(other.server_id == peer.server_id and other.lives for other in await self.others())
+        """Whether a gateway lives. A gateway that is not on record is dead, and others have taken over its kernels.
+
+        While the store does not answer, no gateway can take over: one that the last answer did not have lives.
+        """
+        others = await self.others()
+        known = next((other for other in others if other.server_id == peer.server_id), None)
+        return self._is_silent if known is None else known.lives
 
     async def find(self, collection: str, key: str, *, fresh: bool = False) -> Location | None:
         """The gateway that has a kernel or session on record. Without ``fresh`` the answer may be CACHED_SECONDS old.
@@ -118,9 +124,11 @@ class Peers:
         return answer
 
     def _store_is_silent(self, error: DirectoryUnavailable) -> None:
+        self._is_silent = True
         self._complaints.warning(_STORE, "other gateways' kernels cannot be looked up: %s", error)
 
     def _store_answers(self) -> None:
+        self._is_silent = False
         if self._complaints.clear(_STORE):
             self._log.info("other gateways' kernels can be looked up again")
 

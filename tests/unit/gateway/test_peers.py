@@ -415,6 +415,25 @@ async def test_a_gateway_that_hangs_is_waited_for_as_long_as_it_lives(pair, monk
     b.silence.set()
 
 
+async def test_while_the_store_does_not_answer_a_gateway_that_was_never_listed_lives(pair, monkeypatch):
+    """It has the kernel by an answer from before: its slow answer arrives, and its websockets stay open."""
+    monkeypatch.setattr(forward, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(peers, "CACHED_SECONDS", 0.0)
+    a, b = pair
+    known = Peers(a.directory, log=LOG)
+    peer = (await known.find(KERNELS, "k")).peer
+    a.directory.trouble = "the database does not answer"
+    assert await known.lives(peer)
+    a.directory.trouble = ""
+    assert await known.lives(peer)
+    assert not await known.lives(Peer(server_id="none", url=""))
+    a.directory.trouble = "the database does not answer"
+    a.directory.gateways["b"] = Peer(server_id="b", url=b.url, lives=False)
+    assert await known.lives(peer)  # by the last answer
+    a.directory.trouble = ""
+    assert not await known.lives(peer)
+
+
 async def test_lists_have_what_is_at_all_gateways():
     """Each once, for this user; of one that does not answer what is on record."""
     async with gateways("a", "b", "c") as (a, b, c):
