@@ -18,6 +18,7 @@ from gateway_slurm.link import wire
 from launchers import ports, stderr
 from launchers.greeting import CurveCheck
 from launchers.guard import Guard
+from launchers.memory import oom_kills
 from launchers.reactor import READ, Reactor, Timer
 from launchers.working_directory import Directory, NoDirectory, choose, home
 
@@ -85,6 +86,7 @@ class Kernel:
         self._refusal = ""  # why the process, which is being killed, may not run
         self._deadline = time.monotonic() + float(spec["start_timeout"])
         self._asked_to_stop = False
+        self._oom_kills = 0  # in this job's control group when the process was started
         self._working_directory = Directory("")
         self._linked, self._kept_output = linked, kept_output
         self._output: OutputBuffer | None = None
@@ -112,6 +114,7 @@ class Kernel:
 
     def _launch(self, wanted_ports: dict[str, int] | None) -> None:
         self._attempt += 1
+        self._oom_kills = oom_kills()
         if self.mode == "ipc":
             self.ip = os.path.join(self.directory, "c")
             self.ports = {channel: number for number, channel in enumerate(wire.CHANNELS, 1)}
@@ -352,7 +355,12 @@ class Kernel:
         else:
             self.state = "exited"
             self.exit = {"returncode": self.process.returncode, "output_tail": self.output_tail()}
+            if self._was_killed_for_memory(self.process.returncode):
+                self.exit["oom"] = True
             self._send("EXIT", **self.report())
+
+    def _was_killed_for_memory(self, returncode: int) -> bool:
+        return returncode == -signal.SIGKILL and not self._asked_to_stop and oom_kills() > self._oom_kills
 
     def _died_at_start(self, returncode: int) -> None:
         """Start the kernel again where other ports or another transport may help."""
@@ -367,7 +375,8 @@ class Kernel:
             lost_a_port = ports.tcp_listening(self.ports.values()) or b"ddress already in use" in self._tail
             again = bool(lost_a_port) and self._attempt < PORT_ATTEMPTS
         if not again:
-            self._fail("died", f"the kernel died at start: {wire.describe_exit(returncode)}")
+            memory = ", killed for memory" if self._was_killed_for_memory(returncode) else ""
+            self._fail("died", f"the kernel died at start: {wire.describe_exit(returncode)}{memory}")
             return
         try:
             self._launch(None)

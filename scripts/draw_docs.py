@@ -136,7 +136,7 @@ MESSAGE_TEXTS = {
     "REPORT": "answer to WELCOME: the launcher has its new token; the state of its kernels, steps and streams",
     "STARTED": "the kernel listens on all five channels, at these addresses",
     "FAILED": "the kernel did not start: the reason, and the end of its output",
-    "EXIT": "a started kernel has ended: exit code or signal, and the end of its output",
+    "EXIT": "a started kernel has ended: exit code or signal, the end of its output, and whether memory was the cause",
     "NOTICE": "Slurm sent SIGTERM or SIGUSR1; the time limit is near; a log, or a line for a kernel, cannot be written",
     "STEPPED": "a step has ended: srun's exit status, and the end of srun's output",
     "STEP_LIST": "answer to LIST_STEPS: the output of squeue",

@@ -249,6 +249,10 @@ class LauncherJob(Protocol):
     def end_time(self) -> float | None:
         """When the time limit ends the job, in seconds since the epoch."""
 
+    @property
+    def memory_words(self) -> str:
+        """That the job's memory was used up, and what to do."""
+
 
 @dataclass(frozen=True)
 class LauncherEvents:
@@ -325,6 +329,11 @@ class Launcher:
         self.epoch = 0
         self._beat: asyncio.TimerHandle | None = None
         self.slots: dict[str, int] = {}
+
+    @property
+    def memory_words(self) -> str:
+        """That the memory of the launcher's job was used up, and what to do."""
+        return self._job.memory_words
 
     @property
     def where(self) -> str:

@@ -239,6 +239,14 @@ class Allocation:
         return (self.info.state if self.info is not None else self.last_state) or "PENDING"
 
     @property
+    def memory_words(self) -> str:
+        """That the job's memory was used up, and what to do."""
+        limit = "its request names no memory, so Slurm's default holds" if self.ours else "its submitter set the limit"
+        if self.request.memory:
+            limit = f"its request has memory={self.request.memory}"
+        return f"killed for memory, as it used more than it has ({limit}); ask for more memory, or use less"
+
+    @property
     def never_starts(self) -> str:
         """Slurm's reason why the waiting job cannot start, and what to do; empty where it may still start."""
         info = None if self.is_running else self.info

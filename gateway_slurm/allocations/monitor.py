@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from functools import partial
 
@@ -20,6 +21,8 @@ from gateway_slurm.slurm.model import JobInfo
 SAME_END = 30.0
 # Seconds between two checks for the same launcher, which may ask for them as often as it likes.
 CHECK_INTERVAL = 3.0
+# The signal in the exit code (0:125) by which Slurm marks a job that ran out of memory: the low bits of its SIG_OOM.
+OOM_SIGNAL = 125
 
 
 class WalltimeMonitor:
@@ -155,7 +158,8 @@ class AllocationMonitor:
         if state is Meaning.OVER and info.state == "NODE_FAIL" and allocation.is_linked:
             self._node_failed(allocation)
         elif state is Meaning.OVER:
-            self._end(allocation, info.state, f"job {allocation.jobid} ended: {info.state}{_because(info)}")
+            memory = _memory_words(allocation, info)
+            self._end(allocation, info.state, f"job {allocation.jobid} ended: {info.state}{_because(info)}{memory}")
         elif waits and any(launcher.was_up for launcher in allocation.launchers.values()):
             # Its kernels are gone, and its launcher's token is spent: the launcher cannot come back.
             reason = f"job {allocation.jobid} was taken off its nodes and queued again"
@@ -188,3 +192,13 @@ class AllocationMonitor:
 
 def _because(info: JobInfo) -> str:
     return f" ({info.reason})" if info.reason and info.reason not in ("None", info.state) else ""
+
+
+def _memory_words(allocation: Allocation, info: JobInfo) -> str:
+    """What is known, or likely, about the memory of a job that has ended; empty where it is no cause."""
+    if info.state == "OUT_OF_MEMORY" or info.reason == "OutOfMemory" or info.exit_signal == OOM_SIGNAL:
+        return f"; {allocation.memory_words}"
+    # Where Slurm itself watches the memory (OverMemoryKill), it kills the job's script, and its words are lost with it.
+    if info.state == "FAILED" and info.exit_signal == signal.SIGKILL:
+        return f"; SIGKILL ended its launcher: if no user sent it, the job was {allocation.memory_words}"
+    return ""

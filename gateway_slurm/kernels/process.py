@@ -296,7 +296,8 @@ class KernelProcess:
         elif name == "EXIT":
             self.output_tail = str(fields.get("output_tail", ""))[-MAX_TEXT:]
             code = int(fields["returncode"])
-            self._exit = code, wire.describe_exit(code)
+            memory = f": {self.launcher.memory_words}" if fields.get("oom") is True else ""
+            self._exit = code, wire.describe_exit(code) + memory
             if self.phase in (Phase.RUNNING, Phase.LOST):
                 self._enter(Phase.EXITED)
             if self.phase is Phase.EXITED:

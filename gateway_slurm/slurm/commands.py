@@ -44,6 +44,8 @@ _UNANSWERED: Final = re.compile(
     r"|(?:send|receive|shutdown) failure",
     re.IGNORECASE,
 )
+# slurmstepd's words, with cgroups and where it watches the memory itself.
+_MEMORY: Final = re.compile(r"oom[-_ ]kill|out[ -]of[ -]memory|exceeded \w+ memory limit", re.IGNORECASE)
 _UNKNOWN_JOB: Final = re.compile(r"invalid job id", re.IGNORECASE)
 _ALREADY_GONE: Final = re.compile(r"invalid job id|already completing or completed", re.IGNORECASE)
 _PREFIX: Final = re.compile(
@@ -235,6 +237,8 @@ def parse_step_failure(exit_status: int, stderr: str, *, jobid: str | None = Non
     """Return the error, in Slurm's own words, for a step whose srun ended with an ``exit_status`` other than 0."""
     message = slurm_message(stderr) or f"srun ended with status {exit_status} and printed no message"
     text = f"the step in job {jobid} failed: {message}"
+    if _MEMORY.search(stderr):
+        text += "; it used more memory than it has: ask for more memory, or use less"
     if _UNKNOWN_JOB.search(stderr):
         return UnknownJob(text, argv=["srun"], exit_status=exit_status, stderr=stderr)
     if _UNAVAILABLE.search(stderr):
