@@ -45,8 +45,8 @@ LIMITS = {
 }
 
 
-def be_odd() -> None:
-    """Give this process settings that no kernel must have; its children inherit them."""
+def be_odd(*, with_sudo: bool = False) -> None:
+    """Give this process settings that no kernel must have; its children inherit them. Some prevent sudo."""
     os.umask(0o077)
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -57,7 +57,8 @@ def be_odd() -> None:
     os.dup2(os.open("/etc/hostname", os.O_RDONLY), DESCRIPTOR, inheritable=True)
     for limit, values in LIMITS.items():
         resource.setrlimit(limit, values)
-    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    if not with_sudo:
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 
 
 def install_probe(directory: Path) -> Path:

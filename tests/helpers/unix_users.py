@@ -176,13 +176,31 @@ def _write_rule(path: Path, **names: str) -> None:
     draft.replace(path)
 
 
-class GatewayProcess:
-    """A process of the gateway's account with a service; ``close`` ends it."""
+ODD = """
+import runpy
+from helpers.odd_server import be_odd
+be_odd(with_sudo=True)
+runpy.run_module("helpers.gateway_account", run_name="__main__")
+"""
 
-    def __init__(self, people: People, cluster: PrivateCluster, /, **settings: object) -> None:
+
+class GatewayProcess:
+    """A process of the gateway's account with a service; ``close`` ends it.
+
+    An ``odd`` one has process settings that no kernel must have (``odd_server``).
+    """
+
+    def __init__(
+        self,
+        people: People,
+        cluster: PrivateCluster,
+        /,
+        odd: bool = False,
+        **settings: object,
+    ) -> None:
         base = people.home(people.gateway) / "jupyter"
         environment = {**jupyter_environment(base), "HOME": str(people.home(people.gateway))}
-        install_kernelspec(base / "path", "slurm", config_overrides={"kernel_argv": self._kernel_argv(people)})
+        install_kernelspec(base / "path", "slurm", config_overrides={"kernel_argv": self.kernel_argv(people)})
         command = ["sudo", "-n", "-u", "{user}", "--", people.helper]
         settings = {"run_as": "user", "as_user_command": command, **settings}
         lines = [f"c.SlurmService.{name} = {value!r}" for name, value in settings.items()]
@@ -192,7 +210,7 @@ class GatewayProcess:
         self._answers: dict[int, dict[str, Any]] = {}
         self._log = (people.base / "gateway.log").open("wb")
         self._process = subprocess.Popen(
-            [people.python, "-m", "helpers.gateway_account"],
+            [people.python, *(["-c", ODD] if odd else ["-m", "helpers.gateway_account"])],
             user=people.gateway,
             group=people.gateway,
             extra_groups=[],
@@ -210,7 +228,8 @@ class GatewayProcess:
         )
 
     @staticmethod
-    def _kernel_argv(people: People) -> list[str]:
+    def kernel_argv(people: People) -> list[str]:
+        """The command of an ipykernel that all users can run."""
         return [people.python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
     @property

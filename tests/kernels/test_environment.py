@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import stat
 import sys
@@ -201,6 +202,19 @@ def test_a_kernel_without_curve_is_never_reached_in_the_clear(service, kernelspe
     install_kernelspec(kernelspecs, "clear", config_overrides={"connect": "direct"})
     with pytest.raises(RequestError, match="CurveZMQ"), running_kernel("clear"):
         pass
+
+
+def test_the_admin_decides_on_umask_and_limits(admin_settings):
+    """``umask`` is the kernels', and ``propagate`` names the limits of the server that jobs get."""
+    admin_settings(umask="0027", propagate="fsize")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 40, hard))
+    try:
+        with running_kernel("slurm") as (_manager, client):
+            code = "import os, resource; print(oct(os.umask(0)), resource.getrlimit(resource.RLIMIT_FSIZE)[0])"
+            assert execute(client, code) == f"0o27 {1 << 40}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["slurm", AUTO_KERNEL])

@@ -19,6 +19,7 @@ import pytest
 
 from gateway_slurm.slurm.sudo.helper import LENGTH
 from gateway_slurm.testing import PrivateCluster
+from helpers import odd_server
 from helpers.kernel_clients import READY, job_state
 from helpers.private_slurm import poll, slurm
 from helpers.unix_users import SNIPPET, GatewayError, GatewayProcess, People, change_users, people, sudoers_rule
@@ -114,6 +115,33 @@ def test_a_job_from_a_terminal_is_adopted_by_its_user_only(folk, gateway, kernel
     assert gateway.ask("restart", kernel="one") == jobid
     gateway.ask("shutdown", kernel=kernels.pop())
     assert poll(lambda: job_state(jobid) == "", timeout=READY)
+
+
+def test_nothing_of_the_gateways_process_reaches_a_users_kernel(folk, cluster):
+    """In a job of their own and in one of salloc, a user's kernel has the settings of the user's plain srun."""
+    area = folk.base / "probes"
+    area.mkdir()
+    area.chmod(0o777)
+    probe = str(odd_server.install_probe(area))
+    made = slurm_as(folk, cluster, "salloc", "--no-shell", "-N1", "-t5")
+    jobid = made.stderr.decode().split("Granted job allocation ")[1].split()[0]
+    plain = ("srun", f"--jobid={jobid}", "--overlap", "--propagate=NONE", probe, str(area / "plain"))
+    assert slurm_as(folk, cluster, *plain).returncode == 0
+    gateway = GatewayProcess(folk, cluster, odd=True)
+    try:
+        for name, fields in (("own", {}), ("adopted", {"jobid": jobid})):
+            argv = [probe, str(area / name), *gateway.kernel_argv(folk)]
+            gateway.ask("start", kernel=name, owner=folk.ada, fields={"kernel_argv": argv, **fields})
+            gateway.ask("shutdown", kernel=name)
+    finally:
+        gateway.close()
+        slurm("scancel", jobid, cluster=cluster, check=False)
+    expected = odd_server.probed(area / "plain")
+    for name in ("own", "adopted"):
+        found = odd_server.probed(area / name)
+        assert "SLURM_UMASK" not in found["environment"]
+        for key in expected.keys() - {"cwd", "environment"}:
+            assert found[key] == expected[key], (name, key)
 
 
 @pytest.mark.parametrize("owner", ["root", "daemon", "nobody", "no-such-user", "-x", "#0", "ada bob", "", "gateway"])

@@ -284,7 +284,7 @@ def test_step_command() -> None:
     argv = commands.step_command(StepSpec(jobid="20", name="a; id", script="x", node="c2"))
     assert argv[:3] == ["srun", "--overlap", "--jobid=20"]
     assert argv[-2:] == ["/bin/sh", "-s"]
-    assert {"--nodelist=c2", "--job-name=a; id"} <= set(argv)
+    assert {"--nodelist=c2", "--job-name=a; id", "--propagate=NONE"} <= set(argv)
     exact = commands.step_command(StepSpec(jobid="20", name="n", script="x", exact=True, memory="0", gres=["gpu:1"]))
     assert {"--exact", "--mem=0", "--gres=gpu:1"} <= set(exact)
     assert "--overlap" not in exact
