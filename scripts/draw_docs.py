@@ -29,6 +29,7 @@ from gateway_slurm.events import FIELDS as FIELDS_OF_EVENTS
 from gateway_slurm.events import KINDS
 from gateway_slurm.gateway.app import SlurmGatewayApp
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
+from gateway_slurm.gateway.specs.default import ORDER
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.gateway.specs.projects import KEYS
 from gateway_slurm.kernels.model import TRANSITIONS, Phase
@@ -244,6 +245,11 @@ def keys_table() -> str:
     return _table("key | meaning", [(f"`{key.name}`", key.help) for key in KEYS])
 
 
+def default_table() -> str:
+    """Format what is compared to find the kernelspec that asks for least, one row per amount."""
+    return _table("compared | how it is counted", [(name, text) for name, text, _measure in ORDER])
+
+
 def settings_table(of: type[Configurable] = ServiceSettings) -> str:
     """Format the settings as a markdown table, one row per setting."""
     rows = []
@@ -343,6 +349,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "events": events_table,
     "event-fields": event_fields_table,
     "project-keys": keys_table,
+    "default-kernelspec": default_table,
     "identity-settings": partial(settings_table, GatewayIdentityProvider),
     "kernelspec-settings": partial(settings_table, GatewayKernelSpecManager),
     "gateway-settings": partial(settings_table, SlurmGatewayApp),

@@ -10,7 +10,7 @@ import json
 import mimetypes
 import re
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, cast
@@ -219,8 +219,7 @@ class StartsKernels(GatewayHandler):
         owner = kernel_owner(self.user, env)
         await check_deployment_limits(self, owner)
         if not name:
-            specs = await asyncio.to_thread(self.specs.specs_for, owner, self.base_url)
-            name = _default_name(self.kernels.default_kernel_name, specs)
+            name = await asyncio.to_thread(self.specs.default_for, owner, self.kernels.default_kernel_name)
         # Kernelspecs and groups are read from disk.
         fields = await asyncio.to_thread(self.specs.request_fields, name, owner, env)
         kernel_env = await asyncio.to_thread(self.specs.kernel_env, name, env)
@@ -233,11 +232,6 @@ class StartsKernels(GatewayHandler):
             env={**kernel_env, **(session or {})},
             cwd=env.get("KERNEL_WORKING_DIR") or None,
         )
-
-
-def _default_name(wanted: str, specs: Collection[str]) -> str:
-    """The admin's default if the user may see it; else the first that they may see."""
-    return wanted if wanted in specs or not specs else min(specs)
 
 
 class KernelsHandler(StartsKernels):
@@ -422,7 +416,8 @@ class KernelSpecsHandler(GatewayHandler):
         named = {"KERNEL_USERNAME": name} if (name := self.get_argument("user", "")) else {}
         owner = kernel_owner(self.user, named)
         specs = await asyncio.to_thread(self.specs.specs_for, owner, self.base_url)
-        self.answer({"default": _default_name(self.kernels.default_kernel_name, specs), "kernelspecs": specs})
+        default = await asyncio.to_thread(self.specs.default_for, owner, self.kernels.default_kernel_name)
+        self.answer({"default": default, "kernelspecs": specs})
 
 
 class KernelSpecHandler(GatewayHandler):

@@ -22,7 +22,7 @@ from traitlets import TraitError
 
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, NotAllowed
 from gateway_slurm.gateway.specs.limits import check_request, merge_fields
-from gateway_slurm.gateway.specs.projects import FILE_NAME, Project, load_object, parse_project
+from gateway_slurm.gateway.specs.projects import FILE_NAME, SPEC_NAME, Project, load_object, parse_project
 from gateway_slurm.request import parse_request
 
 T = TypeVar("T")
@@ -38,7 +38,6 @@ MAX_RESOURCE_BYTES: Final = 4 << 20
 """Of a logo, kernel.js or kernel.css."""
 
 _PROJECT_NAME: Final = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
-_SPEC_NAME: Final = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}", re.ASCII)
 _KEYS: Final = frozenset(KernelSpec.class_trait_names()) - {"resource_dir"}
 _RESOURCE: Final = re.compile(r"kernel\.(?:js|css)|logo-[A-Za-z0-9_.-]+", re.ASCII)
 # Values for required fields, so that a kernelspec can be checked before a client adds its own.
@@ -171,6 +170,11 @@ class ServedSpec:
     file: SpecFile
     project: Project | None
 
+    @property
+    def is_project_default(self) -> bool:
+        """Whether its project names it as ``default_kernel``."""
+        return self.project is not None and self.name == f"{self.project.name}.{self.project.default_kernel}"
+
     def kernel_spec(self, cls: type[KernelSpec] = KernelSpec) -> KernelSpec:
         """A new KernelSpec each time: callers change them."""
         return cls(resource_dir=str(self.directory), **copy.deepcopy(dict(self.file.content)))
@@ -194,7 +198,7 @@ class Catalog:
     def load(self, name: str) -> ServedSpec | None:
         """The kernelspec ``<project>.<name>``; None if it does not exist. Raises ConfigError if it is broken."""
         project_name, _dot, spec_name = name.partition(".")
-        if self._root is None or not _PROJECT_NAME.fullmatch(project_name) or not _SPEC_NAME.fullmatch(spec_name):
+        if self._root is None or not _PROJECT_NAME.fullmatch(project_name) or not SPEC_NAME.fullmatch(spec_name):
             return None
         path = self._root / project_name / spec_name / SPEC_FILE
         try:
@@ -230,7 +234,7 @@ class Catalog:
             except ConfigError as error:
                 problems.append(str(error))
                 continue
-            for directory in self._folders(folder, _SPEC_NAME, problems):
+            for directory in self._folders(folder, SPEC_NAME, problems):
                 self._scan_one(f"{folder.name}.{directory.name}", found, problems)
         self._forget(found)
         return found, problems
@@ -259,7 +263,7 @@ class Catalog:
             if pattern.fullmatch(name):
                 yield parent / name
             elif pattern is _PROJECT_NAME or os.path.isfile(parent / name / SPEC_FILE):
-                dot = "_ - and ." if pattern is _SPEC_NAME else "_ and -"
+                dot = "_ - and ." if pattern is SPEC_NAME else "_ and -"
                 problems.append(f"{parent / name} is not served: its name may have small letters, digits, {dot} only")
 
     def _forget(self, found: Mapping[str, ServedSpec]) -> None:

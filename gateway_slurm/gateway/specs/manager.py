@@ -16,6 +16,7 @@ from traitlets import Bool, CFloat, List, TraitError, Unicode, validate
 from gateway_slurm.errors import ConfigError, NotAllowed
 from gateway_slurm.gateway.jupyter_compat import spec_directory
 from gateway_slurm.gateway.specs.catalog import PROVISIONER, Catalog, ServedSpec
+from gateway_slurm.gateway.specs.default import default_name
 from gateway_slurm.gateway.specs.limits import check_request, client_environment, client_fields, merge_fields
 from gateway_slurm.gateway.specs.members import Membership, ask_accounts
 from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS, NEVER_CLIENT_FIELDS
@@ -110,16 +111,23 @@ class GatewayKernelSpecManager(KernelSpecManager):
 
     def specs_for(self, user: str, base_url: str | None = None) -> dict[str, dict[str, Any]]:
         """The ``kernelspecs`` of ``GET /api/kernelspecs`` for this user. The caller must not change them."""
-        visible = {
-            name: served
-            for name, served in self._all().items()
-            if served.file.admits(user) and self._is_member(served, user)
-        }
+        visible = self._visible_to(user)
         # A display name that occurs twice gets the project's title, and then if needed the whole name.
         names = {name: _display_name(served) for name, served in visible.items()}
         _distinguish(names, {name: served.project.title for name, served in visible.items() if served.project})
         _distinguish(names, {name: name for name in visible})
         return {name: self._model(served, names[name], base_url) for name, served in visible.items()}
+
+    def default_for(self, user: str, wanted: str) -> str:
+        """The name of the kernelspec for clients of this user that name none; ``wanted`` is the gateway's setting."""
+        return default_name(self._visible_to(user), wanted)
+
+    def _visible_to(self, user: str) -> dict[str, ServedSpec]:
+        return {
+            name: served
+            for name, served in self._all().items()
+            if served.file.admits(user) and self._is_member(served, user)
+        }
 
     def model_for(self, name: str, user: str, base_url: str | None = None) -> dict[str, Any]:
         """The answer to ``GET /api/kernelspecs/NAME`` for this user. Raises as ``spec_for``."""
@@ -209,6 +217,13 @@ class GatewayKernelSpecManager(KernelSpecManager):
                     continue
                 except ConfigError as error:
                     problems.append(str(error))
+            problems += [
+                f"project {project.name}: default_kernel={project.default_kernel!r}: there is no such kernelspec"
+                for project in {
+                    served.project.name: served.project for served in found.values() if served.project
+                }.values()
+                if project.default_kernel and f"{project.name}.{project.default_kernel}" not in found
+            ]
             self._log_problems(problems)
         return {
             name: served

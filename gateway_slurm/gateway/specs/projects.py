@@ -30,6 +30,7 @@ gres), nor how the kernel is reached (connect), nor whether nodes stay allocated
 _FIELDS: Final = {field.name: field for field in FIELDS}
 _TITLE: Final = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
 _GROUP: Final = re.compile(r"[^\x00-\x1f\x7f:,\s]{1,255}")
+SPEC_NAME: Final = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}", re.ASCII)
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?", re.ASCII)
 
 
@@ -69,6 +70,7 @@ class Project:
     partition: str | None = None
     partitions: tuple[str, ...] | None = None
     default_directory: str | None = None
+    default_kernel: str | None = None
     limits: Limits = Limits()
     allowed_client_fields: tuple[str, ...] | None = None
     allowed_envs: tuple[str, ...] = ()
@@ -149,6 +151,7 @@ _CLIENT_FIELD: Final = _matching(
     f"request fields except {', '.join(sorted(NEVER_CLIENT_FIELDS))}",
 )
 _TEXT: Final = _matching(_TITLE.fullmatch, "text of 1 to 100 characters without control characters")
+_SPEC: Final = _matching(SPEC_NAME.fullmatch, "the name of a kernelspec's directory")
 _ENV: Final = _matching(_VARIABLE.fullmatch, "names of variables, or beginnings of names followed by *")
 
 
@@ -163,6 +166,7 @@ KEYS: Final[tuple[Key, ...]] = (
     Key("partition", _one_partition, "`partition` of kernelspecs that do not set it"),
     Key("partitions", _each(_one_partition, "partitions"), "the allowed partitions; a single one is also the default"),
     Key("default_directory", _field("default_directory"), "`default_directory` of kernelspecs that do not set it"),
+    Key("default_kernel", _SPEC, "the project's kernelspec (its directory's name) for clients that do not name one"),
     Key("limits.max_nodes", _FIELDS["nodes"].parse, "nodes"),
     Key("limits.max_gpus", _FIELDS["gpus"].parse, "GPUs: `gpus` and those in `gres`, times nodes"),
     Key("limits.max_cpus", _FIELDS["cpus"].parse, "CPUs: `cpus` (1 if unset) times nodes"),

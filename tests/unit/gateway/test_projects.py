@@ -19,6 +19,7 @@ FULL = {
     "partition": "batch",
     "partitions": ["batch", "gpu"],
     "default_directory": "$SCRATCH/climate",
+    "default_kernel": "python",
     "limits": {"max_nodes": 4, "max_gpus": "8", "max_cpus": 128, "max_memory": "256G", "max_runtime": 480},
     "allowed_client_fields": ["gpus", "runtime"],
     "allowed_envs": ["LC_*", "HF_TOKEN"],
