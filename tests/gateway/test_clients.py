@@ -118,11 +118,11 @@ async def test_a_job_may_wait_longer_than_a_jupyter_server_does(server, cluster)
 async def waiting_model(server):
     """The kernel's model once it names the job that waits."""
     for _ in range(200):
-        (model,) = await server.json("GET", "/api/kernels")
-        if "PENDING" in model.get("reason", ""):
-            return model
+        models = await server.json("GET", "/api/kernels")
+        if models and "Waiting for job" in models[0]["slurm"].get("waiting", ""):
+            return models[0]
         await asyncio.sleep(0.1)
-    raise AssertionError(f"nothing was said of the job that waits: {model}")
+    raise AssertionError(f"nothing was said of the job that waits: {models}")
 
 
 async def test_a_waiting_kernel_of_a_jupyter_servers_is_deleted(server, cluster):
@@ -165,19 +165,26 @@ class Manager(GatewayKernelManager):
     _async_is_alive = GatewayKernelManager.is_alive
 
 
-async def test_nbclient_runs_a_notebook_by_the_gateway(gateway, gateway_client):
-    """Through jupyter_server's own gateway manager and client, from the first cell to the last."""
+async def test_nbclient_runs_a_notebook_by_the_gateway(gateway, gateway_client, cluster):
+    """Through jupyter_server's own gateway manager and client; nothing of a wait is in the notebook."""
     cells = [nbf.new_code_cell(code) for code in (JOB, "value = 6 * 7", "value", "1 / 0")]
     cells[-1].metadata["tags"] = ["raises-exception"]
     notebook = nbf.new_notebook(cells=cells)
     client = NotebookClient(
         notebook, kernel_name="slurm", kernel_manager_class=Manager, startup_timeout=READY, timeout=READY
     )
-    await client.async_execute(kernel_name="slurm")
+    alice, loop = gateway.of("alice"), asyncio.get_running_loop()
+    with all_nodes_taken(cluster):
+        running, began = asyncio.ensure_future(client.async_execute(kernel_name="slurm")), loop.time()
+        await waiting_model(alice)
+        # Longer than until a cell that is sent would show the wait.
+        await asyncio.sleep(4 - (loop.time() - began))
+    await running
+    assert [len(cell.outputs) for cell in cells] == [1, 0, 1, 1]
     assert int(cells[0].outputs[0]["text"]) > 0
     assert cells[2].outputs[0]["data"]["text/plain"] == "42"
     assert cells[3].outputs[0]["ename"] == "ZeroDivisionError"
-    assert await gateway.of("alice").json("GET", "/api/kernels") == []
+    assert await alice.json("GET", "/api/kernels") == []
 
 
 # -- editors ----------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import uuid
 
 import pytest
 
 from gateway_slurm.gateway.openapi import OPERATIONS
-from helpers.gateway_process import ask, running_gateway, start, stop, stop_all, until_dead
+from helpers.gateway_process import ask, running_gateway, start, stop, stop_all
 from helpers.kernel_clients import JOB, READY, jupyter_files_in, poll_async
 from helpers.notebook_server import Frontend, HTTPClientError
 from helpers.private_slurm import jobs_of, slurm
@@ -148,11 +149,10 @@ async def test_another_users_job_cannot_be_adopted(gateway, cluster):
     async with session_of(bob) as his:
         reasons = set()
         for jobid in (his["jobid"], stray, "4000000"):
-            kernel_id = await start(alice, env={"KERNEL_SLURM_JOBID": jobid})
-            model = await until_dead(alice, kernel_id)
-            reasons.add(model["reason"].replace(jobid, "N"))
-            await stop(alice, kernel_id)
-        assert reasons == {"jobid N is not a job of yours; name one of your own, or none"}
+            body = {"name": "slurm", "env": {"KERNEL_SLURM_JOBID": jobid}}
+            status, answer = await alice.refusal("POST", "/api/kernels", body)
+            reasons.add((status, json.loads(answer)["message"].replace(jobid, "N")))
+        assert reasons == {(409, "jobid N is not a job of yours; name one of your own, or none")}
         assert await ask(bob, his["kernel_id"], JOB) == his["jobid"]
     assert await poll_async(lambda: [line.split()[0] for line in jobs_of(cluster)] == [stray], timeout=READY)
     slurm("scancel", stray, cluster=cluster)
