@@ -386,7 +386,7 @@ class _ScriptStart:
 
     def __init__(self, link_timeout: float) -> None:
         self._link_timeout = link_timeout
-        self._next_look = 0.0
+        self._interval = self._next_look = max(1.0, link_timeout / 8)
         self.began: float | None = None
         self.prolog: str | None = None
         """The program that may still run; empty where there is none, and None until Slurm was asked."""
@@ -397,7 +397,7 @@ class _ScriptStart:
 
     def looked(self, seconds: float, log: str | None) -> None:
         """Take the log's end; None where there is no log, or none that this server can read."""
-        self._next_look = seconds + max(1.0, self._link_timeout / 8)
+        self._next_look = seconds + self._interval
         if log is not None:
             self.began = seconds
 

@@ -125,9 +125,11 @@ class CommandTokens:
                 stderr=stderr,
             )
         now = time.time()
-        expires = expiry(token)
-        lifetime = expires - now
-        return _IssuedToken(token, expires - min(RENEWAL_MARGIN, lifetime / 10), time.monotonic())
+        lifetime = expiry(token) - now
+        if lifetime <= 0:
+            # This host's clock is ahead of Slurm's: a new token lives for what its claims say.
+            lifetime = expiry(token) - _claim(token, "iat", now)
+        return _IssuedToken(token, now + lifetime - min(RENEWAL_MARGIN, lifetime / 10), time.monotonic())
 
 
 def parse_token(text: str) -> str:
@@ -141,9 +143,13 @@ def expiry(token: str) -> float:
 
     Slurm verifies the token; this function does not.
     """
+    return _claim(token, "exp", float("inf"))
+
+
+def _claim(token: str, name: str, default: float) -> float:
     parts = token.split(".")
     try:
         claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-        return float(claims["exp"])
+        return float(claims[name])
     except (IndexError, KeyError, TypeError, ValueError, RecursionError, binascii.Error):
-        return float("inf")
+        return default

@@ -19,9 +19,10 @@ from gateway_slurm.slurm.rest.tokens import CommandTokens, FileTokens, expiry, p
 from gateway_slurm.slurm.runner import Runner
 
 
-def jwt(expires: object) -> str:
-    """A token with this claim; its signature is not checked here."""
-    claims = base64.urlsafe_b64encode(json.dumps({"exp": expires, "sun": "ann"}).encode()).decode().rstrip("=")
+def jwt(expires: object, **more: object) -> str:
+    """A token with these claims; its signature is not checked here."""
+    text = json.dumps({"exp": expires, "sun": "ann", **more})
+    claims = base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
     return f"eyJhbGciOiJIUzI1NiJ9.{claims}.c2ln"
 
 
@@ -168,6 +169,15 @@ async def test_one_is_replaced_before_it_expires(tmp_path: Path, left: float, fr
     await tokens.token("ann")
     await tokens.token("ann")
     assert ran(tmp_path) == (1 if fresh else 2)
+
+
+async def test_a_new_token_is_kept_where_this_hosts_clock_is_ahead_of_slurms(tmp_path: Path) -> None:
+    """Its lifetime is what its claims say: it has expired by our clock, and no request issues another one."""
+    a_day_ago = time.time() - 86400
+    tokens = CommandTokens(command(tmp_path, jwt(a_day_ago + 1800, iat=a_day_ago)), Runner())
+    await tokens.token("ann")
+    await tokens.token("ann")
+    assert ran(tmp_path) == 1
 
 
 async def test_a_token_with_little_left_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
