@@ -334,7 +334,10 @@ class KernelChannels:
         try:
             self._sockets[channel].send([DELIM, self._session.sign(parts[:4]), *parts])
         except messages.MessageError as error:
-            self._refuse(channel, parts, f"the kernel does not take this cell: {error}")
+            if channel == "shell" and _is_cell(parts):
+                self._refuse(channel, parts, f"the kernel does not take this cell: {error}")
+            elif self._sink is not None:
+                self._sink.end(str(error))
             return
         if channel == "shell" and self._replay.cells.add_request(messages.header_of(parts)):
             self._replay.acknowledge_cells()

@@ -21,7 +21,7 @@ from gateway_slurm.gateway.channels import messages, replay
 from gateway_slurm.gateway.channels.acks import OutputAcks, Position
 from gateway_slurm.gateway.channels.channels import KernelChannels
 from gateway_slurm.gateway.channels.replay import Replay
-from gateway_slurm.gateway.channels.sockets import prepare_context
+from gateway_slurm.gateway.channels.sockets import KernelSocket, prepare_context
 from helpers.kernel_clients import poll_async
 
 SESSION = "frontend-1"
@@ -397,3 +397,24 @@ async def test_a_cell_that_was_lost_with_its_connection_is_refused(kernel, open_
         await kernel.say(kernel.status("idle", "lost"))
     await until(lambda: {cell for cell, _ in frontend.replies} == {"first", "lost"})
     assert len(frontend.replies) == 2
+
+
+async def test_what_a_kernel_does_not_take_is_refused(kernel, open_channels, monkeypatch):
+    """A cell gets an error with the reason; for any other message the websocket is closed with it."""
+    one, frontend = open_channels(), Frontend()
+    one.attach(frontend)
+    one.from_client("shell", execute("first"))
+    await kernel.requests.get()
+
+    def full(_socket, _frames):
+        raise messages.MessageError("10000 messages wait for the kernel already")
+
+    monkeypatch.setattr(KernelSocket, "send", full)
+    one.from_client("shell", execute("second"))
+    await until(lambda: frontend.replies)
+    ((cell, content),) = frontend.replies
+    assert (cell, content["status"]) == ("second", "error")
+    assert content["evalue"].endswith("10000 messages wait for the kernel already")
+    assert frontend.open
+    one.from_client("shell", [json.dumps(part).encode() for part in ({"msg_type": "comm_msg"}, {}, {}, {})])
+    assert not frontend.open
