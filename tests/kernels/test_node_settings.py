@@ -33,11 +33,11 @@ OF_THE_STEP = {
 }
 # REST gives a batch script fewer variables than sbatch does.
 NOT_BY_REST = {"SLURM_CPUS_PER_TASK", "SLURM_NTASKS_PER_NODE", "SLURM_PRIO_PROCESS"}
-# Variables that neither the server has nor Slurm's names show: of the job's shell, of slurmstepd, and of Jupyter.
+# Variables that neither the server has nor Slurm names: of the shell, slurmstepd, Jupyter, and for the debugger.
 ADDED = {
     *("PWD", "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "HOSTNAME", "ENVIRONMENT", "IPYTHONDIR"),
     *("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"),
-    *("JPY_PARENT_PID", "JPY_SESSION_NAME", "PYTHONPATH"),
+    *("JPY_PARENT_PID", "JPY_SESSION_NAME", "PYTHONPATH", "PYDEVD_DISABLE_FILE_VALIDATION"),
 }
 # A user's own batch job, whose two nodes have different numbers of CPUs.
 OPTIONS = ["-N2", "-n3", "-c2", "--mem=300M", "--gres=gpu:1", "-t5", "-Juser's job"]

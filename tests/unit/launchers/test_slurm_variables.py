@@ -25,6 +25,7 @@ STEP = {
     "SLURM_CPUS_ON_NODE": "2",
     "SLURM_JOB_CPUS_PER_NODE_PACK_GROUP_0": "6,2",
     "SLURM_DISTRIBUTION": "cyclic",
+    "SLURM_TRES_PER_TASK": "cpu=1",
     "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
     "SRUN_DEBUG": "3",
     "PMIX_RANK": "0",
@@ -116,7 +117,7 @@ def test_a_share_is_as_a_job_of_one_task():
     assert expected.items() <= found.items()
     alone = for_share(STEP, 0, JOB.replace("MinMemoryNode=2G", "MinMemoryCPU=1000M"), gres="", memory="", hostfile="")
     assert (alone["SLURM_STEP_GRES"], alone["SLURM_MEM_PER_CPU"]) == ("none", "1000")
-    assert not {"SLURM_HOSTFILE", "SLURM_MEM_PER_NODE"} & alone.keys()
+    assert not {"SLURM_HOSTFILE", "SLURM_MEM_PER_NODE", "SLURM_TRES_PER_TASK"} & alone.keys()
 
 
 def test_the_table_has_every_variable_that_is_set():
