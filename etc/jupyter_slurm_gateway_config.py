@@ -137,8 +137,8 @@ c = get_config()  # noqa: F821
 #     "jobid", "node", "nodes", "gpus", "cpus", "memory", "runtime", "time", "share", "isolate"
 # ]
 
-## Names of a client's environment variables that its kernels get, besides `KERNEL_*`. A name may end with `*`,
-## as in `LC_*`.
+## Names of a client's environment variables that its kernels get, besides `KERNEL_*` and JPY_SESSION_NAME, the
+## notebook's path. A name may end with `*`, as in `LC_*`.
 # c.GatewayKernelSpecManager.allowed_envs = []
 
 ## Seconds for which the members of Unix groups and Slurm accounts are cached.

@@ -382,6 +382,12 @@ class SlurmProvisioner(KernelProvisionerBase):
         """What the kernel's users must know about its start, for the first cell; "" for nothing."""
         return self._handle.process.directory_note if self._handle else ""
 
+    async def read_logs(self) -> dict[str, str]:
+        """The ends of the kernel's log (``kernel``) and of its launcher's (``launcher``). Raises LinkError."""
+        if self._handle is None:
+            raise LinkError("the kernel is not running, so its node cannot be asked for its log")
+        return await self._call(self._handle.process.launcher.read_logs(self.kernel_id))
+
     async def until_linked(self, seconds: float) -> None:
         """Wait for the link to the kernel's launcher; raise LinkError when there is none within ``seconds``."""
         if self._handle is not None:

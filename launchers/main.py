@@ -26,6 +26,7 @@ from launchers.guard import Guard
 from launchers.kernel import Kernel
 from launchers.node import (
     Walltime,
+    end_of,
     find_slurmd,
     hold_own_log,
     is_slurmd,
@@ -126,6 +127,7 @@ class NodeLauncher:
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
             "ip": self._uplink.local_ip(),
+            "reads_logs": True,  # and READ_LOG
             "probes": True,  # this launcher understands PROBE
             "dialled": self._uplink.dialled(),
             # Seconds, not moments: this node's clock is only sent for a comparison.
@@ -156,6 +158,7 @@ class NodeLauncher:
         action = {
             "WELCOME": self._welcome,
             "REDIRECT": self._uplink.redirected,
+            "READ_LOG": self._read_log,
             "PROBE": lambda fields: self._probes.listen(fields, self._address(fields)),
             "START": self._start,
             "STOP": self._stop,
@@ -223,6 +226,11 @@ class NodeLauncher:
         if is_first:
             # After the start, so that a slow home does not delay it.
             self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"], kernel.log_path, self._log_days))
+
+    def _read_log(self, fields: dict[str, Any]) -> None:
+        kernel = self._kernels.get(fields["kernel_id"])
+        texts = {"kernel": end_of(kernel.log_path) if kernel else "", "launcher": end_of("/proc/self/fd/2")}
+        self._uplink.send("LOG", asked=fields["asked"], **texts)
 
     def _address(self, fields: dict[str, Any]) -> str:
         """The address for a direct kernel: on a restart the same as before, whatever the link's address is now."""

@@ -16,6 +16,8 @@ from typing import Any
 
 from launchers.reactor import Reactor, Timer
 
+# Bytes of a log that a server may ask for.
+MAX_LOG_END = 64 * 1024
 # Directory entries that one cleaning looks at.
 MAX_ENTRIES = 10_000
 
@@ -78,6 +80,20 @@ def remove_old_logs(directory: str, newest: str, days: float) -> None:
                     os.unlink(entry.path)
     except OSError:  # another launcher removed the file first, or the directory is gone: the next launcher tries again
         return
+
+
+def end_of(path: str) -> str:
+    """The last MAX_LOG_END bytes of a log; empty for one that cannot be read, or that is no plain file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return ""
+            file.seek(max(0, status.st_size - MAX_LOG_END))
+            return file.read(MAX_LOG_END).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def remove_empty_logs(paths: Iterable[str]) -> None:

@@ -141,6 +141,8 @@ MESSAGE_TEXTS = {
     "NOTICE": "Slurm sent SIGTERM or SIGUSR1; the time limit is near; a log, or a line for a kernel, cannot be written",
     "STEPPED": "a step has ended: srun's exit status, and the end of srun's output",
     "STEP_LIST": "answer to LIST_STEPS: the output of squeue",
+    "READ_LOG": "ask for the ends of a kernel's log and of the launcher's",
+    "LOG": "answer to READ_LOG: the two texts; a log that cannot be read is an empty one",
     "PROBED": "answer to PROBE: the ports, or the reason why the launcher cannot listen",
     "HEARTBEAT": "a sign of life; the server's also says whether the job is kept, and which other addresses to dial",
     "OPEN": "a client connected to a channel of a tunnelled kernel",

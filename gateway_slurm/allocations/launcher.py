@@ -33,6 +33,10 @@ PROBE_TIMEOUT: Final = 3.0
 """Seconds for the launcher's answer to PROBE; whether the link lives at all is the heartbeat's business."""
 LIST_STEPS_TIMEOUT: Final = 30.0
 """Seconds; longer than a launcher gives squeue."""
+READ_LOG_TIMEOUT: Final = 10.0
+"""Seconds for the launcher's answer to READ_LOG; a slow home directory takes most of it."""
+MAX_LOG: Final = 64 << 10
+"""Characters of a log that are taken from a launcher."""
 MAX_STEP_ID: Final = 100
 """Characters of a step's id."""
 LAUNCHER_GONE: Final = "the launcher that holds the job is gone, and with it the steps that it started"
@@ -293,6 +297,8 @@ class Launcher:
         self.streams = Streams(lambda: self.link)
         self.steps = LauncherSteps(self.send)
         self.prober = Questions(self.send, "PROBE", "probe", PROBE_TIMEOUT)
+        self._logs = Questions(self.send, "READ_LOG", "asked", READ_LOG_TIMEOUT)
+        self._reads_logs = False  # whether it understands READ_LOG
         self.probes = False  # whether it understands PROBE
         self.own_ip = ""  # the node's address on the way to the server, as the launcher sees it
         self.expected: Expected | None = None
@@ -391,6 +397,13 @@ class Launcher:
         """The output of a kernel that the launcher has kept. Raises LinkError."""
         return await read_kept(self.streams, kernel_id, limit=self._kept_output)
 
+    async def read_logs(self, kernel_id: str) -> dict[str, str]:
+        """The ends of a kernel's log (``kernel``) and of the launcher's own (``launcher``). Raises LinkError."""
+        if not self._reads_logs:
+            raise LinkError(f"{self.where} has no link, or cannot send its logs")
+        answer = await self._logs.ask(kernel_id=kernel_id)
+        return {name: str(answer.get(name, ""))[:MAX_LOG] for name in ("kernel", "launcher")}
+
     def release(self) -> None:
         """Have the launcher end its kernels and exit. If it holds the job, the job ends with it."""
         self.leaving = True
@@ -417,6 +430,7 @@ class Launcher:
         self.steps.linked()
         self.gone.clear()
         self.node = str(hello.get("slurmd_nodename") or hello.get("hostname") or UNKNOWN_NODE)
+        self._reads_logs = hello.get("reads_logs") is True
         self.probes, self.own_ip = hello.get("probes") is True, str(hello.get("ip", ""))
         self.stepid = str(hello.get("slurm_step_id", ""))
         self.set_nodes(str(hello.get("slurm_job_nodelist", "")))
@@ -449,6 +463,8 @@ class Launcher:
             self._notice(payload)
         elif name == "PROBED":
             self.prober.message(payload)
+        elif name == "LOG":
+            self._logs.message(payload)
         elif name in ("STEPPED", "STEP_LIST"):
             self.steps.message(name, payload)
         else:

@@ -39,6 +39,7 @@ from gateway_slurm.gateway.peers.lists import with_peers
 from gateway_slurm.gateway.peers.websocket import ForwardsWebsocket
 from gateway_slurm.gateway.sessions import GatewaySessionManager, session_env
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
+from gateway_slurm.provisioner import SlurmProvisioner
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store.records import SessionRecord
 
@@ -288,6 +289,20 @@ class KernelActionHandler(GatewayHandler):
         else:
             await self.kernels.restart_kernel(kernel_id)
             self.answer(self.kernels.kernel_model(kernel_id))
+
+
+class KernelLogsHandler(GatewayHandler):
+    """``/api/kernels/{kernel_id}/logs``."""
+
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str) -> None:
+        """The ends of the logs of the kernel and of its launcher, which the node sends; 404 for a local kernel."""
+        self.check_kernel(kernel_id)
+        provisioner: Any = self.kernels.get_kernel(kernel_id).provisioner
+        if not isinstance(provisioner, SlurmProvisioner):
+            raise web.HTTPError(404, f"kernel {kernel_id} has no log: it is not started, or does not run on Slurm")
+        self.answer(await provisioner.read_logs())
 
 
 class ChannelsHandler(ForwardsWebsocket, KernelWebsocketHandler):
@@ -587,6 +602,7 @@ default_handlers = [
     (r"/api/kernels", KernelsHandler),
     (rf"/api/kernels/{KERNEL_ID}", KernelHandler),
     (rf"/api/kernels/{KERNEL_ID}/(?P<action>interrupt|restart)", KernelActionHandler),
+    (rf"/api/kernels/{KERNEL_ID}/logs", KernelLogsHandler),
     (rf"/api/kernels/{KERNEL_ID}/channels", ChannelsHandler),
     (r"/api/sessions", SessionsHandler),
     (rf"/api/sessions/{SESSION_ID}", SessionHandler),

@@ -64,6 +64,7 @@ SCHEMAS: dict[str, Any] = {
     "SessionChange": _object(path=_TEXT, name=_TEXT, type=_TEXT, kernel=_KERNEL_CHOICE),
     "KernelSpec": _object("name", "spec", name=_TEXT, spec={"type": "object"}, resources={"type": "object"}),
     "KernelSpecs": _object("default", "kernelspecs", default=_TEXT, kernelspecs=_map(_ref("KernelSpec"))),
+    "Logs": _object("kernel", "launcher", kernel=_TEXT, launcher=_TEXT),
     "Allocation": _object("jobid", jobid=_TEXT, state=_TEXT, kernel_ids={"type": "array", "items": _TEXT}),
     "Status": _object("started", "kernels", started=_TEXT, last_activity=_TEXT, kernels=_NUMBER, connections=_NUMBER),
     "Health": _object("status", status=_TEXT, reason=_TEXT),
@@ -97,6 +98,9 @@ OPERATIONS: dict[str, dict[str, tuple[str, str, int, str | dict[str, Any]]]] = {
     },
     "/api/kernels/{kernel_id}/interrupt": {"post": ("Interrupt the kernel", "", 204, "")},
     "/api/kernels/{kernel_id}/restart": {"post": ("Restart the kernel in its allocation", "", 200, "Kernel")},
+    "/api/kernels/{kernel_id}/logs": {
+        "get": ("The ends of the logs of the kernel and of its launcher", "", 200, "Logs")
+    },
     "/api/kernels/{kernel_id}/channels": {
         "get": (
             "The kernel's channels: a websocket, with v1.kernel.websocket.jupyter.org or without a subprotocol",

@@ -54,6 +54,7 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
     "STEP_ACK": (12, DOWN, JSON),  # the server knows how a step ended
     "LIST_STEPS": (13, DOWN, JSON),  # ask for the job's running steps
     "PROBE": (14, DOWN, JSON),  # listen briefly on the ports of a direct kernel
+    "READ_LOG": (15, DOWN, JSON),  # ask for the ends of a kernel's log and of the launcher's
     "REPORT": (16, UP, JSON),  # after WELCOME: new token taken, state of kernels, steps and streams
     "STARTED": (17, UP, JSON),  # the kernel listens on all channels
     "FAILED": (18, UP, JSON),  # the kernel did not start
@@ -62,6 +63,7 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
     "STEPPED": (21, UP, JSON),  # a step has ended
     "STEP_LIST": (22, UP, JSON),  # answer to LIST_STEPS
     "PROBED": (23, UP, JSON),  # answer to PROBE
+    "LOG": (24, UP, JSON),  # answer to READ_LOG
     "HEARTBEAT": (32, BOTH, JSON),
     "OPEN": (33, DOWN, STREAM),  # payload: kernel id, NUL, channel (or KEPT_OUTPUT)
     "DATA": (34, BOTH, STREAM),

@@ -44,7 +44,7 @@ def alice(gateway):
 
 
 @pytest.mark.parametrize("protocol", ["", V1], ids=["json", "v1"])
-async def test_a_kernels_whole_life_goes_through_the_gateway(alice, kernel_name, protocol):
+async def test_a_kernels_whole_life_goes_through_the_gateway(gateway, alice, kernel_name, protocol):
     """Start, execute, interrupt, restart in the same job, delete, by REST and either websocket protocol."""
     kernel_id = await start(alice, kernel_name)
     frontend = await Frontend.connect(alice, kernel_id, protocol)
@@ -59,6 +59,10 @@ async def test_a_kernels_whole_life_goes_through_the_gateway(alice, kernel_name,
     await alice.request("POST", f"/api/kernels/{kernel_id}/restart")
     assert (await frontend.execute("print('kept' in globals())"))[1] == "False"
     assert (await frontend.execute(JOB))[1] == jobid
+    logs = await alice.json("GET", f"/api/kernels/{kernel_id}/logs")
+    assert set(logs) == {"kernel", "launcher"}
+    assert "To connect another client to this kernel" in logs["kernel"]
+    assert await gateway.of("bob").status("GET", f"/api/kernels/{kernel_id}/logs") == 404
     await stop(alice, kernel_id)
     await frontend.until_closed()
     assert await alice.status("GET", f"/api/kernels/{kernel_id}") == 404

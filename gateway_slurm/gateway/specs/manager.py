@@ -79,8 +79,8 @@ class GatewayKernelSpecManager(KernelSpecManager):
     allowed_envs = List(
         Unicode(),
         config=True,
-        help="""Names of a client's environment variables that its kernels get, besides ``KERNEL_*``. A name may end
-        with ``*``, as in ``LC_*``.""",
+        help="""Names of a client's environment variables that its kernels get, besides ``KERNEL_*`` and
+        JPY_SESSION_NAME, the notebook's path. A name may end with ``*``, as in ``LC_*``.""",
     )
     membership_age = CFloat(
         300.0,
