@@ -50,7 +50,8 @@ async def test_a_kernels_whole_life_goes_through_the_gateway(gateway, alice, ker
     frontend = await Frontend.connect(alice, kernel_id, protocol)
     _reply, jobid = await frontend.execute(JOB)
     model = await alice.json("GET", f"/api/kernels/{kernel_id}")
-    connect = model["slurm"].pop("connect")
+    connect, directory = model["slurm"].pop("connect"), model["slurm"].pop("directory")
+    assert (directory["path"].startswith("/"), directory["why"]) == (True, "")
     assert model["slurm"] == {"jobid": jobid, "node": "c1"}
     assert (connect["mode"], bool(connect["why"])) == ("direct" if "direct" in kernel_name else "tunnel", True)
     sleeping = await frontend.begin("import time; kept = 1; print('begun', flush=True); time.sleep(300)", "begun")
