@@ -297,12 +297,16 @@ class KernelLogsHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_id: str) -> None:
-        """The ends of the logs of the kernel and of its launcher, which the node sends; 404 for a local kernel."""
+        """The ends of the logs of the kernel and of its launcher, which the node sends; 409 where it cannot."""
         self.check_kernel(kernel_id)
         provisioner: Any = self.kernels.get_kernel(kernel_id).provisioner
         if not isinstance(provisioner, SlurmProvisioner):
-            raise web.HTTPError(404, f"kernel {kernel_id} has no log: it is not started, or does not run on Slurm")
-        self.answer(await provisioner.read_logs())
+            raise web.HTTPError(409, f"kernel {kernel_id} has no log: it is not started, or does not run on Slurm")
+        try:
+            logs = await provisioner.read_logs()
+        except LinkError as error:
+            raise web.HTTPError(409, f"the logs cannot be read now: {error}") from error
+        self.answer(logs)
 
 
 class ChannelsHandler(ForwardsWebsocket, KernelWebsocketHandler):
