@@ -25,7 +25,7 @@ from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from jupyter_server.utils import url_escape, url_path_join
 from tornado import web
 
-from gateway_slurm.errors import GatewaySlurmError
+from gateway_slurm.errors import GatewaySlurmError, LinkError
 from gateway_slurm.events import OVER_LIMIT, UNKNOWN_KERNELSPEC, outcome_of, reason_of
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
@@ -297,13 +297,16 @@ class KernelLogsHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_id: str) -> None:
-        """The ends of the logs of the kernel and of its launcher, which the node sends; 409 where it cannot."""
+        """The ends of the logs of the kernel and of its launcher, which the node sends: empty before the kernel runs.
+
+        409 where the node cannot send them now.
+        """
         self.check_kernel(kernel_id)
         provisioner: Any = self.kernels.get_kernel(kernel_id).provisioner
-        if not isinstance(provisioner, SlurmProvisioner):
-            raise web.HTTPError(409, f"kernel {kernel_id} has no log: it is not started, or does not run on Slurm")
+        logs = {"kernel": "", "launcher": ""}
         try:
-            logs = await provisioner.read_logs()
+            if isinstance(provisioner, SlurmProvisioner) and provisioner.holds_kernel:
+                logs = await provisioner.read_logs()
         except LinkError as error:
             raise web.HTTPError(409, f"the logs cannot be read now: {error}") from error
         self.answer(logs)
