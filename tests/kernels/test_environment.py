@@ -45,6 +45,8 @@ def test_the_environment_is_the_jobs_the_callers_and_the_kernelspecs(service, ke
         assert env.get("SLURM_NTASKS") != "64"
         assert env["FROM_CALLER"] == "grüße, $HOME 'quoted'\nsecond line"
         assert env["FROM_SPEC"] == "a b"
+        # Else debugpy, which ipykernel imports later, writes four lines about frozen modules into each kernel's log.
+        assert env["PYDEVD_DISABLE_FILE_VALIDATION"] == "1"
 
 
 def test_a_given_environment_and_directory_are_the_kernels(service, kernelspecs, tmp_path):

@@ -93,7 +93,9 @@ def test_the_kernelspec_of_a_page_runs_as_it_stands(service, kernelspecs, monkey
 def test_the_commands_of_jupyter_slurm_are_there():
     """Each ``jupyter slurm …`` that a page names has a help text."""
     pages = "".join(page.read_text() for page in PAGES)
-    named = {name.removesuffix(" ada") for name in re.findall(r"jupyter slurm((?: [a-z]+)+)", pages)}
+    named = {
+        re.sub(" (ada|analysis|prometheus)$", "", name) for name in re.findall(r"jupyter slurm((?: [a-z]+)+)", pages)
+    }
     assert {" cluster up", " cluster down", " gateway", " token add", " doctor", " attach"} <= named
     for command in ["", *sorted(named)]:
         result = jupyter("slurm", *command.split(), "--help")
@@ -101,10 +103,13 @@ def test_the_commands_of_jupyter_slurm_are_there():
         # The gateway is a Jupyter application, which has another form of help.
         first = "The shared gateway" if command == " gateway" else f"usage: jupyter slurm{command}"
         assert result.stdout.startswith(first)
+        assert command != " gateway" or "Default: 8888" in result.stdout
 
 
 SAMPLES = [path for path in sorted((ROOT / "etc").rglob("*")) if path.is_file()]
-_COMMAND = re.compile(r"jupyter slurm ((?:token (?:add|list|remove)|cluster|allocations|attach|doctor)\b[^`\n\")>;&]*)")
+_COMMAND = re.compile(
+    r"jupyter slurm ((?:token (?:add|list|remove)|cluster|allocations|attach|doctor|logs)\b[^`\n\")>;&]*)"
+)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *SAMPLES], ids=lambda page: str(page.relative_to(ROOT)))
