@@ -59,6 +59,7 @@ class KernelSocket:
         self._broken: asyncio.TimerHandle | None = None
         self._given_up = False
         self._delays = Backoff(GIVEN_UP_SECONDS, MAX_GIVEN_UP_SECONDS)
+        self._delay = self._delays.next()
         self._open()
 
     def _open(self) -> None:
@@ -148,7 +149,7 @@ class KernelSocket:
             self._broken, self._given_up = None, False
             # Where libzmq connects again, it reports that at once.
             if event == zmq.EVENT_DISCONNECTED:
-                self._broken = self._loop.call_later(self._delays.next(), self._give_up)
+                self._broken = self._loop.call_later(self._delay, self._give_up)
 
     def _give_up(self) -> None:
         self._given_up = True
@@ -157,6 +158,7 @@ class KernelSocket:
     def _renew(self) -> None:
         if self._loop.time() > self._opened_at + 2 * MAX_GIVEN_UP_SECONDS:
             self._delays.reset()
+        self._delay = self._delays.next()
         self.close()
         self._given_up = False
         self._open()

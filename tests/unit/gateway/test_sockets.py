@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 import zmq
 import zmq.asyncio
 
 from gateway_slurm.gateway.channels.messages import MessageError
-from gateway_slurm.gateway.channels.sockets import SEND_MARK, KernelSocket, prepare_context
+from gateway_slurm.gateway.channels.sockets import GIVEN_UP_SECONDS, SEND_MARK, KernelSocket, prepare_context
 from helpers.kernel_clients import poll_async
 
 MAX_MESSAGE = 1000  # bytes
@@ -75,14 +76,19 @@ async def test_a_connection_that_libzmq_gives_up_is_made_again(kernel, tmp_path,
 
 
 async def test_a_connection_that_a_kernel_closed_is_libzmqs_own_to_make_again(kernel, tmp_path):
-    """A kernel that restarts loses nothing that waits for it."""
+    """A kernel that restarts loses nothing that waits for it, and what it breaks later is found as soon as before."""
     peer, renewed = Peer(), []
     async with await asyncio.start_unix_server(peer, tmp_path / "shell"):
         socket = KernelSocket(kernel, "shell", b"me", print, lambda: renewed.append(True))
         for number in (1, 2, 3):
             assert await poll_async(lambda number=number: len(peer.writers) == number, timeout=10)
             peer.writers[-1].close()
+        assert await poll_async(lambda: len(peer.writers) == 4, timeout=10)
         assert renewed == []
+        began = time.monotonic()
+        peer.say(FATAL["malformed"])
+        assert await poll_async(lambda: len(renewed) == 1, timeout=10)
+        assert time.monotonic() - began < GIVEN_UP_SECONDS + 1
         socket.close()
 
 
