@@ -95,8 +95,8 @@ class SlurmProvisioner(KernelProvisionerBase):
         self._has_process = False
         self._curve: tuple[str, str] | None = None
         self._moved = False
-        # Called when a restart has given the kernel another address, once the manager has confirmed the restart.
-        self.on_moved: Callable[[], None] = lambda: None
+        # Called when the manager has confirmed a start or restart; True: the kernel has another address than before.
+        self.on_started: Callable[[bool], None] = lambda _moved: None
         # Called on the service's thread when the kernel's process has ended; it must return at once and raise nothing.
         self.on_death: Callable[[], None] = lambda: None
 
@@ -336,9 +336,8 @@ class SlurmProvisioner(KernelProvisionerBase):
             handle, self._handle, self._has_process = self._handle, None, False
             self.service.submit(handle.release())
             raise
-        if self._moved:
-            self._moved = False
-            self.on_moved()
+        moved, self._moved = self._moved, False
+        self.on_started(moved)
 
     # -- From one server process to the next ----------------------------------------------------
 

@@ -30,6 +30,7 @@ from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.auth.user import can_see
 from gateway_slurm.gateway.channels.frontends import Frontends
 from gateway_slurm.gateway.channels.sockets import DEFAULT_MAX_MESSAGE, Activity, prepare_context
+from gateway_slurm.gateway.channels.state import ExecutionState
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
 from gateway_slurm.gateway.http_errors import as_http
 from gateway_slurm.gateway.restore import KernelRestorer, ready_of, server_deployment
@@ -193,6 +194,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self.frontends = Frontends(self, self._why_dead, self._failure_shown)
         self.restorer = KernelRestorer(self)
         self._activities: dict[str, Activity] = {}
+        self._states: dict[str, ExecutionState] = {}
         self._lingering: dict[str, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
         self._ending: dict[str, asyncio.Task[None]] = {}
@@ -206,6 +208,14 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     @default("use_pending_kernels")
     def _default_use_pending_kernels(self) -> bool:
         return True
+
+    @default("untracked_message_types")
+    def _default_untracked_message_types(self) -> list[str]:
+        # Control requests that jupyter_server's list lacks; JupyterLab sends them beside running cells.
+        verbs, kinds = ("create", "delete", "list"), ("request", "reply")
+        subshells = [f"{verb}_subshell_{kind}" for verb in verbs for kind in kinds]
+        theirs: Any = jupyter_compat.HookedKernelManager.class_traits()["untracked_message_types"]
+        return [*theirs.make_dynamic_default(), *subshells]
 
     @observe("context")
     def _context_was_set(self, change: Any) -> None:
@@ -222,6 +232,14 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     def find_kernel(self, kernel_id: str) -> Any:
         """The kernel's own manager; None for an id that is not known."""
         return self.get_kernel(kernel_id) if kernel_id in self else None
+
+    def state_of(self, kernel_id: str) -> ExecutionState:
+        """What decides the kernel's execution state; it begins as the kernel's is, or with "starting"."""
+        if kernel_id not in self._states:
+            kernel = self.get_kernel(kernel_id)
+            begin = getattr(kernel, "execution_state", "starting")
+            self._states[kernel_id] = ExecutionState(kernel, self.track_message_type, begin)
+        return self._states[kernel_id]
 
     # -- owners -----------------------------------------------------------------------------------
 
@@ -331,8 +349,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         elif not reason:
             await super().finish_start(kernel_id)
             kernel: Any = self.get_kernel(kernel_id)
-            if kernel.execution_state == "starting":
-                kernel.execution_state = "idle"  # it listens; its first messages came before the subscription
+            self.state_of(kernel_id).listens()
             self.restorer.remember(kernel_id)
             self._follow(kernel_id, kernel)
             if self.has_frontends and (note := getattr(kernel.provisioner, "start_note", "")):
@@ -374,19 +391,19 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
 
     async def _restore_frontends(self, kernel_id: str, kernel: Any) -> None:
         state = await self.frontends.restore(kernel_id)
-        if kernel.execution_state == "unknown":
-            kernel.execution_state = state or "idle"
+        if self.find_kernel(kernel_id) is kernel:
+            self.state_of(kernel_id).restored(state)
 
     def _follow(self, kernel_id: str, kernel: Any) -> None:
         """Follow the restarts and the end of a kernel that runs; once for each kernel."""
-        self.add_restart_callback(kernel_id, lambda: self.frontends.follow_restart(kernel_id))
+        self.add_restart_callback(kernel_id, partial(self._follow_restart, kernel_id))
         self._tasks.create_task(self._watch_end(kernel_id, kernel))
 
     async def _watch_end(self, kernel_id: str, kernel: Any) -> None:
         """Show the kernel as dead once it cannot be restarted in its place, with the reason and what to do."""
         if not isinstance(kernel.provisioner, SlurmProvisioner):
             return
-        kernel.provisioner.on_moved = lambda: self.frontends.reconnect(kernel_id)
+        kernel.provisioner.on_started = partial(self._after_restart, kernel_id)
         loop = asyncio.get_running_loop()
         kernel.provisioner.on_death = partial(call_on, loop, self._after_death, kernel_id, kernel)
         if self.has_frontends:
@@ -408,6 +425,19 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             kept = f"its place in job {provisioner.jobid} is kept for {seconds:g} s, in which it can be restarted"
             self._set_dead(kernel_id, f"{provisioner.exit_reason}; {kept}")
 
+    def _follow_restart(self, kernel_id: str) -> None:
+        """The restarter begins to restart the kernel."""
+        if kernel_id in self:
+            self.state_of(kernel_id).restarts()
+            self.frontends.follow_restart(kernel_id)
+
+    def _after_restart(self, kernel_id: str, moved: bool) -> None:
+        """A kernel on Slurm was restarted, by a user or the restarter; ``moved``: it has another address."""
+        if kernel_id in self:
+            self.state_of(kernel_id).listens()
+            if moved:
+                self.frontends.reconnect(kernel_id)
+
     def update_env(self, *, kernel_id: str, env: dict[str, str]) -> None:
         """Set the environment of the kernel's next process; jupyter_server calls it when a document is renamed."""
         super().update_env(kernel_id=kernel_id, env=env)
@@ -417,7 +447,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     # -- the end ------------------------------------------------------------------------------------
 
     def _is_dead(self, kernel_id: str) -> bool:
-        return getattr(self.find_kernel(kernel_id), "execution_state", "") == "dead"
+        return kernel_id in self._states and self._states[kernel_id].is_dead
 
     def _set_dead(self, kernel_id: str, reason: str) -> None:
         """Show the kernel as dead, with the reason, for ``dead_kernel_linger`` seconds."""
@@ -425,7 +455,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if kernel is None or kernel_id in self._lingering:
             return
         self.stop_watching_activity(kernel_id)
-        kernel.execution_state, kernel.reason = "dead", reason
+        self.state_of(kernel_id).dies()
+        kernel.reason = reason
         # The reason may quote what the kernel printed: that is not an admin's to read. Events say the rest.
         level = logging.DEBUG if self.owner_of(kernel_id) else logging.WARNING
         self.log.log(level, "kernel %s is dead: %s", kernel_id, printable(reason))
@@ -535,6 +566,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             return
         self._owners.pop(kernel_id, None)
         self._given_up.pop(kernel_id, None)
+        self._states.pop(kernel_id, None)
         self._close_activity(kernel_id)
         finishing = jupyter_compat.take_finishing_task(self, kernel_id)
         if finishing is not None and finishing is not asyncio.current_task():
@@ -553,13 +585,13 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if self._starting(kernel_id) is not None:
             self.frontends.restart_waiting(kernel_id, DROPPED_CELL)
             return None
-        kernel = self._ready_kernel(kernel_id, "restarted")
+        self._ready_kernel(kernel_id, "restarted")
         waiting = self.frontends.channels_of(kernel_id)
         for channels in waiting:
-            channels.hold()
+            channels.hold("the kernel was restarted before this was done: run the cell again")
         if lingering := self._lingering.pop(kernel_id, None):
             lingering.cancel()
-        kernel.execution_state = "restarting"
+        self.state_of(kernel_id).restarts()
         restarting = asyncio.ensure_future(super().restart_kernel(kernel_id, now=now))
         self._restarting[kernel_id] = restarting
         try:
@@ -577,10 +609,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
                 del self._restarting[kernel_id]
         if lingering:
             self.start_watching_activity(kernel_id)
-        kernel.execution_state = "starting"
+        self.state_of(kernel_id).listens()
         await asyncio.gather(*(channels.resume() for channels in waiting))
-        if kernel.execution_state == "starting":
-            kernel.execution_state = "idle"
         return result
 
     def _ready_kernel(self, kernel_id: str, verb: str) -> Any:
@@ -643,7 +673,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     def start_watching_activity(self, kernel_id: str) -> None:
         """Keep ``execution_state`` and ``last_activity`` from the kernel's iopub, until ``stop_watching_activity``."""
         acks = self.frontends.acks(kernel_id)
-        self._activities[kernel_id] = Activity(self, self.get_kernel(kernel_id), acks)
+        self._activities[kernel_id] = Activity(self, self.get_kernel(kernel_id), self.state_of(kernel_id), acks)
 
     def stop_watching_activity(self, kernel_id: str) -> None:
         self._close_activity(kernel_id)

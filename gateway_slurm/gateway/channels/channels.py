@@ -22,7 +22,9 @@ from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.notice import WaitingNotice
 from gateway_slurm.gateway.channels.queue import QUEUE_LIMIT, OutgoingQueue, QueuedMessage
 from gateway_slurm.gateway.channels.replay import Replay
+from gateway_slurm.gateway.channels.requests import Request, Requests
 from gateway_slurm.gateway.channels.sockets import KernelSocket
+from gateway_slurm.gateway.channels.state import ExecutionState
 
 # Bytes, and messages, from a frontend that are held for its kernel.
 HELD_LIMIT = 16 << 20
@@ -67,16 +69,18 @@ class KernelChannels:
         subscribe_timeout: float,
         log: logging.Logger,
         make_replay: Callable[[], Replay] = Replay,
+        state: ExecutionState,
         on_cell: Callable[[], None] = lambda: None,
         on_failure_shown: Callable[[], None] = lambda: None,
     ) -> None:
-        self.kernel, self.log = kernel, log
+        self.kernel, self.log, self._state = kernel, log, state
         self._ready, self._subscribe_timeout = ready, subscribe_timeout
         self._session = Session(session=session_id)
         self._sockets: dict[str, KernelSocket] = {}
         self._sink: Sink | None = None
         self._make_replay, self._replay, self._on_cell = make_replay, Replay(), on_cell
         self._out = OutgoingQueue(lambda item: self._replay.on_sent(item))
+        self._requests = Requests()
         self._wake = asyncio.Event()
         # Messages for the kernel; None while they are sent at once.
         self._held: list[tuple[str, list[bytes]]] | None = []
@@ -173,11 +177,8 @@ class KernelChannels:
         if self.failure:
             return
         self.failure = reason
-        cells = self._replay.cells.take()
-        for header in cells:
-            self._refuse_cell(header, reason)
-        self._replay.acknowledge_cells()
-        if self.refuse_held(reason) or cells or (self._sink is not None and self._sink.reads_model):
+        had_cells = self._answer_open(reason)
+        if self.refuse_held(reason) or had_cells or (self._sink is not None and self._sink.reads_model):
             self._show_failure()
 
     def refuse_held(self, reason: str) -> bool:
@@ -220,6 +221,28 @@ class KernelChannels:
         if self.failure and self._sink is sink:
             sink.end_dead(self.failure)
 
+    def _answer_open(self, reason: str, name: str = "KernelDied") -> bool:
+        """Answer with this reason all that the kernel's process had; return whether a cell was among it."""
+        cells = {str(header.get("msg_id")): header for header in self._replay.cells.take()}
+        had_cells = bool(cells)
+        for request in self._requests.take():
+            cells.pop(str(request.header.get("msg_id")), None)
+            self._refuse_request(request, reason, name)
+        for header in cells.values():  # an earlier server passed them on
+            self._refuse_cell(header, reason, name)
+        self._replay.acknowledge_cells()
+        return had_cells
+
+    def _refuse_request(self, request: Request, reason: str, name: str = "KernelDied") -> None:
+        if request.header.get("msg_type") == "execute_request" and not request.is_replied:
+            self._refuse_cell(request.header, reason, name)
+            return
+        if request.reply_type:
+            error = {"status": "error", "ename": name, "evalue": reason, "traceback": [reason]}
+            self._put(request.channel, self._make_message(request.reply_type, error, request.header)[1])
+        # Without a reply, or after it, a frontend still waits for this.
+        self._put(*self._make_message("status", {"execution_state": "idle"}, request.header))
+
     def _refuse_cell(self, header: dict[str, Any], reason: str, name: str = "KernelDied") -> None:
         error = {"ename": name, "evalue": reason, "traceback": [reason]}
         self._put(*self._make_message("error", error, header))
@@ -250,19 +273,29 @@ class KernelChannels:
         self._open()
         await self._continue()
 
-    def hold(self) -> None:
-        """The kernel is being restarted: hold what the frontend sends until the new process publishes to it."""
+    def hold(self, reason: str, name: str = "KernelRestarted") -> None:
+        """The kernel is being restarted: hold what the frontend sends until the new process publishes to it.
+
+        What the old process had is answered with the reason, and no longer reaches the new one, which answers requests
+        for the kernel's info: JupyterLab takes no second answer to those.
+        """
         if self._held is None and not self.failure:
-            self._held, self._held_bytes = [], 0
-        self._replay.cells.take()
-        self._replay.acknowledge_cells()
+            self._held = [(request.channel, request.parts) for request in self._requests.take_repeatable()]
+            self._held_bytes = 0
+        self._answer_open(reason, name)
+        for channel in ("shell", "control", "stdin"):
+            if socket := self._sockets.pop(channel, None):
+                socket.close()
         self._restarted = True
         self._subscribed.clear()
 
-    def follow_restart(self) -> None:
-        """The restarter begins to restart the kernel: hold what the frontend sends, as for a restart by the user."""
+    def follow_restart(self, reason: str) -> None:
+        """The restarter begins to restart the kernel: hold what the frontend sends, as for a restart by the user.
+
+        The answers come first: at "restarting" JupyterLab forgets its requests.
+        """
+        self.hold(reason, "KernelDied")
         self.send_status("restarting")
-        self.hold()
         self._tasks.create_task(self.resume())
 
     async def resume(self) -> None:
@@ -273,8 +306,7 @@ class KernelChannels:
         if self._closed:
             return
         self.failure, self.failure_shown = "", False
-        if not self._sockets:
-            self._open()
+        self._open()
         await self._continue()
 
     def reconnect(self) -> None:
@@ -324,9 +356,9 @@ class KernelChannels:
         self._session.key = self.kernel.session.key
         identity = self._session.bsession
         for channel in messages.CHANNELS:
-            self._sockets[channel] = KernelSocket(
-                self.kernel, channel, identity, partial(self._from_kernel, channel), partial(self._renewed, channel)
-            )
+            if channel not in self._sockets:
+                received, renewed = partial(self._from_kernel, channel), partial(self._renewed, channel)
+                self._sockets[channel] = KernelSocket(self.kernel, channel, identity, received, renewed)
 
     def _send(self, channel: str, parts: list[bytes]) -> None:
         if channel not in self._sockets:
@@ -339,8 +371,13 @@ class KernelChannels:
             elif self._sink is not None:
                 self._sink.end(str(error))
             return
-        if channel == "shell" and self._replay.cells.add_request(messages.header_of(parts)):
-            self._replay.acknowledge_cells()
+        header = messages.header_of(parts)
+        if header.get("msg_id") not in self._nudges:
+            self._requests.add(channel, header, parts)
+        if channel == "shell" and header.get("msg_type") == "execute_request":
+            self._state.sent(header)
+            if self._replay.cells.add_request(header):
+                self._replay.acknowledge_cells()
 
     def _renewed(self, channel: str) -> None:
         """The kernel sent something that ended its connection for good, and there is a new one."""
@@ -399,15 +436,22 @@ class KernelChannels:
     def _deliver(self, channel: str, parts: list[bytes]) -> None:
         if channel == "iopub":
             self._deliver_iopub(parts, self._replay.id_of(parts))
-        elif channel != "shell":
+            return
+        request = messages.parent_id(parts)
+        self._requests.on_reply(request)
+        if channel != "shell":
             self._put(channel, parts)
-        elif self._replay.on_reply(cell := messages.parent_id(parts)):
-            self._put(channel, parts, cell=cell)
+            return
+        self._state.replied(request)
+        if self._replay.on_reply(request):
+            self._put(channel, parts, cell=request)
 
     def _deliver_iopub(self, parts: list[bytes], msg_id: str, *, kept: bool = False) -> None:
         begins = bool(parts) and b'"execute_input"' in parts[0]
         if begins:
             self.last_cell = messages.parent_header_of(parts)
+        elif parts and b'"status"' in parts[0] and messages.content_of(parts).get("execution_state") == "idle":
+            self._requests.on_idle(messages.parent_id(parts))
         self._replay.on_iopub(parts, msg_id, kept=kept)
         self._put("iopub", parts, msg_id)
         if begins:

@@ -77,6 +77,7 @@ class Frontends:
                 make_replay=partial(self._make_replay, kernel_id, session_id),
                 on_cell=partial(self._show_early_warnings, kernel_id),
                 on_failure_shown=partial(self._on_failure_shown, kernel_id),
+                state=self._manager.state_of(kernel_id),
             )
         return sessions[session_id]
 
@@ -123,8 +124,11 @@ class Frontends:
             channels.reconnect()
 
     def follow_restart(self, kernel_id: str) -> None:
+        """The restarter begins to restart the kernel, which has died."""
+        died = getattr(self._manager.find_kernel(kernel_id).provisioner, "exit_reason", "")
+        reason = f"the kernel died{f' ({died})' if died else ''} and is restarted: run the cells again"
         for channels in self.channels_of(kernel_id):
-            channels.follow_restart()
+            channels.follow_restart(reason)
 
     def show_waiting(self, kernel_id: str, text: str) -> None:
         """Show every session under its first cell why the kernel is not there yet."""

@@ -21,6 +21,7 @@ from gateway_slurm._util import Backoff
 from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.acks import OutputAcks
 from gateway_slurm.gateway.channels.messages import MessageError
+from gateway_slurm.gateway.channels.state import ExecutionState
 from gateway_slurm.gateway.jupyter_compat import channel_url
 
 # Messages that ZMQ itself may hold for one socket, of any size; the server's own queues count bytes.
@@ -203,31 +204,26 @@ def _connect(kernel: Any, channel: str, identity: bytes) -> tuple[zmq.Socket[byt
 
 
 class Activity(KernelSocket):
-    """Keeps a kernel's ``execution_state`` and ``last_activity`` from its iopub.
+    """Gives what a kernel publishes to its ``ExecutionState``, and keeps its ``last_activity``.
 
     ``manager`` is the server's kernel manager. ``acks`` acknowledges the state, and the output without a session.
     """
 
-    def __init__(self, manager: Any, kernel: Any, acks: OutputAcks | None = None) -> None:
-        self._manager, self._kernel, self._acks = manager, kernel, acks
+    def __init__(self, manager: Any, kernel: Any, state: ExecutionState, acks: OutputAcks | None = None) -> None:
+        self._manager, self._kernel, self._state, self._acks = manager, kernel, state, acks
+        if acks is not None:
+            state.on_change = acks.set_state
         kernel.reason, kernel.last_activity = "", datetime.now(timezone.utc)
         super().__init__(kernel, "iopub", b"", self._on_iopub)
 
     def _on_iopub(self, frames: list[bytes]) -> None:
         parts = messages.parts_of(frames)
-        kernel, tracks = self._kernel, self._manager.track_message_type
+        tracks = self._manager.track_message_type
         header, parent = messages.header_of(parts), messages.parent_header_of(parts)
         msg_type, parent_type = header.get("msg_type"), parent.get("msg_type")
-        if tracks(msg_type) or tracks(parent_type) or kernel.execution_state == "busy":
-            self._manager.last_kernel_activity = kernel.last_activity = datetime.now(timezone.utc)
+        if tracks(msg_type) or tracks(parent_type) or self._state.is_busy:
+            self._manager.last_kernel_activity = self._kernel.last_activity = datetime.now(timezone.utc)
         if self._acks is not None:
             self._acks.published_unheard(messages.id_of(parts))
-        if msg_type != "status":
-            return
-        state = str(messages.content_of(parts).get("execution_state", ""))
-        if tracks(parent_type):
-            kernel.execution_state = state
-            if self._acks is not None:
-                self._acks.set_state(state)
-        elif kernel.execution_state in ("starting", "unknown") and state != "starting":
-            kernel.execution_state = "idle"  # also after a request of an untracked type
+        state = str(messages.content_of(parts).get("execution_state", "")) if msg_type == "status" else ""
+        self._state.published(header, parent, state)

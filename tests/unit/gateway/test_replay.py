@@ -22,6 +22,7 @@ from gateway_slurm.gateway.channels.acks import OutputAcks, Position
 from gateway_slurm.gateway.channels.channels import KernelChannels
 from gateway_slurm.gateway.channels.replay import Replay
 from gateway_slurm.gateway.channels.sockets import KernelSocket, prepare_context
+from gateway_slurm.gateway.channels.state import ExecutionState
 from helpers.kernel_clients import poll_async
 
 SESSION = "frontend-1"
@@ -167,6 +168,8 @@ async def open_channels(kernel, monkeypatch):
         async def ready():
             return ""
 
+        state = ExecutionState(kernel, lambda _type: True, "unknown")
+        state.restored("busy")
         said = []
         acks = OutputAcks(lambda upto, positions: said.append((upto, positions)))
         one = KernelChannels(
@@ -176,6 +179,7 @@ async def open_channels(kernel, monkeypatch):
             subscribe_timeout=WAIT,
             log=logging.getLogger("test"),
             make_replay=partial(Replay, acks, read, position=position),
+            state=state,
         )
         one.said = said
         made.append(one)
