@@ -469,7 +469,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     def _failure_shown(self, kernel_id: str) -> None:
         """A frontend shows why the kernel is dead: list it no longer than it may be restarted.
 
-        JupyterLab runs no cell with a dead kernel. Once the kernel is not listed any more, it offers to choose one.
+        JupyterLab runs no cell with a dead kernel. Once the kernel is not listed any more, a restart makes a new one.
         """
         timer = self._lingering.get(kernel_id)
         provisioner = getattr(self.find_kernel(kernel_id), "provisioner", None)
@@ -489,6 +489,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             sent = asyncio.gather(*(channels.send_dead() for channels in self.frontends.channels_of(kernel_id)))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(sent, DEAD_SECONDS)
+        if self._is_dead(kernel_id):  # still: a user may have restarted it meanwhile
             await self.shutdown_kernel(kernel_id, now=True)
 
     def restarter_gave_up(self, kernel_id: str) -> None:
