@@ -88,7 +88,7 @@ def check(site, tmp_path, monkeypatch):
         token_file.write_text(site.tokens[name] + "\n")
         (tmp_path / "jupyter_server_config.json").write_text(json.dumps({"GatewayClient": settings}))
         given = "" if "auth_token" in settings else str(token_file)
-        found = ClientCheck(url, given, kernelspec, 60.0, show=lambda _line: None)
+        found = ClientCheck(url, given, kernelspec, 120.0, show=lambda _line: None)
         asyncio.run(found.run())
         return 3 if found.failed else 0, {result.step: result.row() for result in found.results}
 
@@ -105,6 +105,7 @@ def refused(result: Result, step: str, *words: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_each_mistake_of_a_client_is_named(site, check, tmp_path):
     """From the settings to the websocket: the first step that fails says what is wrong and what to change."""
     url = site.good.url

@@ -32,7 +32,7 @@ from gateway_slurm.cli.doctor.steps import INDENT, StepResult
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.link.endpoints import format_endpoint
 
-NETWORK_TIMEOUT: Final = 15.0
+NETWORK_TIMEOUT: Final = 30.0
 """Seconds for one connection or request."""
 ANSWER_TIMEOUT: Final = 60.0
 """Seconds that a kernel which runs may take to answer 1+1."""
@@ -58,17 +58,11 @@ class ClientCheck:
 
     def __init__(self, url: str, token_file: str, kernelspec: str, wait: float, *, show: Callable[[str], None]) -> None:
         self.results: list[StepResult] = []
-        self._url, self._token_file, self._name, self._wait, self._show = (
-            url.rstrip("/"),
-            token_file,
-            kernelspec,
-            wait,
-            show,
-        )
+        self._url, self._token_file, self._name = url.rstrip("/"), token_file, kernelspec
+        self._wait, self._show = wait, show
         self._client: Any  # GatewayClient, whose methods have no types
         self._began = time.monotonic()
         self._kernel_id = ""
-        self._ca_file: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -105,6 +99,9 @@ class ClientCheck:
             message, change, ok = await check(), "", True
         except StepFailed as error:
             message, change, ok = str(error), error.change, False
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            message = f"no gateway of gateway_slurm answers so: {type(error).__name__}: {error}"
+            change, ok = "--gateway-url: another server listens there", False
         now = time.monotonic()
         result = StepResult(step, ok, message, now - self._began, change)
         self._began = now
