@@ -43,16 +43,16 @@ async def kernel(tmp_path):
 
 
 class Peer:
-    """Accepts connections; greets each, and keeps the writers."""
+    """Accepts connections, and keeps the writers of those that are greeted."""
 
     def __init__(self):
         self.writers = []
 
     async def __call__(self, reader, writer):
-        self.writers.append(writer)
         writer.write(GREETING)
         await reader.readexactly(len(GREETING))
         writer.write(READY)
+        self.writers.append(writer)
 
     def say(self, data):
         self.writers[-1].write(data)
