@@ -167,9 +167,10 @@ c = get_config()  # noqa: F821
 ## process's user. Default: none, and the project's name is the account.
 # c.SlurmService.account_command = []
 
-## umask of kernels, in octal. Neither this process's umask nor that of the launcher, which keeps its own files
-## private, reaches a kernel. `"0002"` lets a user's group write, `"0077"` keeps new files private.
-# c.SlurmService.umask = "0022"
+## umask of kernels, in octal: `"0002"` lets a user's group write, `"0077"` keeps new files private. Default: a
+## server that a user runs for themselves on the cluster gives kernels its own umask, as Slurm does for jobs;
+## kernels of other users, and those over SSH or REST, have `0022`. The launcher's own files are always private.
+# c.SlurmService.umask = ""
 
 ## Resource limits of this process (`ulimit`) that jobs and job steps get, as the option `--propagate` of
 ## sbatch(1) names them: `ALL`, or a list such as `NOFILE,MEMLOCK`. Default: none; kernels have the limits that

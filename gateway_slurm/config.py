@@ -237,9 +237,10 @@ class ServiceSettings(LoggingConfigurable):
         process's user. Default: none, and the project's name is the account.""",
     )
     umask = CUnicode(
-        "0022",
-        help="""umask of kernels, in octal. Neither this process's umask nor that of the launcher, which keeps its own
-        files private, reaches a kernel. ``"0002"`` lets a user's group write, ``"0077"`` keeps new files private.""",
+        help="""umask of kernels, in octal: ``"0002"`` lets a user's group write, ``"0077"`` keeps new files private.
+        Default: a server that a user runs for themselves on the cluster gives kernels its own umask, as Slurm does for
+        jobs; kernels of other users, and those over SSH or REST, have ``0022``. The launcher's own files are always
+        private.""",
     )
     propagate = Unicode(
         "NONE",
@@ -319,7 +320,7 @@ class ServiceSettings(LoggingConfigurable):
 
     @validate("umask")
     def _valid_umask(self, proposal: Any) -> str:
-        if not re.fullmatch(r"0?[0-7]{3}", proposal["value"], re.ASCII):
+        if not re.fullmatch(r"(0?[0-7]{3})?", proposal["value"], re.ASCII):
             raise TraitError(f"SlurmService.umask must be three octal digits, not {proposal['value']!r}")
         return str(proposal["value"])
 

@@ -22,6 +22,9 @@ MAX_ENVIRONMENT: Final = 1 << 20
 MAX_VARIABLE: Final = (128 << 10) - 1
 """Bytes of one ``NAME=value``: Linux's MAX_ARG_STRLEN without its NUL."""
 
+DEFAULT_UMASK: Final = 0o022
+"""Linux's usual umask (login.defs(5), pam_umask(8)), where the user's own is not known."""
+
 _DROPPED_FOR: Final[dict[str, tuple[str, ...]]] = {
     "the server's secret": ("JUPYTER_TOKEN", "JPY_API_TOKEN", "JPY_COOKIE_SECRET"),
     "the hub's secrets and addresses": ("JUPYTERHUB_*",),
@@ -135,6 +138,16 @@ def _passes(name: str, allowed: Collection[str] | None) -> bool:
 def _bytes(text: str) -> bytes:
     """Encode as os.environ does, which keeps bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape")
+
+
+def own_umask() -> int:
+    """The umask of this process, read from proc_pid_status(5): umask(2) would have to change it for all threads."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            name, _, value = line.partition(":")
+            if name == "Umask":
+                return int(value, 8)
+    return DEFAULT_UMASK
 
 
 def fill_placeholders(item: str, resource_dir: str) -> str:

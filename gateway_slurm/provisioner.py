@@ -35,7 +35,7 @@ from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
 from gateway_slurm._jupyter_compat import polling_restarter, renew_control_socket, report
 from gateway_slurm.config import port_range
-from gateway_slurm.environment import fill_placeholders, kernel_environment
+from gateway_slurm.environment import DEFAULT_UMASK, fill_placeholders, kernel_environment, own_umask
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LinkError, RequestError
 from gateway_slurm.events import outcome_of, reason_of
 from gateway_slurm.kernels.held import KernelHandle
@@ -46,6 +46,7 @@ from gateway_slurm.link.output import KeptOutput
 from gateway_slurm.request import parse_request
 from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.sudo.runner import process_user
+from gateway_slurm.slurm.url import parse_cluster_url
 
 T = TypeVar("T")
 
@@ -270,8 +271,16 @@ class SlurmProvisioner(KernelProvisionerBase):
             start_timeout=service.start_timeout,
             port_range=port_range(service.kernel_ports),
             log_dir=service.log_directory,
-            umask=int(service.umask, 8),
+            umask=self._umask(),
         )
+
+    def _umask(self) -> int:
+        """The admin's; else that of this process, if it is the user's own, on the cluster: sbatch(1) does the same."""
+        service = self.service
+        if service.umask:
+            return int(service.umask, 8)
+        own = not self._owner and parse_cluster_url(service.cluster).kind == "local"
+        return own_umask() if own else DEFAULT_UMASK
 
     def _client_directory(self, cwd: Any) -> str | None:
         """The directory that a client gave, for the node to look for; this host's file system is not asked.

@@ -15,13 +15,15 @@ from helpers import odd_server
 from helpers.kernel_clients import READY
 from helpers.private_slurm import poll, slurm
 from helpers.rest_cluster import cluster_with_rest
-from helpers.slurm_accesses import REST
+from helpers.slurm_accesses import COMMANDS, REST
 
 # What a kernel has otherwise than a plain job. It also ends with its launcher (PR_SET_PDEATHSIG), which /proc does not
 # show, and leads its own process group and session.
 DIFFERS = {
     "cwd": "the notebook's directory, or the home directory (docs/users/kernelspec.md)",
     "environment": "the server's variables as well (docs/users/kernelspec.md); compared below",
+    "Umask": "by Slurm's commands on the same host, that of the server, which is the user's own; compared below",
+    "modes": "of new files, by the umask",
 }
 # Slurm's variables that a step's kernel has otherwise than the script of its job.
 OF_THE_STEP = {
@@ -110,6 +112,9 @@ def test_nothing_of_the_servers_process_reaches_a_kernel(access, cluster, kernel
     for name, settings in found.items():
         for key in expected.keys() - DIFFERS.keys():
             assert settings[key] == expected[key], (name, key)
+        umask = "0077" if access.name == COMMANDS else "0022"
+        modes = {"0077": ["0o600", "0o700"], "0022": ["0o644", "0o755"]}[umask]
+        assert (settings["Umask"], settings["modes"]) == (umask, modes), name
         variables = settings["environment"]
         assert {key for key in variables if not key.startswith(("SLURM", "SRUN"))} <= inherited.keys() | ADDED, name
         assert {key for key in variables if key.startswith("SRUN")} <= (

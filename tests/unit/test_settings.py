@@ -13,6 +13,7 @@ from gateway_slurm.config import ServiceSettings
     [
         ("umask", "0027", "0027"),
         ("umask", "007", "007"),
+        ("umask", "", ""),
         ("umask", "0o22", None),
         ("umask", "1022", None),
         ("umask", 22, None),
