@@ -25,15 +25,14 @@ from launchers.directories import Directories
 from launchers.guard import Guard
 from launchers.kernel import Kernel
 from launchers.node import (
+    OwnLog,
     Walltime,
     end_of,
     find_slurmd,
-    hold_own_log,
     is_slurmd,
     pids,
     remove_empty_logs,
     remove_old_logs,
-    remove_own_empty_log,
     stat_fields,
 )
 from launchers.ports import Probes
@@ -83,6 +82,7 @@ class NodeLauncher:
         self._node = os.environ.get("SLURMD_NODENAME", "")
         self._slurmd = find_slurmd(self._node)
         self._slurmd_missing = False
+        self._own_log = OwnLog()
         token = bytes.fromhex(os.environ.pop(TOKEN_VARIABLE))
         os.environ["HOME"] = home(os.environ)
         self._environment = KernelEnvironment(role, gres, memory, lambda: self._directories.for_kernel("share"))
@@ -103,7 +103,7 @@ class NodeLauncher:
         self._steps = Steps(self._reactor, os.environ.get("SLURM_JOB_ID", ""), self._uplink.send)
 
     def run(self) -> None:
-        hold_own_log()
+        self._own_log.hold()
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         # SIGTERM first: the server must know that the job ends when it hears that a kernel did.
         self._reactor.on_signal(signal.SIGTERM, self._on_sigterm)
@@ -361,7 +361,7 @@ class NodeLauncher:
         self._directories.close()
         self._guard.close()
         remove_empty_logs(self._logs)
-        remove_own_empty_log(alone=self._holds_job)
+        self._own_log.remove_if_empty(alone=self._holds_job)
 
 
 def _reap_orphans(known: set[int]) -> None:

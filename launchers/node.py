@@ -104,26 +104,40 @@ def remove_empty_logs(paths: Iterable[str]) -> None:
                 os.unlink(path)
 
 
-def remove_own_empty_log(*, alone: bool) -> None:
-    """Remove the file that this launcher's standard error goes to, if nothing is in it.
+class OwnLog:
+    """The file that this launcher's standard error goes to. Launchers of a job, each a job step, share it.
 
-    Several launchers of a job, each a job step, share the file. One that is not ``alone`` removes the file only if no
-    other one holds its lock.
+    ``hold`` keeps the other launchers from removing it. The lock is on a descriptor of its own, for reading and
+    writing: standard error is for writing alone, and NFS refuses a shared lock on such a descriptor (flock(2)).
     """
-    try:
-        if not alone:
-            fcntl.flock(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        status, path = os.fstat(2), os.readlink("/proc/self/fd/2")
-        if stat.S_ISREG(status.st_mode) and status.st_size == 0 and os.path.basename(path).startswith("launcher-"):
-            os.unlink(path)
-    except OSError:  # another launcher uses it, or the file system has no locks
-        return
 
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
 
-def hold_own_log() -> None:
-    """Keep other launchers of the job from removing the file that they share with this one."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(2, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    def hold(self) -> None:
+        """Open the file and lock it, where it is a file and the file system has locks."""
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.fstat(2).st_mode):
+                self._descriptor = os.open("/proc/self/fd/2", os.O_RDWR)
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def remove_if_empty(self, *, alone: bool) -> None:
+        """Remove the file if nothing is in it. A launcher that is not ``alone`` needs the lock of all for that."""
+        try:
+            status, path = os.fstat(2), os.readlink("/proc/self/fd/2")
+            if not alone:
+                if self._descriptor is None:
+                    return
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.fstat(2)  # another launcher may have written until now
+            if stat.S_ISREG(status.st_mode) and status.st_size == 0 and os.path.basename(path).startswith("launcher-"):
+                os.unlink(path)
+        except OSError:  # another launcher uses it, or the file system has no locks
+            return
+        finally:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
 
 
 # -- The end of the job --
