@@ -156,6 +156,10 @@ class NotEncrypted(KernelStartError):
     """The ports of a direct kernel do not speak CurveZMQ, which its kernelspec declares; the kernel was ended."""
 
 
+class NoGreeting(KernelStartError):
+    """A direct kernel listened and did not answer the check of its encryption; the kernel was ended."""
+
+
 class StartTimeout(KernelStartError):
     """The kernel did not listen on its channels within ``start_timeout``."""
 

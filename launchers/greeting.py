@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 from launchers.reactor import READ, WRITE, Reactor
 
@@ -33,13 +34,25 @@ def mechanism(greeting: bytes) -> str | None:
     return greeting[MECHANISM].rstrip(b"\x00").decode("ascii", "replace")
 
 
-class CurveCheck:
-    """Reads the greeting of each port. ``done`` gets the reason why not all of them speak CurveZMQ, or ""; once."""
+class Refusal(NamedTuple):
+    """Why a port did not pass. The ``kind`` is FAILED's: ``plain`` where it showed that it speaks something else than
+    CurveZMQ, ``no_greeting`` where it did not answer, which a stopped or swapping node does not do either.
+    """
 
-    def __init__(self, reactor: Reactor, ip: str, ports: Mapping[str, int], done: Callable[[str], None]) -> None:
+    kind: str
+    why: str
+
+
+class CurveCheck:
+    """Reads the greeting of each port. ``done`` gets the first refusal, or None if all of them speak CurveZMQ; once."""
+
+    def __init__(
+        self, reactor: Reactor, ip: str, ports: Mapping[str, int], done: Callable[[Refusal | None], None]
+    ) -> None:
         self._reactor, self._done = reactor, done
         self._received: dict[socket.socket, bytes] = {}
-        self._timer = reactor.later(ANSWER_SECONDS, lambda: self._end(f"no greeting within {ANSWER_SECONDS:g} s"))
+        late = Refusal("no_greeting", f"no greeting within {ANSWER_SECONDS:g} s")
+        self._timer = reactor.later(ANSWER_SECONDS, lambda: self._end(late))
         for channel, port in ports.items():
             sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
             self._received[sock] = b""
@@ -51,7 +64,7 @@ class CurveCheck:
         try:
             sock.send(OPENING)  # a few bytes into an empty buffer
         except OSError as error:
-            self._end(f"{channel}: {os.strerror(error.errno or 0)}")
+            self._end(Refusal("no_greeting", f"{channel}: {os.strerror(error.errno or 0)}"))
             return
         self._reactor.watch(sock, READ, partial(self._read, channel, sock))
 
@@ -62,17 +75,20 @@ class CurveCheck:
             found = mechanism(received)
         except BlockingIOError:
             return
-        except (OSError, ValueError) as error:
-            self._end(f"{channel}: {error}")
+        except OSError as error:
+            self._end(Refusal("no_greeting", f"{channel}: {error}"))
+            return
+        except ValueError as error:
+            self._end(Refusal("plain", f"{channel}: {error}"))
             return
         if found == "CURVE":
             self._close(sock)
             if not self._received:
-                self._end("")
+                self._end(None)
         elif found is not None:
-            self._end(f"{channel} speaks ZMTP with the mechanism {found!r}")
+            self._end(Refusal("plain", f"{channel} speaks ZMTP with the mechanism {found!r}"))
         elif not data:
-            self._end(f"{channel} closed the connection")
+            self._end(Refusal("no_greeting", f"{channel} closed the connection"))
 
     def _close(self, sock: socket.socket) -> None:
         del self._received[sock]
@@ -82,11 +98,11 @@ class CurveCheck:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
 
-    def _end(self, failure: str) -> None:
+    def _end(self, refusal: Refusal | None) -> None:
         is_first = not self._timer.cancelled
         self.close()
         if is_first:
-            self._done(failure)
+            self._done(refusal)
 
     def close(self) -> None:
         """Close the connections; ``done`` is not called any more."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway_slurm.link import wire
 from launchers import ports, stderr
-from launchers.greeting import CurveCheck
+from launchers.greeting import CurveCheck, Refusal
 from launchers.guard import Guard
 from launchers.memory import oom_kills
 from launchers.reactor import READ, Reactor, Timer
@@ -39,6 +39,11 @@ LINE_ATTEMPTS, LINE_RETRY_DELAY = 40, 0.25
 # A kernel in another language that dies with Unix sockets is started again on loopback TCP. Kernels written in these
 # languages are built on ipykernel, which can use Unix sockets.
 IPC_LANGUAGES = ("python",)
+# What FAILED says of a direct kernel whose ports did not pass the check, by the refusal's kind.
+REFUSED = {
+    "plain": "its ports do not speak CurveZMQ",
+    "no_greeting": "the kernel listened, but did not answer there, so that its encryption could not be checked",
+}
 
 
 class StartRefused(Exception):
@@ -83,7 +88,7 @@ class Kernel:
         self._pipe: int | None = None
         self._check: Timer | None = None
         self._curve: CurveCheck | None = None
-        self._refusal = ""  # why the process, which is being killed, may not run
+        self._refusal: Refusal | None = None  # why the process, which is being killed, may not run
         self._deadline = time.monotonic() + float(spec["start_timeout"])
         self._asked_to_stop = False
         self._oom_kills = 0  # in this job's control group when the process was started
@@ -114,6 +119,7 @@ class Kernel:
 
     def _launch(self, wanted_ports: dict[str, int] | None) -> None:
         self._attempt += 1
+        self._close_curve_check()  # the check of a process that has died says nothing of the next one
         self._oom_kills = oom_kills()
         if self.mode == "ipc":
             self.ip = os.path.join(self.directory, "c")
@@ -191,15 +197,20 @@ class Kernel:
             pause = max(CHECK_INTERVAL, 4 * (time.monotonic() - began))
             self._check = self._reactor.later(pause, self._check_channels)
 
-    def _on_greetings(self, failure: str) -> None:
+    def _on_greetings(self, refusal: Refusal | None) -> None:
         """A direct kernel without CurveZMQ is killed, and FAILED is sent once it has ended and its ports are closed."""
         if self.state != "starting":
             return
-        if failure:
-            self._refusal = failure
+        if refusal:
+            self._refusal = refusal
             self.signal(signal.SIGKILL)
         else:
             self._listening()
+
+    def _close_curve_check(self) -> None:
+        if self._curve:
+            self._curve.close()
+            self._curve = None
 
     def _listening(self) -> None:
         self.state = "running"
@@ -364,10 +375,11 @@ class Kernel:
 
     def _died_at_start(self, returncode: int) -> None:
         """Start the kernel again where other ports or another transport may help."""
-        if self._refusal and returncode == -signal.SIGKILL:
-            self._fail("plain", f"its ports do not speak CurveZMQ ({self._refusal})")
+        killed_for_memory = self._was_killed_for_memory(returncode)
+        if self._refusal and returncode == -signal.SIGKILL and not killed_for_memory:
+            self._fail(self._refusal.kind, f"{REFUSED[self._refusal.kind]} ({self._refusal.why})")
             return
-        self._refusal = ""
+        self._refusal = None
         if self.mode == "ipc":
             again = self.spec.get("language") not in IPC_LANGUAGES and self._attempt == 1
             self.mode = "tcp" if again else "ipc"
@@ -375,7 +387,7 @@ class Kernel:
             lost_a_port = ports.tcp_listening(self.ports.values()) or b"ddress already in use" in self._tail
             again = bool(lost_a_port) and self._attempt < PORT_ATTEMPTS
         if not again:
-            memory = ", killed for memory" if self._was_killed_for_memory(returncode) else ""
+            memory = ", killed for memory" if killed_for_memory else ""
             self._fail("died", f"the kernel died at start: {wire.describe_exit(returncode)}{memory}")
             return
         try:
@@ -408,8 +420,7 @@ class Kernel:
         self.output.close()
         if self._check:
             self._check.cancel()
-        if self._curve:
-            self._curve.close()
+        self._close_curve_check()
         self._close_pipe()
         if self._log is not None:
             self._log.close()

@@ -20,6 +20,7 @@ from gateway_slurm.errors import (
     KernelStartError,
     LauncherFailed,
     LinkError,
+    NoGreeting,
     NotEncrypted,
     StartTimeout,
 )
@@ -38,6 +39,12 @@ JOB_END_SECONDS = 0.2
 """Seconds after a kernel's EXIT in which its launcher reports, or shows by its own end, that Slurm ends the job."""
 _JOB_END_CODES = {code for signum in (signal.SIGTERM, signal.SIGKILL) for code in (-signum, 128 + signum)}
 """How a kernel ends whose job Slurm ends: scancel(1) and slurm.conf(5), KillWait; 128 and more behind a shell."""
+START_ERRORS: dict[str, type[KernelStartError]] = {
+    "timeout": StartTimeout,
+    "plain": NotEncrypted,
+    "no_greeting": NoGreeting,
+}
+"""The error for each kind of FAILED; for other kinds KernelStartError."""
 
 
 class KernelProcess:
@@ -115,9 +122,9 @@ class KernelProcess:
             selected = await self._select(launch)
             try:
                 self._set_endpoint(await self._launch(selected))
-            except NotEncrypted as error:
+            except (NotEncrypted, NoGreeting) as error:
                 self.log.warning("kernel %s: %s", self.kernel_id, printable(error))
-                self._set_endpoint(await self._launch_tunnelled(launch))
+                self._set_endpoint(await self._launch_tunnelled(launch, error))
         except BaseException as error:
             self.stop()
             if self.phase is not Phase.DEAD:
@@ -142,11 +149,17 @@ class KernelProcess:
             self._close_tunnel()
         return selected.launch
 
-    async def _launch_tunnelled(self, launch: KernelLaunch) -> dict[str, Any]:
-        """Start the kernel again through the tunnel: its kernelspec declares CurveZMQ, and the kernel lacks it.
+    async def _launch_tunnelled(self, launch: KernelLaunch, error: NotEncrypted | NoGreeting) -> dict[str, Any]:
+        """Start the kernel again through the tunnel: its kernelspec declares CurveZMQ, and it did not show that.
 
-        Raises NotEncrypted where the request must be direct.
+        Raises ``error``, with what to do, where the request must be direct.
         """
+        unanswered = isinstance(error, NoGreeting)
+        if launch.mode == "direct" and unanswered:
+            raise NoGreeting(
+                f"connect = direct, but {error.brief}: the node may be overloaded or have been suspended. Try again, "
+                "or use connect = auto or tunnel"
+            )
         if launch.mode == "direct":
             raise NotEncrypted(
                 "connect = direct, but the kernel listened without encryption although its kernelspec declares "
@@ -156,7 +169,10 @@ class KernelProcess:
         self.generation += 1
         self._started = asyncio.get_running_loop().create_future()
         self.launched = launch.tunnelled(
-            "the kernel listened without encryption, although its kernelspec declares CurveZMQ (supported_encryption)"
+            "the kernel did not answer the check of its encryption in time"
+            if unanswered
+            else "the kernel listened without encryption, although its kernelspec declares CurveZMQ "
+            "(supported_encryption)"
         )
         return await self._launch(self.launched)
 
@@ -336,7 +352,7 @@ class KernelProcess:
         if self.phase is Phase.LOST:
             self._end(1, message, brief)
             return
-        error_type = {"timeout": StartTimeout, "plain": NotEncrypted}.get(str(fields.get("kind")), KernelStartError)
+        error_type = START_ERRORS.get(str(fields.get("kind")), KernelStartError)
         self.fail_start(error_type(message, output_tail=self.output_tail, brief=brief))
 
     def fail_start(self, error: GatewaySlurmError) -> None:
