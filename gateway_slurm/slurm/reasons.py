@@ -77,6 +77,10 @@ REASONS: Final[tuple[PendingReason, ...]] = (
                   "the partition starts no jobs: use another one, or ask the administrators when it will"),
     PendingReason("ReqNodeNotAvail, UnavailableNodes:*; NodeDown", r"ReqNodeNotAvail,\s*UnavailableNodes|NodeDown",
                   _ACTION, "these nodes are down or drained: ask for others, or wait until they are returned to use"),
+    # A limit of what runs at one time (GrpTRESRunMins): the minutes that running jobs may still use.
+    PendingReason("AssocGrp*RunMinutes*, QOSGrp*RunMinutes*",
+                  r"(?:Assoc|QOS)Grp\w*RunMinutes\w*", _PASSES,
+                  "other jobs must end first, or come nearer to their ends; less time (runtime) may start sooner"),
     PendingReason("AssocGrp*Minutes*, QOSGrp*Minutes*, QOSUsageThreshold",
                   r"(?:Assoc|QOS)Grp\w*Minutes\w*|(?:Assoc|QOS)GrpWall\w*|QOSUsageThreshold"
                   r"|Job is at or exceeds .*(?:group max TRES\S* minutes|group wall limit)", _ACTION,

@@ -17,6 +17,7 @@ PASSES, ACTION, NEVER = Outlook.PASSES, Outlook.NEEDS_ACTION, Outlook.NEVER
         ("BeginTime", PASSES), ("Dependency", PASSES), ("Licenses", PASSES), ("Reservation", PASSES),
         ("AssocGrpCpuLimit", PASSES), ("QOSGrpNodeLimit", PASSES), ("AssocMaxJobsLimit", PASSES),
         ("QOSMaxCpuPerUserLimit", PASSES), ("QOSMaxGRESPerUser", PASSES), ("MaxGRESPerAccount", PASSES),
+        ("AssocGrpCPURunMinutesLimit", PASSES), ("QOSGrpGRESRunMinutes", PASSES), ("AssocGrpMemRunMinutes", PASSES),
         ("ReqNodeNotAvail, May be reserved for other job", PASSES),
         ("ReqNodeNotAvail, Reserved for maintenance", PASSES),
         ("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions", PASSES),
