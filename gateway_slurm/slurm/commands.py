@@ -52,6 +52,7 @@ _PREFIX: Final = re.compile(
     r"^(?:sbatch|srun|scancel|squeue|slurm_load_jobs|slurmstepd)(?:: | )(?:error|fatal): ", re.M
 )
 _MAX_MESSAGE: Final = 4000  # characters
+_SAME_LENGTH: Final = 5.0  # seconds
 _JOB_FIELDS: Final = (
     "JobID", "JobArrayID", "State", "Reason", "NodeList", "UserName", "Partition", "Account",
     "SubmitTime", "StartTime", "EndTime", "TimeLeft", "TimeLimit", "exit_code", "Name", "Comment",
@@ -399,9 +400,16 @@ def _epoch(value: str) -> float | None:
 
 
 def _clock(job: Mapping[str, str]) -> float | None:
-    """The clock of the host that squeue ran on, which calculated the time left; None where a job does not run."""
-    end, left = _epoch(job["EndTime"]), seconds(job["TimeLeft"])
-    return end - left if job["State"].strip() == "RUNNING" and end and left else None
+    """The clock of the host that squeue ran on, which calculated the time left.
+
+    None where a job does not run, and where its end is not its start plus its time limit: at a preemption with a grace
+    time slurmctld moves the end forward and leaves the limit, by which squeue calculates the time left.
+    """
+    start, end, left = _epoch(job["StartTime"]), _epoch(job["EndTime"]), seconds(job["TimeLeft"])
+    limit = seconds(job["TimeLimit"])
+    if job["State"].strip() != "RUNNING" or not (start and end and left and limit):
+        return None
+    return end - left if abs(end - start - limit) <= _SAME_LENGTH else None
 
 
 def _limit(value: str) -> int | None:

@@ -150,15 +150,14 @@ class CommandLineDriver:
         result = await self.runner.run(commands.jobs_command(jobids, mark=mark))
         alone = len(jobids) == 1
         found = commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark, alone=alone)
-        # A login node's clock may be another one than this host's.
-        return {jobid: info.by_clock(time.time()) for jobid, info in found.items()}
+        return _by_this_clock(found)
 
     async def find(self, comment: str) -> dict[str, JobInfo]:
         """Run one squeue for all jobs of the user: it cannot choose by comment."""
         mark = _mark()
         result = await self.runner.run(commands.own_jobs_command(mark=mark))
         found = commands.parse_jobs(result.exit_status, result.stdout, result.stderr, mark=mark)
-        return {jobid: info for jobid, info in found.items() if info.comment.startswith(comment)}
+        return _by_this_clock({jobid: info for jobid, info in found.items() if info.comment.startswith(comment)})
 
     async def queue_positions(self, partitions: Collection[str]) -> dict[str, int]:
         mark = _mark()
@@ -200,6 +199,11 @@ class SrunStep:
     def kill(self) -> None:
         """End the step. On SIGTERM srun kills the step at once; a SIGKILL of srun would leave the step running."""
         self._process.terminate()
+
+
+def _by_this_clock(found: Mapping[str, JobInfo]) -> dict[str, JobInfo]:
+    """Return the jobs with times by this host's clock: a login node's may be another one."""
+    return {jobid: info.by_clock(time.time()) for jobid, info in found.items()}
 
 
 def plain_job(jobid: str, found: Mapping[str, JobInfo]) -> JobInfo:

@@ -90,6 +90,7 @@ class JobInfo:
     name: str = ""
     comment: str = ""
     submit_time: float | None = None
+    """By Slurm's clock, always: it tells the job from others with its id, and must not change between answers."""
     start_time: float | None = None
     end_time: float | None = None
     """When the time limit will end a running job, or when a finished job ended."""
@@ -103,14 +104,12 @@ class JobInfo:
     """``123_4`` for an array task, ``123+1`` for a component of a heterogeneous job; else the job id."""
 
     def by_clock(self, now: float) -> JobInfo:
-        """The same with times by a clock that shows ``now``; small differences are left."""
+        """The same with start and end by a clock that shows ``now``; small differences are left."""
         ahead = 0.0 if self.clock is None else now - self.clock
         if abs(ahead) < MAX_SKEW:
             return self
-        submit_time, start_time, end_time = (
-            None if at is None else at + ahead for at in (self.submit_time, self.start_time, self.end_time)
-        )
-        return replace(self, clock=now, submit_time=submit_time, start_time=start_time, end_time=end_time)
+        start_time, end_time = (None if at is None else at + ahead for at in (self.start_time, self.end_time))
+        return replace(self, clock=now, start_time=start_time, end_time=end_time)
 
     @property
     def meaning(self) -> Meaning:
