@@ -169,7 +169,7 @@ c = get_config()  # noqa: F821
 # c.SlurmMappingKernelManager.max_kernels_per_user = 0
 
 ## Seconds that a kernel that died, or did not start, is still listed, with the reason. Once a frontend has shown
-## the reason, it is listed for some seconds only.
+## the reason, and no other lacks output, it is listed for some seconds only.
 # c.SlurmMappingKernelManager.dead_kernel_linger = 600.0
 
 ## Whether kernels on Slurm end with the server. Default: they run on, and the next server restores them; without

@@ -159,8 +159,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     dead_kernel_linger = CFloat(
         600.0,
         config=True,
-        help="""Seconds that a kernel that died, or did not start, is still listed, with the reason. Once a frontend has
-        shown the reason, it is listed for some seconds only.""",
+        help="""Seconds that a kernel that died, or did not start, is still listed, with the reason. Once a frontend
+        has shown the reason, and no other lacks output, it is listed for some seconds only.""",
     )
     kill_kernels_on_exit = Bool(
         False,
@@ -191,7 +191,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self._owners: dict[str, tuple[str, str]] = {}
         # Whether the websockets are of our class, which shows kept output and warnings.
         self.has_frontends = True
-        self.frontends = Frontends(self, self._why_dead, self._failure_shown)
+        self.frontends = Frontends(self, self._why_dead, self._remove_soon)
         self.restorer = KernelRestorer(self)
         self._activities: dict[str, Activity] = {}
         self._states: dict[str, ExecutionState] = {}
@@ -463,14 +463,18 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self._remove_later(kernel_id, self.dead_kernel_linger)
         for channels in self.frontends.channels_of(kernel_id):
             channels.fail(reason)
-            if channels.failure_shown:
-                self._failure_shown(kernel_id)
+        self._remove_soon(kernel_id)
 
-    def _failure_shown(self, kernel_id: str) -> None:
-        """A frontend shows why the kernel is dead: list it no longer than it may be restarted.
+    def _remove_soon(self, kernel_id: str) -> None:
+        """Once a frontend shows why the kernel is dead, and all have their output, list it only while it may restart.
 
         JupyterLab runs no cell with a dead kernel. Once the kernel is not listed any more, a restart makes a new one.
         """
+        frontends = self.frontends.channels_of(kernel_id)
+        if not any(channels.failure_shown for channels in frontends):
+            return
+        if any(channels.has_unsent for channels in frontends):  # it would be lost; each frontend reports when it has it
+            return
         timer = self._lingering.get(kernel_id)
         provisioner = getattr(self.find_kernel(kernel_id), "provisioner", None)
         can_restart = isinstance(provisioner, SlurmProvisioner) and provisioner.can_restart

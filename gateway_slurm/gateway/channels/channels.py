@@ -57,7 +57,7 @@ class KernelChannels:
 
     ``ready`` waits until the kernel exists and returns "", or the reason why it never will. ``make_replay`` is called
     then; the replay continues the session where an earlier server had it. ``on_cell`` is called when the kernel has
-    begun a cell, ``on_failure_shown`` when the frontend shows why the kernel is dead.
+    begun a cell, ``on_failure_sent`` each time the frontend has all that is queued for it and the kernel is dead.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class KernelChannels:
         make_replay: Callable[[], Replay] = Replay,
         state: ExecutionState,
         on_cell: Callable[[], None] = lambda: None,
-        on_failure_shown: Callable[[], None] = lambda: None,
+        on_failure_sent: Callable[[], None] = lambda: None,
     ) -> None:
         self.kernel, self.log, self._state = kernel, log, state
         self._ready, self._subscribe_timeout = ready, subscribe_timeout
@@ -87,8 +87,10 @@ class KernelChannels:
         self._held_bytes = 0
         self._notice = WaitingNotice(lambda kind, content, cell: self._put(*self._make_message(kind, content, cell)))
         self.failure = ""
-        self._on_failure_shown = on_failure_shown
-        self.failure_shown = False
+        self._on_failure_sent = on_failure_sent
+        # Whether the frontend gets the reason with what is queued for it, and whether it has it.
+        self._failure_queued = self.failure_shown = False
+        self._reporting: asyncio.Task[None] | None = None
         # The header of the request whose cell the kernel began last.
         self.last_cell: dict[str, Any] = {}
         self._closed = False
@@ -123,10 +125,10 @@ class KernelChannels:
             text = f"gateway_slurm: {self._out.dropped} messages of output were dropped while no frontend was there\n"
             self._out.put_first(QueuedMessage(*self._make_message("stream", {"name": "stderr", "text": text})))
             self._out.dropped = 0
-        if self.failure and sink.reads_model:
-            self._show_failure()
-        elif self.failure:
-            self.send_status("starting")
+        if self.failure:
+            if not sink.reads_model:
+                self.send_status("starting")
+            self._report_failure()
         elif self._held is not None:
             self.send_status(self.kernel.execution_state or "starting")
         self._wake.set()
@@ -141,8 +143,8 @@ class KernelChannels:
     def from_client(self, channel: str, parts: list[bytes]) -> None:
         """Take a message for the kernel; raises MessageError when too much is held already."""
         if self.failure:
-            if self._refuse(channel, parts, self.failure):
-                self._show_failure()
+            self._failure_queued |= self._refuse(channel, parts, self.failure)
+            self._report_failure()
         elif self._held is None:
             self._send(channel, parts)
         else:
@@ -178,8 +180,8 @@ class KernelChannels:
             return
         self.failure = reason
         had_cells = self._answer_open(reason)
-        if self.refuse_held(reason) or had_cells or (self._sink is not None and self._sink.reads_model):
-            self._show_failure()
+        self._failure_queued = self.refuse_held(reason) or had_cells
+        self._report_failure()
 
     def refuse_held(self, reason: str) -> bool:
         """Answer with this reason all cells that are held for the kernel; they will not be sent to it.
@@ -205,20 +207,25 @@ class KernelChannels:
         self._refuse_cell(messages.header_of(parts), reason)
         return not _is_silent(parts)
 
-    def _show_failure(self) -> None:
-        """The frontend gets the reason: one that reads the kernel's model, from there; any other, under its cell.
+    def _report_failure(self) -> None:
+        """Call ``on_failure_sent`` once the frontend has all; one that is away has it after its next websocket.
 
-        The status ``dead`` would make it forget the kernel, after which it shows no reason and no reply: its cells
-        would not end. So it gets that only when the kernel is removed, soon after this.
+        The frontend gets the reason: one that reads the kernel's model, from there; any other, under its cell. The
+        status ``dead`` would make it forget the kernel, after which it shows no reason and no reply: its cells would
+        not end. So it gets that only when the kernel is removed, soon after this.
         """
-        self.failure_shown = True
-        self._on_failure_shown()
-        if self._sink is not None and self._sink.reads_model:
-            self._tasks.create_task(self._end_dead(self._sink))
+        if self._reporting is not None:
+            self._reporting.cancel()
+        if self._sink is not None:
+            self._reporting = self._tasks.create_task(self._report_when_sent(self._sink))
 
-    async def _end_dead(self, sink: Sink) -> None:
+    async def _report_when_sent(self, sink: Sink) -> None:
         await self._out.flushed.wait()
-        if self.failure and self._sink is sink:
+        if not self.failure or self._sink is not sink:
+            return
+        self.failure_shown = self.failure_shown or self._failure_queued or sink.reads_model
+        self._on_failure_sent()
+        if sink.reads_model:
             sink.end_dead(self.failure)
 
     def _answer_open(self, reason: str, name: str = "KernelDied") -> bool:
@@ -305,7 +312,7 @@ class KernelChannels:
         """
         if self._closed:
             return
-        self.failure, self.failure_shown = "", False
+        self.failure, self._failure_queued, self.failure_shown = "", False, False
         self._open()
         await self._continue()
 

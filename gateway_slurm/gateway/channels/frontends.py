@@ -31,14 +31,14 @@ LINK_SECONDS = 5.0
 class Frontends:
     """The frontends of one kernel manager, on its loop. ``close`` ends a kernel's.
 
-    ``why_dead`` waits until a kernel has started and returns "", or the reason why it is dead. ``on_failure_shown`` is
-    called with a kernel's id when a frontend shows why it is dead.
+    ``why_dead`` waits until a kernel has started and returns "", or the reason why it is dead. ``on_failure_sent`` is
+    called with a dead kernel's id each time a frontend has all that was queued for it.
     """
 
     def __init__(
-        self, manager: Any, why_dead: Callable[[str], Awaitable[str]], on_failure_shown: Callable[[str], None]
+        self, manager: Any, why_dead: Callable[[str], Awaitable[str]], on_failure_sent: Callable[[str], None]
     ) -> None:
-        self._manager, self._why_dead, self._on_failure_shown = manager, why_dead, on_failure_shown
+        self._manager, self._why_dead, self._on_failure_sent = manager, why_dead, on_failure_sent
         self._channels: dict[str, dict[str, KernelChannels]] = {}
         self._acks: dict[str, OutputAcks] = {}
         # The sessions' positions for kernels of an earlier server, once they are known.
@@ -76,7 +76,7 @@ class Frontends:
                 log=self._manager.log,
                 make_replay=partial(self._make_replay, kernel_id, session_id),
                 on_cell=partial(self._show_early_warnings, kernel_id),
-                on_failure_shown=partial(self._on_failure_shown, kernel_id),
+                on_failure_sent=partial(self._on_failure_sent, kernel_id),
                 state=self._manager.state_of(kernel_id),
             )
         return sessions[session_id]

@@ -1,0 +1,100 @@
+"""A kernel that is dead: which frontends have the reason, how long it is listed, and what it may still be asked for.
+
+The kernel manager is the gateway's; the kernel is a name with a start that fails when a test wants it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from gateway_slurm import SlurmMappingKernelManager
+from gateway_slurm.errors import KernelStartError
+from gateway_slurm.gateway import jupyter_compat
+from gateway_slurm.gateway.channels import messages
+from gateway_slurm.gateway.kernel_manager import SHOWN_LINGER
+from helpers.kernel_clients import poll_async
+
+KERNEL, REASON = "kernel-1", "invalid partition specified: nowhere"
+
+
+class Frontend:
+    """A websocket that takes everything."""
+
+    reads_model = False
+
+    def __init__(self):
+        self.got = []
+
+    def write(self, _channel, parts):
+        self.got.append(parts)
+        written = asyncio.get_running_loop().create_future()
+        written.set_result(None)
+        return written
+
+    def end(self, _reason):
+        pass
+
+    @property
+    def replies(self):
+        """The error of each cell that has one."""
+        found = [parts for parts in self.got if messages.header_of(parts)["msg_type"] == "execute_reply"]
+        return {messages.parent_id(parts): messages.content_of(parts)["evalue"] for parts in found}
+
+
+def execute(cell):
+    """The parts of a cell's request."""
+    header = {"msg_id": cell, "msg_type": "execute_request"}
+    return [json.dumps(part).encode() for part in (header, {}, {}, {"code": "1"})]
+
+
+@pytest.fixture
+async def manager():
+    """A kernel manager with one kernel, which is starting."""
+    manager = SlurmMappingKernelManager()
+    kernel = SimpleNamespace(kernel_id=KERNEL, kernel_name="slurm", ready=asyncio.get_running_loop().create_future())
+    kernel.execution_state, kernel.reason, kernel.ports = "starting", "", []
+    kernel.has_kernel, kernel.provisioner = False, None
+    jupyter_compat.add_kernel(manager, KERNEL, kernel)
+    yield manager
+    manager._lingering.pop(KERNEL).cancel()
+    manager.frontends.close(KERNEL, "the test is over")
+
+
+async def fail_start(manager):
+    """The kernel's start fails."""
+    manager.get_kernel(KERNEL).ready.set_exception(KernelStartError(REASON))
+    await manager.finish_start(KERNEL)
+
+
+def open_session(manager, name, *cells):
+    """A session with these cells, and its websocket."""
+    channels, frontend = manager.frontends.open_channels(KERNEL, name), Frontend()
+    channels.attach(frontend)
+    for cell in cells:
+        channels.from_client("shell", execute(cell))
+    return channels, frontend
+
+
+def listed_for(manager):
+    """Seconds for which the dead kernel is still listed."""
+    return manager._lingering[KERNEL].when() - asyncio.get_running_loop().time()
+
+
+async def test_a_dead_kernel_is_listed_until_a_frontend_that_was_away_has_the_reason(manager):
+    """Nothing that is queued for it is lost, also where another page shows the reason already."""
+    away, gone = open_session(manager, "away", "a")
+    away.detach(gone)
+    await fail_start(manager)
+    assert not away.failure_shown
+    here, page = open_session(manager, "here")
+    here.from_client("shell", execute("b"))
+    assert await poll_async(lambda: here.failure_shown, timeout=10)
+    assert page.replies == {"b": REASON}
+    assert listed_for(manager) > manager.dead_kernel_linger / 2
+    _channels, back = open_session(manager, "away")
+    assert await poll_async(lambda: listed_for(manager) <= SHOWN_LINGER, timeout=10)
+    assert (away.failure_shown, back.replies) == (True, {"a": REASON})
