@@ -19,17 +19,19 @@ import prometheus_client
 from jupyter_client.jsonutil import json_default
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_server.auth.decorator import allow_unauthenticated, authorized, ws_authenticated
-from jupyter_server.base.handlers import APIHandler
+from jupyter_server.base.handlers import APIHandler, JupyterHandler
 from jupyter_server.services.api.handlers import IdentityHandler
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from jupyter_server.utils import url_escape, url_path_join
 from tornado import web
+from tornado.log import gen_log
 
+from gateway_slurm._util import in_one_line
 from gateway_slurm.errors import GatewaySlurmError, LinkError
 from gateway_slurm.events import OVER_LIMIT, UNKNOWN_KERNELSPEC, outcome_of, reason_of
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
-from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, message_of
+from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, log_text_of, message_of
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.openapi import description
@@ -62,14 +64,46 @@ async def wait_restored(handler: web.RequestHandler) -> None:
         raise web.HTTPError(503, NOT_RESTORED) from error
 
 
-def refusal_of(handler: APIHandler) -> str:
-    """Why the request's user is not known; the percent signs are doubled, as HTTPError needs them."""
-    provider = handler.identity_provider
-    reason = provider.refusal_of(handler) if isinstance(provider, GatewayIdentityProvider) else ""
-    return (reason or "the user of this request is not known").replace("%", "%%")
+class ExplainsErrors(JupyterHandler):
+    """A handler whose errors are JSON with the reason; the log has it in one line, without a kernel's output."""
+
+    @property
+    def refusal(self) -> str:
+        """Why the request's user is not known; "" where that is not known, or there is a user."""
+        provider = self.identity_provider
+        return provider.refusal_of(self) if isinstance(provider, GatewayIdentityProvider) else ""
+
+    def check_xsrf_cookie(self) -> None:
+        """As jupyter_server's. Before that, raise HTTPError 403 with the reason for a user that is not known."""
+        if self.refusal:
+            raise web.HTTPError(403, self.refusal)
+        super().check_xsrf_cookie()
+
+    def _handle_request_exception(self, e: BaseException) -> None:
+        super()._handle_request_exception(as_http(e))
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        """Log a mistake in a request in one line: it is no fault of the gateway's, and users write parts of it."""
+        error = as_http(value)
+        if not isinstance(error, web.HTTPError):
+            super().log_exception(typ, value, tb)
+        elif text := log_text_of(error):
+            gen_log.warning("%d %s: %s", error.status_code, in_one_line(self._request_summary()), in_one_line(text))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Answer with JSON; Jupyter's frontends show its ``message``."""
+        # Tornado passes the error that was raised, not the HTTPError for it.
+        error = as_http(kwargs["exc_info"][1]) if "exc_info" in kwargs else None
+        message = message_of(error) if isinstance(error, web.HTTPError) else ""
+        if status_code == 503:
+            self.set_header("Retry-After", RETRY_AFTER)
+        if not message:
+            message = "the gateway failed; its log says why" if status_code == 500 else self._reason
+        self.set_header("Content-Type", "application/json")
+        self.finish(json.dumps({"message": message, "reason": self._reason}))
 
 
-class GatewayHandler(ForwardsRequests, APIHandler):
+class GatewayHandler(ForwardsRequests, ExplainsErrors, APIHandler):
     """A handler of the gateway's API: JSON in and out, and each user sees what they own."""
 
     auth_resource = "kernels"
@@ -104,7 +138,7 @@ class GatewayHandler(ForwardsRequests, APIHandler):
 
     def get_login_url(self) -> str:
         """Called where a request needs a user and has none. Raises HTTPError 403 with the reason."""
-        raise web.HTTPError(403, refusal_of(self))
+        raise web.HTTPError(403, self.refusal or "the user of this request is not known")
 
     def check_kernel(self, kernel_id: str) -> None:
         """Raise HTTPError 404 for a kernel that does not exist, or that this user may not see."""
@@ -138,25 +172,6 @@ class GatewayHandler(ForwardsRequests, APIHandler):
         """Answer 204, without a body."""
         self.set_status(204)
         self.finish()
-
-    def _handle_request_exception(self, e: BaseException) -> None:
-        super()._handle_request_exception(as_http(e))
-
-    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
-        """Log a mistake in a request without a traceback: it is no fault of the gateway's."""
-        error = as_http(value)
-        super().log_exception(type(error), error, None if error is not value else tb)
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer with JSON; Jupyter's frontends show its ``message``."""
-        # Tornado passes the error that was raised, not the HTTPError for it.
-        error = as_http(kwargs["exc_info"][1]) if "exc_info" in kwargs else None
-        message = message_of(error) if isinstance(error, web.HTTPError) else ""
-        if status_code == 503:
-            self.set_header("Retry-After", RETRY_AFTER)
-        if not message:
-            message = "the gateway failed; its log says why" if status_code == 500 else self._reason
-        self.finish(json.dumps({"message": message, "reason": self._reason}))
 
 
 def text_field(body: dict[str, Any], name: str, default: str = "", *, max_length: int = 4096) -> str:
@@ -308,15 +323,21 @@ class KernelLogsHandler(GatewayHandler):
             if isinstance(provisioner, SlurmProvisioner) and provisioner.holds_kernel:
                 logs = await provisioner.read_logs()
         except LinkError as error:
-            raise web.HTTPError(409, f"the logs cannot be read now: {error}") from error
+            message = "the logs cannot be read now: {}"
+            raise PlainHTTPError(409, message.format(error), brief=message.format(reason_of(error))) from error
         self.answer(logs)
 
 
-class ChannelsHandler(ForwardsWebsocket, KernelWebsocketHandler):
+class ChannelsHandler(ForwardsWebsocket, ExplainsErrors, KernelWebsocketHandler):
     """``/api/kernels/{kernel_id}/channels``: the websocket."""
 
     async def prepare(self, *args: Any, **kwargs: Any) -> None:
-        await super().prepare(*args, **kwargs)
+        try:
+            await super().prepare(*args, **kwargs)
+        except web.HTTPError as error:
+            if error.status_code == 403 and self.refusal:  # jupyter_server's has no reason
+                raise web.HTTPError(403, self.refusal) from error
+            raise
         await wait_restored(self)
 
     @ws_authenticated

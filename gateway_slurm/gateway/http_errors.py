@@ -18,6 +18,7 @@ from gateway_slurm.errors import (
     SubmitRefused,
     UnknownJob,
 )
+from gateway_slurm.events import reason_of
 
 # The first class that the error is an instance of counts.
 STATUS: tuple[tuple[type[Exception], int], ...] = (
@@ -38,7 +39,18 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 
 class PlainHTTPError(web.HTTPError):
-    """An HTTPError whose text is its message alone: jupyter_server puts the text of an error into its own answers."""
+    """An HTTPError whose text is its message alone: jupyter_server puts the text of an error into its own answers.
+
+    ``brief`` is the message for the log, without the kernel's command line and output; default: the message.
+    """
+
+    def __init__(self, status_code: int, message: str, *, brief: str = "") -> None:
+        super().__init__(status_code, message)
+        self.brief = brief or message
+
+    def get_message(self) -> str:
+        """What tornado logs."""
+        return self.brief
 
     def __str__(self) -> str:
         return message_of(self)
@@ -48,8 +60,13 @@ def as_http(error: BaseException) -> BaseException:
     """The HTTPError for an error of the package; any other error is returned unchanged."""
     for kind, status in STATUS:
         if isinstance(error, kind):
-            return PlainHTTPError(status, str(error))
+            return PlainHTTPError(status, str(error), brief=reason_of(error))
     return error
+
+
+def log_text_of(error: web.HTTPError) -> str:
+    """The text of an HTTPError for the log, which must not have what a kernel printed."""
+    return error.brief if isinstance(error, PlainHTTPError) else message_of(error)
 
 
 def message_of(error: web.HTTPError) -> str:

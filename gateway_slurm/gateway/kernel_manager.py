@@ -26,13 +26,14 @@ from traitlets import Bool, CFloat, CInt, default, observe
 from gateway_slurm._jupyter_compat import renew_control_socket
 from gateway_slurm._util import TaskSet, call_on, printable
 from gateway_slurm.errors import ConfigError, GatewaySlurmError
+from gateway_slurm.events import reason_of
 from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.auth.user import can_see
 from gateway_slurm.gateway.channels.frontends import Frontends
 from gateway_slurm.gateway.channels.sockets import DEFAULT_MAX_MESSAGE, Activity, prepare_context
 from gateway_slurm.gateway.channels.state import ExecutionState
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
-from gateway_slurm.gateway.http_errors import as_http
+from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http
 from gateway_slurm.gateway.restore import KernelRestorer, ready_of, server_deployment
 from gateway_slurm.gateway.sessions import SlurmSessionManager
 from gateway_slurm.gateway.waiting import GIVE_UP, STARTING, given_up_text, waiting_text
@@ -604,7 +605,9 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         except Exception as error:
             self._set_dead(kernel_id, failure_text(error))
             status = 409 if isinstance(error, GatewaySlurmError) else 500
-            raise web.HTTPError(status, f"the kernel was not restarted: {failure_text(error)}") from error
+            message = "the kernel was not restarted: {}"
+            brief = message.format(reason_of(error))
+            raise PlainHTTPError(status, message.format(failure_text(error)), brief=brief) from error
         except asyncio.CancelledError:
             if restarting.cancelled():
                 raise web.HTTPError(409, "the kernel was shut down while it was restarted") from None

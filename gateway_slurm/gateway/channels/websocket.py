@@ -9,11 +9,11 @@ import asyncio
 from typing import Any
 
 from jupyter_server.services.kernels.connection.base import BaseKernelWebsocketConnection
-from tornado import web
 from tornado.websocket import WebSocketClosedError
 
 from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.channels import KernelChannels
+from gateway_slurm.gateway.http_errors import PlainHTTPError
 
 # RFC 6455, section 7.4.1.
 POLICY_VIOLATION = 1008
@@ -48,7 +48,7 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         if messages.V1 in map(str.strip, offered) and self.kernel_ws_protocol in (None, messages.V1):
             reason = self.multi_kernel_manager.frontends.refusal(self.kernel_id, self.session_id)
             if reason:
-                raise web.HTTPError(410, f"the kernel is dead: {reason}")
+                raise PlainHTTPError(410, f"the kernel is dead: {reason}", brief="the kernel is dead")
 
     async def connect(self) -> None:
         # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
