@@ -154,6 +154,10 @@ class MultiUserSlurm:
     found: dict[str, SlurmDriver] = field(default_factory=dict)
     """The driver of the user that a job was found as, by job id."""
 
+    @property
+    def is_local(self) -> bool:
+        return self.driver.is_local
+
     async def jobs(self, jobids: Collection[str]) -> dict[str, JobInfo]:
         """Ask for all with one squeue.
 

@@ -156,7 +156,7 @@ class AllocationReleaser:
 
     async def _find_use(self, allocation: Allocation) -> tuple[Use | None, str]:
         # A job that this process has submitted began later than this process.
-        if (not allocation.ours or allocation.restored) and allocation.jobid in jobs_of_this_process():
+        if (not allocation.ours or allocation.restored) and allocation.jobid in jobs_of_this_process(self._driver):
             return Use.SERVER, ""
         try:
             used = await asyncio.to_thread(self._table.registry.used_jobs, by_others=True)

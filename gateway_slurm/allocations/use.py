@@ -61,17 +61,20 @@ async def use_without_server(driver: SlurmJobs, jobid: str, identity: str) -> tu
 
     Raises SlurmError, and StepsUnknown where the access to Slurm cannot list steps.
     """
-    if jobid in jobs_of_this_process():
+    if jobid in jobs_of_this_process(driver):
         return Use.SERVER, ""
     steps = await driver.steps(jobid)
     return use_by_steps(steps, own={step.number for step in steps if step.name == STEP_NAME}, identity=identity)
 
 
-def jobs_of_this_process() -> frozenset[str]:
+def jobs_of_this_process(driver: SlurmJobs) -> frozenset[str]:
     """The ids of the jobs that this process runs in: by Slurm's variables, and by its cgroup if these are gone.
 
-    A process in the shell of ``salloc`` is on no node of the job, and still counts.
+    A process in the shell of ``salloc`` is on no node of the job, and still counts. Where the driver reaches Slurm on
+    another machine there are none: that cluster may give the same number to another job.
     """
+    if not driver.is_local:
+        return frozenset()
     found = {os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_JOBID")}
     with contextlib.suppress(OSError):  # /proc is hidden
         found |= set(_JOB_IN_CGROUP.findall(Path("/proc/self/cgroup").read_text()))

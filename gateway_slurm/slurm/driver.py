@@ -45,6 +45,10 @@ class SlurmJobs(Protocol):
     then. No method keeps anything open between calls.
     """
 
+    @property
+    def is_local(self) -> bool:
+        """Whether Slurm is reached by this machine's commands: a job that this process runs in is this cluster's."""
+
     async def jobs(self, jobids: Collection[str]) -> dict[str, JobInfo]:
         """Return all of these jobs with one request; a job that a healthy controller does not know is left out."""
 
@@ -94,6 +98,10 @@ class CommandLineDriver:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+
+    @property
+    def is_local(self) -> bool:
+        return self.runner.is_local
 
     async def cluster_info(self) -> ClusterInfo:
         config = await self._output(commands.config_command())

@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Final
+from typing import IO, Any, ClassVar, Final
 
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable, Unanswered
 
@@ -53,6 +53,9 @@ class Runner:
     ``search_path`` holds the directories of Slurm's commands (default: PATH at the time of each call); ``slurm_conf``
     overrides SLURM_CONF; ``timeout`` is in seconds. ``counts`` is how often each command ran.
     """
+
+    is_local: ClassVar[bool] = True
+    """Whether the commands run on this machine."""
 
     def __init__(
         self,

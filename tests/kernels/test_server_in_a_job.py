@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.allocations.use import jobs_of_this_process
+from gateway_slurm.slurm.driver import CommandLineDriver
+from gateway_slurm.slurm.rest.driver import RestDriver
+from gateway_slurm.slurm.runner import Runner
+from gateway_slurm.slurm.ssh.runner import SshRunner
 from helpers.kernel_clients import READY, job_state
 from helpers.private_slurm import poll, slurm, steps_of
 
@@ -79,10 +83,16 @@ def test_the_servers_own_job_is_never_ended(kernelspecs, cluster, tmp_path, monk
     ],
 )
 def test_a_process_knows_its_jobs(monkeypatch, variables, cgroup, jobs):
-    """By Slurm's variables, and by its cgroup where a service manager or sudo has removed them."""
+    """By Slurm's variables, and by its cgroup where a service manager or sudo has removed them.
+
+    On a cluster behind a login node or a REST interface the same number is another job.
+    """
     for name in ("SLURM_JOB_ID", "SLURM_JOBID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Path, "read_text", lambda _path: cgroup)
-    assert jobs_of_this_process() == jobs
+    assert jobs_of_this_process(CommandLineDriver(Runner())) == jobs
+    by_ssh = CommandLineDriver(SshRunner.__new__(SshRunner))
+    by_rest = RestDriver.__new__(RestDriver)
+    assert [jobs_of_this_process(driver) for driver in (by_ssh, by_rest)] == [set(), set()]

@@ -124,6 +124,8 @@ async def test_the_name_of_somebodys_step_is_shown_not_obeyed():
     """The doctor, and a server's log, say why an orphan is left."""
 
     class Jobs:
+        is_local = True
+
         async def steps(self, _jobid):
             return [StepInfo(stepid="7.0", name=FORGED)]
 

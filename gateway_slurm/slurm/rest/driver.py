@@ -126,6 +126,7 @@ class RestDriver:
 
     # A step in a job from outside the job needs srun.
     can_adopt: Final = False
+    is_local: Final = False
 
     def __init__(self, rest: Slurmrestd, user: str, *, find_launcher: Callable[[str], StepLauncher | None]) -> None:
         if not is_user_name(user):

@@ -40,6 +40,8 @@ class SshRunner(Runner):
     close the connection. All methods are called on one loop.
     """
 
+    is_local = False
+
     def __init__(
         self, connection: SshConnection, search_path: str | None, slurm_conf: str | None, timeout: float
     ) -> None:

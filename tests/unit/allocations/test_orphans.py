@@ -116,6 +116,8 @@ def test_a_kept_job_is_left_and_a_job_that_is_over_or_foreign_is_ignored():
 class Slurm:
     """Answers from memory, and notes which jobs were cancelled."""
 
+    is_local = True
+
     def __init__(self, *jobs: JobInfo, steps=()) -> None:
         self.known, self._steps = {info.jobid: info for info in jobs}, list(steps)
         self.cancelled: list[str] = []
