@@ -448,6 +448,7 @@ class Launcher:
             "heartbeat": self._heartbeat,
             "orphan_timeout": self._settings.orphan_timeout,
             "remaining": None if self._job.end_time is None else self._job.end_time - time.time(),
+            "end_time": self._job.end_time,  # for launchers of the previous version
             "warn_minutes": self._settings.walltime_warnings,
             "kept_output": self._kept_output,
             "log_days": self._settings.log_retention,
@@ -516,7 +517,8 @@ class Launcher:
         calculated = in_seconds(60.0 * minutes - float(age or 0)) if minutes and in_seconds(age) else None
         if slurms and calculated and abs(slurms - calculated) > MAX_DELAY:
             slurms = None
-        return in_seconds(hello.get("remaining")) or slurms or calculated
+        # A launcher of the previous version repeats the end that its server sent.
+        return in_seconds(hello.get("remaining")) or moment(hello.get("end_time")) or slurms or calculated
 
     def _compare_clocks(self, clock: Any) -> None:
         """Log it where the node's clock is wrong, or this server's: kernels stamp their messages by the node's."""

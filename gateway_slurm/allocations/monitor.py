@@ -71,7 +71,8 @@ class WalltimeMonitor:
             self.log.info("job %s %s time: its time limit was changed, it ends at %s", allocation.jobid, change, clock)
             for other in allocation.launchers.values():
                 other.end_time = end
-                other.send("END_TIME", remaining=end - time.time())
+                # For launchers of the previous version as well, which know ``end_time`` alone.
+                other.send("END_TIME", remaining=end - time.time(), end_time=end)
             due = end - time.time() < self._first_warning and (calculated is None or end < calculated)
         if due:
             launcher.warn_of_end(end)

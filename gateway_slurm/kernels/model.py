@@ -21,7 +21,7 @@ class KernelLaunch:
     start_timeout: float
     port_range: tuple[int, int] | None
     log_dir: str
-    umask: int
+    umask: int = 0o022  # the kernels of a record without one had environment.DEFAULT_UMASK
     why: str = ""  # why it is this mode, and what that costs
     directory: str | None = None  # the kernelspec's or the admin's: no other is taken
     default_directory: str | None = None  # where the node does not have ``cwd``

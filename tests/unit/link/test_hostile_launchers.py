@@ -347,6 +347,20 @@ async def test_a_launcher_that_asks_for_its_end_again_and_again_has_one_look(lim
     assert sum(not task.done() for task in limits.tasks) == 1
 
 
+async def test_a_changed_end_reaches_launchers_of_the_previous_version_too(
+    owner: Owner, limits: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They know the moment alone, and later ones the seconds until then. In HELLO either names the end."""
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(owner.launcher, "send", lambda _name, **fields: sent.append(fields))
+    monkeypatch.setitem(owner.allocation.launchers, "gs-a", owner.launcher)
+    limits.look(limits.slurm.end - 600, due=False)
+    assert await poll_async(lambda: bool(sent), timeout=10)
+    assert sent[0] == {"end_time": limits.slurm.end, "remaining": pytest.approx(3600, abs=60)}
+    for hello in ({"end_time": limits.slurm.end}, {"remaining": limits.slurm.end - time.time()}):
+        assert owner.launcher._end_time_of(hello) == pytest.approx(limits.slurm.end, abs=5)
+
+
 async def test_a_warning_that_is_due_is_not_lost_among_other_looks(
     limits: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
