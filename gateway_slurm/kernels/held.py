@@ -236,6 +236,7 @@ class KernelHandle:
         ``release_grace``; then the kernel is released.
         """
         self.cancel_timer()
+        was_dead = self.process.phase is Phase.DEAD
         self._restarting = True
         try:
             self._check_place()
@@ -246,7 +247,7 @@ class KernelHandle:
         except BaseException as error:
             # The manager may never call again.
             self._release_later(self._kernels.release_grace)
-            if self.process.phase is Phase.DEAD:
+            if self.process.phase is Phase.DEAD and not was_dead:
                 self._kernels.events.emit("kernel_ended", **self.facts(), reason=reason_of(error))
             raise
         finally:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from gateway_slurm.allocations.launcher import Launcher, LauncherEvents
-from gateway_slurm.allocations.model import Allocation
+from gateway_slurm.allocations.model import Allocation, Place
+from gateway_slurm.environment import DEFAULT_UMASK
+from gateway_slurm.errors import AllocationEnded
 from gateway_slurm.kernels import process as kernel_process
-from gateway_slurm.kernels.model import Phase
+from gateway_slurm.kernels.held import KernelHandle
+from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.process import KernelProcess
 from gateway_slurm.kernels.transport import TransportSelector
 from gateway_slurm.request import KernelRequest
@@ -135,3 +139,51 @@ async def test_a_death_is_a_crash_or_the_jobs_end_in_any_order_of_the_facts(case
     assert death.outcome == outcome
     assert len(ends) == (outcome is not None)
     death.kernel.detach()
+
+
+RECORDED = {
+    "argv": ["kernel"],
+    "env": {},
+    "cwd": None,
+    "connection": {},
+    "mode": "ipc",
+    "language": "python",
+    "start_timeout": 5.0,
+    "port_range": None,
+    "log_dir": "",
+}
+
+
+def test_a_launch_on_record_from_the_previous_version_is_read():
+    """It has no umask; its kernel was started with the usual one, and is restored in a rolling upgrade."""
+    assert KernelLaunch.from_json(RECORDED).umask == DEFAULT_UMASK
+    assert KernelLaunch.from_json({**RECORDED, "umask": 0o007}).umask == 0o007
+
+
+@pytest.mark.parametrize("crashed", [True, False], ids=["after a crash", "while it runs"])
+async def test_a_kernel_ends_in_one_event_however_often_its_restart_fails(crashed):
+    """A crash is that event; of a kernel that runs, the restart that stops it and fails."""
+    death, emitted = Death(), []
+    kernels = SimpleNamespace(
+        log=LOG, release_grace=60, events=SimpleNamespace(emit=lambda kind, **_fields: emitted.append(kind))
+    )
+    place = Place("k", "n1", death.launcher)
+    handle = KernelHandle(kernels, death.kernel, Allocation(ours=True, request=KernelRequest()), place)
+    death.kernel.started_at = 1.0
+    death.launcher._is_up.set()
+
+    def take(name, **_fields):
+        """Slurm ends the job while the kernel stops."""
+        if name == "STOP":
+            death.notice()
+            death.exit(KILL)
+
+    death.link.send = take
+    if crashed:
+        death.exit(SEGV)
+        death.notice()
+    for _click in range(3):
+        with pytest.raises(AllocationEnded):
+            await handle.restart(KernelLaunch.from_json(RECORDED))
+    handle.cancel_timer()
+    assert emitted == ["kernel_ended"]
