@@ -82,6 +82,11 @@ def slurm_model(kernel: Any) -> dict[str, Any]:
     return {"slurm": slurm}
 
 
+def has_started(kernel: Any) -> bool:
+    """Whether there is a kernel, dead or alive, that can be restarted and shut down; not after a start that failed."""
+    return bool(kernel.has_kernel or getattr(kernel.provisioner, "holds_kernel", False))
+
+
 def has_job(kernel: Any, owner: str) -> bool:
     """Whether a start has got as far as its job, or needs none: its kernel does not run on Slurm."""
     provisioner = getattr(kernel, "provisioner", None)
@@ -117,8 +122,7 @@ async def end_restart(kernel: Any, restarting: asyncio.Task[Any] | None) -> None
         while not (ready := ready_of(kernel)).done() and loop.time() < deadline:
             await asyncio.wait({ready}, timeout=deadline - loop.time())
     ready = ready_of(kernel)
-    exists = kernel.has_kernel or getattr(kernel.provisioner, "holds_kernel", False)
-    if not ready.done() or (exists and (ready.cancelled() or ready.exception() is not None)):
+    if not ready.done() or (has_started(kernel) and (ready.cancelled() or ready.exception() is not None)):
         jupyter_compat.set_ready(kernel)
 
 
@@ -371,6 +375,9 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             return "the kernel was shut down"
         ready = ready_of(kernel)
         await asyncio.wait({ready})
+        return self._start_failure(kernel_id, ready)
+
+    def _start_failure(self, kernel_id: str, ready: asyncio.Future[None]) -> str:
         if ready.cancelled():
             return "its start was cancelled"
         error = ready.exception()
@@ -622,9 +629,16 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         return result
 
     def _ready_kernel(self, kernel_id: str, verb: str) -> Any:
+        """The kernel's own manager. Raises HTTPError 409 where its start is under way or has failed, with the reason.
+
+        jupyter_client would submit another job for it, and jupyter_server would fail when the kernel runs.
+        """
         kernel: Any = self.get_kernel(kernel_id)
-        if not ready_of(kernel).done():
+        ready = ready_of(kernel)
+        if not ready.done():
             raise web.HTTPError(409, f"the kernel is still starting and cannot be {verb}; it can be shut down")
+        if (reason := self._start_failure(kernel_id, ready)) and not has_started(kernel):
+            raise web.HTTPError(409, f"the kernel did not start and cannot be {verb}: start a new kernel. {reason}")
         return kernel
 
     def _starting(self, kernel_id: str) -> asyncio.Task[None] | None:

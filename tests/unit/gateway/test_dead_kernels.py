@@ -10,6 +10,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from tornado.web import HTTPError
 
 from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.errors import KernelStartError
@@ -98,3 +99,13 @@ async def test_a_dead_kernel_is_listed_until_a_frontend_that_was_away_has_the_re
     _channels, back = open_session(manager, "away")
     assert await poll_async(lambda: listed_for(manager) <= SHOWN_LINGER, timeout=10)
     assert (away.failure_shown, back.replies) == (True, {"a": REASON})
+
+
+async def test_a_kernel_whose_start_failed_is_neither_restarted_nor_interrupted(manager):
+    """The answer has the reason and what to do, and no job is submitted for it: it is a conflict, not a fault."""
+    await fail_start(manager)
+    for request, verb in ((manager.restart_kernel, "restarted"), (manager.interrupt_kernel, "interrupted")):
+        with pytest.raises(HTTPError, match=f"cannot be {verb}: start a new kernel. {REASON}") as caught:
+            await request(KERNEL)
+        assert caught.value.status_code == 409
+    assert manager.get_kernel(KERNEL).execution_state == "dead"
