@@ -421,6 +421,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             kernel.stop_restarter()
             if self._is_dead(kernel_id):
                 kernel.reason = reason
+                for channels in self.frontends.channels_of(kernel_id):
+                    channels.fail(reason)
             self._set_dead(kernel_id, reason)
 
     def _after_death(self, kernel_id: str, kernel: Any) -> None:

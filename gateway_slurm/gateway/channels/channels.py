@@ -175,10 +175,10 @@ class KernelChannels:
             self._notice.set_text(text)
 
     def fail(self, reason: str) -> None:
-        """The kernel is dead: answer all cells that wait with the reason."""
-        if self.failure:
+        """The kernel is dead: answer all cells that wait with the reason, and later ones with the last reason."""
+        was_dead, self.failure = bool(self.failure), reason
+        if was_dead:
             return
-        self.failure = reason
         had_cells = self._answer_open(reason)
         self._failure_queued = self.refuse_held(reason) or had_cells
         self._report_failure()
@@ -206,6 +206,10 @@ class KernelChannels:
             return False
         self._refuse_cell(messages.header_of(parts), reason)
         return not _is_silent(parts)
+
+    def _clear_failure(self) -> None:
+        """The kernel is no longer dead."""
+        self.failure, self._failure_queued, self.failure_shown = "", False, False
 
     def _report_failure(self) -> None:
         """Call ``on_failure_sent`` once the frontend has all; one that is away has it after its next websocket.
@@ -257,6 +261,10 @@ class KernelChannels:
         self._put(*self._make_message("status", {"execution_state": "idle"}, header))
 
     def _send_reply(self, header: dict[str, Any], content: dict[str, Any]) -> None:
+        """Send a reply that is made here. With it the cell is over: a kernel that never had it would stay busy."""
+        msg_id = str(header.get("msg_id"))
+        self._requests.remove(msg_id)
+        self._state.replied(msg_id)
         self._put("shell", self._make_message("execute_reply", content, header)[1])
 
     def _make_message(
@@ -286,7 +294,8 @@ class KernelChannels:
         What the old process had is answered with the reason, and no longer reaches the new one, which answers requests
         for the kernel's info: JupyterLab takes no second answer to those.
         """
-        if self._held is None and not self.failure:
+        self._clear_failure()
+        if self._held is None:
             self._held = [(request.channel, request.parts) for request in self._requests.take_repeatable()]
             self._held_bytes = 0
         self._answer_open(reason, name)
@@ -312,7 +321,7 @@ class KernelChannels:
         """
         if self._closed:
             return
-        self.failure, self._failure_queued, self.failure_shown = "", False, False
+        self._clear_failure()  # also that of a first restart that failed while a second one was under way
         self._open()
         await self._continue()
 

@@ -44,6 +44,10 @@ class Requests:
             channel, header, parts if header.get("msg_type") == "kernel_info_request" else []
         )
 
+    def remove(self, msg_id: str) -> None:
+        """The request is answered in full, by the server."""
+        self._open.pop(msg_id, None)
+
     def on_reply(self, msg_id: str) -> None:
         """Note the kernel's reply, which may come before or after the status, by another connection."""
         if request := self._open.get(msg_id):

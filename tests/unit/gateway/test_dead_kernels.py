@@ -109,3 +109,19 @@ async def test_a_kernel_whose_start_failed_is_neither_restarted_nor_interrupted(
             await request(KERNEL)
         assert caught.value.status_code == 409
     assert manager.get_kernel(KERNEL).execution_state == "dead"
+
+
+async def test_a_dead_kernel_that_is_restarted_has_no_failure_but_that_of_the_restart(manager):
+    """What is run meanwhile is held and is answered if the restart fails, too; later cells get the last reason."""
+    await fail_start(manager)
+    channels, page = open_session(manager, "here", "before")
+    assert await poll_async(lambda: page.replies, timeout=10)
+    channels.hold("the kernel was restarted")
+    channels.from_client("shell", execute("meanwhile"))
+    await channels.flushed()
+    assert (channels.failure, page.replies) == ("", {"before": REASON})
+    channels.fail("the node is down")
+    channels.fail("the job has ended")
+    channels.from_client("shell", execute("after"))
+    await channels.flushed()
+    assert page.replies == {"before": REASON, "meanwhile": "the node is down", "after": "the job has ended"}
