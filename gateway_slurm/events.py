@@ -53,11 +53,16 @@ KINDS: Final[dict[str, Kind]] = {
     "kernel_not_started": Kind("kernel", "the start failed, or was cancelled; `outcome` says how"),
     "kernel_restarted": Kind("kernel", "the kernel was started again in its place"),
     "kernel_shutdown": Kind("kernel", "a user asked for the kernel's end; `by` is that user"),
+    "kernel_restart": Kind("kernel", "a user asked for the kernel's restart; `by` is that user"),
+    "kernel_interrupt": Kind("kernel", "a user interrupted the kernel, or gave its start up; `by` is that user"),
     "kernel_culled": Kind("kernel", "the server ends the kernel because it was idle"),
     "kernel_ended": Kind("kernel", "the kernel's process has ended; a restart may follow"),
     "kernel_taken_over": Kind("kernel", "this server has a kernel of another server now"),
     "allocation_submitted": Kind("allocation", "Slurm has accepted a job"),
     "allocation_adopted": Kind("allocation", "a kernel uses a job that this server has not submitted"),
+    "allocation_cancelled": Kind("allocation", "a user asked for the job's end; `by` is that user"),
+    "allocation_kept": Kind("allocation", "a user keeps the job after its last kernel; `by` is that user"),
+    "allocation_not_kept": Kind("allocation", "a user keeps the job no longer; `by` is that user"),
     "allocation_released": Kind("allocation", "this server has ended the job after its last kernel"),
     "allocation_ended": Kind("allocation", "Slurm says that the job is over", logging.WARNING),
     "link_lost": Kind("", "the connection to a launcher broke; the kernel may live", logging.DEBUG),
@@ -100,6 +105,8 @@ STARTED: Final = "started"
 CANCELLED: Final = "cancelled"
 OVER_LIMIT: Final = "over_limit"
 UNKNOWN_KERNELSPEC: Final = "unknown_kernelspec"
+TAKEN_ID: Final = "taken_id"
+NOT_KNOWN_NOW: Final = "not_known_now"
 # How a start ends by its error; the first class that the error is an instance of counts.
 _OUTCOMES: Final[tuple[tuple[type[BaseException], str], ...]] = (
     (NotAllowed, "not_allowed"),
@@ -118,8 +125,10 @@ _OUTCOMES: Final[tuple[tuple[type[BaseException], str], ...]] = (
     (GatewaySlurmError, "other_error"),
     (Exception, "internal_error"),
 )
-OUTCOMES: Final = (STARTED, OVER_LIMIT, UNKNOWN_KERNELSPEC, *(name for _kind, name in _OUTCOMES), CANCELLED)
-"""All outcomes of a start; the server of a deployment finds those of a limit and of an unknown kernelspec."""
+_OF_SERVER: Final = (OVER_LIMIT, UNKNOWN_KERNELSPEC, TAKEN_ID, NOT_KNOWN_NOW)
+OUTCOMES: Final = (STARTED, *_OF_SERVER, *(name for _kind, name in _OUTCOMES), CANCELLED)
+"""All outcomes of a start. The server of a deployment finds those of a limit, of an unknown kernelspec, of an id that
+another kernel has, and of what the deployment's gateways or store cannot tell now."""
 
 
 def outcome_of(error: BaseException) -> str:
@@ -130,6 +139,11 @@ def outcome_of(error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """Why, for an event: without the kernel's command line and output, which an error for the user may quote."""
     return getattr(error, "brief", "") or str(error).partition("\n")[0] or type(error).__name__
+
+
+def by_of(owner: str, maker: str) -> str:
+    """``by`` of an event of a kernel that ``maker`` asked for: "" where that is the owner, or is not known."""
+    return maker if maker != owner else ""
 
 
 Value = str | int | float

@@ -37,7 +37,7 @@ from gateway_slurm._jupyter_compat import polling_restarter, renew_control_socke
 from gateway_slurm.config import port_range
 from gateway_slurm.environment import DEFAULT_UMASK, fill_placeholders, kernel_environment, own_umask
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LinkError, RequestError
-from gateway_slurm.events import outcome_of, reason_of
+from gateway_slurm.events import by_of, outcome_of, reason_of
 from gateway_slurm.kernels.held import KernelHandle
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.restore import RestoredKernel
@@ -86,7 +86,7 @@ class SlurmProvisioner(KernelProvisionerBase):
         kwargs.pop("config", None)
         super().__init__(**base_arguments)
         self._fields: dict[str, Any] = kwargs
-        self._owner = ""
+        self._owner = self._maker = ""
         # The owner, and the fields that override the kernelspec's. A kernel manager that has checked both gives them
         # at the first start; restarts have the same.
         self._given: tuple[str, dict[str, Any]] | None = None
@@ -164,16 +164,19 @@ class SlurmProvisioner(KernelProvisionerBase):
         """Called before each start. Raises RequestError when the kernelspec asks for something invalid.
 
         A kernel manager of several users' kernels passes ``slurm_owner`` (a user's name; default: the user of this
-        process) and ``slurm_fields`` (request fields that override the kernelspec's) to ``start_kernel``. They count at
-        the first start; a kernelspec cannot set them.
+        process), ``slurm_maker`` (the name of the user or service that asked, for events) and ``slurm_fields`` (request
+        fields that override the kernelspec's) to ``start_kernel``. They count at the first start; a kernelspec cannot
+        set them.
         """
         if self.parent is not None:
             renew_control_socket(self.parent)
         try:
+            self._maker = str(kwargs.pop("slurm_maker", None) or "")
             return await self._prepare(**kwargs)
         except RequestError as error:
             user, name = kwargs.get("slurm_owner") or process_user(), getattr(self.parent, "kernel_name", "")
-            facts = {"user": user, "kernel_id": self.kernel_id, "kernelspec": name, "outcome": outcome_of(error)}
+            facts = {"user": user, "by": by_of(user, self._maker), "kernel_id": self.kernel_id, "kernelspec": name}
+            facts["outcome"] = outcome_of(error)
             self.service.events.emit("kernel_refused", **facts, reason=reason_of(error))
             raise
 
@@ -227,7 +230,7 @@ class SlurmProvisioner(KernelProvisionerBase):
             if self._handle is None:
                 service = self.service
                 state = {_STATE_KEY: {"fields": self._given[1] if self._given else {}}}
-                start = service.start_kernel(self.kernel_id, self._request, launch, self._owner, state)
+                start = service.start_kernel(self.kernel_id, self._request, launch, self._owner, state, self._maker)
                 self._attach(await service.run(start), service)
             else:
                 await self._call(self._handle.restart(launch))

@@ -301,17 +301,24 @@ class SlurmService(ServiceSettings):
     # -- Kernels (on the service's loop) ------------------------------------------------------------
 
     async def start_kernel(
-        self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager_state: dict[str, Any]
+        self,
+        kernel_id: str,
+        request: KernelRequest,
+        launch: KernelLaunch,
+        owner: str,
+        manager_state: dict[str, Any],
+        maker: str = "",
     ) -> KernelHandle:
         """Start a kernel in an allocation, and return it once it listens.
 
         ``owner`` is the name of the user whom both belong to; empty for the process's own user. ``manager_state`` is
-        what another process needs to make the kernel's manager again (``KernelHandle.remember``).
+        what another process needs to make the kernel's manager again (``KernelHandle.remember``). ``maker`` is the
+        name of the user or service that asked, for events.
         Raises RequestError (NotAllowed), SlurmError, AllocationError or KernelStartError. A start that fails or is
         cancelled leaves no kernel, and no job that it submitted.
         """
         await self.open()
-        return await self.kernels.start(kernel_id, request, launch, owner, manager_state)
+        return await self.kernels.start(kernel_id, request, launch, owner, manager_state, maker)
 
     async def restore(self) -> list[RestoredKernel]:
         """Take over the kernels of dead servers of this ``deployment``, now and from now on. Raises StoreError.

@@ -6,6 +6,7 @@ It has no contents, terminals or files. ``openapi`` describes the operations; th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import mimetypes
 import re
@@ -27,11 +28,11 @@ from tornado import web
 from tornado.log import gen_log
 
 from gateway_slurm._util import in_one_line
-from gateway_slurm.errors import GatewaySlurmError, LinkError
-from gateway_slurm.events import OVER_LIMIT, UNKNOWN_KERNELSPEC, outcome_of, reason_of
+from gateway_slurm.errors import GatewaySlurmError, LinkError, RequestError
+from gateway_slurm.events import by_of, reason_of
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
-from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, log_text_of, message_of
+from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, log_text_of, message_of, refusal_of
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.openapi import description
@@ -151,8 +152,12 @@ class GatewayHandler(ForwardsRequests, ExplainsErrors, APIHandler):
 
     def report_shutdown(self, kernel_id: str) -> None:
         """The user asks for the kernel's end."""
+        self.report("kernel_shutdown", **self.request_facts(kernel_id))
+
+    def request_facts(self, kernel_id: str) -> dict[str, str]:
+        """The kernel, its owner and the user of the request, for an event."""
         name, owner = self.kernels.get_kernel(kernel_id).kernel_name, self.kernels.owner_of(kernel_id)
-        self.report("kernel_shutdown", user=owner, by=self.user.username, kernel_id=kernel_id, kernelspec=name)
+        return {"user": owner, "by": self.user.username, "kernel_id": kernel_id, "kernelspec": name}
 
     def json_object(self) -> dict[str, Any]:
         """The request's body, a JSON object, empty for no body. Raises HTTPError 400 for anything else."""
@@ -223,16 +228,20 @@ class StartsKernels(GatewayHandler):
             raise
 
     def _report_refusal(self, name: str, env: Mapping[str, str], error: Exception) -> None:
-        outcome = UNKNOWN_KERNELSPEC if isinstance(error, NoSuchKernel) else outcome_of(error)
-        reason = reason_of(error)
-        if isinstance(error, web.HTTPError):
-            outcome, reason = OVER_LIMIT if error.status_code == 429 else outcome, message_of(error)
-        self.report("kernel_refused", user=self.user.username, kernelspec=name, outcome=outcome, reason=reason)
+        owner = maker = self.user.username
+        with contextlib.suppress(RequestError):  # the user may not name this owner, which is then what is refused
+            owner = kernel_owner(self.user, env)
+        outcome, reason = refusal_of(error)
+        self.report(
+            "kernel_refused", user=owner, by=by_of(owner, maker), kernelspec=name, outcome=outcome, reason=reason
+        )
 
     async def _start_kernel(
         self, name: str, env: dict[str, str], kernel_id: str | None, session: Mapping[str, str] | None
     ) -> str:
         owner = kernel_owner(self.user, env)
+        if kernel_id is not None:
+            await refuse_taken_id(self, kernel_id)
         await check_deployment_limits(self, owner)
         if not name:
             name = await asyncio.to_thread(self.specs.default_for, owner, self.kernels.default_kernel_name)
@@ -264,10 +273,8 @@ class KernelsHandler(StartsKernels):
         """Start a kernel, from ``name`` and ``env``; answers at once."""
         body = self.json_object()
         kernel_id = text_field(body, "kernel_id") or None
-        if kernel_id is not None:
-            if not re.fullmatch(_UUID, kernel_id):
-                raise web.HTTPError(400, "kernel_id must be a UUID")
-            await refuse_taken_id(self, kernel_id)
+        if kernel_id is not None and not re.fullmatch(_UUID, kernel_id):
+            raise web.HTTPError(400, "kernel_id must be a UUID")
         kernel_id = await self.start_kernel(text_field(body, "name"), env_field(body), kernel_id)
         self.set_header("Location", url_path_join(self.base_url, "api", "kernels", url_escape(kernel_id)))
         self.answer(self.kernels.kernel_model(kernel_id), 201)
@@ -299,9 +306,11 @@ class KernelActionHandler(GatewayHandler):
     async def post(self, kernel_id: str, action: str) -> None:
         self.check_kernel(kernel_id)
         if action == "interrupt":
+            self.report("kernel_interrupt", **self.request_facts(kernel_id))
             await self.kernels.interrupt_kernel(kernel_id)
             self.answer_done()
         else:
+            self.report("kernel_restart", **self.request_facts(kernel_id))
             await self.kernels.restart_kernel(kernel_id)
             self.answer(self.kernels.kernel_model(kernel_id))
 
@@ -498,6 +507,18 @@ class AllocationsHandler(GatewayHandler):
         """The name of the user whose allocations are visible; None, for admins: those of all users."""
         return None if self.user.admin else self.user.username
 
+    def allocation(self, jobid: str) -> dict[str, Any]:
+        """The allocation's model; raises HTTPError 404 for one that is over, or that the user may not see."""
+        allocations = SlurmService.instance().allocations_of(self.owner)
+        found = next((allocation for allocation in allocations if allocation["jobid"] == jobid), None)
+        if found is None:
+            raise web.HTTPError(404, f"there is no allocation {jobid} of yours")
+        return found
+
+    def allocation_facts(self, jobid: str) -> dict[str, str]:
+        """The allocation, its owner and the user of the request, for an event. Raises HTTPError 404."""
+        return {"user": self.allocation(jobid)["owner"], "by": self.user.username, "jobid": jobid}
+
     @web.authenticated
     @authorized
     async def get(self) -> None:
@@ -510,16 +531,13 @@ class AllocationHandler(AllocationsHandler):
     @web.authenticated
     @authorized
     async def get(self, jobid: str) -> None:
-        allocations = SlurmService.instance().allocations_of(self.owner)
-        found = next((allocation for allocation in allocations if allocation["jobid"] == jobid), None)
-        if found is None:
-            raise web.HTTPError(404, f"there is no allocation {jobid} of yours")
-        self.answer(found)
+        self.answer(self.allocation(jobid))
 
     @web.authenticated
     @authorized
     async def delete(self, jobid: str) -> None:
         service = SlurmService.instance()
+        self.report("allocation_cancelled", **self.allocation_facts(jobid))
         await service.run(service.cancel_allocation(self.owner, jobid))
         self.answer_done()
 
@@ -531,8 +549,12 @@ class AllocationActionHandler(AllocationsHandler):
     @authorized
     async def post(self, jobid: str, action: str) -> None:
         service = SlurmService.instance()
-        change = service.keep_allocation if action == "keep" else service.release_allocation
-        await service.run(change(self.owner, jobid))
+        if action == "keep":
+            self.report("allocation_kept", **self.allocation_facts(jobid))
+            await service.run(service.keep_allocation(self.owner, jobid))
+        else:
+            self.report("allocation_not_kept", **self.allocation_facts(jobid))
+            await service.run(service.release_allocation(self.owner, jobid))
         self.answer_done()
 
 

@@ -18,7 +18,7 @@ from gateway_slurm.errors import (
     SubmitRefused,
     UnknownJob,
 )
-from gateway_slurm.events import reason_of
+from gateway_slurm.events import NOT_KNOWN_NOW, OVER_LIMIT, TAKEN_ID, UNKNOWN_KERNELSPEC, outcome_of, reason_of
 
 # The first class that the error is an instance of counts.
 STATUS: tuple[tuple[type[Exception], int], ...] = (
@@ -36,6 +36,8 @@ STATUS: tuple[tuple[type[Exception], int], ...] = (
     (StoreError, 503),
     (GatewaySlurmError, 500),
 )
+# How a start ends that the gateway itself refuses, by the status of its answer.
+OUTCOME = {404: UNKNOWN_KERNELSPEC, 409: TAKEN_ID, 429: OVER_LIMIT, 503: NOT_KNOWN_NOW}
 
 
 class PlainHTTPError(web.HTTPError):
@@ -62,6 +64,13 @@ def as_http(error: BaseException) -> BaseException:
         if isinstance(error, kind):
             return PlainHTTPError(status, str(error), brief=reason_of(error))
     return error
+
+
+def refusal_of(error: Exception) -> tuple[str, str]:
+    """How a start ended that was refused with this error (``events.OUTCOMES``), and why, for an event."""
+    if isinstance(error, web.HTTPError):
+        return OUTCOME.get(error.status_code) or outcome_of(error), log_text_of(error)
+    return UNKNOWN_KERNELSPEC if isinstance(error, NoSuchKernel) else outcome_of(error), reason_of(error)
 
 
 def log_text_of(error: web.HTTPError) -> str:

@@ -308,7 +308,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if kernel_id in self:
             raise web.HTTPError(409, f"kernel {kernel_id} exists already")
         if fields:  # a kernel on Slurm: others have none
-            kwargs |= {"slurm_owner": owner, "slurm_fields": fields}
+            kwargs |= {"slurm_owner": owner, "slurm_maker": maker, "slurm_fields": fields}
         self._owners[kernel_id] = owner, maker
         try:
             await super().start_kernel(kernel_id=kernel_id, **kwargs)

@@ -19,7 +19,7 @@ from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.allocations.model import Allocation, Place
 from gateway_slurm.allocations.owners import Owners
 from gateway_slurm.errors import AllocationEnded, LinkError
-from gateway_slurm.events import STARTED, Events, outcome_of, reason_of
+from gateway_slurm.events import STARTED, Events, by_of, outcome_of, reason_of
 from gateway_slurm.kernels.hub_report import HubReports, start_report
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.process import KernelProcess
@@ -76,13 +76,19 @@ class Kernels:
         return list(self._handles.values())
 
     async def start(
-        self, kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, manager_state: dict[str, Any]
+        self,
+        kernel_id: str,
+        request: KernelRequest,
+        launch: KernelLaunch,
+        owner: str,
+        manager_state: dict[str, Any],
+        maker: str = "",
     ) -> KernelHandle:
         """Start a kernel in an allocation, and return it once it listens; see ``SlurmService.start_kernel``."""
         task = asyncio.current_task()
         assert task is not None
         self._starting.add(task)
-        facts = start_facts(kernel_id, request, launch, owner)
+        facts = start_facts(kernel_id, request, launch, owner, maker)
         self.events.emit("kernel_requested", **facts)
         clock, handle = StartClock(), None
         try:
@@ -168,10 +174,13 @@ class Kernels:
         self._handles.clear()
 
 
-def start_facts(kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str) -> dict[str, Any]:
+def start_facts(
+    kernel_id: str, request: KernelRequest, launch: KernelLaunch, owner: str, maker: str = ""
+) -> dict[str, Any]:
     """The start in events (``events.FIELDS``)."""
     return {
         **_kernel_facts(kernel_id, launch, owner),
+        "by": by_of(owner, maker),
         "project": request.project,
         "partition": request.partition,
         **resources(request),

@@ -13,7 +13,6 @@ import pytest
 from helpers.failing_starts import all_nodes_taken
 from helpers.gateway_process import Gateway, ask, running_gateway, stop
 from helpers.kernel_clients import READY, poll_async
-from helpers.private_slurm import slurm
 
 CODE = "print('se' + 'cret-output')"
 
@@ -60,6 +59,9 @@ async def test_log_metrics_and_audit_log_tell_the_life_of_a_kernel_and_the_refus
     jobid = (await alice.json("GET", f"/api/kernels/{kernel_id}"))["slurm"]["jobid"]
     assert await alice.status("POST", "/api/kernels", {"name": "physics.python"}) == 429
     assert await gateway.of("bob").status("POST", "/api/kernels", {"name": "no\nsuch"}) == 404
+    assert await gateway.of("bob").status("POST", "/api/kernels", {"kernel_id": kernel_id}) == 409
+    for_alice = {"name": "physics.python", "env": {"KERNEL_USERNAME": "alice"}}
+    assert await gateway.of("portal").status("POST", "/api/kernels", for_alice) == 429
     for _ in range(40):
         assert await gateway.anyone.status("GET", "/api/kernels") == 403
     metrics = (await gateway.of("portal").request("GET", "/metrics")).body.decode()
@@ -91,9 +93,11 @@ async def test_log_metrics_and_audit_log_tell_the_life_of_a_kernel_and_the_refus
     assert (shutdown["user"], shutdown["by"]) == ("alice", "carol")
     assert ended["reason"] == "exit code 0"
     refused = [event for event in events if event["event"] == "kernel_refused"]
-    assert [(event["user"], event["outcome"]) for event in refused] == [
-        ("alice", "over_limit"),
-        ("bob", "unknown_kernelspec"),
+    assert [(event["user"], event.get("by"), event["outcome"]) for event in refused] == [
+        ("alice", None, "over_limit"),
+        ("bob", None, "unknown_kernelspec"),
+        ("bob", None, "taken_id"),
+        ("alice", "portal", "over_limit"),
     ]
     logins = [event for event in events if event["event"] == "login_refused"]
     assert (len(logins), logins[0]["address"]) == (30, "127.0.0.1")
@@ -110,7 +114,7 @@ async def test_log_metrics_and_audit_log_tell_the_life_of_a_kernel_and_the_refus
     for sample in (
         'gateway_slurm_queue_seconds_count{outcome="started",project="physics"} 1.0',
         'gateway_slurm_start_seconds_count{outcome="started",project="physics"} 1.0',
-        'gateway_slurm_refusals_total{outcome="over_limit"} 1.0',
+        'gateway_slurm_refusals_total{outcome="over_limit"} 2.0',
         'gateway_slurm_refusals_total{outcome="unknown_kernelspec"} 1.0',
         "gateway_slurm_refused_logins_total 30.0",
         "gateway_slurm_lost_links_total 0.0",
@@ -121,7 +125,7 @@ async def test_log_metrics_and_audit_log_tell_the_life_of_a_kernel_and_the_refus
 
 
 async def test_a_start_that_fails_and_a_job_that_is_cancelled_say_why(gateway, cluster):
-    """The audit log goes on in a new file after a rotation; a failed start has an outcome of the table."""
+    """The audit log goes on in a new file after a rotation; each action of an admin or a service has their name."""
     alice, audit = gateway.of("alice"), gateway.log.parent / "audit.jsonl"
     moved = audit.with_suffix(f".{uuid.uuid4().hex[:4]}")
     audit.rename(moved)
@@ -129,10 +133,13 @@ async def test_a_start_that_fails_and_a_job_that_is_cancelled_say_why(gateway, c
         kernel_id = (await alice.json("POST", "/api/kernels", {"name": "physics.python"}))["id"]
         assert await poll_async(lambda: has("allocation_submitted", audit), timeout=READY)
         await stop(alice, kernel_id)
-    kernel_id = (await alice.json("POST", "/api/kernels", {"name": "physics.python"}))["id"]
+    carol, for_alice = gateway.of("carol"), {"name": "physics.python", "env": {"KERNEL_USERNAME": "alice"}}
+    kernel_id = (await gateway.of("portal").json("POST", "/api/kernels", for_alice))["id"]
     await ask(alice, kernel_id, "1")
     jobid = (await alice.json("GET", f"/api/kernels/{kernel_id}"))["slurm"]["jobid"]
-    slurm("scancel", jobid, cluster=cluster)
+    for action in (f"kernels/{kernel_id}/interrupt", f"allocations/{jobid}/keep"):
+        assert await carol.status("POST", f"/api/{action}") == 204
+    assert await carol.status("DELETE", f"/api/allocations/{jobid}") == 204
     assert await poll_async(lambda: has("allocation_ended", audit), timeout=READY)
     await stop(alice, kernel_id)
     events = events_in(audit)
@@ -142,3 +149,12 @@ async def test_a_start_that_fails_and_a_job_that_is_cancelled_say_why(gateway, c
     (ended,) = [event for event in events if event["event"] == "allocation_ended"]
     assert (ended["user"], ended["jobid"], ended["state"]) == ("alice", jobid, "CANCELLED")
     assert any(event["event"] == "kernel_ended" and event["jobid"] == jobid for event in events)
+    assert [
+        (event["event"], event["user"], event["by"]) for event in events if event.get("by", "alice") != "alice"
+    ] == [
+        ("kernel_requested", "alice", "portal"),
+        ("kernel_started", "alice", "portal"),
+        ("kernel_interrupt", "alice", "carol"),
+        ("allocation_kept", "alice", "carol"),
+        ("allocation_cancelled", "alice", "carol"),
+    ]

@@ -186,7 +186,7 @@ async def test_given_fields_are_checked_like_those_of_a_kernelspec(service, kern
         assert manager.provisioner._request.gpus == 0
 
 
-@pytest.mark.parametrize("field", ["slurm_owner", "slurm_fields", "owner"])
+@pytest.mark.parametrize("field", ["slurm_owner", "slurm_maker", "slurm_fields", "owner"])
 async def test_a_kernelspec_names_no_owner(service, kernelspecs, field):
     """Whose a kernel is stands in no kernelspec: there it is an unknown field."""
     install_kernelspec(kernelspecs, "sly", config_overrides={field: {"gpus": 1} if field == "slurm_fields" else "bob"})

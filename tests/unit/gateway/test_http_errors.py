@@ -1,4 +1,4 @@
-"""What a client is told about an error, and what the log has of it."""
+"""What a client learns of an error, and what the log has of it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_server.auth.decorator import allow_unauthenticated
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 from tornado.web import Application, HTTPError
 
-from gateway_slurm.errors import KernelStartError, SlurmUnavailable
+from gateway_slurm.errors import KernelStartError, NotAllowed, SlurmUnavailable
+from gateway_slurm.events import OUTCOMES
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.auth.tokens import TokenFile
 from gateway_slurm.gateway.handlers import ChannelsHandler, ExplainsErrors, KernelsHandler
+from gateway_slurm.gateway.http_errors import refusal_of
 
 FORGED = "it died\n[E 2026-01-01 00:00:00 SlurmGatewayApp] forged \x1b[2J"
 UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AA=="}
@@ -64,6 +67,24 @@ async def test_the_answer_has_the_whole_text_and_the_log_one_line_of_it(error, a
     assert json.loads(response.body)["message"] == answer
     (line,) = [record.getMessage() for record in caplog.records if record.name == "tornado.general"]
     assert line == f"{response.code} GET /fails (127.0.0.1): {logged}"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (HTTPError(409, "there is a kernel with this id"), "taken_id"),
+        (HTTPError(429, "2 is the limit"), "over_limit"),
+        (HTTPError(503, "try again"), "not_known_now"),
+        (NoSuchKernel("x"), "unknown_kernelspec"),
+        (NotAllowed("no"), "not_allowed"),
+        (SlurmUnavailable("no"), "slurm_unavailable"),
+    ],
+)
+def test_a_refusal_that_is_no_fault_of_the_gateway_has_its_own_outcome(error, outcome):
+    """``internal_error`` is for faults only."""
+    assert refusal_of(error)[0] == outcome
+    assert outcome in OUTCOMES
+    assert refusal_of(HTTPError(500, "x"))[0] == "internal_error"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "websocket"])
