@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jupyter_client.multikernelmanager import MultiKernelManager
 
@@ -28,6 +29,26 @@ def polling_restarter(manager: Any) -> tuple[Any, Any] | None:
     restarter = getattr(manager, "_restarter", None)
     periodic = getattr(restarter, "_pcallback", None)
     return None if periodic is None else (restarter, periodic)
+
+
+_LIMITS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""The ``restart_limit`` of restarters that may restart nothing now."""
+
+
+def refuse_restarts(manager: Any) -> None:
+    """Have the manager's restarter, if one polls, report that the kernel is dead, and not try to restart it."""
+    polling = polling_restarter(manager)
+    if polling is not None:
+        restarter = polling[0]
+        _LIMITS.setdefault(restarter, restarter.restart_limit)
+        restarter.restart_limit = 0
+
+
+def allow_restarts(manager: Any) -> None:
+    """Give the manager's restarter its limit back: the manager keeps it, and starts it again with the next kernel."""
+    restarter = getattr(manager, "_restarter", None)
+    if restarter is not None and restarter in _LIMITS:
+        restarter.restart_limit = _LIMITS.pop(restarter)
 
 
 def renew_control_socket(manager: Any) -> None:

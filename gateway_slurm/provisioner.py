@@ -33,7 +33,13 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
-from gateway_slurm._jupyter_compat import polling_restarter, renew_control_socket, report
+from gateway_slurm._jupyter_compat import (
+    allow_restarts,
+    polling_restarter,
+    refuse_restarts,
+    renew_control_socket,
+    report,
+)
 from gateway_slurm.config import port_range
 from gateway_slurm.environment import DEFAULT_UMASK, fill_placeholders, kernel_environment, own_umask
 from gateway_slurm.errors import GatewaySlurmError, KernelStartError, LinkError, RequestError
@@ -348,6 +354,7 @@ class SlurmProvisioner(KernelProvisionerBase):
             handle, self._handle, self._has_process = self._handle, None, False
             self.service.submit(handle.release())
             raise
+        allow_restarts(self.parent)
         moved, self._moved = self._moved, False
         self.on_started(moved)
 
@@ -530,13 +537,6 @@ def settle_cancelled_start(manager: Any) -> None:
         ready.exception()  # retrieved: asyncio logs an exception that is not
     if manager is not None:
         manager.stop_restarter()  # it would find no kernel, and start one in a new job
-
-
-def refuse_restarts(manager: Any) -> None:
-    """Have the manager's restarter, if one runs, report that the kernel is dead, and not try to restart it."""
-    polling = polling_restarter(manager)
-    if polling is not None:
-        polling[0].restart_limit = 0
 
 
 def wake_restarter(manager: Any, is_dead: Callable[[], bool]) -> None:
