@@ -12,7 +12,7 @@ from gateway_slurm.cli.common import BlockingSlurm, print_table
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import GatewaySlurmError
 from gateway_slurm.service import SlurmService
-from gateway_slurm.slurm.access import LogFile
+from gateway_slurm.slurm.access import LogFile, LogPart
 from gateway_slurm.slurm.names import file_of, launcher_log, parse_log
 
 COLUMNS = ("CHANGED", "JOB", "KERNEL", "NOTEBOOK", "SIZE")
@@ -59,9 +59,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 f"there is no log of a kernel, notebook or job {arguments.kernel[:80]!r} in {settings.log_directory} "
                 "on this machine, or on the login node; a kernel that prints nothing outside its cells leaves none"
             )
-        reader.show(shown)
+        positions = reader.show(shown)
         if arguments.follow:
-            reader.follow(shown)
+            reader.follow(positions)
     return 0
 
 
@@ -80,13 +80,17 @@ def _row(log: Log) -> tuple[str, ...]:
 
 
 def _find(logs: list[Log], text: str) -> list[Log] | None:
-    """The newest log that ``text`` names, and the launcher's of the same job; None if there is none."""
+    """The newest log that ``text`` names, and the launcher's of the same job; None if there is none.
+
+    A number is first a job's: the id of a kernel of another job may begin with it.
+    """
     name = file_of(text)
-    for log in logs:
-        if log.kernel_id.startswith(text) or log.jobid == text or (log.notebook and log.notebook == name):
-            others = [other for other in logs if other.jobid == log.jobid and other is not log]
-            launchers = [other for other in others if other.file.name == launcher_log(log.jobid)]
-            return [*launchers, log]
+    of_job = [log for log in logs if log.jobid == text]
+    named = [log for log in logs if log.kernel_id.startswith(text) or (log.notebook and log.notebook == name)]
+    for log in [*of_job, *named]:
+        others = [other for other in logs if other.jobid == log.jobid and other is not log]
+        launchers = [other for other in others if other.file.name == launcher_log(log.jobid)]
+        return [*launchers, log]
     return None
 
 
@@ -102,28 +106,40 @@ class Reader:
         found = [Log(file, *parsed) for file in files if (parsed := parse_log(file.name)) is not None]
         return sorted(found, key=lambda log: log.file.changed, reverse=True)
 
-    def _read(self, log: Log, start: int) -> bytes:
-        return self._slurm.run(self._slurm.access.read_log(f"{self._directory}/{log.file.name}", start))
+    def _read(self, name: str, start: int) -> LogPart:
+        return self._slurm.run(self._slurm.access.read_log(f"{self._directory}/{name}", start))
 
-    def show(self, logs: list[Log]) -> None:
-        """Print the end of each log, under its name."""
+    def show(self, logs: list[Log]) -> dict[Log, int]:
+        """Print the end of each log, under its name; return the byte up to which each was printed."""
+        positions = {}
         for log in logs:
             print(f"==> {in_one_line(log.file.name)} <==")
-            _print(self._read(log, -1))
+            part = self._read(log.file.name, -1)
+            positions[log] = part.end
+            _print(part.content)
+        return positions
 
-    def follow(self, logs: list[Log]) -> None:
-        """Print what is added to the logs, until Ctrl-C."""
-        at = {log: log.file.size for log in logs}
-        last = logs[-1]
+    def follow(self, positions: dict[Log, int]) -> None:
+        """Print what is added to the logs after these bytes, until Ctrl-C."""
+        last = list(positions)[-1]
         while True:
             time.sleep(POLL_SECONDS)
-            for log in logs:
-                added = self._read(log, at[log])
-                if added and log is not last:
+            for log, position in positions.items():
+                added = self.added(log, position)
+                if added.content and log is not last:
                     print(f"==> {in_one_line(log.file.name)} <==")
                     last = log
-                at[log] += len(added)
-                _print(added)
+                positions[log] = added.end
+                _print(added.content)
+
+    def added(self, log: Log, position: int) -> LogPart:
+        """What the log has after ``position``. If the launcher began a new file, first the rest of the full one."""
+        part = self._read(log.file.name, position)
+        if part.start == position:
+            return part
+        full = self._read(f"{log.file.name}.1", position)
+        rest = full.content if full.start == position else b""
+        return LogPart(part.start - len(rest), rest + part.content)
 
 
 def _print(content: bytes) -> None:

@@ -38,6 +38,19 @@ class LogFile:
     changed: float
 
 
+@dataclass(frozen=True)
+class LogPart:
+    """Bytes of a log, from the byte ``start`` on."""
+
+    start: int
+    content: bytes
+
+    @property
+    def end(self) -> int:
+        """The byte after the last one."""
+        return self.start + len(self.content)
+
+
 class LauncherLink(Protocol):
     """An ``asyncio.Protocol`` that takes the bytes of one launcher's connection."""
 
@@ -98,8 +111,11 @@ class ClusterAccess:
         """
         return await asyncio.to_thread(_files_in, directory)
 
-    async def read_log(self, path: str, start: int) -> bytes:
-        """Return up to MAX_LOG_READ bytes of a log from ``start`` on; -1: its end. Empty if it cannot be read."""
+    async def read_log(self, path: str, start: int) -> LogPart:
+        """Return up to MAX_LOG_READ bytes of a log from ``start`` on; -1: its end. Empty if it cannot be read.
+
+        A file that is shorter than ``start`` is read from its beginning: the launcher began a new one.
+        """
         return await asyncio.to_thread(_read_from, path, start)
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
@@ -168,14 +184,15 @@ def _files_in(directory: str) -> list[LogFile]:
     return found
 
 
-def _read_from(path: str, start: int) -> bytes:
+def _read_from(path: str, start: int) -> LogPart:
     try:
         with Path(path).expanduser().open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - MAX_LOG_READ) if start < 0 else start)
-            return file.read(MAX_LOG_READ)
+            first = max(0, size - MAX_LOG_READ) if start < 0 else start if start <= size else 0
+            file.seek(first)
+            return LogPart(first, file.read(MAX_LOG_READ))
     except (OSError, RuntimeError):  # the file or the home directory does not exist
-        return b""
+        return LogPart(max(0, start), b"")
 
 
 def _end_of(path: str) -> str | None:

@@ -10,7 +10,15 @@ from typing import Any
 
 from gateway_slurm.environment import MACHINE, PERSONAL, without
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, SlurmError, SshError
-from gateway_slurm.slurm.access import MAX_LOG_END, MAX_LOG_READ, MAX_LOGS, AcceptLauncher, ClusterAccess, LogFile
+from gateway_slurm.slurm.access import (
+    MAX_LOG_END,
+    MAX_LOG_READ,
+    MAX_LOGS,
+    AcceptLauncher,
+    ClusterAccess,
+    LogFile,
+    LogPart,
+)
 from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
 from gateway_slurm.slurm.ssh.relay import SshRelay
 from gateway_slurm.slurm.ssh.runner import SshRunner
@@ -73,14 +81,19 @@ class SshAccess(ClusterAccess):
                 found.append(LogFile(name, int(size), float(changed)))
         return found
 
-    async def read_log(self, path: str, start: int) -> bytes:
+    async def read_log(self, path: str, start: int) -> LogPart:
         """Read the file on the login node."""
         program = (
-            'case $1 in "~/"*) set -- "$HOME/${1#"~/"}" "$2" "$3";; esac; tail -c "$2" -- "$1" | head -c "$3" | base64'
+            'case $1 in "~/"*) set -- "$HOME/${1#"~/"}" "$2" "$3";; esac; size=$(wc -c <"$1") || exit 1; first=$2; '
+            'if [ "$first" -lt 0 ]; then first=$((size > $3 ? size - $3 : 0)); '
+            'elif [ "$first" -gt "$size" ]; then first=0; fi; '
+            'echo "$first"; tail -c "+$((first + 1))" -- "$1" | head -c "$3" | base64'
         )
-        first = str(MAX_LOG_READ) if start < 0 else f"+{start + 1}"
-        result = await self.runner.run(["sh", "-c", program, "sh", path, first, str(MAX_LOG_READ)])
-        return base64.b64decode(result.stdout) if result.exit_status == 0 else b""
+        result = await self.runner.run(["sh", "-c", program, "sh", path, str(start), str(MAX_LOG_READ)])
+        first, _, content = result.stdout.partition("\n")
+        if result.exit_status != 0 or not first.isdecimal():
+            return LogPart(max(0, start), b"")
+        return LogPart(int(first), base64.b64decode(content))
 
     def environment(self, environment: dict[str, str]) -> dict[str, str]:
         """Return the environment without variables of this machine and its user; jobs have the login node's."""
