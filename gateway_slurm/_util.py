@@ -12,8 +12,10 @@ import random
 import re
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,6 +229,24 @@ def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *a
     """Call ``function`` on another thread's loop; a closed loop calls nothing."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *arguments)
+
+
+async def run_in_thread(blocking: Callable[[], T]) -> T:
+    """Run a blocking call in a thread of its own; the end of the process does not wait for that thread."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(blocking())
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller
+            result.set_exception(error)
+        call_on(loop, done.set)
+
+    threading.Thread(target=run, name="gateway_slurm-blocking", daemon=True).start()
+    await done.wait()
+    return result.result()
 
 
 class TaskSet:

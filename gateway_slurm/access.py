@@ -110,6 +110,13 @@ class SlurmUsers:
         """The driver that acts as that user."""
         return self._access.driver(self.user_of(owner))
 
+    async def log_end(self, owner: str, path: str) -> str | None:
+        """The end of a log that a job of ``owner`` wrote (``ClusterAccess.log_end``).
+
+        None where another Unix user wrote it: this process may read what that user may not, and its home is another.
+        """
+        return await self._access.log_end(path) if self.user_of(owner) == self._access.user else None
+
     def all_jobs(self, registry: Registry, owner_of: Callable[[str], str | None]) -> SlurmJobs:
         """Queries about the jobs of all owners, jobs that a dead server may have left included.
 

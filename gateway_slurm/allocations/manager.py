@@ -35,7 +35,7 @@ class Allocations:
 
     Owners share the response socket, the watcher, the keep flags and the records. ``may_adopt`` says whether a job
     with this id, which Slurm says is one of the Unix user's, can be the owner's. ``log_end`` reads the end of a
-    launcher's log; it returns an empty text where the log cannot be read.
+    launcher's log; it returns None where the log cannot be read.
     """
 
     def __init__(

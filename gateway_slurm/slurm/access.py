@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
+from gateway_slurm._util import run_in_thread
 from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.sudo.runner import SudoRunner, process_user
@@ -27,6 +30,10 @@ MAX_LOGS: Final = 10_000
 """Files of a directory that are listed."""
 MAX_LOG_READ: Final = 256 << 10
 """Bytes of a log that are read at a time."""
+LOOK_TIMEOUT: Final = 5.0
+"""Seconds for a look at a log during a start: the file system of the nodes may hang, and a thread with it."""
+MAX_LOOKS: Final = 8
+"""Looks that may hang at one time; further ones find nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class ClusterAccess:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        self._looks = threading.BoundedSemaphore(MAX_LOOKS)
         # Returns this server's launcher in a job if it is linked. The service sets this.
         self.find_launcher: Callable[[str], StepLauncher | None] = lambda _jobid: None
 
@@ -99,10 +107,23 @@ class ClusterAccess:
     async def log_end(self, path: str) -> str | None:
         """Return the last ``MAX_LOG_END`` bytes of a file that a job of this process's user wrote, as a launcher's log.
 
-        ``~/`` is the user's home. None if the file cannot be read, for example because the nodes have other home
-        directories.
+        ``~/`` is the user's home. None if the file cannot be read within ``LOOK_TIMEOUT``, for example because the
+        nodes have other home directories, or if it is not a plain file of the user's own.
         """
-        return await asyncio.to_thread(_end_of, path)
+
+        def look() -> str | None:
+            # Not in the loop's own threads, which the store needs: a look may hang as long as the file system does.
+            if not self._looks.acquire(timeout=LOOK_TIMEOUT):
+                return None
+            try:
+                return _end_of(path)
+            finally:
+                self._looks.release()
+
+        try:
+            return await asyncio.wait_for(run_in_thread(look), LOOK_TIMEOUT)
+        except asyncio.TimeoutError:
+            return None
 
     async def logs(self, directory: str) -> list[LogFile]:
         """List the user's own files in a directory of logs (``~/`` is the user's home), at most MAX_LOGS.
@@ -177,7 +198,7 @@ def _files_in(directory: str) -> list[LogFile]:
             for entry in itertools.islice(entries, MAX_LOGS):
                 with contextlib.suppress(OSError):  # it was removed meanwhile
                     status = entry.stat(follow_symlinks=False)
-                    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                    if _is_own(status):
                         found.append(LogFile(entry.name, status.st_size, status.st_mtime))
     except (OSError, RuntimeError):  # the directory or the home directory does not exist
         return []
@@ -186,7 +207,7 @@ def _files_in(directory: str) -> list[LogFile]:
 
 def _read_from(path: str, start: int) -> LogPart:
     try:
-        with Path(path).expanduser().open("rb") as file:
+        with _opened(path) as file:
             size = file.seek(0, os.SEEK_END)
             first = max(0, size - MAX_LOG_READ) if start < 0 else start if start <= size else 0
             file.seek(first)
@@ -197,9 +218,26 @@ def _read_from(path: str, start: int) -> LogPart:
 
 def _end_of(path: str) -> str | None:
     try:
-        with Path(path).expanduser().open("rb") as file:
+        with _opened(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - MAX_LOG_END))
             return file.read(MAX_LOG_END).decode(errors="replace")
     except (OSError, RuntimeError):  # the file or the home directory does not exist
         return None
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """Open a log. Raises OSError for all but a plain file of this user's own.
+
+    The directory may be one that all users write to, and this process may read files that they may not.
+    """
+    descriptor = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not _is_own(os.fstat(descriptor)):
+            raise PermissionError(errno.EPERM, "no plain file of this user's own", path)
+        yield file
+
+
+def _is_own(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()

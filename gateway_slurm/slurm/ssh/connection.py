@@ -8,23 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import paramiko
 
-from gateway_slurm._util import Backoff, call_on
+from gateway_slurm._util import Backoff, run_in_thread
 from gateway_slurm.errors import GatewaySlurmError, HostKeyRefused, LoginRefused, SshError, SshTurnedAway
 from gateway_slurm.slurm.ssh.config import Destination
 from gateway_slurm.slurm.ssh.login import Credentials, dial, log_in
 from gateway_slurm.slurm.ssh.remote import Frame, RemoteProgram
-
-T = TypeVar("T")
 
 # Delays between attempts: the first and the longest, in seconds.
 RETRY_DELAY: Final = (0.25, 5.0)
@@ -55,24 +51,6 @@ class TransportChain:
         """Close all transports; blocks for a moment."""
         for transport in reversed(self.transports):
             transport.close()
-
-
-async def run_in_thread(blocking: Callable[[], T]) -> T:
-    """Run a blocking call in a thread of its own; the end of the process does not wait for that thread."""
-    loop = asyncio.get_running_loop()
-    done = asyncio.Event()
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(blocking())
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller
-            result.set_exception(error)
-        call_on(loop, done.set)
-
-    threading.Thread(target=run, name="gateway_slurm-ssh", daemon=True).start()
-    await done.wait()
-    return result.result()
 
 
 class SshConnection:
