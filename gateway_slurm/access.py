@@ -110,6 +110,13 @@ class SlurmUsers:
         """The driver that acts as that user."""
         return self._access.driver(self.user_of(owner))
 
+    async def prolog(self) -> str | None:
+        """``ClusterInfo.prolog``, asked as this process's own user. Raises SlurmError.
+
+        The configuration belongs to no user, and the helper of ``run_as`` runs no command that shows it.
+        """
+        return (await self._access.driver(self._access.user).cluster_info()).prolog
+
     async def log_end(self, owner: str, path: str) -> str | None:
         """The end of a log that a job of ``owner`` wrote (``ClusterAccess.log_end``).
 

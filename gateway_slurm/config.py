@@ -178,15 +178,17 @@ class ServiceSettings(LoggingConfigurable):
     link_timeout = CFloat(
         60.0,
         help="""Seconds from when a job's script has begun until its launcher has connected. Slow home directories and
-        cold file caches take most of it. Where it cannot be seen that the script has begun, and Slurm has no prolog,
-        the time counts from when Slurm reports the job as running.""",
+        cold file caches take most of it. Where it cannot be seen that the script has begun, and no prolog runs, the
+        time counts from when Slurm reports the job as running.""",
     )
     prolog_timeout = CFloat(
         300.0,
-        help="""Seconds that Slurm's prolog may take on the nodes. Slurm reports a job as running meanwhile. The time
-        also counts where a prolog is configured and it cannot be seen whether the job's script has begun, because the
-        server does not see ``log_directory``; ``link_timeout`` follows it then. Nodes that boot have no limit but
-        Slurm's own.""",
+        help="""Seconds that Slurm's prolog may take on the nodes. Slurm reports a job as running meanwhile. Where it
+        cannot be seen whether the job's script has begun, because the server does not read ``log_directory`` (other
+        home directories, ``run_as = "user"``), a launcher has this time and ``link_timeout``, unless Slurm says that it
+        has no prolog, or another launcher was up on the same node. Slurm's REST interface does not say. So there, a
+        node that does not reach this server is reported after both times; the page and the log name it as a possible
+        cause after ``link_timeout``. Nodes that boot have no limit but Slurm's own.""",
     )
     start_timeout = CFloat(
         120.0,

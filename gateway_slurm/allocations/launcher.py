@@ -313,6 +313,7 @@ class Launcher:
         self.holds_job = False  # it is the job's own script: the job ends with it, and not with a step
         # Waits for the end of its job step, where it is a step of its own.
         self.step_watch: asyncio.Task[None] | None = None
+        self.named_node: str | None = None  # the node that its job step was started for; None means any
         self.stepid = ""  # the number of its job step; Slurm numbers the batch step, too
         self.nodelist = ""  # the job's nodes, as Slurm named them to the launcher
         self.nodes: list[str] = []  # the same, as a list

@@ -87,9 +87,13 @@ class Allocation:
     """When Slurm first gave the job's present reason, by the monotonic clock."""
     queue_place: int | None = None
     """Of a waiting job in its partition's queue, 1 for the next; None where it is not known."""
+    late: str = ""
+    """Why the launcher of a running job may be late, in words for its user; empty while it is not."""
     launchers: dict[str, Launcher] = field(default_factory=dict)
     past_steps: set[str] = field(default_factory=set)
     """The steps of removed launchers."""
+    past_nodes: set[str] = field(default_factory=set)
+    """The nodes on which removed launchers were up."""
     places: set[Place] = field(default_factory=set)
     ended: asyncio.Future[AllocationEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Resolved with the reason once the phase is ENDED."""
@@ -180,6 +184,10 @@ class Allocation:
         self.record_key = self.identity if self.ours else f"job-{self.jobid}"
         return self.record_key
 
+    def set_late(self, why: str) -> None:
+        """Note why its launcher may be late; empty: it no longer is."""
+        self.late = why
+
     def mark_used(self) -> None:
         """A kernel runs, or ran, in the job."""
         self.used = True
@@ -208,6 +216,8 @@ class Allocation:
         """Forget a launcher; an unknown one is ignored."""
         self.launchers.pop(launcher.launcher_id, None)
         self.past_steps.add(launcher.stepid)
+        if launcher.was_up:
+            self.past_nodes.add(launcher.node)
 
     # -- What is known --
 
@@ -215,6 +225,11 @@ class Allocation:
     def own_steps(self) -> set[str]:
         """The steps that are or were launchers of this server; other servers' launchers are not among them."""
         return self.past_steps | {launcher.stepid for launcher in self.launchers.values()}
+
+    @property
+    def begun_nodes(self) -> set[str]:
+        """The nodes on which a launcher is or was up: no prolog of the job runs there any more."""
+        return self.past_nodes | {launcher.node for launcher in self.launchers.values() if launcher.was_up}
 
     @property
     def is_over(self) -> bool:

@@ -19,19 +19,21 @@ from gateway_slurm.slurm.driver import SlurmDriver
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from gateway_slurm.store import Registry
 
+LATE_LAUNCHER = "it runs without its launcher"
+
 
 @dataclass(frozen=True)
 class QueuedStart:
-    """A start that waits in Slurm's queue."""
+    """A start that waits in Slurm's queue, or in a running job for a late launcher."""
 
     jobid: str
     partition: str
     """Empty where it is not known."""
     state: str
     reason: str
-    """Slurm's words."""
+    """Slurm's words, or ``LATE_LAUNCHER``."""
     advice: str
-    """What to do about the reason; empty where there is nothing to do."""
+    """What to do about the reason, or what it may come from; empty where there is nothing to say."""
     queue_place: int | None
     """In its partition's queue; 1 is the next job to start."""
     expected_start: float | None
@@ -92,11 +94,13 @@ class Owners:
         return sorted((allocation.row() for allocation in self.listed(owner)), key=lambda row: int(row["jobid"]))
 
     def waiting(self, kernel_id: str, owner: str | None) -> QueuedStart | None:
-        """Why a kernel's start takes its time; None when it does not wait for Slurm."""
+        """Why a kernel's start takes its time; None when it waits neither for Slurm nor for a late launcher."""
         allocation = self._of_kernel(kernel_id, owner)
-        if allocation is None or allocation.is_running:
+        if allocation is None or (allocation.is_running and not allocation.late):
             return None
         row = {**allocation.row(), "partition": allocation.partition}
+        if allocation.is_running:
+            row |= {"reason": LATE_LAUNCHER, "advice": allocation.late}
         return QueuedStart(**{item.name: row[item.name] for item in fields(QueuedStart)})
 
     def has_job(self, kernel_id: str, owner: str | None) -> bool:

@@ -70,12 +70,13 @@ class LauncherStarter:
         addresses: DialAddresses,
         *,
         log_end: Callable[[str], Awaitable[str | None]],
+        prolog: Callable[[], Awaitable[str | None]],
     ) -> None:
         self._driver, self._socket, self._table = context.driver, context.socket, context.table
         self._registry, self.log = context.table.registry, context.log
         self._settings, self._monitor = context.settings, monitor
         self._owner, self._user = context.owner, context.user
-        self._addresses, self._log_end = addresses, log_end
+        self._addresses, self._log_end, self._prolog = addresses, log_end, prolog
 
     def register(self, allocation: Allocation, *, isolated: bool = False) -> Launcher:
         """Return a new launcher of ``allocation``, which may dial in from now on."""
@@ -165,6 +166,7 @@ class LauncherStarter:
         Raises AllocationEnded or SlurmError; the launcher is removed then.
         """
         launcher = self.register(allocation, isolated=request is not None)
+        launcher.named_node = node
         launcher.set_jobid(allocation.jobid)
         spec = StepSpec(
             jobid=allocation.jobid,
@@ -268,6 +270,7 @@ class LauncherStarter:
             launcher.ready.result()
         finally:
             deadline.cancel()
+            allocation.set_late("")
 
     async def _deadline(self, allocation: Allocation, launcher: Launcher) -> AllocationError | LauncherFailed:
         """Return the error to raise, once the queue, the prolog or the launcher took too long.
@@ -276,6 +279,8 @@ class LauncherStarter:
         boot. The launcher's clock begins when its script does, as far as that can be seen.
         """
         clock, script = StageClock(asyncio.get_running_loop().time), _ScriptStart(self._settings.link_timeout)
+        if _is_prolog_over(allocation, launcher):
+            script.prolog = ""
         while True:
             await asyncio.sleep(0.25)
             stage = stage_of(allocation)
@@ -299,21 +304,24 @@ class LauncherStarter:
         """Look for the script's log and, once the launcher is late without one, ask Slurm whether it has a prolog."""
         if launcher.holds_job and script.is_look_due(seconds):
             script.looked(seconds, await self._log_end(self._log_of(allocation)))
-        if script.prolog is not None or script.began is not None or seconds <= self._settings.link_timeout:
+        if not script.is_prolog_asked_for(seconds):
             return
+        script.asked = True
         try:
-            script.prolog = (await self._driver.cluster_info()).prolog
+            script.prolog = await self._prolog()
         except GatewaySlurmError as error:
             self.log.info("Slurm does not say whether it has a prolog: %s", error)
-            script.prolog = ""
-        if script.prolog:
-            self.log.warning(
-                "job %s runs without its launcher: perhaps its prolog %s still runs; this server waits %g s more "
-                "(SlurmService.prolog_timeout)",
-                allocation.jobid,
-                script.prolog,
-                self._settings.prolog_timeout,
+        if script.prolog != "":
+            program = (
+                f"its prolog {script.prolog}" if script.prolog else "a prolog (it is not known whether there is one)"
             )
+            why = (
+                f"perhaps {program} still runs, or its node does not reach this server at "
+                f"{', '.join(self._addresses.first())}; this server waits {self._settings.prolog_timeout:g} s more "
+                "(SlurmService.prolog_timeout)"
+            )
+            allocation.set_late(why)
+            self.log.warning("job %s runs without its launcher: %s", allocation.jobid, why)
 
     def _queued_too_long(self, allocation: Allocation) -> QueueTimeout:
         info = allocation.info
@@ -344,14 +352,17 @@ class LauncherStarter:
         failed = "; ".join(failed_dials(await self._log_end(log) or "", addresses))
         dial = "set SlurmService.response_address to an address that the compute nodes can dial"
         slow = "Python starts slowly there: raise SlurmService.link_timeout"
-        prolog = f"the prolog {script.prolog} still ran: raise SlurmService.prolog_timeout"
+        program = f"the prolog {script.prolog}" if script.prolog else "a prolog"
+        prolog = f"{program} still ran: raise SlurmService.prolog_timeout"
         if failed:
             known, causes = failed, [dial]
         elif script.began is not None:
             known, causes = f"its script began {seconds - script.began:.0f} s ago", [slow, dial]
         else:
             known = "its log cannot be read here, so it is not known whether its script has begun"
-            causes = [prolog, dial, slow] if script.prolog else [dial, slow]
+            # Where Slurm does not show whether there is a prolog, one of several minutes is the rarest cause.
+            not_shown = [dial, slow, prolog] if script.prolog is None else [dial, slow]
+            causes = [prolog, dial, slow] if script.prolog else not_shown
         what_to_do = causes[0] if len(causes) == 1 else "possible causes, the likeliest first: " + "; ".join(causes)
         return OutOfReach(
             f"job {allocation.jobid} runs{where}, but its launcher did not reach this server {within} at any of "
@@ -388,8 +399,13 @@ class _ScriptStart:
         self._link_timeout = link_timeout
         self._interval = self._next_look = max(1.0, link_timeout / 8)
         self.began: float | None = None
+        self.asked = False
         self.prolog: str | None = None
-        """The program that may still run; empty where there is none, and None until Slurm was asked."""
+        """The program that may still run; empty where none does, and None where that is not known."""
+
+    def is_prolog_asked_for(self, seconds: float) -> bool:
+        """Whether Slurm should be asked now, once, for its prolog."""
+        return not self.asked and self.prolog is None and self.began is None and seconds > self._link_timeout
 
     def is_look_due(self, seconds: float) -> bool:
         """Whether the log should be looked for now."""
@@ -406,6 +422,15 @@ class _ScriptStart:
         if self.began is not None:
             return self.began + self._link_timeout
         return self._link_timeout + (0.0 if self.prolog == "" else prolog_timeout)
+
+
+def _is_prolog_over(allocation: Allocation, launcher: Launcher) -> bool:
+    """Whether the launcher is a step on nodes where another launcher was up: the prolog runs once a job and node.
+
+    A TaskProlog runs again, within ``link_timeout``.
+    """
+    nodes = [launcher.named_node] if launcher.named_node else allocation.nodes
+    return not launcher.holds_job and bool(nodes) and allocation.begun_nodes.issuperset(nodes)
 
 
 def _prolog_too_long(allocation: Allocation, seconds: float) -> PrologTimeout:

@@ -171,8 +171,8 @@ class ClusterInfo:
 
     version: str
     partitions: tuple[Partition, ...] = ()
-    prolog: str = ""
-    """The program that runs on a node before a job's script; empty if there is none, or Slurm does not tell it."""
+    prolog: str | None = None
+    """The program that runs on a node before a job's script; empty if there is none, None if Slurm does not tell it."""
 
     @property
     def default_partition(self) -> str | None:

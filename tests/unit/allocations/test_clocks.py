@@ -31,14 +31,14 @@ class Squeue(Runner):
 
     def __init__(self, used: float, *, ahead: float = 0.0) -> None:
         super().__init__()
-        self.start, self.end, self.ahead = int(time.time() + ahead - used), 0, ahead
+        self.begun, self.end, self.ahead = int(time.time() + ahead - used), 0, ahead
 
     async def run(self, argv: Sequence[str], **_options: Any) -> CommandResult:
         mark = argv[-1].partition("JobID:")[2].partition(",")[0]
-        used = int(time.time() + self.ahead) - self.start
+        used = int(time.time() + self.ahead) - self.begun
         left = time.strftime("%H:%M:%S", time.gmtime(LIMIT - used))
-        end = self.end or self.start + LIMIT
-        fields = ["12", "12", "RUNNING", "None", "c1", "ada", "batch", "a", str(self.start - 5), str(self.start)]
+        end = self.end or self.begun + LIMIT
+        fields = ["12", "12", "RUNNING", "None", "c1", "ada", "batch", "a", str(self.begun - 5), str(self.begun)]
         fields += [str(end), left, "4:00:00", "0", "job", "(null)"]
         return CommandResult(0, "".join(field + mark for field in fields) + "\n", "")
 
@@ -56,7 +56,7 @@ async def test_a_preemption_with_a_grace_time_is_an_early_end_and_no_other_clock
     slurm.end = int(time.time()) + 300
     driver, tasks, warned = CommandLineDriver(slurm), list[Any](), list[float]()
     info = await driver.describe("12")
-    assert (info.end_time, info.start_time) == (slurm.end, slurm.start)
+    assert (info.end_time, info.start_time) == (slurm.end, slurm.begun)
 
     def create_task(coroutine: Any) -> asyncio.Task[Any]:
         tasks.append(asyncio.ensure_future(coroutine))
@@ -68,7 +68,7 @@ async def test_a_preemption_with_a_grace_time_is_an_early_end_and_no_other_clock
     allocation = Allocation(ours=True, request=KernelRequest())
     allocation.accept("12")
     launcher: Any = Launcher(warned)
-    WalltimeMonitor(context).check(allocation, launcher, float(slurm.start + LIMIT), due=False)
+    WalltimeMonitor(context).check(allocation, launcher, float(slurm.begun + LIMIT), due=False)
     try:
         assert await poll_async(lambda: warned, timeout=10)
     finally:
@@ -89,5 +89,5 @@ async def test_another_clock_moves_a_jobs_end_and_never_its_identity(
     for later in (0.0, 0.7, 1.4):
         monkeypatch.setattr("gateway_slurm.slurm.driver.time.time", lambda later=later: now + later)
         found += [await driver.describe("12"), (await driver.find(""))["12"]]
-    assert {identity_of(info) for info in found} == {str(slurm.start - 5)}
+    assert {identity_of(info) for info in found} == {str(slurm.begun - 5)}
     assert [info for info in found if abs((info.end_time or 0) - (now + LIMIT - 60)) > 5] == []
