@@ -78,6 +78,10 @@ class Cells:
         cell = self._cells.get(msg_id)
         return cell.mark if cell is not None else ""
 
+    def running(self) -> dict[str, Any]:
+        """The header of the request that the kernel has begun and not ended; empty for none."""
+        return next((cell.header for cell in self._cells.values() if cell.begun and not cell.ended), {})
+
     def ended(self) -> Iterator[str]:
         """The cells that have ended, and whose reply may have been lost."""
         return (msg_id for msg_id, cell in self._cells.items() if cell.ended and cell.reply_uncertain)

@@ -285,6 +285,10 @@ class KernelChannels:
             return
         self._replay = self._make_replay()
         self._replay.begin(self._session.session, self._send_lost_reply)
+        # A cell of an earlier server's that still runs: warnings wait for no other.
+        self.last_cell = self._replay.cells.running()
+        if self.last_cell:
+            self._on_cell()
         self._open()
         await self._continue()
 

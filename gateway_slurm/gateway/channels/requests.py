@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Requests that a session's memory holds.
-MAX_REQUESTS = 10_000
+# Requests that a session's memory holds, and bytes of their headers and parts.
+MAX_REQUESTS, MAX_BYTES = 10_000, 16 << 20
+# Bytes of a request that is kept for the kernel's next process: one for the kernel's info has a few hundred.
+MAX_REPEATABLE_BYTES = 8 << 10
 
 
 @dataclass(slots=True)
@@ -16,7 +18,9 @@ class Request:
     channel: str
     header: dict[str, Any]
     parts: list[bytes] = field(default_factory=list)
-    """Of a request that the next process of the kernel can answer; empty for all others."""
+    """Of a small request that the next process of the kernel can answer; empty for all others."""
+    size: int = 0
+    """Bytes of the header's text and of the parts that are kept."""
     is_replied: bool = False
     is_idle: bool = False
 
@@ -33,20 +37,26 @@ class Requests:
 
     def __init__(self) -> None:
         self._open: dict[str, Request] = {}
+        self._bytes = 0
 
     def add(self, channel: str, header: dict[str, Any], parts: list[bytes]) -> None:
         """Note a message that is sent to the kernel."""
         if channel not in ("shell", "control"):
             return
-        if len(self._open) >= MAX_REQUESTS:
-            del self._open[next(iter(self._open))]
-        self._open[str(header.get("msg_id", ""))] = Request(
-            channel, header, parts if header.get("msg_type") == "kernel_info_request" else []
-        )
+        msg_id, size = str(header.get("msg_id", "")), sum(map(len, parts))
+        is_repeatable = header.get("msg_type") == "kernel_info_request" and size <= MAX_REPEATABLE_BYTES
+        self.remove(msg_id)
+        kept = size if is_repeatable else sum(map(len, parts[:1]))
+        self._open[msg_id] = Request(channel, header, parts if is_repeatable else [], size=kept)
+        self._bytes += kept
+        while len(self._open) > MAX_REQUESTS or self._bytes > MAX_BYTES:
+            self.remove(next(iter(self._open)))
 
-    def remove(self, msg_id: str) -> None:
-        """The request is answered in full, by the server."""
-        self._open.pop(msg_id, None)
+    def remove(self, msg_id: str) -> Request | None:
+        """Remove and return a request, if it is open: it is answered in full."""
+        request = self._open.pop(msg_id, None)
+        self._bytes -= request.size if request else 0
+        return request
 
     def on_reply(self, msg_id: str) -> None:
         """Note the kernel's reply, which may come before or after the status, by another connection."""
@@ -62,14 +72,16 @@ class Requests:
 
     def _close_done(self, msg_id: str, request: Request) -> None:
         if request.is_idle and not request.reply_type:
-            del self._open[msg_id]
+            self.remove(msg_id)
 
     def take_repeatable(self) -> list[Request]:
         """Remove and return the requests that the kernel's next process can answer."""
-        found = [msg_id for msg_id, request in self._open.items() if request.parts and not request.is_replied]
-        return [self._open.pop(msg_id) for msg_id in found]
+        found = [request for request in self._open.values() if request.parts and not request.is_replied]
+        for request in found:
+            self.remove(str(request.header.get("msg_id", "")))
+        return found
 
     def take(self) -> list[Request]:
         """Remove and return all requests."""
-        requests, self._open = list(self._open.values()), {}
+        requests, self._open, self._bytes = list(self._open.values()), {}, 0
         return requests

@@ -355,6 +355,21 @@ async def test_the_frontend_hears_what_the_kernel_does(kernel, open_channels):
     assert {content["execution_state"] for _, kind, content, _ in frontend.got if kind == "status"} == {"busy"}
 
 
+async def test_warnings_are_shown_under_an_earlier_servers_cell_that_still_runs(kernel, open_channels):
+    """Those that came before are shown once it is known; a cell that has ended, or has not begun, shows none."""
+    one = open_channels(Kept(), Position("none", {"ended": "ok:1", "runs": "+2", "waits": "-"}))
+    shown = []
+    one._on_cell = lambda: shown.append(one.last_cell)
+    frontend = Frontend()
+    one.attach(frontend)
+    await until(lambda: shown)
+    one.warn("save your work", one.last_cell)
+    await until(lambda: frontend.printed == "save your work")
+    (warning,) = [parts for _, kind, _, parts in frontend.got if kind == "stream"]
+    assert messages.parent_id(warning) == "runs"
+    assert len(shown) == 1
+
+
 # -- a connection that libzmq has given up ------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.gateway.channels import state as state_module
-from gateway_slurm.gateway.channels.requests import Requests
+from gateway_slurm.gateway.channels.requests import MAX_BYTES, MAX_REPEATABLE_BYTES, Requests
 from gateway_slurm.gateway.channels.state import ExecutionState
 
 PACKAGE = Path(state_module.__file__).parents[2]
@@ -167,3 +167,22 @@ def test_a_request_is_open_until_its_reply_and_its_idle_have_come():
     taken = [(request.channel, request.reply_type) for request in requests.take()]
     assert taken == [("control", "debug_reply"), ("shell", "")]
     assert requests.take() == []
+
+
+def test_the_open_requests_of_a_session_are_bounded_in_bytes():
+    """Only small ones are kept for the next process; the oldest go first, and what is done makes room."""
+    info, large = "kernel_info_request", b"x" * MAX_REPEATABLE_BYTES
+    requests = Requests()
+    requests.add("shell", {"msg_id": "small", "msg_type": info}, [b"{}", b"{}"])
+    requests.add("shell", {"msg_id": "large", "msg_type": info}, [b"{}", large])
+    assert [request.header["msg_id"] for request in requests.take_repeatable()] == ["small"]
+    assert [request.parts for request in requests.take()] == [[]]
+    count = MAX_BYTES // len(large)
+    for number in range(count + 2):
+        requests.add("shell", {"msg_id": number, "msg_type": "execute_request"}, [large])
+    requests.remove("5")
+    requests.add("shell", {"msg_id": "last", "msg_type": "execute_request"}, [large])
+    kept = [str(request.header["msg_id"]) for request in requests.take()]
+    assert kept == [*(str(number) for number in range(2, count + 2) if number != 5), "last"]
+    requests.add("shell", {"msg_id": "next", "msg_type": "execute_request"}, [large])
+    assert len(requests.take()) == 1
