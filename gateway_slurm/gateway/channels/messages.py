@@ -23,6 +23,8 @@ V1 = "v1.kernel.websocket.jupyter.org"
 CHANNELS = ("shell", "control", "stdin", "iopub")
 _JSON_PARTS = ("header", "parent_header", "metadata", "content")
 MAX_PARTS = 4096
+# Bytes of a client's header, which the server keeps until the kernel has answered; Jupyter's own have some hundred.
+MAX_HEADER = 16 << 10
 # As kernels write it: the header has one field of that name, and an id has nothing to escape.
 _ID = re.compile(rb'"msg_id"\s*:\s*"([!#-\[\]-~]{1,200})"')
 
@@ -55,6 +57,8 @@ def decode(protocol: str, frame: bytes | str) -> tuple[str, list[bytes]]:
         raise MessageError(f"a frame of {len(frame)} bytes is not a kernel message: {error}") from error
     if channel not in CHANNELS:
         raise MessageError(f"there is no channel {channel[:40]!r}")
+    if len(parts[0]) > MAX_HEADER:
+        raise MessageError(f"a header of {len(parts[0])} bytes, and {MAX_HEADER} is the limit")
     return channel, parts
 
 

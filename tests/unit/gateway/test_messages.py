@@ -94,3 +94,14 @@ def test_the_kernels_parts_follow_the_delimiter():
     assert messages.header_of([]) == {}
     assert messages.header_of([b"[1]"]) == {}
     assert messages.parent_id([b"{}", b'{"msg_id": "7"}']) == "7"
+
+
+@pytest.mark.parametrize("protocol", ["", V1])
+def test_a_header_has_a_limit(protocol):
+    """The server keeps it until the kernel has answered; contents may be large."""
+    large = "x" * messages.MAX_HEADER
+    parts = [json.dumps(part).encode() for part in ({"msg_id": "a"}, {}, {}, {"code": large})]
+    assert messages.decode(protocol, messages.encode(protocol, "shell", parts)) == ("shell", parts)
+    parts[0] = json.dumps({"msg_id": large}).encode()
+    with pytest.raises(MessageError, match=f"a header of {len(parts[0])} bytes, and 16384 is the limit"):
+        messages.decode(protocol, messages.encode(protocol, "shell", parts))
