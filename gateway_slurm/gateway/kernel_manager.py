@@ -414,6 +414,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         kernel.provisioner.on_started = partial(self._after_restart, kernel_id)
         loop = asyncio.get_running_loop()
         kernel.provisioner.on_death = partial(call_on, loop, self._after_death, kernel_id, kernel)
+        self._after_death(kernel_id, kernel)  # it may have died since its start
         if self.has_frontends:
             kernel.provisioner.show_warnings(partial(call_on, loop, self.frontends.warn, kernel_id))
         reason = await kernel.provisioner.until_over()

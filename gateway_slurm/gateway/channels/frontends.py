@@ -199,7 +199,9 @@ class Frontends:
 
         Output is held for each of them, also if its frontend does not come back, for ``RECONNECT_SECONDS``.
         """
-        known = self._positions[kernel_id]
+        known = self._positions.get(kernel_id)
+        if known is None:  # the kernel was removed in the meantime
+            return ""
         state, positions = "", {}
         try:
             if kept := await self._read_first_kept(kernel_id):
