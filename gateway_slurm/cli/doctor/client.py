@@ -46,11 +46,14 @@ _UPGRADE_ADVICE: Final = (
 
 
 class StepFailed(GatewaySlurmError):
-    """A step failed; ``change`` says what to change."""
+    """A step failed; ``change`` says what to change.
 
-    def __init__(self, message: str, change: str) -> None:
+    ``status`` is that of the gateway's own answer to a request; 0 if there was none: the gateway may carry it out.
+    """
+
+    def __init__(self, message: str, change: str, status: int = 0) -> None:
         super().__init__(message)
-        self.change = change
+        self.change, self.status = change, status
 
 
 class ClientCheck:
@@ -63,6 +66,7 @@ class ClientCheck:
         self._client: Any  # GatewayClient, whose methods have no types
         self._began = time.monotonic()
         self._kernel_id = ""
+        self._is_started = False  # the gateway has answered the request for the kernel
 
     @property
     def failed(self) -> bool:
@@ -248,9 +252,16 @@ class ClientCheck:
         return f"{', '.join(names)}; the default is {default}"
 
     async def _start(self) -> str:
-        body = {"name": self._name, "env": {"KERNEL_WORKING_DIR": os.getcwd()}}
-        model = await self._request("POST", "/api/kernels", body, timeout=ANSWER_TIMEOUT)
-        self._kernel_id = str(uuid.UUID(model["id"]))
+        # This side chooses the id: so the kernel of a request whose answer is lost can be ended, and no other one is.
+        self._kernel_id = str(uuid.uuid4())
+        body = {"name": self._name, "kernel_id": self._kernel_id, "env": {"KERNEL_WORKING_DIR": os.getcwd()}}
+        try:
+            model = await self._request("POST", "/api/kernels", body, timeout=ANSWER_TIMEOUT)
+        except StepFailed as error:
+            if error.status:
+                self._kernel_id = ""
+            raise
+        self._kernel_id, self._is_started = str(uuid.UUID(model["id"])), True
         deadline, shown = time.monotonic() + self._wait, ""
         while model["execution_state"] in ("starting", "unknown", "dead"):
             reason = str(model.get("reason", ""))
@@ -294,7 +305,17 @@ class ClientCheck:
             connection.close()
 
     async def _delete(self) -> str:
-        await self._request("DELETE", f"/api/kernels/{self._kernel_id}", timeout=ANSWER_TIMEOUT)
+        try:
+            await self._request("DELETE", f"/api/kernels/{self._kernel_id}", timeout=ANSWER_TIMEOUT)
+        except StepFailed as error:
+            if self._is_started:
+                raise
+            what = "is not there yet" if error.status == 404 else f"could not be ended ({error})"
+            raise StepFailed(
+                f"the answer to the start was lost, and kernel {self._kernel_id} ({self._name}) {what}: it may run and "
+                "use your budget",
+                "look in JupyterLab's list of running kernels in a few minutes, and shut it down there",
+            ) from error
         return "the kernel was ended"
 
 
@@ -311,14 +332,18 @@ def _checked(method: str, path: str, response: HTTPResponse) -> Any:
         return content
     if response.code in (401, 403):
         raise StepFailed(
-            f"the gateway refuses: {message or response.reason}", "the token, or GatewayClient.auth_scheme ('token')"
+            f"the gateway refuses: {message or response.reason}",
+            "the token, or GatewayClient.auth_scheme ('token')",
+            response.code,
         )
     if response.code in PROXY_STATUS and not message:
         raise StepFailed(
             f"the proxy does not reach the gateway: {response.code} {response.reason}", "start the gateway"
         )
     change = "the URL's path: the gateway's base_url belongs to it" if content is None else "what the message names"
-    raise StepFailed(f"{method} {path} was answered by {response.code} {message or response.reason}", change)
+    # Tornado's client has 599 for its own time-out. Without a message a proxy may have answered.
+    status = response.code if message or 400 <= response.code < 500 else 0
+    raise StepFailed(f"{method} {path} was answered by {response.code} {message or response.reason}", change, status)
 
 
 async def _evaluate(connection: WebSocketClientConnection) -> str:
