@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import hashlib
 import itertools
 import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from gateway_slurm.errors import LinkError
 from gateway_slurm.link import directories, flow, wire
 from gateway_slurm.link.server import Link
 
-_DIRECTORY = re.compile(r"gs-server(\d+)-\w+")
+_DIRECTORY = re.compile(r"gs-server(\d+)-([0-9a-f]{6})-\w+")
 LONGEST_SOCKET = "01234567-5"
 """The name of a socket: eight digits for the kernel, and the channel's number."""
 
@@ -46,7 +50,9 @@ def make_socket_directory(setting: str, *, clean: bool = True) -> str:
     for stale in stale_socket_directories(setting) if clean else ():
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        return directories.make_private(socket_places(setting), f"gs-server{os.getpid()}-", LONGEST_SOCKET)
+        return directories.make_private(
+            socket_places(setting), f"gs-server{os.getpid()}-{this_host()}-", LONGEST_SOCKET
+        )
     except directories.NoDirectory as error:
         raise LinkError(
             f"{error} (on this server); make room there, or set SlurmService.tunnel_directory to a directory with room "
@@ -54,16 +60,36 @@ def make_socket_directory(setting: str, *, clean: bool = True) -> str:
         ) from error
 
 
+@functools.cache
+def this_host() -> str:
+    """Six digits for this host since its boot, and for this PID namespace: what a process id means (proc(5)).
+
+    They are few because the path of a Unix socket has 107 bytes at most.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    identity = f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:6]
+
+
+def pid_in(name: str) -> int | None:
+    """The process that made the directory of this name; None for a directory of another host, or another kind.
+
+    Hosts may share a file system, and a process id of one of them means nothing on the others.
+    """
+    match = _DIRECTORY.fullmatch(name)
+    return int(match[1]) if match and match[2] == this_host() else None
+
+
 def stale_socket_directories(setting: str) -> list[str]:
-    """The directories of this user's servers that no longer run; places that cannot be read are left out."""
+    """The directories of this user's servers on this host that no longer run; unreadable places are left out."""
     found = []
     for place in socket_places(setting):
         with contextlib.suppress(OSError), os.scandir(place) as entries:
             found += [
                 entry.path
                 for entry in entries
-                if (match := _DIRECTORY.fullmatch(entry.name))
-                and not os.path.exists(f"/proc/{match[1]}")
+                if (pid := pid_in(entry.name)) is not None
+                and not os.path.exists(f"/proc/{pid}")
                 and entry.is_dir(follow_symlinks=False)
                 and entry.stat(follow_symlinks=False).st_uid == os.getuid()
             ]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.allocations.identity import COMMENT, new_launcher_id
+from gateway_slurm.link.tunnel import this_host
 from gateway_slurm.store import Registry
 from helpers.failing_starts import wrapped_command
 from helpers.kernel_clients import READY, job_state
@@ -94,12 +95,16 @@ def test_files_marks_and_rows_that_are_left_are_found_and_removed(home, tmp_path
     dead_server("99999999:gs-1:k")
     marks = Registry.default().keep_flags
     marks.set("99999998", "gs-2")
-    sockets = home / f"gs-server{NO_PROCESS}-abc"
+    sockets = home / f"gs-server{NO_PROCESS}-{this_host()}-abc"
     sockets.mkdir()
     connection = tmp_path / "runtime" / "kernel-1.json"
-    connection.write_text(json.dumps({"transport": "ipc", "ip": f"{home}/gs-server{NO_PROCESS}-old/ab", "key": "x"}))
+    of_this_host = f"{home}/gs-server{NO_PROCESS}-{this_host()}-old/ab"
+    connection.write_text(json.dumps({"transport": "ipc", "ip": of_this_host, "key": "x"}))
     other = tmp_path / "runtime" / "kernel-2.json"
     other.write_text(json.dumps({"transport": "tcp", "ip": "127.0.0.1"}))
+    elsewhere = tmp_path / "runtime" / "kernel-3.json"
+    of_another_host = f"{home}/gs-server{NO_PROCESS}-{'0' * 6}-old/ab"
+    elsewhere.write_text(json.dumps({"transport": "ipc", "ip": of_another_host, "key": "x"}))
     ran = doctor()
     assert ran.returncode == 1
     assert len([line for line in ran.stdout.splitlines() if "; --fix removes" in line]) == 4
@@ -108,7 +113,7 @@ def test_files_marks_and_rows_that_are_left_are_found_and_removed(home, tmp_path
     assert kinds(findings("--fix", status=0)) == ["connection", "mark", "row", "sockets"]
     assert not sockets.exists()
     assert not connection.exists()
-    assert other.exists()
+    assert (other.exists(), elsewhere.exists()) == (True, True)
     assert (marks.all(), Registry.default().all_allocations()) == (frozenset(), [])
     assert findings(status=0) == []
 
@@ -165,7 +170,7 @@ def test_a_state_directory_that_others_can_read_is_closed():
 def test_without_an_answer_from_slurm_the_rest_is_checked(home, admin_settings, tmp_path):
     """The exit status says that not everything could be checked."""
     dead_server("12:gs-1:")
-    (home / f"gs-server{NO_PROCESS}-abc").mkdir()
+    (home / f"gs-server{NO_PROCESS}-{this_host()}-abc").mkdir()
     words = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
     admin_settings(slurm_path=wrapped_command(tmp_path / "bin", "squeue", f"echo '{words}' >&2; exit 1"))
     ran = doctor("--fix")

@@ -6,7 +6,6 @@ import argparse
 import ipaddress
 import json
 import os
-import re
 import shutil
 import socket
 import stat
@@ -42,15 +41,13 @@ from gateway_slurm.cli.doctor.path import (
 from gateway_slurm.config import load_admin_config
 from gateway_slurm.errors import ConfigError, GatewaySlurmError, LinkError, SlurmError, StoreError
 from gateway_slurm.link.endpoints import parse_endpoint
-from gateway_slurm.link.tunnel import make_socket_directory, stale_socket_directories
+from gateway_slurm.link.tunnel import make_socket_directory, pid_in, stale_socket_directories
 from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.model import JobInfo
 from gateway_slurm.store import ServerAllocation, ServerRecord
 from gateway_slurm.store.keep_flags import KeepFlag
 
 FOUND, TROUBLE = 1, 2  # exit statuses
-# The connection file of a kernel behind the tunnel names a socket in a directory of its server.
-_SOCKET = re.compile(r".*/gs-server\d+-[^/]+/[^/]+")
 _MAX_CONNECTION_FILE = 1 << 16  # bytes
 
 
@@ -355,7 +352,11 @@ def _ownership(server: ServerRecord | None, user: str) -> str:
 
 
 def _dead_connection_files(directory: Path) -> list[tuple[str, str]]:
-    """The path and the kernel's name of each connection file whose sockets are gone."""
+    """The path and the kernel's name of each connection file whose sockets were on this host, and are gone.
+
+    The connection file of a kernel behind the tunnel names a socket in a directory of its server. Hosts may share the
+    files, and do not see each other's sockets.
+    """
     found = []
     for path in sorted(directory.glob("kernel-*.json")):
         try:
@@ -365,7 +366,9 @@ def _dead_connection_files(directory: Path) -> list[tuple[str, str]]:
             prefix = str(content["ip"]) if content["transport"] == "ipc" else ""
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a connection file of this package
-        if _SOCKET.fullmatch(prefix) and not os.path.isdir(os.path.dirname(prefix)):
+        directory_of_socket = os.path.dirname(prefix)
+        made_here = pid_in(os.path.basename(directory_of_socket)) is not None
+        if made_here and not os.path.isdir(directory_of_socket):
             found.append((str(path), str(content.get("kernel_name", ""))))
     return found
 

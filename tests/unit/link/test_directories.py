@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from gateway_slurm.link import tunnel
 from gateway_slurm.link.directories import MAX_SOCKET_PATH, NoDirectory, check, make_private
 
 
@@ -54,3 +57,28 @@ def test_the_trial_leaves_nothing(tmp_path):
     """Neither the file nor the socket."""
     check(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+MAKE = "import sys; from gateway_slurm.link.tunnel import *; print(make_socket_directory(sys.argv[1]))"
+
+
+def test_a_servers_start_removes_what_dead_servers_of_its_host_left_and_no_other(tmp_path, monkeypatch):
+    """Two login nodes, or two containers, may share the place: there the number of a process means nothing."""
+
+    def start_and_kill(*prefix: str) -> Path:
+        argv = [*prefix, sys.executable, "-c", MAKE, str(tmp_path)]
+        return Path(subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout.strip())
+
+    living = Path(tunnel.make_socket_directory(str(tmp_path)))
+    dead = start_and_kill()
+    assert tunnel.stale_socket_directories(str(tmp_path)) == [str(dead)]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "login2")
+        tunnel.this_host.cache_clear()
+        assert tunnel.stale_socket_directories(str(tmp_path)) == []
+    tunnel.this_host.cache_clear()
+    if os.getuid() == 0:  # for a PID namespace
+        assert start_and_kill("unshare", "--pid", "--fork", "--mount-proc").exists()
+        assert (living.exists(), dead.exists()) == (True, True)
+    start_and_kill()
+    assert (living.exists(), dead.exists()) == (True, False)
