@@ -641,7 +641,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if not ready.done():
             raise web.HTTPError(409, f"the kernel is still starting and cannot be {verb}; it can be shut down")
         if (reason := self._start_failure(kernel_id, ready)) and not has_started(kernel):
-            raise web.HTTPError(409, f"the kernel did not start and cannot be {verb}: start a new kernel. {reason}")
+            brief = f"the kernel did not start and cannot be {verb}: start a new kernel"
+            raise PlainHTTPError(409, f"{brief}. {reason}", brief=brief)
         return kernel
 
     def _starting(self, kernel_id: str) -> asyncio.Task[None] | None:

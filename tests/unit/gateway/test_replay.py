@@ -417,7 +417,7 @@ async def test_a_cell_that_was_lost_with_its_connection_is_refused(kernel, open_
         await kernel.reply(asked, identity=identity, status="ok")
         await kernel.say(kernel.status("idle", "lost"))
     await until(lambda: {cell for cell, _ in frontend.replies} == {"first", "lost"})
-    # With its reply, whoever made it, a cell is over: the kernel can be culled, and its death answers nothing twice.
+    # With any reply, of the kernel or made here, a cell is over: the kernel can be culled, and dies without a second.
     assert not one._state.is_busy
     one.fail("the kernel died")
     await one.flushed()
