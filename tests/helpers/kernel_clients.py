@@ -261,11 +261,16 @@ async def poll_async(condition: Any, *, timeout: float, interval: float = 0.05) 
 
 
 def processes_of_job(jobid: str) -> list[psutil.Process]:
-    """Processes with this job in their environment; all nodes are on this machine."""
-    found = []
+    """Processes with this job of the session's cluster in their environment; all nodes are on this machine.
+
+    Another run's cluster has jobs of the same numbers. Without SLURM_CONF, as where Slurm is a site's, both count.
+    """
+    found, cluster = [], os.environ.get("SLURM_CONF")
     for process in psutil.process_iter():
         try:
-            if process.environ().get("SLURM_JOB_ID") == jobid and process.status() != psutil.STATUS_ZOMBIE:
+            environment = process.environ()
+            is_ours = cluster in (None, environment.get("SLURM_CONF", cluster))
+            if environment.get("SLURM_JOB_ID") == jobid and is_ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:  # it ended meanwhile, or is another user's
             continue

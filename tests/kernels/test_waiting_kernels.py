@@ -93,7 +93,8 @@ async def test_a_cell_that_is_run_while_its_kernel_waits_runs_once_it_is_there(s
     running = await model(server, kernel["id"])
     directory = {"path": os.environ["HOME"], "why": ""}
     connect = {"mode": "tunnel", "why": "the kernel does not declare CurveZMQ (supported_encryption)"}
-    assert running["slurm"] == {"jobid": printed, "node": "c1", "connect": connect, "directory": directory}
+    assert running["slurm"].pop("node") in ("c1", "c2")
+    assert running["slurm"] == {"jobid": printed, "connect": connect, "directory": directory}
     assert "reason" not in running
     frontend.close()
     await delete(server, kernel["id"])
