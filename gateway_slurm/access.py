@@ -13,6 +13,7 @@ from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.access import ClusterAccess, LocalAccess
 from gateway_slurm.slurm.account import Account, resolve_account
 from gateway_slurm.slurm.driver import SlurmDriver, SlurmJobs
+from gateway_slurm.slurm.model import ClusterInfo
 from gateway_slurm.slurm.runner import Runner
 from gateway_slurm.slurm.sudo.runner import check_user, process_user
 from gateway_slurm.slurm.url import ClusterUrl, parse_cluster_url
@@ -110,12 +111,12 @@ class SlurmUsers:
         """The driver that acts as that user."""
         return self._access.driver(self.user_of(owner))
 
-    async def prolog(self) -> str | None:
-        """``ClusterInfo.prolog``, asked as this process's own user. Raises SlurmError.
+    async def cluster_info(self) -> ClusterInfo:
+        """Ask Slurm about its cluster, as this process's own user. Raises SlurmError.
 
         The configuration belongs to no user, and the helper of ``run_as`` runs no command that shows it.
         """
-        return (await self._access.driver(self._access.user).cluster_info()).prolog
+        return await self._access.driver(self._access.user).cluster_info()
 
     async def log_end(self, owner: str, path: str) -> str | None:
         """The end of a log that a job of ``owner`` wrote (``ClusterAccess.log_end``).

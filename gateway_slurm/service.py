@@ -239,7 +239,7 @@ class SlurmService(ServiceSettings):
             DialAddresses(first=self.addresses.of_this_server, later=self.addresses.of_all_servers),
             may_adopt=lambda jobid: self.owners.may_adopt(owner, jobid, separate_users=separate_users),
             log_end=lambda path: self.users.log_end(owner, path),
-            prolog=self.users.prolog,
+            cluster_info=self.users.cluster_info,
         )
 
     async def _listen(self) -> None:

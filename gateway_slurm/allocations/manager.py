@@ -22,7 +22,7 @@ from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.account import Account
 from gateway_slurm.slurm.driver import not_adoptable
 from gateway_slurm.slurm.formats import Meaning
-from gateway_slurm.slurm.model import JobInfo, JobSpec
+from gateway_slurm.slurm.model import ClusterInfo, JobInfo, JobSpec
 from gateway_slurm.store import AllocationRecord
 from gateway_slurm.store.records import LauncherRecord
 
@@ -35,8 +35,8 @@ class Allocations:
 
     Owners share the response socket, the watcher, the keep flags and the records. ``may_adopt`` says whether a job
     with this id, which Slurm says is one of the Unix user's, can be the owner's. ``log_end`` reads the end of a
-    launcher's log; it returns None where the log cannot be read. ``prolog`` asks Slurm for the program that runs before
-    a job's script (``ClusterInfo.prolog``).
+    launcher's log; it returns None where the log cannot be read. ``cluster_info`` asks Slurm about its
+    cluster.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Allocations:
         *,
         may_adopt: Callable[[str], Awaitable[bool]],
         log_end: Callable[[str], Awaitable[str | None]],
-        prolog: Callable[[], Awaitable[str | None]],
+        cluster_info: Callable[[], Awaitable[ClusterInfo]],
     ) -> None:
         self._driver, self.table, self.log = context.driver, context.table, context.log
         self._owner, self._user, self._may_adopt = context.owner, context.user, may_adopt
@@ -56,7 +56,7 @@ class Allocations:
         keep_flags.tables.append(self.table)
         self.releaser = AllocationReleaser(context, keep_flags)
         self._monitor = AllocationMonitor(context, keep_flags, self.releaser, WalltimeMonitor(context))
-        self._starter = LauncherStarter(context, self._monitor, addresses, log_end=log_end, prolog=prolog)
+        self._starter = LauncherStarter(context, self._monitor, addresses, log_end=log_end, cluster_info=cluster_info)
         self._foreign = ForeignAllocations(
             self._driver, self.table.registry, owner=self._owner, user=self._user, log=self.log
         )

@@ -87,6 +87,8 @@ class Allocation:
     """When Slurm first gave the job's present reason, by the monotonic clock."""
     queue_place: int | None = None
     """Of a waiting job in its partition's queue, 1 for the next; None where it is not known."""
+    size_checked: bool = False
+    """Whether its number of nodes was compared with its partition's limits."""
     late: str = ""
     """Why the launcher of a running job may be late, in words for its user; empty while it is not."""
     launchers: dict[str, Launcher] = field(default_factory=dict)
@@ -183,6 +185,10 @@ class Allocation:
         """Return the key under which the registry has the job from now on."""
         self.record_key = self.identity if self.ours else f"job-{self.jobid}"
         return self.record_key
+
+    def mark_size_checked(self) -> None:
+        """Its number of nodes is compared with its partition's limits now."""
+        self.size_checked = True
 
     def set_late(self, why: str) -> None:
         """Note why its launcher may be late; empty: it no longer is."""

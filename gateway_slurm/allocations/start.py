@@ -28,7 +28,7 @@ from gateway_slurm.link.program import launcher_program
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.account import Account
 from gateway_slurm.slurm.driver import StepProcess
-from gateway_slurm.slurm.model import JobSpec, StepSpec
+from gateway_slurm.slurm.model import ClusterInfo, JobSpec, StepSpec
 from gateway_slurm.slurm.names import file_of, job_name
 from gateway_slurm.slurm.script import job_script
 from gateway_slurm.store.records import LauncherRecord
@@ -70,13 +70,13 @@ class LauncherStarter:
         addresses: DialAddresses,
         *,
         log_end: Callable[[str], Awaitable[str | None]],
-        prolog: Callable[[], Awaitable[str | None]],
+        cluster_info: Callable[[], Awaitable[ClusterInfo]],
     ) -> None:
         self._driver, self._socket, self._table = context.driver, context.socket, context.table
         self._registry, self.log = context.table.registry, context.log
         self._settings, self._monitor = context.settings, monitor
         self._owner, self._user = context.owner, context.user
-        self._addresses, self._log_end, self._prolog = addresses, log_end, prolog
+        self._addresses, self._log_end, self._cluster_info = addresses, log_end, cluster_info
 
     def register(self, allocation: Allocation, *, isolated: bool = False) -> Launcher:
         """Return a new launcher of ``allocation``, which may dial in from now on."""
@@ -200,7 +200,7 @@ class LauncherStarter:
             if allocation.ended.done():
                 raise allocation.ended.result()
             if allocation.never_starts:
-                raise _never_starts(allocation)
+                raise _never_starts(allocation, allocation.never_starts)
             await asyncio.sleep(0.2)  # reads memory only: the watcher asks Slurm, for all jobs at once
 
     async def watch_step(self, allocation: Allocation, launcher: Launcher, step: StepProcess) -> None:
@@ -285,8 +285,8 @@ class LauncherStarter:
             await asyncio.sleep(0.25)
             stage = stage_of(allocation)
             seconds = clock.spend(stage)
-            if stage is Stage.QUEUE and allocation.never_starts:
-                return _never_starts(allocation)
+            if stage is Stage.QUEUE and (why := allocation.never_starts or await self._wrong_size(allocation)):
+                return _never_starts(allocation, why)
             if stage is Stage.QUEUE and self._settings.queue_timeout and seconds > self._settings.queue_timeout:
                 return self._queued_too_long(allocation)
             if stage is Stage.PROLOG:
@@ -308,7 +308,7 @@ class LauncherStarter:
             return
         script.asked = True
         try:
-            script.prolog = await self._prolog()
+            script.prolog = (await self._cluster_info()).prolog
         except GatewaySlurmError as error:
             self.log.info("Slurm does not say whether it has a prolog: %s", error)
         if script.prolog != "":
@@ -322,6 +322,27 @@ class LauncherStarter:
             )
             allocation.set_late(why)
             self.log.warning("job %s runs without its launcher: %s", allocation.jobid, why)
+
+    async def _wrong_size(self, allocation: Allocation) -> str:
+        """Why the job has too many nodes for its partition, or too few; empty if it has not, or that is not known.
+
+        Slurm has one reason for such a job and for nodes that are down (squeue(1)). It is asked once for an allocation.
+        """
+        info, nodes, name = allocation.info, allocation.request.nodes, allocation.partition
+        if allocation.size_checked or info is None or info.reason != "PartitionNodeLimit" or "," in name:
+            return ""
+        allocation.mark_size_checked()
+        try:
+            found = [each for each in (await self._cluster_info()).partitions if each.name == name]
+        except GatewaySlurmError as error:
+            self.log.info("Slurm does not say how many nodes partition %s has: %s", name, error)
+            return ""
+        if not nodes or not found or found[0].allows(nodes):
+            return ""
+        limits = [limit for limit in (found[0].nodes, found[0].max_nodes) if limit is not None]
+        most = f" to {min(limits)}" if limits else " or more"
+        sizes = f"{found[0].min_nodes or 1}{most}"
+        return f"PartitionNodeLimit: ask for another number of nodes ({sizes}) or another partition"
 
     def _queued_too_long(self, allocation: Allocation) -> QueueTimeout:
         info = allocation.info
@@ -441,10 +462,10 @@ def _prolog_too_long(allocation: Allocation, seconds: float) -> PrologTimeout:
     )
 
 
-def _never_starts(allocation: Allocation) -> AllocationError:
+def _never_starts(allocation: Allocation, why: str) -> AllocationError:
     """The error for a job that Slurm keeps pending for a reason that waiting does not end."""
     outcome = "it was cancelled" if allocation.ours else "name another job, or none"
     return AllocationError(
-        f"job {allocation.jobid} would wait in the queue indefinitely; {outcome} ({allocation.never_starts})",
+        f"job {allocation.jobid} would wait in the queue indefinitely; {outcome} ({why})",
         jobid=allocation.jobid,
     )

@@ -53,6 +53,7 @@ _PREFIX: Final = re.compile(
 )
 _MAX_MESSAGE: Final = 4000  # characters
 _SAME_LENGTH: Final = 5.0  # seconds
+_NO_SIZE_LIMIT: Final = 0xFFFFFF00  # slurm.h has INFINITE and NO_VAL above it
 _JOB_FIELDS: Final = (
     "JobID", "JobArrayID", "State", "Reason", "NodeList", "UserName", "Partition", "Account",
     "SubmitTime", "StartTime", "EndTime", "TimeLeft", "TimeLimit", "exit_code", "Name", "Comment",
@@ -264,7 +265,7 @@ def config_command() -> list[str]:
 
 def partitions_command() -> list[str]:
     """Return sinfo's argv: one line per partition; the name of the default partition ends with a star."""
-    return ["sinfo", "--noheader", "--summarize", "--format=%P|%a|%D"]
+    return ["sinfo", "--noheader", "--summarize", "--format=%P|%a|%D|%s"]
 
 
 def parse_version(stdout: str) -> str:
@@ -281,11 +282,18 @@ def parse_prolog(stdout: str) -> str:
 
 def parse_partitions(stdout: str) -> tuple[Partition, ...]:
     """Return the partitions in sinfo's output."""
-    rows = [line.split("|") for line in stdout.splitlines() if line.count("|") == 2]
-    return tuple(
-        Partition(name.removesuffix("*"), name.endswith("*"), state, int(nodes) if nodes.isdigit() else None)
-        for name, state, nodes in rows
-    )
+    rows = [line.split("|") for line in stdout.splitlines() if line.count("|") == 3]
+    found = []
+    for name, state, nodes, size in rows:
+        # ``1-infinite``, ``2-4``, or one number for both.
+        least, _dash, most = size.strip().partition("-")
+        limits = _count(least) or 0, _count(most or least)
+        found.append(Partition(name.removesuffix("*"), name.endswith("*"), state, _count(nodes), *limits))
+    return tuple(found)
+
+
+def _count(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) else None
 
 
 def version_in(document: Mapping[str, Any]) -> str:
@@ -305,7 +313,25 @@ def partitions_in(document: Mapping[str, Any]) -> tuple[Partition, ...]:
         raise SlurmUnavailable("slurmrestd's response has no list of partitions")
     rows = [row for row in listed if isinstance(row, dict) and isinstance(row.get("name"), str)]
     # v0.0.38 has flags; later versions do not tell which partition is the default.
-    return tuple(Partition(str(row["name"])[:255], "default" in (row.get("flags") or ())) for row in rows)
+    return tuple(
+        Partition(
+            str(row["name"])[:255],
+            "default" in (row.get("flags") or ()),
+            nodes=_size(row, "total_nodes", "nodes", "total"),
+            min_nodes=_size(row, "min_nodes_per_job", "minimums", "nodes") or 0,
+            max_nodes=_size(row, "maximum_nodes_per_job", "maximums", "nodes"),
+        )
+        for row in rows
+    )
+
+
+def _size(row: Mapping[str, Any], older: str, part: str, name: str) -> int | None:
+    """Return a count of nodes in v0.0.38's field or in that of later versions; None for no limit and odd values."""
+    inner = row.get(part)
+    value = inner.get(name) if isinstance(inner, dict) else row.get(older)
+    if isinstance(value, dict):
+        value = value.get("number") if value.get("set") and not value.get("infinite") else None
+    return value if isinstance(value, int) and 0 < value < _NO_SIZE_LIMIT else None
 
 
 # -- Slurm's messages --

@@ -159,6 +159,17 @@ class Partition:
     state: str = ""
     """Slurm's word, ``up`` for a partition that runs jobs; empty if Slurm does not tell it."""
     nodes: int | None = None
+    """All of its nodes, those that are down included."""
+    min_nodes: int = 0
+    """Of a job (slurm.conf, MinNodes)."""
+    max_nodes: int | None = None
+    """Of a job (slurm.conf, MaxNodes); None if there is no such limit, or Slurm does not tell it."""
+
+    def allows(self, nodes: int) -> bool:
+        """Whether a job of this many nodes may ever run in it, as far as is known."""
+        return (
+            self.min_nodes <= nodes <= min(limit for limit in (self.nodes, self.max_nodes, nodes) if limit is not None)
+        )
 
     def __str__(self) -> str:
         state = f" ({self.state})" if self.state not in ("", "up") else ""

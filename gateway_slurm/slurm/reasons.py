@@ -46,8 +46,6 @@ REASONS: Final[tuple[PendingReason, ...]] = (
     # The request does not fit the cluster's configuration. An administrator could change that, but nothing says so.
     PendingReason("PartitionTimeLimit", r"PartitionTimeLimit", _NEVER,
                   "ask for less time (runtime) or another partition", True),
-    PendingReason("PartitionNodeLimit", r"PartitionNodeLimit", _NEVER,
-                  "ask for fewer nodes or another partition", True),
     PendingReason("PartitionConfig", r"PartitionConfig", _NEVER,
                   "ask for what the partition has and allows (nodes, runtime, cpus, memory, project, qos), or for "
                   "another partition", True, 2.0),
@@ -75,6 +73,10 @@ REASONS: Final[tuple[PendingReason, ...]] = (
                   "Slurm could not launch the job and holds it: ask the administrators to look at its nodes"),
     PendingReason("PartitionDown, PartitionInactive", r"Partition(?:Down|Inactive)", _ACTION,
                   "the partition starts no jobs: use another one, or ask the administrators when it will"),
+    # The number of nodes, or nodes that are down (squeue(1)): a start compares the number with the partition's limits.
+    PendingReason("PartitionNodeLimit", r"PartitionNodeLimit", _ACTION,
+                  "ask for another number of nodes or another partition, or wait: its nodes may be down or "
+                  "drained", True),
     PendingReason("ReqNodeNotAvail, UnavailableNodes:*; NodeDown", r"ReqNodeNotAvail,\s*UnavailableNodes|NodeDown",
                   _ACTION, "these nodes are down or drained: ask for others, or wait until they are returned to use"),
     # A limit of what runs at one time (GrpTRESRunMins): the minutes that running jobs may still use.

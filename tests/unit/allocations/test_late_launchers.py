@@ -16,7 +16,7 @@ from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import OutOfReach, SlurmUnavailable
 from gateway_slurm.gateway.waiting import waiting_text
 from gateway_slurm.request import KernelRequest
-from gateway_slurm.slurm.model import JobInfo
+from gateway_slurm.slurm.model import ClusterInfo, JobInfo, Partition
 
 LOG = logging.getLogger("test.late")
 LINK, PROLOG = 0.2, 3.0
@@ -27,6 +27,7 @@ class Start:
 
     def __init__(self, prolog: str | Exception | None, *, launcher: str = "script", up: str = "") -> None:
         self.prolog, self.asked = prolog, 0
+        self.partitions: tuple[Partition, ...] = ()
         self.allocation = Allocation(ours=True, request=KernelRequest())
         self.allocation.accept("12")
         self.allocation.update(JobInfo(jobid="12", state="RUNNING", partition="batch", nodes="c[1-2]"))
@@ -46,16 +47,16 @@ class Start:
             driver=None, socket=None, table=table, log=LOG, settings=settings, owner="", user="ada"
         )
         addresses = DialAddresses(first=lambda: ["tcp://login:7"], later=list)
-        self.starter = LauncherStarter(context, None, addresses, log_end=self.log_end, prolog=self.ask)  # type: ignore[arg-type]
+        self.starter = LauncherStarter(context, None, addresses, log_end=self.log_end, cluster_info=self.cluster_info)  # type: ignore[arg-type]
 
     async def log_end(self, _path: str) -> None:
         """No log is seen."""
 
-    async def ask(self) -> str | None:
+    async def cluster_info(self) -> ClusterInfo:
         self.asked += 1
         if isinstance(self.prolog, Exception):
             raise self.prolog
-        return self.prolog
+        return ClusterInfo("", self.partitions, self.prolog)
 
     async def error(self) -> tuple[str, float]:
         """The error, and the seconds until it."""
@@ -89,6 +90,30 @@ async def test_a_step_does_not_wait_for_a_prolog_that_is_over() -> None:
     found = await asyncio.gather(*(start.error() for start in [*over, gone, *may_run]))
     assert [seconds >= LINK + PROLOG for _text, seconds in found] == [False] * 3 + [True] * 3
     assert [start.asked for start in over] == [0, 0]
+
+
+async def test_a_number_of_nodes_is_wrong_by_the_partitions_limits_only() -> None:
+    """Slurm has the same reason for nodes that are down: then the start waits, and says what to do."""
+    for sizes, fits in (
+        ((4, 1, None), True),
+        ((4, 1, 2), False),
+        ((2, 1, None), False),
+        ((9, 4, 9), False),
+        (None, True),
+    ):
+        start = Start(None)
+        start.partitions = () if sizes is None else (Partition("batch", False, "up", *sizes),)
+        start.allocation.request = KernelRequest(nodes=3)
+        start.allocation.update(
+            JobInfo(jobid="12", state="PENDING", partition="batch", reason="PartitionNodeLimit", nodes="")
+        )
+        waits = asyncio.ensure_future(start.starter.wait_for(start.allocation, start.launcher))
+        await asyncio.wait([waits], timeout=1.5 if fits else 30)
+        assert waits.done() is not fits
+        waits.cancel()
+        (result,) = await asyncio.gather(waits, return_exceptions=True)
+        assert fits or "PartitionNodeLimit: ask for another number of nodes (" in str(result)
+        assert start.asked == 1
 
 
 async def test_the_page_says_after_link_timeout_why_the_start_may_wait() -> None:

@@ -11,8 +11,8 @@ from gateway_slurm.slurm.model import ClusterInfo, Partition
 
 def test_partitions_are_read_with_the_default_and_their_state():
     """The format is that of sinfo 22.05; other lines are ignored."""
-    found = parse_partitions("batch*|up|4\ndevel|down|0\nodd\n")
-    assert found == (Partition("batch", True, "up", 4), Partition("devel", False, "down", 0))
+    found = parse_partitions("batch*|up|4|1-infinite\ndevel|down|0|2-3\nodd\n")
+    assert found == (Partition("batch", True, "up", 4, 1), Partition("devel", False, "down", 0, 2, 3))
     assert [str(each) for each in found] == ["batch*", "devel (down)"]
     assert parse_partitions("") == ()
 
@@ -41,6 +41,25 @@ def test_slurmrestds_partitions_are_read_and_what_is_no_list_is_unknown():
     assert ClusterInfo("", partitions_in(new)).default_partition is None
     with pytest.raises(SlurmUnavailable):
         partitions_in({"jobs": []})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"total_nodes": 9, "min_nodes_per_job": 2, "maximum_nodes_per_job": 4},
+        {"nodes": {"total": 9}, "minimums": {"nodes": 2}, "maximums": {"nodes": {"set": True, "number": 4}}},
+    ],
+)
+def test_the_sizes_of_a_partitions_jobs_are_read_in_either_shape(row):
+    """A size that is not known, or has no limit, allows any job."""
+    (found,) = partitions_in({"partitions": [{"name": "batch", **row}]})
+    assert [found.allows(nodes) for nodes in (1, 2, 4, 5)] == [False, True, True, False]
+    assert Partition("batch").allows(99)
+    for limit in ({"set": True, "infinite": True, "number": 0}, 0xFFFFFFFF, "x", {"set": False, "number": 1}):
+        (found,) = partitions_in(
+            {"partitions": [{"name": "batch", "nodes": {"total": 9}, "maximums": {"nodes": limit}}]}
+        )
+        assert (found.allows(9), found.allows(10)) == (True, False)
 
 
 def test_the_only_partition_is_the_default():

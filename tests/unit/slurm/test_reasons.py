@@ -27,7 +27,7 @@ PASSES, ACTION, NEVER = Outlook.PASSES, Outlook.NEEDS_ACTION, Outlook.NEVER
         ("ReqNodeNotAvail, UnavailableNodes:c[1-2]", ACTION),
         ("AssocGrpCPUMinutesLimit", ACTION), ("AssocGrpBillingMinutes", ACTION), ("QOSUsageThreshold", ACTION),
         ("Job is at or exceeds QOS small's group max TRES(cpu) minutes of 10 with 11", ACTION),
-        ("PartitionTimeLimit", NEVER), ("PartitionNodeLimit", NEVER), ("PartitionConfig", NEVER),
+        ("PartitionTimeLimit", NEVER), ("PartitionNodeLimit", ACTION), ("PartitionConfig", NEVER),
         ("BadConstraints", NEVER), ("InvalidAccount", NEVER), ("InvalidQOS", NEVER), ("MaxMemPerLimit", NEVER),
         ("AccountNotAllowed", NEVER), ("QOSNotAllowed", NEVER),
         ("Job's account not permitted to use this partition (devel allows admin not demo)", NEVER),
