@@ -107,6 +107,13 @@ def why_no_locks(directory: Path) -> str:
     return ""
 
 
+def make_private_directory(directory: Path) -> None:
+    """Make a directory and its missing parents, all 0700; Path.mkdir does not set the parents' mode. Raises OSError."""
+    for path in [*reversed(directory.parents), directory]:
+        if not path.is_dir():
+            path.mkdir(mode=0o700, exist_ok=True)
+
+
 @contextlib.contextmanager
 def locked(path: Path, seconds: float) -> Iterator[None]:
     """Hold a lock file.

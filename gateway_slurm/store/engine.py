@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.pool import QueuePool
 
-from gateway_slurm._util import why_no_locks
+from gateway_slurm._util import make_private_directory, why_no_locks
 from gateway_slurm.errors import StoreError, StoreUnavailable
 from gateway_slurm.store.records import MEMORY
 
@@ -172,9 +172,7 @@ def make_private(path: Path) -> None:
 def make_directory(directory: Path) -> None:
     """Make a directory and its missing parents, all 0700. Raises StoreError."""
     try:
-        for path in [*reversed(directory.parents), directory]:
-            if not path.is_dir():
-                path.mkdir(mode=0o700, exist_ok=True)
+        make_private_directory(directory)
     except OSError as error:
         raise _no_file(directory, error) from error
 

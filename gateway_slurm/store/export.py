@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gateway_slurm._util import LogOnce, locked, write_atomically
+from gateway_slurm._util import LogOnce, locked, make_private_directory, write_atomically
 from gateway_slurm.errors import StoreError
 from gateway_slurm.store.records import AllocationRecord, ProcessInfo, ServerAllocation, ServerRecord, this_process
 from gateway_slurm.store.rows import known_fields
@@ -127,7 +127,7 @@ class RecordFiles:
         if not records:
             path.unlink(missing_ok=True)
             return
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_directory(self.directory)
         text = _content(process, records)
         if len(text) > MAX_FILE_BYTES:
             # The fields that find a job and its kernels matter more than the request.

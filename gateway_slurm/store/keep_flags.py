@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from gateway_slurm._util import make_private_directory
+
 _NAME = re.compile(r"([0-9]{1,10})\.([A-Za-z0-9_-]{1,64})", re.ASCII)
 
 KeepFlag = tuple[str, str]
@@ -32,7 +34,7 @@ class KeepFlagFiles:
     def set(self, jobid: str, identity: str) -> None:
         """Ask that the job stay. Raises ValueError for a job id or identity that cannot be part of a file name."""
         path = self._path(jobid, identity)
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_directory(self.directory)
         path.touch(mode=0o600)
 
     def remove(self, jobid: str, identity: str) -> None:
