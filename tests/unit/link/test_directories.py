@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,23 +61,30 @@ def test_the_trial_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose path leaves room for sockets."""
+    with tempfile.TemporaryDirectory(prefix="gs-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
 MAKE = "import sys; from gateway_slurm.link.tunnel import *; print(make_socket_directory(sys.argv[1]))"
 
 
-def test_a_servers_start_removes_what_dead_servers_of_its_host_left_and_no_other(tmp_path, monkeypatch):
+def test_a_servers_start_removes_what_dead_servers_of_its_host_left_and_no_other(short_path, monkeypatch):
     """Two login nodes, or two containers, may share the place: there the number of a process means nothing."""
 
     def start_and_kill(*prefix: str) -> Path:
-        argv = [*prefix, sys.executable, "-c", MAKE, str(tmp_path)]
+        argv = [*prefix, sys.executable, "-c", MAKE, str(short_path)]
         return Path(subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout.strip())
 
-    living = Path(tunnel.make_socket_directory(str(tmp_path)))
+    living = Path(tunnel.make_socket_directory(str(short_path)))
     dead = start_and_kill()
-    assert tunnel.stale_socket_directories(str(tmp_path)) == [str(dead)]
+    assert tunnel.stale_socket_directories(str(short_path)) == [str(dead)]
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(socket, "gethostname", lambda: "login2")
         tunnel.this_host.cache_clear()
-        assert tunnel.stale_socket_directories(str(tmp_path)) == []
+        assert tunnel.stale_socket_directories(str(short_path)) == []
     tunnel.this_host.cache_clear()
     if os.getuid() == 0:  # for a PID namespace
         assert start_and_kill("unshare", "--pid", "--fork", "--mount-proc").exists()

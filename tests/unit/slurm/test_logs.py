@@ -33,15 +33,15 @@ async def test_only_a_plain_file_of_this_user_is_read(
     found = await local.log_end(str(log))
     assert found is not None
     assert (len(found), found.endswith("its end")) == (access.MAX_LOG_END, True)
-    assert await local.read_log(str(log), 0) == log.read_bytes()
+    assert await local.read_log(str(log), 0) == access.LogPart(0, log.read_bytes())
     monkeypatch.setattr(access, "LOOK_TIMEOUT", 60.0)
     started = time.monotonic()
     others = [str(tmp_path / f"launcher-{number}.log") for number in (2, 3, 4)]
     assert [await local.log_end(path) for path in others] == [None] * 3
-    assert [await local.read_log(path, -1) for path in others] == [b""] * 3
+    assert [(await local.read_log(path, -1)).content for path in others] == [b""] * 3
     monkeypatch.setattr(os, "geteuid", lambda: log.stat().st_uid + 1)
     assert await local.log_end(str(log)) is None
-    assert await local.read_log(str(log), 0) == b""
+    assert (await local.read_log(str(log), 0)).content == b""
     assert time.monotonic() - started < 30
 
 
