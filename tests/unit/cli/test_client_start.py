@@ -1,4 +1,4 @@
-"""The client's check where the answer to its start is lost: its kernel is ended, or the user is told of it."""
+"""The client's check where the answer to its start is lost: its kernel is ended, or the user gets its id."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_a_kernel_whose_start_was_not_answered_is_ended(site, monkeypatch)
     assert site.deleted == site.started
 
 
-async def test_the_user_is_told_of_a_kernel_that_may_still_come(site, monkeypatch):
+async def test_the_user_learns_of_a_kernel_that_may_still_come(site, monkeypatch):
     """The message has the kernel's id, and where to look."""
     site.on_delete = 404
     ok, text = (await checked(site, monkeypatch))["delete"]
