@@ -36,10 +36,12 @@ _LIMITS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def refuse_restarts(manager: Any) -> None:
-    """Have the manager's restarter, if one polls, report that the kernel is dead, and not try to restart it."""
-    polling = polling_restarter(manager)
-    if polling is not None:
-        restarter = polling[0]
+    """Have the manager's restarter, if it has one, report that the kernel is dead, and not try to restart it.
+
+    A restarter that was stopped may be in the middle of its last poll, after which it would still restart the kernel.
+    """
+    restarter = getattr(manager, "_restarter", None)
+    if restarter is not None:
         _LIMITS.setdefault(restarter, restarter.restart_limit)
         restarter.restart_limit = 0
 

@@ -133,12 +133,15 @@ def test_a_job_that_the_user_names_and_that_can_never_start_is_refused_and_stays
     """A start in it would wait without a limit; the job is the user's, and is not cancelled."""
     submitted = slurm("sbatch", "--parsable", "--partition=devel", "--time=31", "--wrap=true", cluster=cluster)
     job = submitted.stdout.strip()
-    error, _seconds = start_error(spec(kernelspecs, jobid=job))
-    assert isinstance(error, AllocationError)
-    assert "PartitionTimeLimit" in str(error)
-    assert "cancelled" not in str(error)
-    assert [line.split()[0] for line in jobs_of(cluster)] == [job]
-    slurm("scancel", job, cluster=cluster)
+    try:
+        error, _seconds = start_error(spec(kernelspecs, jobid=job))
+        assert isinstance(error, AllocationError)
+        # Slurm's reason changes with its scheduler's next look at the job.
+        assert re.search(r"PartitionTimeLimit|PartitionConfig", str(error))
+        assert "cancelled" not in str(error)
+        assert [line.split()[0] for line in jobs_of(cluster)] == [job]
+    finally:
+        slurm("scancel", job, cluster=cluster)
 
 
 def reasons(service: SlurmService) -> list[str]:
