@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -78,7 +78,9 @@ def write_export(path: Path, all_allocations: Callable[[], list[ServerAllocation
     """Write the frontends' file. The lock makes the last writer see what all have recorded. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock"), LOCK_SECONDS):
-        living = [(server, record) for server, record in all_allocations() if not server.is_gone]
+        found = all_allocations()
+        gone = servers_gone(found)
+        living = [(server, record) for server, record in found if server.server_id not in gone]
         # The file belongs to the Unix user of this process. It must not show other owners' jobs.
         jobs = {
             jobid: {  # jupyter-slurm-provisioner's format
@@ -88,23 +90,34 @@ def write_export(path: Path, all_allocations: Callable[[], list[ServerAllocation
                 "config": record.config,
                 "state": record.state,
             }
-            for jobid, (_server, record) in by_job(living).items()
+            for jobid, (_server, record) in by_job(living, gone).items()
             if not record.owner
         }
         write_atomically(path, json.dumps(jobs))
 
 
-def by_job(allocations: Iterable[ServerAllocation]) -> dict[str, ServerAllocation]:
+def servers_gone(allocations: Iterable[ServerAllocation]) -> set[str]:
+    """The ids of the servers that are gone. Each is looked at once: it costs reads of /proc, and has many records."""
+    servers = {server.server_id: server for server, _record in allocations}
+    return {server_id for server_id, server in servers.items() if server.is_gone}
+
+
+def by_job(allocations: Collection[ServerAllocation], gone: set[str] | None = None) -> dict[str, ServerAllocation]:
     """One record per job id. Where several servers have kernels in a job, it has the kernels of all living ones.
 
     The other fields are those of a living server's record before a dead one's, and the submitter's before an adopter's.
-    A record of an earlier job with the same id is left out.
+    A record of an earlier job with the same id is left out. ``gone`` has the ids of the servers that are gone, where
+    the caller knows them.
     """
+    if gone is None:
+        gone = servers_gone(allocations)
     jobs: dict[str, ServerAllocation] = {}
-    for server, record in sorted(allocations, key=lambda pair: (pair[0].is_gone, not pair[1].ours, pair[0].server_id)):
+    for server, record in sorted(
+        allocations, key=lambda pair: (pair[0].server_id in gone, not pair[1].ours, pair[0].server_id)
+    ):
         if record.jobid is None:
             continue
-        kernel_ids = [] if server.is_gone else record.kernel_ids
+        kernel_ids = [] if server.server_id in gone else record.kernel_ids
         leader, known = jobs.setdefault(record.jobid, (server, replace(record, kernel_ids=[])))
         if known.identity == record.identity:
             merged = sorted({*known.kernel_ids, *kernel_ids})
