@@ -176,9 +176,15 @@ c = get_config()  # noqa: F821
 ## a next server they end after SlurmService.orphan_timeout.
 # c.SlurmMappingKernelManager.kill_kernels_on_exit = False
 
-## Maximum size in bytes of one part of a kernel's message: its JSON text, or one of its buffers. The server
-## needs the memory for it. A larger message ends the kernel's connection. The server makes it again, says so
-## under the cell, and delivers what the launcher kept meanwhile (SlurmService.kept_output). 0: no limit.
+## Maximum size in bytes of one message that a frontend sends, such as a cell with its text. The server needs
+## several times the memory for it. A larger message is read and thrown away, and its cell fails with the reason;
+## the frontend stays connected.
+# c.SlurmMappingKernelManager.max_request_size = 134217728
+
+## Maximum size in bytes of one part of a message that comes by ZMQ: its JSON text, or one of its buffers. These
+## are replies, and all output of kernels that are direct or not on Slurm. The server needs the memory for it. A
+## larger message ends the kernel's connection. The server makes it again, and says so under the cell. Other
+## output comes from the kernel's journal (SlurmService.kept_output). 0: no limit.
 # c.SlurmMappingKernelManager.max_message_size = 536870912
 
 ## Whether a frontend shows, under the first cell that waits for its kernel, the job, its place in Slurm's queue

@@ -217,9 +217,11 @@ class ServiceSettings(LoggingConfigurable):
         64,
         min=0,
         max=1024,
-        help="""MiB of each kernel's output that its launcher keeps on the node, in the job's memory, while no server
-        or no client reads it. Beyond that the oldest output is dropped, and clients see how much. Busy kernels
-        may need twice that for a moment. The output of a direct kernel is not kept. 0: no output is kept.""",
+        help="""MiB of each kernel's output that its launcher keeps on the node, in the job's memory, for the next
+        server and for clients that are behind. Beyond that the oldest output is dropped, and clients see how much. At
+        least 8 MiB are kept, and the newest message up to 128 MiB. A message of that size may take twice its size for
+        a moment. The output of a direct kernel is not kept. 0: 8 MiB, and ``connect = auto`` does not prefer the
+        tunnel for the sake of the output.""",
     )
     heartbeat = CFloat(
         10.0,

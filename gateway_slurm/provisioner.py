@@ -48,7 +48,7 @@ from gateway_slurm.kernels.held import KernelHandle
 from gateway_slurm.kernels.model import KernelLaunch, Phase
 from gateway_slurm.kernels.restore import RestoredKernel
 from gateway_slurm.kernels.transport import choose_mode
-from gateway_slurm.link.output import KeptOutput
+from gateway_slurm.link.journal import JournalReading
 from gateway_slurm.request import parse_request
 from gateway_slurm.service import SlurmService
 from gateway_slurm.slurm.sudo.runner import process_user
@@ -442,24 +442,37 @@ class SlurmProvisioner(KernelProvisionerBase):
         self._has_process = False
         return returncode
 
-    async def kept_output(self) -> KeptOutput:
-        """The output that the kernel published and no call has acknowledged; an exited kernel has it until ``cleanup``.
+    @property
+    def has_journal(self) -> bool:
+        """Whether the kernel's launcher keeps a journal of its output: it does for each kernel behind the tunnel."""
+        return self._handle is not None and not self._is_closed and self._handle.process.has_journal
 
-        Clients subscribe first. They get output twice that the kernel publishes meanwhile, and recognise it by the
-        messages' ids. Raises LinkError.
+    def read_journal(self, start: int | None = None, upto: int = 0) -> JournalReading:
+        """Read the kernel's journal on the caller's loop; an exited kernel has it until ``cleanup``.
+
+        ``start`` is the number of the first message (None: where the last server had read up to), ``upto`` of the last
+        one (0: there is none). Raises LinkError where the kernel has no journal.
         """
-        if self._handle is None:
-            raise LinkError("there is no kernel, and so no kept output")
-        return await self._call(self._handle.process.launcher.read_kept(self.kernel_id))
+        if self._handle is None or not self.has_journal:
+            raise LinkError(f"kernel {self.kernel_id} has no journal of its output")
+        process = self._handle.process
+        reading = process.read_journal(start, upto)
+        self.service.submit(_now(reading.attach, process.launcher.streams))
+        return reading
 
-    def acknowledge(self, msg_id: str, positions: dict[str, str]) -> Future[None] | None:
-        """Acknowledge output that clients have (``KernelProcess.acknowledge``); any thread may call it.
+    def has_delivered(self, number: int) -> None:
+        """A server has delivered messages up to this number: those of the kernel's next process have larger ones."""
+        if self._handle is not None:
+            self._handle.process.has_delivered(number)
 
-        The future is done once the acknowledgement is on its way to the launcher.
+    def acknowledge(self, positions: dict[str, int], notes: dict[str, str | None]) -> Future[None] | None:
+        """Keep these with the journal for the next server (``KernelProcess.acknowledge``); any thread may call it.
+
+        The future is done once they are on their way to the launcher.
         """
         if self._handle is None or self._is_closed:
             return None
-        return self.service.submit(_now(self._handle.process.acknowledge, msg_id, positions))
+        return self.service.submit(_now(self._handle.process.acknowledge, positions, notes))
 
     async def send_signal(self, signum: int) -> None:
         """Signal the kernel's process group; a dead kernel gets no signal, which is no error. Raises LinkError."""

@@ -23,7 +23,7 @@ from launchers.reactor import READ, Reactor, Timer
 from launchers.working_directory import Directory, NoDirectory, choose, home
 
 if TYPE_CHECKING:
-    from launchers.output import OutputBuffer
+    from launchers.journal import Journal
 
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -51,9 +51,9 @@ class StartRefused(Exception):
 
 
 class Kernel:
-    """A kernel from START to EXIT. ``send`` sends a message to the server, if ``linked``.
+    """A kernel from START to EXIT. ``send`` sends a message to the server, if there is one.
 
-    ``kept_output`` bytes of its output are kept, also after EXIT, until ``close``.
+    ``make_journal`` returns the journal for its output; None for a direct kernel, whose clients dial it.
     """
 
     def __init__(
@@ -66,8 +66,7 @@ class Kernel:
         ip: str,
         base_env: dict[str, str],
         send: Callable[..., None],
-        linked: Callable[[], bool],
-        kept_output: int,
+        make_journal: Callable[[], Journal | None],
     ) -> None:
         self._reactor, self._guard = reactor, guard
         self._make_directory, self.spec, self._send = make_directory, spec, send
@@ -93,17 +92,15 @@ class Kernel:
         self._asked_to_stop = False
         self._oom_kills = 0  # in this job's control group when the process was started
         self._working_directory = Directory("")
-        self._linked, self._kept_output = linked, kept_output
-        self._output: OutputBuffer | None = None
+        self._make_journal = make_journal
+        self._journal: Journal | None = None
 
     def message(self, name: str, fields: dict[str, Any]) -> None:
-        """SIGNAL, STDERR_LINE or ACK from the server."""
+        """SIGNAL or STDERR_LINE from the server."""
         if name == "SIGNAL":
             self.signal(int(fields["signum"]))
-        elif name == "STDERR_LINE":
-            self._write_stderr_line(str(fields["line"]))
         else:
-            self.output.acknowledged(fields)
+            self._write_stderr_line(str(fields["line"]))
 
     # -- start ------------------------------------------------------------------------------
 
@@ -113,7 +110,7 @@ class Kernel:
             self.directory = self._make_directory()
             self._open_log()
             self._launch(self.spec.get("ports"))
-            _ = self.output  # created while the kernel starts, because its modules take 10 ms to load
+            self._journal = self._make_journal()  # while the kernel starts, because its modules take 10 ms to load
         except (StartRefused, OSError) as error:
             self._fail("refused", str(error))
 
@@ -214,8 +211,9 @@ class Kernel:
 
     def _listening(self) -> None:
         self.state = "running"
+        if self._journal is not None:
+            self._journal.subscribe(lambda: self.connect("iopub"), lambda: self.state != "running")
         self._send("STARTED", **self.report())
-        self.output.begin()
 
     def _listens(self) -> bool:
         if self.mode == "ipc":
@@ -241,22 +239,6 @@ class Kernel:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.connect_ex((self.ip, self.ports[channel]))
         return sock
-
-    @property
-    def output(self) -> OutputBuffer:
-        """The output that clients have not acknowledged."""
-        if self._output is None:
-            from launchers.output import OutputBuffer
-
-            self._output = OutputBuffer(
-                self._reactor,
-                connect=lambda: self.connect("iopub"),
-                linked=self._linked,
-                is_over=lambda: self.state != "running",
-                limit=self._kept_output,
-                trouble="its clients dial it directly" if self.mode == "direct" else "",
-            )
-        return self._output
 
     def report(self) -> dict[str, Any]:
         """The state of this kernel, for STARTED, EXIT, FAILED and REPORT."""
@@ -365,6 +347,9 @@ class Kernel:
             self._died_at_start(self.process.returncode)
         else:
             self.state = "exited"
+            if self._journal is not None:
+                self._journal.drain()  # so that the server finds there what came before EXIT
+                self._journal.pump()
             self.exit = {"returncode": self.process.returncode, "output_tail": self.output_tail()}
             if self._was_killed_for_memory(self.process.returncode):
                 self.exit["oom"] = True
@@ -416,8 +401,7 @@ class Kernel:
         self.signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """Close the log and the pipe, and drop the output; the process has ended or is ending."""
-        self.output.close()
+        """Close the log and the pipe; the process has ended or is ending."""
         if self._check:
             self._check.cancel()
         self._close_curve_check()

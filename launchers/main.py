@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gateway_slurm.link import endpoints
 from launchers.directories import Directories
@@ -43,12 +43,17 @@ from launchers.tunnel import Tunnel
 from launchers.uplink import Uplink
 from launchers.working_directory import home
 
+if TYPE_CHECKING:
+    from launchers.journal import Journal
+
 TOKEN_VARIABLE = "GATEWAY_SLURM_TOKEN"  # noqa: S105 - a variable's name, not a token
 FIRST_ORPHAN_TIMEOUT = 900.0
 # Seconds between SIGTERM and SIGKILL: fewer than the shortest KillWait of sites (slurm.conf(5); default 30 s).
 TERM_GRACE = 3.0
 # A launcher without a server checks for other steps in its job: seconds between checks, and failed checks in a row.
 SHARED_DELAY, MAX_SHARED_DELAY, MAX_FAILED_CHECKS = 3.0, 30.0, 10
+# Seconds for which the journal of a kernel stays after STOP: START may follow.
+JOURNAL_SECONDS = 60.0
 PR_SET_CHILD_SUBREAPER = 36
 RELEASED = "released"
 
@@ -67,7 +72,8 @@ class NodeLauncher:
         self._heartbeat = 10.0
         self._logs: set[str] = set()  # of all kernels so far
         self._log_days = 30.0  # until WELCOME sets it
-        self._kept_output = 0  # bytes for each kernel; WELCOME sets it
+        self._kept_output = 0  # bytes of each kernel's journal; WELCOME sets it
+        self._journals: dict[str, Journal] = {}
         # Until WELCOME: a job whose server never answers must end, even if later orphans have no time limit.
         self._orphan_timeout = orphan_timeout or FIRST_ORPHAN_TIMEOUT
         self._holds_job = role in ("job", "keep")
@@ -98,7 +104,7 @@ class NodeLauncher:
             on_writable=lambda: self._tunnel.read_on(),
         )
         self._walltime = Walltime(self._reactor, send=self._uplink.send, is_linked=lambda: self._uplink.live)
-        self._tunnel = Tunnel(self._reactor, self._uplink, self._kernels.get)
+        self._tunnel = Tunnel(self._reactor, self._uplink, self._kernels.get, self._journals.get)
         self._probes = Probes(self._reactor, self._uplink.send)
         self._steps = Steps(self._reactor, os.environ.get("SLURM_JOB_ID", ""), self._uplink.send)
 
@@ -150,7 +156,11 @@ class NodeLauncher:
         if name in tunnel:
             tunnel[name](*payload)
             return
-        if name in ("SIGNAL", "STDERR_LINE", "ACK"):
+        if name == "ACK":
+            if payload["kernel_id"] in self._journals:
+                self._journals[payload["kernel_id"]].acknowledge(payload)
+            return
+        if name in ("SIGNAL", "STDERR_LINE"):
             kernel = self._kernels.get(payload["kernel_id"])
             if kernel is not None:
                 kernel.message(name, payload)
@@ -175,8 +185,8 @@ class NodeLauncher:
 
     def _on_down(self) -> None:
         self._tunnel.read_on()
-        for kernel in self._kernels.values():
-            kernel.output.link_down()
+        for journal in self._journals.values():
+            journal.moved_on()
 
     def _welcome(self, fields: dict[str, Any]) -> None:
         if not self._uplink.welcome(fields):
@@ -188,8 +198,8 @@ class NodeLauncher:
         self._kept_output = int(fields.get("kept_output", 0))
         self._log_days = float(fields["log_days"])
         streams = self._tunnel.link_up(fields)
-        for kernel in self._kernels.values():
-            kernel.output.link_up(same_server=same_server, limit=self._kept_output)
+        for journal in self._journals.values():
+            journal.set_limit(self._kept_output)
         kernels = [kernel.report() for kernel in self._kernels.values()]
         self._uplink.send("REPORT", kernels=kernels, steps=self._steps.report(), **streams)
         self._next_beat.cancel()  # its interval was not yet the server's
@@ -218,14 +228,33 @@ class NodeLauncher:
             ip=self._address(fields),
             base_env=self._environment.get(),
             send=self._uplink.send,
-            linked=lambda: self._uplink.live,
-            kept_output=self._kept_output,
+            make_journal=lambda: self._journal_for(fields),
         )
         kernel.start()
         self._logs.add(kernel.log_path)
         if is_first:
             # After the start, so that a slow home does not delay it.
             self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"], kernel.log_path, self._log_days))
+
+    def _journal_for(self, fields: dict[str, Any]) -> Journal | None:
+        """The journal for a new process of the kernel; a direct kernel has none."""
+        kernel_id = fields["kernel_id"]
+        if fields["mode"] == "direct":
+            self._drop_journal(kernel_id)
+            return None
+        from launchers import readers  # noqa: F401 - loaded now, for the kernel's first clients
+        from launchers.journal import Journal
+
+        if kernel_id not in self._journals:
+            self._journals[kernel_id] = Journal(self._reactor, self._kept_output, lambda: self._uplink.live)
+        journal = self._journals[kernel_id]
+        journal.begin(fields["connection"], int(fields.get("journal_from") or 0))
+        return journal
+
+    def _drop_journal(self, kernel_id: str) -> None:
+        journal = self._journals.pop(kernel_id, None)
+        if journal is not None:
+            journal.close()
 
     def _read_log(self, fields: dict[str, Any]) -> None:
         kernel = self._kernels.get(fields["kernel_id"])
@@ -240,6 +269,9 @@ class NodeLauncher:
         kernel = self._retire(fields["kernel_id"])
         if kernel is not None and kernel.directory:
             shutil.rmtree(kernel.directory, ignore_errors=True)
+        kernel_id = fields["kernel_id"]
+        if kernel is not None and kernel_id in self._journals:
+            self._journals[kernel_id].close_later(JOURNAL_SECONDS, lambda: self._drop_journal(kernel_id))
 
     def _retire(self, kernel_id: str) -> Kernel | None:
         """Stop the kernel's probe and process; the process ends later."""
@@ -247,7 +279,6 @@ class NodeLauncher:
         kernel = self._kernels.pop(kernel_id, None)
         if kernel is not None:
             kernel.stop()
-            kernel.output.close()
             self._old.append(kernel)
         return kernel
 

@@ -59,8 +59,9 @@ class Reactor:
         self._order = itertools.count()
         self._signals: dict[int, Callback] = {}
         self._running = True
-        # Called before each wait, so that everything that the callbacks of one round queued is sent together.
-        self.before_wait: Callback = lambda: None
+        # Called before each wait, so that what the callbacks of one round queued is sent together. True: there
+        # is more to do at once, after what is ready by then.
+        self.before_wait: Callable[[], bool] = lambda: False
         self._wake_read, self._wake_write = os.pipe()
         for fd in (self._wake_read, self._wake_write):
             os.set_blocking(fd, False)
@@ -105,9 +106,8 @@ class Reactor:
 
     def run_once(self) -> None:
         """Wait for events and due timers, and call their callbacks."""
-        self._call(self.before_wait)
-        wait = None
-        if self._timers:
+        wait = 0.0 if self._call(self.before_wait) else None
+        if wait is None and self._timers:
             wait = max(0.0, self._timers[0][0] - time.monotonic())
         for key, events in self._selector.select(wait):
             # An earlier callback of this round may have closed this file, or opened another one with the same number.
@@ -130,8 +130,9 @@ class Reactor:
                 self._call(callback)
 
     @staticmethod
-    def _call(callback: Callable[..., None], *arguments: Any) -> None:
+    def _call(callback: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            callback(*arguments)
+            return callback(*arguments)
         except Exception:  # noqa: BLE001 - a fault of one kernel or stream must not end the others; the log has it
             traceback.print_exc(file=sys.stderr)
+            return None

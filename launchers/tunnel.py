@@ -1,4 +1,4 @@
-"""The launcher's end of the tunnel: one local socket for each stream, between the link and a channel of a kernel.
+"""The launcher's end of the tunnel: one local socket, or one reader of a kernel's journal, for each stream.
 
 Streams belong to one server process, not to one link: without a link they wait, and continue on the next one.
 """
@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from gateway_slurm.link import flow, wire
 from launchers.kernel import Kernel
 from launchers.reactor import READ, WRITE, Reactor
 from launchers.uplink import Uplink
+
+if TYPE_CHECKING:
+    from launchers.journal import Journal
+    from launchers.readers import Reader
 
 
 class Stream:
@@ -28,13 +32,19 @@ class Stream:
 
 
 class Tunnel:
-    """All tunnel streams of this launcher."""
+    """All tunnel streams of this launcher. The iopub of a kernel that has a journal is read from there."""
 
-    def __init__(self, reactor: Reactor, uplink: Uplink, find_kernel: Callable[[str], Kernel | None]) -> None:
-        self._reactor, self._uplink, self._find_kernel = reactor, uplink, find_kernel
+    def __init__(
+        self,
+        reactor: Reactor,
+        uplink: Uplink,
+        find_kernel: Callable[[str], Kernel | None],
+        find_journal: Callable[[str], Journal | None],
+    ) -> None:
+        self._reactor, self._uplink = reactor, uplink
+        self._find_kernel, self._find_journal = find_kernel, find_journal
         self._streams: dict[int, Stream] = {}
-        # The streams on which a server reads kept output, at most one for each kernel.
-        self._output_readings: dict[int, tuple[str, Iterator[bytes]]] = {}
+        self._readers: dict[int, Reader] = {}
         self._session = ""  # of the server process that opened the streams
         self._opened = 0  # the last stream number that it opened
 
@@ -52,7 +62,9 @@ class Tunnel:
             self._session, self._opened = welcome["session"], 0
             for stream in list(self._streams.values()):
                 self._drop(stream)
-            self._output_readings.clear()
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()
             self._uplink.outbox.forget_streams()
         report = {"streams": self._uplink.outbox.positions(), "opened": self._opened}
         for number in self._uplink.outbox.resume(welcome["streams"]):
@@ -62,47 +74,40 @@ class Tunnel:
     def open(self, number: int, payload: bytes) -> None:
         """A client connected at the server: connect to the kernel's channel here."""
         self._opened = number
-        kernel_id, _nul, channel = payload.partition(b"\0")
-        kernel = self._find_kernel(kernel_id.decode(errors="replace"))
+        kernel_id, _nul, channel = (part.decode(errors="replace") for part in payload.partition(b"\0"))
+        kernel, journal = self._find_kernel(kernel_id), self._find_journal(kernel_id)
         self._uplink.outbox.open(number)
-        if kernel is not None and channel == wire.KEPT_OUTPUT.encode():
-            self._open_reading(number, kernel)
-            return
         try:
-            if kernel is None or channel.decode(errors="replace") not in wire.CHANNELS:
+            if channel.startswith(wire.JOURNAL) or (channel == "iopub" and journal is not None):
+                self._open_reader(number, journal, channel)
+                return
+            if kernel is None or channel not in wire.CHANNELS:
                 raise ConnectionRefusedError("no such channel")
-            stream = Stream(number, kernel.connect(channel.decode()))
+            stream = Stream(number, kernel.connect(channel))
             self._streams[number] = stream
             self._update(stream)
-        except OSError:
+        except (OSError, ValueError):
             # The server closes the client's connection, and the client tries again, as after any refused connection.
             self._uplink.outbox.close(number)
             self._uplink.flush()
 
-    def _open_reading(self, number: int, kernel: Kernel) -> None:
-        for other, (kernel_id, _pieces) in list(self._output_readings.items()):
-            if kernel_id == kernel.kernel_id:
-                self._end_reading(other)
-        self._output_readings[number] = kernel.kernel_id, kernel.output.read()
-        self._read_kept(number)
+    def _open_reader(self, number: int, journal: Journal | None, channel: str) -> None:
+        # Loaded while the kernel starts (``Kernel.start``), because it takes 10 ms.
+        from launchers.journal import MAX_READERS
+        from launchers.readers import ClientReader, ServerReader
 
-    def _read_kept(self, number: int) -> None:
-        """Queue the next pieces, until flow.BACKLOG bytes wait for the link."""
-        while number in self._output_readings and self._uplink.outbox.waiting(number) < flow.BACKLOG:
-            piece = next(self._output_readings[number][1], None)
-            if piece is None:
-                self._end_reading(number)
-            else:
-                self._uplink.outbox.data(number, piece)
-            self._uplink.flush()
-
-    def _end_reading(self, number: int) -> None:
-        del self._output_readings[number]
-        self._uplink.outbox.close(number)
+        if journal is None or len(journal.readers) >= MAX_READERS:
+            raise ConnectionRefusedError("no journal, or no room for another reader")
+        where = journal, self._uplink.outbox, self._uplink.flush, number
+        reader: Reader = ClientReader(*where) if channel == "iopub" else ServerReader(*where, channel)
+        self._readers[number] = reader
+        reader.pump()
 
     def data(self, number: int, payload: bytes) -> None:
         stream = self._streams.get(number)
         if stream is None:
+            if number in self._readers:
+                self._readers[number].data(payload)
             return
         try:
             self._uplink.outbox.arrived(number, len(payload))
@@ -121,7 +126,9 @@ class Tunnel:
         self._finish(number)
 
     def _finish(self, number: int) -> None:
-        self._output_readings.pop(number, None)
+        reader = self._readers.pop(number, None)
+        if reader is not None:
+            reader.close()
         stream = self._streams.get(number)
         if stream is not None:
             stream.closing = True
@@ -132,8 +139,8 @@ class Tunnel:
         for stream in self._streams.values():
             if not stream.wanted & READ:
                 self._update(stream)
-        for number in list(self._output_readings):
-            self._read_kept(number)
+        for reader in list(self._readers.values()):
+            reader.pump()
 
     def _on_ready(self, stream: Stream, events: int) -> None:
         if events & WRITE:

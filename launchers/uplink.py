@@ -66,7 +66,7 @@ class Uplink:
         self._on_message, self._on_down, self._on_writable = on_message, on_down, on_writable
         self._retry = Backoff(RETRY_DELAY, MAX_RETRY_DELAYS[0])
         self._due = False
-        reactor.before_wait = lambda: self._flush_now() if self._due else None
+        reactor.before_wait = self._flush_due
         self._socket: socket.socket | None = None
         self._deadline: Timer | None = None
         self.live = False
@@ -288,6 +288,12 @@ class Uplink:
     def flush(self) -> None:
         """Send soon, together with everything that is queued before the reactor waits again."""
         self._due = True
+
+    def _flush_due(self) -> bool:
+        """Send what is due; True if that made room for more, which has been queued."""
+        if self._due:
+            self._flush_now()
+        return self._due
 
     def _flush_now(self) -> None:
         """Seal and send while the socket takes it."""

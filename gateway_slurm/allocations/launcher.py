@@ -21,7 +21,6 @@ from gateway_slurm.errors import (
     SlurmUnavailable,
 )
 from gateway_slurm.link import steps, wire
-from gateway_slurm.link.output import KeptOutput, read_kept
 from gateway_slurm.link.server import Expected, Link
 from gateway_slurm.link.tunnel import Streams
 from gateway_slurm.slurm import commands
@@ -331,7 +330,6 @@ class Launcher:
         # Where other servers take over, launchers must miss a hanging server as soon as its lease is over.
         takes_over = settings.deployment and settings.store_url
         self._heartbeat = min(settings.heartbeat, RENEW_SECONDS) if takes_over else settings.heartbeat
-        self._kept_output = settings.kept_output * 2**20
         # The number of the takeover by which this server has it: the launcher rejects a lower one than it has seen.
         self.epoch = 0
         self._beat: asyncio.TimerHandle | None = None
@@ -394,10 +392,6 @@ class Launcher:
         self.link.send(name, **fields)
         return True
 
-    async def read_kept(self, kernel_id: str) -> KeptOutput:
-        """The output of a kernel that the launcher has kept. Raises LinkError."""
-        return await read_kept(self.streams, kernel_id, limit=self._kept_output)
-
     async def read_logs(self, kernel_id: str) -> dict[str, str]:
         """The ends of a kernel's log (``kernel``) and of the launcher's own (``launcher``). Raises LinkError."""
         if not self._reads_logs:
@@ -451,7 +445,7 @@ class Launcher:
             "remaining": None if self._job.end_time is None else self._job.end_time - time.time(),
             "end_time": self._job.end_time,  # for launchers of the previous version
             "warn_minutes": self._settings.walltime_warnings,
-            "kept_output": self._kept_output,
+            "kept_output": self._settings.kept_output * 2**20,
             "log_days": self._settings.log_retention,
         }
 

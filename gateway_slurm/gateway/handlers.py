@@ -32,6 +32,7 @@ from gateway_slurm.errors import GatewaySlurmError, LinkError, RequestError
 from gateway_slurm.events import by_of, reason_of
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
+from gateway_slurm.gateway.executions_api import MSG_ID, list_executions, one_execution
 from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, log_text_of, message_of, refusal_of
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
@@ -335,6 +336,28 @@ class KernelLogsHandler(GatewayHandler):
             message = "the logs cannot be read now: {}"
             raise PlainHTTPError(409, message.format(error), brief=message.format(reason_of(error))) from error
         self.answer(logs)
+
+
+class ExecutionsHandler(GatewayHandler):
+    """``/api/kernels/{kernel_id}/executions``."""
+
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str) -> None:
+        """The kernel's last executions, the newest first: each cell's state, without its outputs."""
+        self.check_kernel(kernel_id)
+        self.answer(await list_executions(self, kernel_id))
+
+
+class ExecutionHandler(GatewayHandler):
+    """``/api/kernels/{kernel_id}/executions/{msg_id}``."""
+
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str, msg_id: str) -> None:
+        """One execution, with its outputs as a notebook has them."""
+        self.check_kernel(kernel_id)
+        self.answer(await one_execution(self, kernel_id, msg_id))
 
 
 class ChannelsHandler(ForwardsWebsocket, ExplainsErrors, KernelWebsocketHandler):
@@ -653,6 +676,8 @@ default_handlers = [
     (rf"/api/kernels/{KERNEL_ID}", KernelHandler),
     (rf"/api/kernels/{KERNEL_ID}/(?P<action>interrupt|restart)", KernelActionHandler),
     (rf"/api/kernels/{KERNEL_ID}/logs", KernelLogsHandler),
+    (rf"/api/kernels/{KERNEL_ID}/executions", ExecutionsHandler),
+    (rf"/api/kernels/{KERNEL_ID}/executions/{MSG_ID}", ExecutionHandler),
     (rf"/api/kernels/{KERNEL_ID}/channels", ChannelsHandler),
     (r"/api/sessions", SessionsHandler),
     (rf"/api/sessions/{SESSION_ID}", SessionHandler),

@@ -14,6 +14,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Mapping
+from datetime import datetime, timezone
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +31,7 @@ from gateway_slurm.events import reason_of
 from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.auth.user import can_see
 from gateway_slurm.gateway.channels.frontends import Frontends
-from gateway_slurm.gateway.channels.sockets import DEFAULT_MAX_MESSAGE, Activity, prepare_context
+from gateway_slurm.gateway.channels.sockets import DEFAULT_MAX_MESSAGE, prepare_context
 from gateway_slurm.gateway.channels.state import ExecutionState
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
 from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http
@@ -126,6 +127,10 @@ async def end_restart(kernel: Any, restarting: asyncio.Task[Any] | None) -> None
         jupyter_compat.set_ready(kernel)
 
 
+# Its handlers are those of a Jupyter server; the gateway has its own.
+EXECUTIONS_API = "gateway_slurm.gateway.executions_api"
+
+
 def set_up_server(manager: SlurmMappingKernelManager, app: Any) -> None:
     """Set the classes that belong to this manager, where the server's configuration names no others.
 
@@ -141,6 +146,8 @@ def set_up_server(manager: SlurmMappingKernelManager, app: Any) -> None:
         return  # the gateway, which does the rest itself
     if "session_manager_class" not in configured:
         app.session_manager_class = SlurmSessionManager
+    if EXECUTIONS_API not in getattr(app, "extra_services", [EXECUTIONS_API]):
+        app.extra_services = [*app.extra_services, EXECUTIONS_API]
     if hasattr(app, "port"):
         SlurmService.instance(manager.log).leave_at_exit = not manager.kill_kernels_on_exit
         # The loop runs this first, before it accepts requests: otherwise a client would see no kernels.
@@ -173,13 +180,22 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         help="""Whether kernels on Slurm end with the server. Default: they run on, and the next server restores
         them; without a next server they end after SlurmService.orphan_timeout.""",
     )
+    max_request_size = CInt(
+        128 << 20,
+        config=True,
+        min=1 << 20,
+        help="""Maximum size in bytes of one message that a frontend sends, such as a cell with its text. The server
+        needs several times the memory for it. A larger message is read and thrown away, and its cell fails with the
+        reason; the frontend stays connected.""",
+    )
     max_message_size = CInt(
         DEFAULT_MAX_MESSAGE,
         min=0,
         config=True,
-        help="""Maximum size in bytes of one part of a kernel's message: its JSON text, or one of its buffers. The
-        server needs the memory for it. A larger message ends the kernel's connection. The server makes it again, says
-        so under the cell, and delivers what the launcher kept meanwhile (SlurmService.kept_output). 0: no limit.""",
+        help="""Maximum size in bytes of one part of a message that comes by ZMQ: its JSON text, or one of its buffers.
+        These are replies, and all output of kernels that are direct or not on Slurm. The server needs the memory for
+        it. A larger message ends the kernel's connection. The server makes it again, and says so under the cell. Other
+        output comes from the kernel's journal (SlurmService.kept_output). 0: no limit.""",
     )
 
     show_waiting = Bool(
@@ -198,7 +214,6 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self.has_frontends = True
         self.frontends = Frontends(self, self._why_dead, self._remove_soon)
         self.restorer = KernelRestorer(self)
-        self._activities: dict[str, Activity] = {}
         self._states: dict[str, ExecutionState] = {}
         self._lingering: dict[str, asyncio.TimerHandle] = {}
         self._tasks = TaskSet()
@@ -345,7 +360,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             if isinstance(kernel.provisioner, SlurmProvisioner):
                 waiting = SlurmService.instance().waiting(kernel_id, self.owner_of(kernel_id))
                 text = STARTING if waiting is None else waiting_text(waiting)
-                self.frontends.show_waiting(kernel_id, f"{text} {GIVE_UP}")
+                if connection := self.frontends.find(kernel_id):
+                    connection.show_waiting(f"{text} {GIVE_UP}")
 
     async def finish_start(self, kernel_id: str) -> None:
         reason = await self._wait_ready(kernel_id)
@@ -389,18 +405,12 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         """Take a running kernel of an earlier server into the tables, as after a start."""
         self._owners[kernel_id] = owner, maker
         jupyter_compat.add_kernel(self, kernel_id, kernel)
-        self.frontends.expect_restore(kernel_id)
+        self.frontends.connection(kernel_id, is_restored=True)
         self.start_watching_activity(kernel_id)
         self.add_restart_callback(kernel_id, lambda: self.restarter_gave_up(kernel_id), "dead")
         self._follow(kernel_id, kernel)
-        self._tasks.create_task(self._restore_frontends(kernel_id, kernel))
         KERNEL_CURRENTLY_RUNNING_TOTAL.labels(type=kernel.kernel_name).inc()
         self.initialize_culler()
-
-    async def _restore_frontends(self, kernel_id: str, kernel: Any) -> None:
-        state = await self.frontends.restore(kernel_id)
-        if self.find_kernel(kernel_id) is kernel:
-            self.state_of(kernel_id).restored(state)
 
     def _follow(self, kernel_id: str, kernel: Any) -> None:
         """Follow the restarts and the end of a kernel that runs; once for each kernel."""
@@ -422,8 +432,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             kernel.stop_restarter()
             if self._is_dead(kernel_id):
                 kernel.reason = reason
-                for channels in self.frontends.channels_of(kernel_id):
-                    channels.fail(reason)
+                self._tell(kernel_id, reason)
             self._set_dead(kernel_id, reason)
 
     def _after_death(self, kernel_id: str, kernel: Any) -> None:
@@ -472,19 +481,23 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         level = logging.DEBUG if self.owner_of(kernel_id) else logging.WARNING
         self.log.log(level, "kernel %s is dead: %s", kernel_id, printable(reason))
         self._remove_later(kernel_id, self.dead_kernel_linger)
-        for channels in self.frontends.channels_of(kernel_id):
-            channels.fail(reason)
+        self._tell(kernel_id, reason)
         self._remove_soon(kernel_id)
+
+    def _tell(self, kernel_id: str, reason: str) -> None:
+        """Answer the frontends' cells with the reason of the kernel's death."""
+        if connection := self.frontends.find(kernel_id):
+            connection.fail(reason)
 
     def _remove_soon(self, kernel_id: str) -> None:
         """Once a frontend shows why the kernel is dead, and all have their output, list it only while it may restart.
 
         JupyterLab runs no cell with a dead kernel. Once the kernel is not listed any more, a restart makes a new one.
         """
-        frontends = self.frontends.channels_of(kernel_id)
-        if not any(channels.failure_shown for channels in frontends):
+        sessions = self.frontends.sessions(kernel_id)
+        if not any(session.failure_shown for session in sessions):
             return
-        if any(channels.has_unsent for channels in frontends):  # it would be lost; each frontend reports when it has it
+        if any(session.has_unsent for session in sessions):  # it would be lost; each frontend reports when it has it
             return
         timer = self._lingering.get(kernel_id)
         provisioner = getattr(self.find_kernel(kernel_id), "provisioner", None)
@@ -500,10 +513,9 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         )
 
     async def _remove_dead(self, kernel_id: str) -> None:
-        if self._is_dead(kernel_id):
-            sent = asyncio.gather(*(channels.send_dead() for channels in self.frontends.channels_of(kernel_id)))
+        if self._is_dead(kernel_id) and (connection := self.frontends.find(kernel_id)):
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(sent, DEAD_SECONDS)
+                await asyncio.wait_for(connection.send_dead(), DEAD_SECONDS)
         if self._is_dead(kernel_id):  # still: a user may have restarted it meanwhile
             await self.shutdown_kernel(kernel_id, now=True)
 
@@ -583,7 +595,6 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self._owners.pop(kernel_id, None)
         self._given_up.pop(kernel_id, None)
         self._states.pop(kernel_id, None)
-        self._close_activity(kernel_id)
         finishing = jupyter_compat.take_finishing_task(self, kernel_id)
         if finishing is not None and finishing is not asyncio.current_task():
             finishing.cancel()
@@ -599,12 +610,12 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         A kernel that waits for Slurm goes on waiting, and only its cells are dropped: it will be a new one anyway.
         """
         if self._starting(kernel_id) is not None:
-            self.frontends.restart_waiting(kernel_id, DROPPED_CELL)
+            if connection := self.frontends.find(kernel_id):
+                connection.restart_waiting(DROPPED_CELL)
             return None
         self._ready_kernel(kernel_id, "restarted")
-        waiting = self.frontends.channels_of(kernel_id)
-        for channels in waiting:
-            channels.hold("the kernel was restarted before this was done: run the cell again")
+        connection = self.frontends.connection(kernel_id)
+        connection.hold("the kernel was restarted before this was done: run the cell again")
         if lingering := self._lingering.pop(kernel_id, None):
             lingering.cancel()
         self.state_of(kernel_id).restarts()
@@ -628,7 +639,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         if lingering:
             self.start_watching_activity(kernel_id)
         self.state_of(kernel_id).listens()
-        await asyncio.gather(*(channels.resume() for channels in waiting))
+        await connection.resume()
         return result
 
     def _ready_kernel(self, kernel_id: str, verb: str) -> Any:
@@ -697,17 +708,10 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     # -- activity, idle kernels -----------------------------------------------------------------------------
 
     def start_watching_activity(self, kernel_id: str) -> None:
-        """Keep ``execution_state`` and ``last_activity`` from the kernel's iopub, until ``stop_watching_activity``."""
-        acks = self.frontends.acks(kernel_id)
-        self._activities[kernel_id] = Activity(self, self.get_kernel(kernel_id), self.state_of(kernel_id), acks)
-
-    def stop_watching_activity(self, kernel_id: str) -> None:
-        self._close_activity(kernel_id)
-        super().stop_watching_activity(kernel_id)
-
-    def _close_activity(self, kernel_id: str) -> None:
-        if activity := self._activities.pop(kernel_id, None):
-            activity.close()
+        """Keep ``execution_state`` and ``last_activity`` from what the kernel publishes."""
+        kernel: Any = self.get_kernel(kernel_id)
+        kernel.reason, kernel.last_activity = "", datetime.now(timezone.utc)
+        self.frontends.connection(kernel_id)
 
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
         """Shut down a kernel that idles. A start in the queue is not idle; a dead kernel is shown for a while."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gateway_slurm import __version__
+from gateway_slurm.gateway.executions import MAX, STATUSES
 
 _UUID = {"type": "string", "format": "uuid"}
 _TEXT = {"type": "string"}
@@ -27,6 +28,27 @@ def _map(values: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": values}
 
 
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_TIME = {**_TEXT_OR_NULL, "description": "UTC"}
+_EXECUTION: dict[str, Any] = {
+    "msg_id": {**_TEXT, "description": "of the execute_request"},
+    "cell_id": {**_TEXT_OR_NULL, "description": "the notebook's cell, where the frontend names it"},
+    "session": {**_TEXT, "description": "the websocket's session that sent it"},
+    "status": {"enum": list(STATUSES)},
+    "reason": {**_TEXT, "description": "why it ended, where the server ended it"},
+    "execution_count": {"type": ["integer", "null"]},
+    "queued": _TIME,
+    "started": _TIME,
+    "ended": _TIME,
+    "input": {
+        "type": ["object", "null"],
+        "description": "what it waits for the user to type",
+        "properties": {"prompt": _TEXT, "password": {"type": "boolean"}},
+    },
+    "first": {**_NUMBER, "description": "number of its first message; 0 before it"},
+    "number": {**_NUMBER, "description": "number of its last message"},
+    "running": {"type": "boolean", "description": "it is queued, or runs"},
+}
 _KERNEL_CHOICE = _object(id=_UUID, name=_TEXT)
 SCHEMAS: dict[str, Any] = {
     "Error": _object("message", message=_TEXT, reason=_TEXT),
@@ -64,6 +86,24 @@ SCHEMAS: dict[str, Any] = {
     "SessionChange": _object(path=_TEXT, name=_TEXT, type=_TEXT, kernel=_KERNEL_CHOICE),
     "KernelSpec": _object("name", "spec", name=_TEXT, spec={"type": "object"}, resources={"type": "object"}),
     "KernelSpecs": _object("default", "kernelspecs", default=_TEXT, kernelspecs=_map(_ref("KernelSpec"))),
+    "Execution": _object(*_EXECUTION, **_EXECUTION),
+    "ExecutionWithOutputs": _object(
+        *(*_EXECUTION, "outputs", "dropped", "complete"),
+        **_EXECUTION
+        | {
+            "number": {
+                **_NUMBER,
+                "description": "the messages up to this number are in the outputs: the websocket "
+                "with since=NUMBER sends those after it",
+            },
+            "outputs": {"type": "array", "items": {"type": "object"}, "description": "as nbformat 4 has them"},
+            "dropped": {**_NUMBER, "description": "characters that are left out, beyond what is kept of one cell"},
+            "complete": {
+                "type": "boolean",
+                "description": "false where the outputs are not kept any more, and the node cannot send them",
+            },
+        },
+    ),
     "Logs": _object("kernel", "launcher", kernel=_TEXT, launcher=_TEXT),
     "Allocation": _object("jobid", jobid=_TEXT, state=_TEXT, kernel_ids={"type": "array", "items": _TEXT}),
     "Status": _object("started", "kernels", started=_TEXT, last_activity=_TEXT, kernels=_NUMBER, connections=_NUMBER),
@@ -77,10 +117,17 @@ _PARAMETERS = {
     "session_id": _UUID,
     "kernel_name": {"type": "string", "pattern": r"^[A-Za-z0-9_.\-]+$"},
     "jobid": {"type": "string", "pattern": "^[0-9]{1,10}$"},
+    "msg_id": {"type": "string", "pattern": r"^[A-Za-z0-9_\-]{1,200}$"},
     "path": {"type": "string", "pattern": r"^(kernel\.js|kernel\.css|logo-[A-Za-z0-9_.\-]+)$"},
 }
 _SERVICES_USER = "the user for which a service requests the list; other clients may name themselves only"
-_QUERIES = {"/api/kernelspecs": {"user": {"schema": _TEXT, "description": _SERVICES_USER}}}
+_QUERIES: dict[str, dict[str, dict[str, Any]]] = {
+    "/api/kernelspecs": {"user": {"schema": _TEXT, "description": _SERVICES_USER}},
+    "/api/kernels/{kernel_id}/executions": {
+        "cell_id": {"schema": _TEXT, "description": "those of this cell only"},
+        "limit": {"schema": {"type": "integer", "minimum": 1, "maximum": MAX}, "description": "the newest ones only"},
+    },
+}
 
 # By path and method: the summary, the body's schema or "", the status of success, and the answer: "" for none, a schema
 # of JSON, or a media type.
@@ -100,6 +147,12 @@ OPERATIONS: dict[str, dict[str, tuple[str, str, int, str | dict[str, Any]]]] = {
     "/api/kernels/{kernel_id}/restart": {"post": ("Restart the kernel in its allocation", "", 200, "Kernel")},
     "/api/kernels/{kernel_id}/logs": {
         "get": ("The ends of the logs of the kernel and of its launcher", "", 200, "Logs")
+    },
+    "/api/kernels/{kernel_id}/executions": {
+        "get": ("The kernel's last executions, the newest first", "", 200, _list("Execution"))
+    },
+    "/api/kernels/{kernel_id}/executions/{msg_id}": {
+        "get": ("One execution, with its outputs", "", 200, "ExecutionWithOutputs")
     },
     "/api/kernels/{kernel_id}/channels": {
         "get": (

@@ -80,11 +80,11 @@ class KernelRestorer:
         manager, self.is_handing_over = self._manager, True
         kernels = {kernel_id: manager.get_kernel(kernel_id) for kernel_id in manager.list_kernel_ids()}
         running = {kernel_id: kernel for kernel_id, kernel in kernels.items() if _runs_on_a_node(kernel)}
-        channels = [session for kernel_id in running for session in manager.frontends.channels_of(kernel_id)]
-        for session in channels:
-            session.refuse_held("the server was stopped before the kernel had this cell: run it again")
-        if channels:
-            flushes = [asyncio.ensure_future(session.flushed()) for session in channels]
+        connections = [found for kernel_id in running if (found := manager.frontends.find(kernel_id))]
+        for connection in connections:
+            connection.refuse_held("the server was stopped before the kernel had this cell: run it again")
+        if connections:
+            flushes = [asyncio.ensure_future(connection.flushed()) for connection in connections]
             await asyncio.wait(flushes, timeout=FLUSH_SECONDS)
         jobs = sorted({str(kernel.provisioner.jobid) for kernel in running.values()})
         for kernel_id in running:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gateway_slurm._util import printable
@@ -27,6 +28,7 @@ from gateway_slurm.errors import (
 from gateway_slurm.kernels.model import TRANSITIONS, KernelLaunch, Phase
 from gateway_slurm.kernels.transport import TransportSelector, checked_ports
 from gateway_slurm.link import wire
+from gateway_slurm.link.journal import JournalReading
 from gateway_slurm.link.tunnel import KernelTunnel
 from gateway_slurm.slurm.names import kernel_log
 from gateway_slurm.store.records import KernelRecord
@@ -94,8 +96,11 @@ class KernelProcess:
         self.show_warning: Callable[[str], None] | None = None
         self._directory_note = ""  # the last one that was logged
         self.launched: KernelLaunch | None = None
-        # The last acknowledgement; it is sent again on a new link.
-        self._acked: tuple[str, dict[str, str]] | None = None
+        # The positions and notes of all acknowledgements; they are sent again on a new link.
+        self._positions: dict[str, int] | None = None
+        self._notes = wire.Notes()
+        self._journal_lock = threading.Lock()
+        self._delivered = 0  # the highest number in the journal that a reading has delivered
         launcher.kernels[kernel_id] = self
 
     def _enter(self, phase: Phase) -> None:
@@ -116,7 +121,6 @@ class KernelProcess:
         self.returncode, self.reason, self.output_tail = None, "", ""
         self._waited_for_job = self._end_requested = self._ended_with_job = False
         self._dead.clear()
-        self._acked = None
         self._started = asyncio.get_running_loop().create_future()
         try:
             selected = await self._select(launch)
@@ -242,6 +246,7 @@ class KernelProcess:
             log_dir=launch.log_dir,
             log_name=kernel_log(self.launcher.jobid, self.kernel_id, launch.connection.get("jupyter_session", "")),
             umask=launch.umask,
+            journal_from=self._delivered + 1,
         )
         if not sent:
             raise LinkError(f"the link to {self.launcher.where} is down: the kernel cannot be started now")
@@ -368,8 +373,8 @@ class KernelProcess:
             self.generation = fields["generation"]
         if fields.get("generation") != self.generation:
             return
-        if self._acked is not None:
-            self.acknowledge(*self._acked)  # the last one may have been lost with the link
+        if self._positions is not None:
+            self._send_acknowledged(self._notes.texts)  # the last one may have been lost with the link
         message = {"exited": "EXIT", "failed": "FAILED", "running": "STARTED"}.get(fields["state"])
         if message:
             self.message(message, fields)
@@ -446,17 +451,32 @@ class KernelProcess:
             self.log.warning("kernel %s: %s", self.kernel_id, note)
         self._directory_note = note
 
-    # -- Kept output ------------------------------------------------------------------------
+    # -- The journal ------------------------------------------------------------------------
 
-    def acknowledge(self, msg_id: str, positions: dict[str, str]) -> None:
-        """All clients have the kernel's output up to the message ``msg_id``: the node discards it.
+    @property
+    def has_journal(self) -> bool:
+        """Whether the kernel's launcher keeps a journal of its output; any thread may read it."""
+        return self.launched is not None and self.launched.mode != "direct"
 
-        An empty ``msg_id`` discards nothing. The node keeps ``positions`` for the next server: for each session the
-        message up to which it has everything. From the first call on the node also keeps output while there is a link.
-        Without a link the acknowledgement is sent on the next one.
+    def read_journal(self, start: int | None, upto: int) -> JournalReading:
+        """A reading for the caller's loop, which ``attach`` opens on the service's; see ``JournalReading``."""
+        return JournalReading(self.kernel_id, start=start, upto=upto, delivered=self.has_delivered)
+
+    def has_delivered(self, number: int) -> None:
+        """A reading has delivered messages up to this number; any thread calls it."""
+        with self._journal_lock:
+            self._delivered = max(self._delivered, number)
+
+    def acknowledge(self, positions: dict[str, int], notes: dict[str, str | None]) -> None:
+        """Have the launcher keep these for the next server: ``positions`` in place of the last ones, changed ``notes``.
+
+        A note is None where it is removed. Without a link they are sent on the next one.
         """
-        self._acked = msg_id, positions
-        self.launcher.send("ACK", kernel_id=self.kernel_id, upto=msg_id, positions=positions)
+        self._positions = positions
+        self._send_acknowledged(self._notes.change(notes))
+
+    def _send_acknowledged(self, notes: Mapping[str, str | None]) -> None:
+        self.launcher.send("ACK", kernel_id=self.kernel_id, positions=self._positions, notes=notes)
 
     # -- Control ----------------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ CREDIT_STEP = WINDOW // 4
 # Bytes that may wait in a stream before reading from its local socket stops.
 BACKLOG = 256 * 1024
 # Bytes that may wait in all streams of a launcher together. A kernel does not wait for readers: it drops messages once
-# 1000 of them wait. This limit covers 20 s without a link for a cell that prints 3 MB/s, or 100 000 lines that are
-# printed faster than a frontend reads them. The memory counts for the job.
+# 1000 of them wait. Behind the tunnel only replies do, because output waits in the kernel's journal; but a direct
+# kernel's iopub may pass here, too. The memory counts for the job.
 NODE_BACKLOG = 64 * 1024 * 1024
 # Streams that are closed here and not yet confirmed by the far end: the number that is kept, and their bytes in total.
 # An honest far end confirms at once; without a link only streams that it knew are kept.

@@ -126,6 +126,11 @@ class Streams:
         self._session = secrets.token_hex(8)
         self._outbox = flow.Outbox()
 
+    @property
+    def over(self) -> bool:
+        """Whether the launcher is gone for good."""
+        return self._over
+
     # -- links come and go ------------------------------------------------------------------
 
     def attach(self, link: Link) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import signal
 import struct
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"gslurm"
 KEY_BYTES = 32
 TAG_BYTES = 16
@@ -48,7 +48,7 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
     "END_TIME": (6, DOWN, JSON),  # seconds until the end of the job, after a change of its time limit
     "STDERR_LINE": (7, DOWN, JSON),  # a line for a kernel's standard error
     "REDIRECT": (8, DOWN, JSON),  # instead of WELCOME: another server owns this launcher
-    "ACK": (9, DOWN, JSON),  # clients have a kernel's output up to this message
+    "ACK": (9, DOWN, JSON),  # what a kernel's journal keeps for the next server: positions of sessions, and notes
     "STEP": (10, DOWN, JSON),  # start a job step from inside the job (steps.py)
     "STEP_END": (11, DOWN, JSON),  # end a job step
     "STEP_ACK": (12, DOWN, JSON),  # the server knows how a step ended
@@ -65,7 +65,7 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
     "PROBED": (23, UP, JSON),  # answer to PROBE
     "LOG": (24, UP, JSON),  # answer to READ_LOG
     "HEARTBEAT": (32, BOTH, JSON),
-    "OPEN": (33, DOWN, STREAM),  # payload: kernel id, NUL, channel (or KEPT_OUTPUT)
+    "OPEN": (33, DOWN, STREAM),  # payload: kernel id, NUL, channel (or JOURNAL)
     "DATA": (34, BOTH, STREAM),
     "CREDIT": (35, BOTH, STREAM),  # payload: 4-byte count of bytes taken
     "CLOSE": (36, BOTH, STREAM),
@@ -73,8 +73,17 @@ MESSAGES: dict[str, tuple[int, str, str]] = {
 _BY_NUMBER = {number: (name, who, form) for name, (number, who, form) in MESSAGES.items()}
 
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
-# The channel of a stream that reads kept output; it is not a channel of the kernel.
-KEPT_OUTPUT = "kept"
+# The channel of a stream that reads a kernel's journal, for which no channel of the kernel is needed, is
+# ``journal:START:UPTO``. START is a number, or empty: where the last server had read up to. After the message UPTO, or
+# the last one if there are fewer, the launcher closes the stream; with 0 it sends every new message.
+JOURNAL = "journal:"
+# Bytes of a record in it, and its frames. A kernel's message that needs more is lost.
+MAX_RECORD, MAX_RECORD_FRAMES = 512 << 20, 1 << 16
+# Numbers of messages are smaller than this: JavaScript has all integers up to here, too.
+MAX_NUMBER = 1 << 53
+# What the journal keeps for the next server: positions of sessions, with ids of so many characters, and notes, each of
+# so many characters, and so many together, with their keys.
+MAX_POSITIONS, MAX_NOTES, MAX_ID, MAX_NOTE, MAX_NOTES_SIZE = 1024, 1024, 200, 4096, 1 << 20
 
 HELLO, COMPLAINT = 1, 2
 
@@ -113,11 +122,12 @@ def pack(bodies: list[bytes]) -> bytes:
     return b"".join([part for body in bodies for part in (struct.pack(">I", len(body)), body)])
 
 
-def unpack(plain: bytes) -> list[bytes]:
-    """The messages of one frame; raise WireError if they do not fill it exactly."""
-    bodies = []
-    start = 0
+def unpack(plain: bytes, start: int = 0, limit: int | None = None) -> list[bytes]:
+    """The messages of one frame; raise WireError if they do not fill it exactly, or are more than ``limit``."""
+    bodies: list[bytes] = []
     while start < len(plain):
+        if len(bodies) == limit:
+            raise WireError(f"a frame of more than {limit} messages")
         end = start + 4 + int.from_bytes(plain[start : start + 4], "big")
         bodies.append(plain[start + 4 : end])
         start = end
@@ -132,6 +142,11 @@ class FrameReader:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._buffer = bytearray()
+
+    @property
+    def waiting(self) -> int:
+        """The bytes of an incomplete frame."""
+        return len(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take received bytes and return the complete frames; raise WireError for a frame over the limit."""
@@ -183,6 +198,50 @@ def _json_object(text: bytes, name: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise WireError(f"{name} is not a JSON object")
     return fields
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a message's number in a journal, or 0."""
+    return type(value) is int and 0 <= value < MAX_NUMBER
+
+
+def checked_positions(given: Any) -> dict[str, int]:
+    """The valid positions of sessions among these, MAX_POSITIONS at most."""
+    pairs = list(given.items())[:MAX_POSITIONS] if isinstance(given, dict) else []
+    return {key: number for key, number in pairs if _is_text(key, MAX_ID) and is_number(number)}
+
+
+class Notes:
+    """The notes beside a journal, as many as it keeps: of more, those that were changed last."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self._size = 0
+
+    def change(self, changes: Any) -> dict[str, str | None]:
+        """Take the valid ones among these, and return them. None is a removed note."""
+        valid = {
+            key: text
+            for key, text in (changes.items() if isinstance(changes, dict) else ())
+            if _is_text(key, MAX_ID) and (text is None or _is_text(text, MAX_NOTE))
+        }
+        for key, text in valid.items():
+            self._remove(key)
+            if text is not None:
+                self.texts[key] = text
+                self._size += len(key) + len(text)
+        while len(self.texts) > MAX_NOTES or self._size > MAX_NOTES_SIZE:
+            self._remove(next(iter(self.texts)))
+        return valid
+
+    def _remove(self, key: str) -> None:
+        text = self.texts.pop(key, None)
+        if text is not None:
+            self._size -= len(key) + len(text)
+
+
+def _is_text(value: Any, limit: int) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= limit
 
 
 class Opening:

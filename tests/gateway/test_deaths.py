@@ -97,7 +97,7 @@ async def test_every_request_of_a_kernel_that_died_is_answered(alice, tmp_path):
     await inbox.until(lambda inbox: "restarting" in inbox.states)
     for msg_id in (cell, *queued):
         kind, content = inbox.reply(msg_id)
-        assert (kind, content["status"], content["ename"]) == ("execute_reply", "error", "KernelDied")
+        assert (kind, content["status"], content["ename"]) == ("execute_reply", "error", "KernelRestarted")
         assert "SIGKILL" in content["evalue"]
         assert inbox.is_idle(msg_id)
     for msg_id, kind in asked.items():
@@ -108,7 +108,7 @@ async def test_every_request_of_a_kernel_that_died_is_answered(alice, tmp_path):
     assert inbox.reply(info)[1]["status"] == "ok"
     back = await Frontend.connect(alice, kernel_id, session_id=away.session_id)
     reply, _text = await asyncio.wait_for(back.result(from_away), READY)
-    assert reply["ename"] == "KernelDied"
+    assert reply["ename"] == "KernelRestarted"
     _reply, new_pid = await here.execute(PID)
     assert new_pid != pid
     assert not ran.exists()

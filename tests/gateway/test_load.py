@@ -14,6 +14,7 @@ import pytest
 from helpers import HELPERS
 from helpers.gateway_process import ask, running_gateway, start, stop_all
 from helpers.kernel_clients import IPYKERNEL, JOB, READY, install_kernelspec, jupyter_files_in
+from helpers.notebook_server import V1, Frontend
 
 KERNELS = 50
 # A session of its own counts as one to the scheduler, however nice its processes are (sched(7), autogroup).
@@ -95,3 +96,26 @@ async def test_fifty_starts_at_once_all_succeed_and_delay_no_other_request(gatew
     sys.stdout.write(f"{told}\n")
     assert during < max(0.05, 3 * before), told
     await asyncio.gather(stop_all(alice), stop_all(bob))
+
+
+@pytest.mark.slow
+async def test_kernels_that_start_together_all_become_idle(gateway):
+    """Twelve pages open at one moment: each hears that its kernel is idle, and the list of kernels says so, too."""
+    alice = gateway.of("alice")
+    jobid = await ask(alice, await start(alice), JOB)
+
+    async def open_page() -> str:
+        kernel_id = await start(alice, env={"KERNEL_SLURM_JOBID": jobid})
+        page = await Frontend.connect(alice, kernel_id, V1)
+        # JupyterLab asks once, and shows what it hears from then on.
+        await page.send("shell", "kernel_info_request", {})
+        states = []
+        while "idle" not in states:
+            states += [(await page.receive())["content"].get("execution_state")]
+        page.close()
+        return kernel_id
+
+    opened = await asyncio.wait_for(asyncio.gather(*(open_page() for _ in range(12))), READY)
+    states = {one["id"]: one["execution_state"] for one in await alice.json("GET", "/api/kernels")}
+    assert [states[kernel_id] for kernel_id in opened] == ["idle"] * 12
+    await stop_all(alice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
@@ -23,6 +24,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
+from tornado.httpclient import HTTPRequest
+from tornado.websocket import websocket_connect
 
 from gateway_slurm.gateway.app import SlurmGatewayApp
 from gateway_slurm.gateway.handlers import DescriptionHandler, UnknownHandler
@@ -41,6 +44,7 @@ CHECKS = [
 ]
 ROUTES = [(verb.upper(), path) for path, verbs in OPERATIONS.items() for verb in verbs]
 KERNELSPEC = {"kernel_name": "slurm", "path": "logo-svg.svg"}
+MSG_ID = "a-cell"
 # An example is a request to a server, and those that start kernels take their time.
 EXAMPLES = hypothesis.settings(
     max_examples=12, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
@@ -69,6 +73,27 @@ class Client:
             self.end_all()
             session = self.ask("POST", "/api/sessions", body)
         return {"kernel_id": session["kernel"]["id"], "session_id": session["id"], **KERNELSPEC}
+
+    def execution(self) -> dict[str, str]:
+        """The same with a cell, which may wait for the kernel."""
+        known = self.session()
+        asyncio.run(self._send_cell(known["kernel_id"]))
+        path = f"/api/kernels/{known['kernel_id']}/executions"
+        deadline = time.monotonic() + READY
+        while time.monotonic() < deadline:
+            if any(one["msg_id"] == MSG_ID for one in self.ask("GET", path)):
+                return {**known, "msg_id": MSG_ID}
+            time.sleep(0.1)
+        raise AssertionError("the cell is not listed")
+
+    async def _send_cell(self, kernel_id: str) -> None:
+        request = HTTPRequest(f"ws://{self.address}/api/kernels/{kernel_id}/channels", headers=self.headers)
+        websocket = await websocket_connect(request)
+        header = {"msg_id": MSG_ID, "msg_type": "execute_request", "session": "page"}
+        await websocket.write_message(json.dumps({"channel": "shell", "header": header, "content": {"code": "1"}}))
+        websocket.close()
+        while await websocket.read_message() is not None:
+            pass
 
     def allocation(self) -> dict[str, str]:
         """The same with a kernel that runs, and its job."""
@@ -122,7 +147,8 @@ def test_the_description_has_every_operation(schema):
 
 def test_every_route_is_described():
     """What the gateway serves by itself, all of it but the description; the rest of its paths is what there is not."""
-    values = {"kernel_id": str(uuid.uuid4()), "session_id": str(uuid.uuid4()), "jobid": "7", **KERNELSPEC}
+    ids = {name: str(uuid.uuid4()) for name in ("kernel_id", "session_id", "msg_id")}
+    values = {**ids, "jobid": "7", **KERNELSPEC}
     described = {path.format_map(values) for path in OPERATIONS}
     served = [
         (pattern, handler)
@@ -156,7 +182,8 @@ def test_an_operation_on_what_is_there_answers_as_described(client, schema, verb
     them; a kernelspec and its logo. What is not of JSON, and does not end what it is of, is done.
     """
     operation = schema[path][verb]
-    known = KERNELSPEC if "{kernel_name}" in path else client.allocation() if "{jobid}" in path else client.session()
+    makers = {"{kernel_name}": lambda: KERNELSPEC, "{jobid}": client.allocation, "{msg_id}": client.execution}
+    known = next((make for name, make in makers.items() if name in path), client.session)()
     names = [name for name in known if f"{{{name}}}" in path]
     statuses = set()
 

@@ -24,6 +24,8 @@ from helpers.private_slurm import jobs_of
 
 # A lease, the look for dead gateways, a launcher's dialling, and two busy CPUs.
 TAKEN_OVER_WITHIN = LEASE_SECONDS + 10  # seconds
+# It takes longer than the lease of its gateway.
+COUNT = f"import time\nfor number in range(200):\n    print(number, flush=True)\n    time.sleep({LEASE_SECONDS / 150})"
 ROUTES = [(verb.upper(), path) for path, verbs in OPERATIONS.items() for verb in verbs]
 
 
@@ -121,7 +123,12 @@ async def test_other_users_kernels_are_not_there_through_the_other_gateway_eithe
     alice, bob = pair.gateways["a"].of("alice"), pair.gateways["b"].of("bob")
     async with kernel_of(alice) as kernel_id:
         session = await alice.json("POST", "/api/sessions", {"path": "s.ipynb", "kernel": {"id": kernel_id}})
-        names = {"kernel_id": kernel_id, "session_id": session["id"], "jobid": await ask(alice, kernel_id, JOB)}
+        names = {
+            "kernel_id": kernel_id,
+            "session_id": session["id"],
+            "jobid": await ask(alice, kernel_id, JOB),
+            "msg_id": "m",
+        }
         for verb, path in ROUTES:
             if "{" in path and "{kernel_name}" not in path:
                 body = {} if verb in ("POST", "PATCH") else None
@@ -242,6 +249,11 @@ async def test_a_killed_gateways_kernels_go_on_through_the_other(mortals):
         client, through = Reconnecting([other], kernel_id), await Frontend.connect(other, kernel_id)
         frontend = await client.connect()
         pid = (await frontend.execute("x = 'kept'; import os; print(os.getpid())"))[1]
+        running = await frontend.run(COUNT)
+        path = f"/api/kernels/{kernel_id}/executions"
+        (_running, done), through_b = await alice.json("GET", path), await other.json("GET", path)
+        assert [one["msg_id"] for one in through_b] == [running, done["msg_id"]]
+        before = await alice.json("GET", f"{path}/{done['msg_id']}")
         assert await poll_async(lambda: mortals.owner_of(kernel_id) != "", timeout=READY)
         owner = "a" if mortals.owner_of(kernel_id) == mortals.server_of(mortals.gateways["a"]) else "b"
         assert await mortals.holders(kernel_id) == [owner] == ["a"]
@@ -257,7 +269,13 @@ async def test_a_killed_gateways_kernels_go_on_through_the_other(mortals):
         assert statuses <= {200, 503}
         assert await taken_over(mortals, kernel_id, ["b"]) == "b"
         frontend = await client.connect()
-        await frontend.until_ready()
+        # The cell has run on, and its outputs are what they were.
+        reply, _printed = await asyncio.wait_for(frontend.result(running), READY)
+        assert reply["status"] == "ok"
+        model = await other.json("GET", f"{path}/{running}")
+        assert (model["status"], model["dropped"]) == ("ok", 0)
+        assert "".join(one["text"] for one in model["outputs"]).split() == [str(number) for number in range(200)]
+        assert (await other.json("GET", f"{path}/{done['msg_id']}"))["outputs"] == before["outputs"]
         assert (await frontend.execute("print(x, os.getpid())"))[1] == f"kept {pid}"
         assert await mortals.holders(kernel_id) == ["b"]
         again = await other.json("POST", "/api/sessions", {"path": "k.ipynb", "kernel": {"name": "slurm"}})

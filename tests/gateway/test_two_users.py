@@ -42,7 +42,7 @@ async def session_of(server, path="work/a.ipynb", **body):
     try:
         jobid = await ask(server, kernel_id, JOB)
         names = {"kernel_name": "slurm", "path": "logo.svg"}
-        yield {"kernel_id": kernel_id, "session_id": session["id"], "jobid": jobid, **names}
+        yield {"kernel_id": kernel_id, "session_id": session["id"], "jobid": jobid, "msg_id": "m", **names}
     finally:
         await stop(server, kernel_id)
 

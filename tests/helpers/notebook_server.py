@@ -139,22 +139,35 @@ class Frontend:
 
     @classmethod
     async def connect(
-        cls, server: Server, kernel_id: str, protocol: str = "", *, session_id: str = "", token_in_url: bool = False
+        cls,
+        server: Server,
+        kernel_id: str,
+        protocol: str = "",
+        *,
+        session_id: str = "",
+        token_in_url: bool = False,
+        since: object = None,
     ) -> Frontend:
-        """Open the websocket of a new session, or with ``session_id`` of an earlier one."""
+        """Open the websocket of a new session, or with ``session_id`` of an earlier one.
+
+        ``since`` is the number of the last message that it has of the kernel's output.
+        """
         session_id = session_id or uuid.uuid4().hex
         url = server.url.replace("http", "ws") + f"/api/kernels/{kernel_id}/channels?session_id={session_id}"
         headers = {} if token_in_url else {"Authorization": f"token {server.token}"}
         url += f"&token={server.token}" if token_in_url else ""
+        url += f"&since={since}" if since is not None else ""
         request = HTTPRequest(url, headers=headers, connect_timeout=READY, ca_certs=server.ca)
         subprotocols = [protocol] if protocol else None
         connection = await websocket_connect(request, subprotocols=subprotocols, max_message_size=1 << 28)
         assert (connection.selected_subprotocol or "") == protocol
         return cls(connection, protocol, session_id)
 
-    async def send(self, channel: str, msg_type: str, content: dict[str, Any]) -> str:
+    async def send(
+        self, channel: str, msg_type: str, content: dict[str, Any], metadata: dict[str, Any] | None = None
+    ) -> str:
         """Send a message; return its id."""
-        message = self._session.msg(msg_type, content)
+        message = self._session.msg(msg_type, content, metadata=metadata)
         if self._protocol:
             parts = [
                 json.dumps(message[name], default=str).encode()
@@ -208,9 +221,10 @@ class Frontend:
                 continue
             return
 
-    async def run(self, code: str) -> str:
-        """Send code; return the request's id."""
-        return await self.send("shell", "execute_request", _execute(code))
+    async def run(self, code: str, cell_id: str = "") -> str:
+        """Send code, as JupyterLab does with the cell's id; return the request's id."""
+        metadata = {"cellId": cell_id} if cell_id else None
+        return await self.send("shell", "execute_request", _execute(code), metadata)
 
     async def execute(self, code: str) -> tuple[dict[str, Any], str]:
         """Run code; return the content of the reply, and the printed text."""
@@ -238,6 +252,15 @@ class Frontend:
             elif message["msg_type"] == "status":
                 idle = message["content"]["execution_state"] == "idle"
         return reply, printed.strip()
+
+    async def output(self, msg_id: str) -> list[dict[str, Any]]:
+        """The cell's messages on iopub, until the kernel is idle: all that a frontend hears that did not send it."""
+        found: list[dict[str, Any]] = []
+        while not found or found[-1]["content"].get("execution_state") != "idle":
+            message = await self.receive()
+            if message["channel"] == "iopub" and message["parent_header"].get("msg_id") == msg_id:
+                found.append(message)
+        return found
 
     @property
     def close_code(self) -> int | None:

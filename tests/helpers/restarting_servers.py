@@ -138,13 +138,13 @@ class LastingFrontend:
                 self._frontend = None
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def until(self, condition: Any, timeout: float = READY) -> None:
-        """Wait until the condition holds for this frontend."""
+    async def until(self, condition: Any, timeout: float = READY, interval: float = 0.02) -> None:
+        """Wait until the condition holds for this frontend; look at it every ``interval`` seconds."""
         deadline = time.monotonic() + timeout
         while not condition(self):
             assert not self._task.done(), self._task.exception()
             assert time.monotonic() < deadline, self.messages[-5:]
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(interval)
 
     async def send(self, code: str) -> str:
         """Send a cell when there is a connection; return its id."""

@@ -16,7 +16,7 @@ class TcpProxy:
     """
 
     def __init__(self, port: int) -> None:
-        self._target_port = port
+        self.target_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._sockets: set[socket.socket] = set()
@@ -60,7 +60,11 @@ class TcpProxy:
             if self._is_cut:
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self._target_port))
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target_port))
+            except OSError:  # as where the port's server has ended
+                near.close()
+                continue
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:

@@ -86,7 +86,7 @@ async def test_100_mb_of_output_arrive_whole(by_ssh):
             elif message["content"].get("execution_state") == "idle":
                 break
         assert size == 100_000_000
-        client.execute("while True: print('x' * 100_000)")
+        client.execute("while True: print('x' * 100_000, flush=True)")
         await until_printed(client, "x")
         began = time.monotonic()
         await manager.interrupt_kernel()

@@ -150,7 +150,7 @@ async def test_a_client_that_does_not_read_holds_up_no_other(by_ssh):
     with login_node() as node:
         by_ssh(node)
         async with async_kernel("slurm") as (manager, slow), async_kernel("slurm") as (_other, client):
-            slow.execute("for n in range(200): print('x' * 1_000_000)\nimport time; time.sleep(600)")
+            slow.execute("for n in range(200): print('x' * 1_000_000, flush=True)\nimport time; time.sleep(600)")
             await until_printed(slow, "x")
             took = []
             for number in range(20):

@@ -23,6 +23,8 @@ V1 = "v1.kernel.websocket.jupyter.org"
 CHANNELS = ("shell", "control", "stdin", "iopub")
 _JSON_PARTS = ("header", "parent_header", "metadata", "content")
 MAX_PARTS = 4096
+# Bytes of a client's content that are parsed.
+MAX_PARSED = 1 << 20
 # Bytes of a client's header, which the server keeps until the kernel has answered; Jupyter's own have some hundred.
 MAX_HEADER = 16 << 10
 # As kernels write it: the header has one field of that name, and an id has nothing to escape.
@@ -43,7 +45,7 @@ def encode(protocol: str, channel: str, parts: Sequence[bytes]) -> bytes | str:
     named = [b'"%s":%s' % (name.encode(), bytes(part)) for name, part in zip(_JSON_PARTS, parts, strict=False)]
     text = b"{" + b",".join([*named, ids[1:-1].encode()]) + b"}"
     if len(parts) <= len(_JSON_PARTS):
-        return text.decode()
+        return text.decode(errors="replace")
     pieces = [text, *parts[len(_JSON_PARTS) :]]
     offsets = accumulate(map(len, pieces[:-1]), initial=4 * (len(pieces) + 1))
     return b"".join([struct.pack(f"!{len(pieces) + 1}I", len(pieces), *offsets), *pieces])
@@ -97,6 +99,11 @@ def parent_id(parts: Sequence[bytes]) -> str:
     return str(parent_header_of(parts).get("msg_id", ""))
 
 
+def metadata_of(parts: Sequence[bytes]) -> dict[str, Any]:
+    """The message's metadata; empty for a malformed one."""
+    return _object(parts, 2)
+
+
 def content_of(parts: Sequence[bytes]) -> dict[str, Any]:
     """The message's content; empty for a malformed one."""
     return _object(parts, 3)
@@ -122,7 +129,8 @@ def _decode_v1(frame: bytes | str) -> tuple[str, list[bytes]]:
         raise MessageError("offsets that are not in order, or lie outside the frame")
     pieces = [frame[low:high] for low, high in pairwise(offsets)]
     for piece in pieces[1:5]:
-        if not isinstance(json.loads(piece), dict):
+        # A large content is not parsed on the loop: the kernel does that.
+        if len(piece) <= MAX_PARSED and not isinstance(json.loads(piece), dict):
             raise MessageError("a part that is no JSON object")
     return pieces[0].decode(), pieces[1:]
 

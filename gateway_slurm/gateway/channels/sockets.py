@@ -1,4 +1,4 @@
-"""ZMQ sockets to a kernel, read as fast as the kernel writes: a frontend's, and the one that follows its activity.
+"""ZMQ sockets to a kernel, read as fast as the kernel writes.
 
 A kernel's iopub holds 1000 messages for each subscriber and drops the rest. ZMQStream reads one message in each round
 of the event loop, which is slower than a kernel that prints.
@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from typing import Any
 
 import zmq
@@ -18,10 +17,7 @@ from jupyter_client.connect import channel_socket_types
 from zmq.utils.monitor import parse_monitor_message
 
 from gateway_slurm._util import Backoff
-from gateway_slurm.gateway.channels import messages
-from gateway_slurm.gateway.channels.acks import OutputAcks
 from gateway_slurm.gateway.channels.messages import MessageError
-from gateway_slurm.gateway.channels.state import ExecutionState
 from gateway_slurm.gateway.jupyter_compat import channel_url
 
 # Messages that ZMQ itself may hold for one socket, of any size; the server's own queues count bytes.
@@ -201,29 +197,3 @@ def _connect(kernel: Any, channel: str, identity: bytes) -> tuple[zmq.Socket[byt
     if channel == "iopub":
         connected.subscribe(b"")
     return connected, monitor
-
-
-class Activity(KernelSocket):
-    """Gives what a kernel publishes to its ``ExecutionState``, and keeps its ``last_activity``.
-
-    ``manager`` is the server's kernel manager. ``acks`` acknowledges the state, and the output without a session.
-    """
-
-    def __init__(self, manager: Any, kernel: Any, state: ExecutionState, acks: OutputAcks | None = None) -> None:
-        self._manager, self._kernel, self._state, self._acks = manager, kernel, state, acks
-        if acks is not None:
-            state.on_change = acks.set_state
-        kernel.reason, kernel.last_activity = "", datetime.now(timezone.utc)
-        super().__init__(kernel, "iopub", b"", self._on_iopub)
-
-    def _on_iopub(self, frames: list[bytes]) -> None:
-        parts = messages.parts_of(frames)
-        tracks = self._manager.track_message_type
-        header, parent = messages.header_of(parts), messages.parent_header_of(parts)
-        msg_type, parent_type = header.get("msg_type"), parent.get("msg_type")
-        if tracks(msg_type) or tracks(parent_type) or self._state.is_busy:
-            self._manager.last_kernel_activity = self._kernel.last_activity = datetime.now(timezone.utc)
-        if self._acks is not None:
-            self._acks.published_unheard(messages.id_of(parts))
-        state = str(messages.content_of(parts).get("execution_state", "")) if msg_type == "status" else ""
-        self._state.published(header, parent, state)

@@ -28,13 +28,11 @@ _UNKNOWN = ""
 class ExecutionState:
     """Sets ``execution_state`` of one kernel's manager, from what the server does and from what the kernel publishes.
 
-    ``tracks`` says of a message type whether it is work: ``MappingKernelManager.track_message_type``. ``on_change``
-    gets "busy" or "idle", when the kernel runs.
+    ``tracks`` says of a message type whether it is work: ``MappingKernelManager.track_message_type``.
     """
 
     def __init__(self, kernel: Any, tracks: Callable[[str | None], bool], state: str = "starting") -> None:
         self._kernel, self._tracks = kernel, tracks
-        self.on_change: Callable[[str], None] = lambda _state: None
         # What the server did; "running" leaves the state to the kernel.
         self._life = state if state in ("starting", "restarting", "unknown", "dead") else "running"
         # The kernel's requests that have begun, each with its subshell and whether it is one of ``_IN_TURN``.
@@ -175,5 +173,3 @@ class ExecutionState:
             state = "busy" if self.is_busy else "idle"
         if state != getattr(self._kernel, "execution_state", None):
             self._kernel.execution_state = state
-        if self._life == "running":
-            self.on_change(state)

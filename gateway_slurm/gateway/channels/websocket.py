@@ -6,14 +6,18 @@ The class is ``ServerApp.kernel_websocket_connection_class`` in the gateway and 
 from __future__ import annotations
 
 import asyncio
+import re
+from functools import partial
 from typing import Any
 
 from jupyter_server.services.kernels.connection.base import BaseKernelWebsocketConnection
 from tornado.websocket import WebSocketClosedError
 
+from gateway_slurm.gateway import oversized
 from gateway_slurm.gateway.channels import messages
-from gateway_slurm.gateway.channels.channels import KernelChannels
+from gateway_slurm.gateway.channels.session import Session
 from gateway_slurm.gateway.http_errors import PlainHTTPError
+from gateway_slurm.gateway.tornado_compat import limit_messages
 
 # RFC 6455, section 7.4.1.
 POLICY_VIOLATION = 1008
@@ -25,68 +29,85 @@ MAX_REASON_BYTES = 120
 
 
 class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
-    """Attaches a websocket to its session's channels, which outlive the websocket."""
+    """Attaches a websocket to its session, which outlives the websocket."""
 
-    _channels: KernelChannels | None = None
+    _session: Session | None = None
     _open = False
+    _since: int | None = None
 
     @property
-    def _protocol(self) -> str:
+    def protocol(self) -> str:
         return self.websocket_handler.selected_subprotocol or ""
 
     @property
     def reads_model(self) -> bool:
         """JupyterLab's client, which alone speaks this protocol, does; through a Jupyter server it does not."""
-        return self._protocol == messages.V1
+        return self.protocol == messages.V1
 
     async def prepare(self) -> None:
         """Called before the websocket opens. Refuse one to a dead kernel, so that JupyterLab shows the reason.
 
-        Raises HTTPError 410 if the frontend will read the kernel's model then, and has all that was meant for it.
+        Raises HTTPError 410 if the frontend will read the kernel's model then, and has all that was meant for it, and
+        400 for a ``since`` that is no number.
         """
+        since = self.websocket_handler.get_query_argument("since", None)
+        if since is not None:
+            if not re.fullmatch(r"[0-9]{1,18}", since):
+                raise PlainHTTPError(400, "since is not the number of a message: digits only")
+            self._since = int(since)
         offered = self.websocket_handler.request.headers.get("Sec-WebSocket-Protocol", "").split(",")
         if messages.V1 in map(str.strip, offered) and self.kernel_ws_protocol in (None, messages.V1):
             reason = self.multi_kernel_manager.frontends.refusal(self.kernel_id, self.session_id)
             if reason:
                 raise PlainHTTPError(410, f"the kernel is dead: {reason}", brief="the kernel is dead")
+        limit = self.multi_kernel_manager.max_request_size
+        limit_messages(self.websocket_handler, limit, partial(self._on_oversized, limit))
 
     async def connect(self) -> None:
         # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
         self.websocket_handler.set_nodelay(True)
         self._open = True
         self.multi_kernel_manager.notify_connect(self.kernel_id)
-        self._channels = self.multi_kernel_manager.frontends.open_channels(self.kernel_id, self.session_id)
-        self._channels.attach(self)
+        self._session = self.multi_kernel_manager.frontends.open_session(self.kernel_id, self.session_id)
+        self._session.attach(self, self._since)
 
     def disconnect(self) -> None:  # type: ignore[override] # Jupyter server's own is no coroutine either
         if not self._open:
             return
         self._open = False
         self.multi_kernel_manager.notify_disconnect(self.kernel_id)
-        if self._channels is not None:
-            self._channels.detach(self)
-            self.multi_kernel_manager.frontends.detached(self.kernel_id, self._channels)
+        if self._session is not None:
+            self._session.detach(self)
 
     def handle_incoming_message(self, incoming_msg: str | bytes) -> None:
-        if self._channels is None or not self._open:
+        if self._session is None or not self._open:
             return
         try:
-            channel, parts = messages.decode(self._protocol, incoming_msg)
+            channel, parts = messages.decode(self.protocol, incoming_msg)
             allowed = self.multi_kernel_manager.allowed_message_types
             if allowed and messages.header_of(parts).get("msg_type") not in allowed:
                 self.log.warning(
                     "kernel %s: a message was ignored: its type is not in allowed_message_types", self.kernel_id
                 )
                 return
-            self._channels.from_client(channel, parts)
+            self._session.from_client(channel, parts)
         except messages.MessageError as error:
             self.log.warning("kernel %s: the server closes a websocket: %s", self.kernel_id, error)
             self._close(POLICY_VIOLATION, str(error))
 
-    # -- ``channels.Sink`` ------------------------------------------------------------------------
+    def _on_oversized(self, limit: int, beginning: bytes, end: bytes, size: int) -> None:
+        """The frontend has sent a message of more than ``limit`` bytes: its cell fails, and the websocket stays."""
+        reason = oversized.reason_of(size, limit)
+        self.log.warning("kernel %s: a frontend's message is refused: %s", self.kernel_id, reason)
+        frames = oversized.answer(self.protocol, beginning, end, reason)
+        if not frames:
+            self._close(oversized.MESSAGE_TOO_BIG, reason)
+        for frame in frames:
+            self.send(frame)
 
-    def write(self, channel: str, parts: list[bytes]) -> asyncio.Future[None] | None:
-        frame = messages.encode(self._protocol, channel, parts)
+    # -- ``session.Sink`` -------------------------------------------------------------------------
+
+    def send(self, frame: bytes | str) -> asyncio.Future[None] | None:
         try:
             written = self.websocket_handler.write_message(frame, binary=isinstance(frame, bytes))
         except WebSocketClosedError:

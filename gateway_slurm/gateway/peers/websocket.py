@@ -7,10 +7,12 @@ reader therefore slows its sender down, as it would without this gateway, and co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 from tornado import web
@@ -18,6 +20,7 @@ from tornado.httpclient import HTTPClientError
 from tornado.iostream import StreamClosedError
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, WebSocketHandler
 
+from gateway_slurm.gateway import oversized
 from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.peers.client import PeerUnreachable
 from gateway_slurm.gateway.peers.directory import KERNELS, Peer
@@ -30,6 +33,7 @@ from gateway_slurm.gateway.peers.forward import (
     is_forwarded,
 )
 from gateway_slurm.gateway.peers.peers import SERVICE_RESTART, Peers
+from gateway_slurm.gateway.tornado_compat import limit_messages
 
 MAX_REASON_BYTES: Final = 120
 """Of a close frame's reason, which has room for 123 bytes (RFC 6455 section 5.5)."""
@@ -69,6 +73,18 @@ class PeerChannels:
         except (WebSocketClosedError, StreamClosedError):
             # _to_client sees that too, and closes the client's websocket.
             self.log.debug("kernel %s: a client's message came after the peer had closed", self.kernel_id)
+
+    def refuse(self, limit: int, beginning: bytes, end: bytes, size: int) -> None:
+        """Answer a client's message of more than ``limit`` bytes, which the peer does not get."""
+        reason = oversized.reason_of(size, limit)
+        self.log.warning("kernel %s: a client's message is refused: %s", self.kernel_id, reason)
+        frames = oversized.answer(self.kernel_ws_protocol, beginning, end, reason)
+        if not frames:
+            self.end(oversized.MESSAGE_TOO_BIG, reason)
+        for frame in frames:
+            # A closed websocket is seen by ``_to_client``.
+            with contextlib.suppress(WebSocketClosedError):
+                self.handler.write_message(frame, binary=isinstance(frame, bytes))
 
     async def _to_client(self) -> None:
         """Forward the peer's messages until the peer closes. Those for a client that is gone are dropped."""
@@ -121,11 +137,13 @@ class ForwardsWebsocket(WebSocketHandler):
         if found is None:
             return False
         peer, connection = found
+        limit: int = self.settings["kernel_manager"].max_request_size
         forwarder: Forwarder = self.settings["forwarder"]
         channels = PeerChannels(
             handler=self, connection=connection, kernel_id=kernel_id, peer=peer, peers=forwarder.peers, log=self.log
         )
         self.kernel_id, self.connection = kernel_id, channels
+        limit_messages(self, limit, partial(channels.refuse, limit))
         try:
             await WebSocketHandler.get(self, kernel_id=kernel_id)
         finally:

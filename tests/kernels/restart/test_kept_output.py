@@ -1,15 +1,20 @@
-"""A kernel's output while its server is away: kept on the node, and read by the next server that has the kernel."""
+"""The journal of a kernel's output: what it published while its server was away, and what the next server reads."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import psutil
+import pytest
 
+from gateway_slurm.errors import LinkError
 from gateway_slurm.kernels.model import Phase
-from gateway_slurm.link.output import KeptOutput
+from gateway_slurm.link.journal import JournalHeader, Record
 from helpers.kernel_clients import (
     DROP_NOTHING,
     KERNEL_NAMES,
@@ -56,31 +61,51 @@ for number in range(100):
 """
 FLOOD = """
 from IPython.display import display
-for number in range(40):
+for number in range(120):
     display({'text/plain': 'x' * 100_000 + str(number)}, raw=True)
 """
 
 
-def ids_of(kept: KeptOutput) -> list[str]:
-    """The messages' ids."""
-    return [json.loads(header_of(frames))["msg_id"] for frames in kept.messages]
+def content_of(record: Record) -> dict[str, Any]:
+    """The content of a record's message."""
+    content = json.loads(record.frames[record.frames.index(b"<IDS|MSG>") + 5]) if record.frames else {}
+    assert isinstance(content, dict)
+    return content
 
 
-def header_of(frames: list[bytes]) -> bytes:
-    """The frame two behind the delimiter."""
-    return frames[frames.index(b"<IDS|MSG>") + 2]
-
-
-def printed(kept: KeptOutput) -> str:
-    """What the kept messages say on stdout."""
-    contents = [json.loads(frames[frames.index(b"<IDS|MSG>") + 5]) for frames in kept.messages]
+def printed(records: list[Record]) -> str:
+    """What the records say on stdout."""
+    contents = [content_of(record) for record in records]
     return "".join(content["text"] for content in contents if content.get("name") == "stdout")
 
 
-def last_state(kept: KeptOutput) -> str:
+def last_state(records: list[Record]) -> str:
     """The last status that the kernel published; empty where there is none."""
-    states = [json.loads(frames[frames.index(b"<IDS|MSG>") + 5]).get("execution_state") for frames in kept.messages]
+    states = [content_of(record).get("execution_state") for record in records]
     return next((state for state in reversed(states) if state), "")
+
+
+def lost(records: list[Record]) -> int:
+    """How many numbers are missing between the records."""
+    return sum(after.first - before.number - 1 for before, after in itertools.pairwise(records))
+
+
+async def read(provisioner: Any, start: int | None = 1) -> tuple[JournalHeader, list[Record]]:
+    """The journal as it is now."""
+    reading = provisioner.read_journal(start, 10**9)
+    header = await asyncio.wait_for(reading.header(), READY)
+    return header, [record async for records in reading for record in records]
+
+
+async def read_until(provisioner: Any, condition: Callable[[list[Record]], bool]) -> list[Record]:
+    """Read one endless reading until the records so far fulfil the condition."""
+    reading, found = provisioner.read_journal(1), []
+    try:
+        while not condition(found):
+            found += await asyncio.wait_for(anext(reading), READY)
+    finally:
+        reading.close()
+    return found
 
 
 class Server:
@@ -116,114 +141,85 @@ class Server:
         assert await poll_async(lambda: process.phase in (Phase.RUNNING, Phase.DEAD), timeout=READY)
 
 
-async def until_idle(provisioner: Any) -> KeptOutput:
-    """What is kept once the kernel is idle."""
-    deadline = asyncio.get_running_loop().time() + READY
-    while True:
-        kept: KeptOutput = await provisioner.kept_output()
-        if last_state(kept) == "idle":
-            return kept
-        assert asyncio.get_running_loop().time() < deadline, "the kernel is busy still"
-        await asyncio.sleep(0.1)
+async def text_until(client: Any, end: str) -> str:
+    """What a client gets of stdout, up to a message in which this is; several lines may come as one message."""
+    text = ""
+    while end not in text:
+        text += (await client.get_iopub_msg(timeout=READY))["content"].get("text", "")
+    return text
 
 
-async def acknowledge_and_wait(provisioner: Any, msg_id: str, positions: dict[str, str]) -> KeptOutput:
-    """Acknowledge, and read what is left, which comes after it on the same link, once the node keeps anything."""
-    provisioner.acknowledge(msg_id, positions)
-    while not (kept := await asyncio.wait_for(provisioner.kept_output(), READY)).keeps:
-        pass
-    return kept
+def is_idle(records: list[Record]) -> bool:
+    """Whether the kernel was idle last."""
+    return last_state(records) == "idle"
 
 
 async def test_a_cell_that_ran_on_without_a_server_has_all_its_output(service, tmp_path):
-    """Printed while there was no link, it is kept from the first line after, and read by another server."""
+    """Another server finds it in the journal from its first line on, with the positions and notes of the one before."""
     async with async_kernel(TUNNEL) as (manager, client):
         server = Server(service, manager)
         request = client.execute(COUNT.format(path=str(tmp_path / "over")))
-        while (await client.get_iopub_msg(timeout=READY))["content"].get("text") != "10\n":
-            pass
+        await text_until(client, "10\n")
+        header, before = await read(manager.provisioner)
+        manager.provisioner.acknowledge({"s": 2, " read": before[-1].number}, {"m": "running"}).result(READY)
         await server.cut()
+        manager.provisioner.acknowledge({"s": 3, " read": before[-1].number}, {"n": "lost with the link"}).result(READY)
         assert await poll_async((tmp_path / "over").exists, timeout=READY)
         await server.back()
-        kept = await manager.provisioner.kept_output()
-        numbers = [int(line) for line in printed(kept).split()]
-        assert numbers == list(range(numbers[0], 60))
-        assert numbers[0] < 60
-        assert (kept.dropped, kept.keeps) == (0, True)
-        parents = {json.loads(frames[frames.index(b"<IDS|MSG>") + 3]).get("msg_id") for frames in kept.messages}
+        header, after = await read(manager.provisioner, None)
+        assert header.start == before[-1].number + 1
+        assert (header.oldest, header.subscribed, header.trouble) == (1, True, "")
+        assert header.positions == {"s": 3, " read": before[-1].number}
+        assert header.notes == {"m": "running", "n": "lost with the link"}
+        assert [int(line) for line in printed(before + after).split()] == list(range(60))
+        assert lost(before + after) == 0
+        parents = {json.loads(record.frames[record.frames.index(b"<IDS|MSG>") + 3]).get("msg_id") for record in after}
         assert request in parents
+
+
+async def test_a_client_and_an_endless_reading_go_on_when_the_link_comes_back(service, tmp_path):
+    """To the same server: the streams continue by bytes, and nothing comes twice."""
+    async with async_kernel(TUNNEL) as (manager, client):
+        server = Server(service, manager)
+        reading = asyncio.ensure_future(
+            read_until(manager.provisioner, lambda found: "59" in printed(found[-3:]) and is_idle(found))
+        )
+        client.execute(COUNT.format(path=str(tmp_path / "over")))
+        text = await text_until(client, "5\n")
+        await server.cut()
+        assert await poll_async((tmp_path / "over").exists, timeout=READY)
+        await server.back(same=True)
+        text += await text_until(client, "59\n")
+        assert text.split() == [str(number) for number in range(60)]
+        records = await reading
+        assert printed(records).split() == [str(number) for number in range(60)]
+        assert lost(records) == 0
 
 
 async def test_a_flood_without_a_server_has_no_hole_that_is_not_counted(service, tmp_path):
     """Ten thousand lines and 100 MB after them: the node reads as fast as the kernel publishes, to the bound."""
     async with async_kernel(TUNNEL) as (manager, client):
         server = Server(service, manager)
-        await acknowledge_and_wait(manager.provisioner, "", {})
         client.execute(PRINTS_AND_DISPLAYS.format(path=str(tmp_path / "cut"), drop_nothing=DROP_NOTHING))
         await until_printed(client, "begun")
         await server.cut()
         (tmp_path / "cut").touch()
         assert await poll_async((tmp_path / "cut-printed").exists, timeout=READY)
         await server.back()
-        kept = await until_idle(manager.provisioner)
-        contents = [frames[-1] for frames in kept.messages if b"<" in frames[-1]]
+        records = await read_until(manager.provisioner, lambda found: bool(found) and is_idle(found))
+        header, records = await read(manager.provisioner)
+        contents = [record.frames[-1] for record in records if record.frames and b"<" in record.frames[-1]]
         shown = [int(content.rpartition(b"<")[2].partition(b">")[0]) for content in contents]
         assert shown == list(range(shown[0], 100))
         assert 60 <= len(shown) <= 67
-        # Lines are published several at a time; the rest of the 100 is counted one by one.
-        assert kept.dropped >= 100 - len(shown)
-
-
-async def test_what_clients_have_is_not_read_again(service):
-    """After ACK the node keeps what comes later, and each session's position for the next server."""
-    async with async_kernel(TUNNEL) as (manager, client):
-        kept = await acknowledge_and_wait(manager.provisioner, "", {})
-        assert kept.keeps
-        await async_execute(client, "print('one')")
-        assert await poll_async_kept(manager.provisioner, "one\n")
-        kept = await manager.provisioner.kept_output()
-        middle = ids_of(kept)[len(kept.messages) // 2]
-        left = await acknowledge_and_wait(manager.provisioner, middle, {"session": ids_of(kept)[0]})
-        assert ids_of(left) == ids_of(kept)[len(kept.messages) // 2 + 1 :]
-        assert (left.positions, left.acked) == ({"session": ids_of(kept)[0]}, middle)
-        server = Server(service, manager)
-        await server.cut()
-        await server.back()
-        again = await manager.provisioner.kept_output()
-        assert ids_of(again) == ids_of(left)
-        assert again.positions == left.positions
-
-
-async def poll_async_kept(provisioner: Any, text: str) -> bool:
-    """Whether the text, and the idle after it, are kept in time."""
-    for _ in range(200):
-        kept = await provisioner.kept_output()
-        if text in printed(kept) and last_state(kept) == "idle":
-            return True
-        await asyncio.sleep(0.1)
-    return False
-
-
-async def test_an_acknowledgement_that_a_broken_link_lost_is_said_again(service):
-    """Nothing that clients have comes twice because of it."""
-    async with async_kernel(TUNNEL) as (manager, client):
-        await acknowledge_and_wait(manager.provisioner, "", {})
-        await async_execute(client, "print('one')")
-        assert await poll_async_kept(manager.provisioner, "one\n")
-        last = ids_of(await manager.provisioner.kept_output())[-1]
-        server = Server(service, manager)
-        await server.cut()
-        manager.provisioner.acknowledge(last, {"s": last})
-        await server.back(same=True)
-        kept = await manager.provisioner.kept_output()
-        assert (kept.messages, kept.acked, kept.positions) == ([], last, {"s": last})
+        assert (header.oldest, lost(records)) == (records[0].first, 0)
+        assert header.oldest > 100 - len(shown)
 
 
 async def test_a_kernels_last_words_can_be_read_after_its_death(service, tmp_path):
     """Its exit code, the end of its stderr, and what it published before, told to a server that comes later."""
     async with async_kernel(TUNNEL) as (manager, client):
         server = Server(service, manager)
-        await acknowledge_and_wait(manager.provisioner, "", {})
         pid = int(await async_execute(client, PID))
         client.execute(FAREWELL.format(path=str(tmp_path / "cut")))
         await until_printed(client, "begun")
@@ -235,9 +231,9 @@ async def test_a_kernels_last_words_can_be_read_after_its_death(service, tmp_pat
         assert await poll_async(lambda: process.phase is Phase.DEAD, timeout=READY)
         assert process.returncode == 3
         assert "why it died" in process.output_tail
-        kept = await manager.provisioner.kept_output()
-        assert "farewell" in printed(kept)
-        assert kept.dropped == 0
+        _header, records = await read(manager.provisioner)
+        assert "farewell" in printed(records)
+        assert lost(records) == 0
 
 
 async def test_the_launch_token_is_void_on_record_too(service):
@@ -249,47 +245,60 @@ async def test_the_launch_token_is_void_on_record_too(service):
         assert len({*record.tokens, *launcher.expected.tokens}) == 1
 
 
-async def test_a_restarted_kernel_begins_with_no_output(service):
-    """What its predecessor had published is no output of its own."""
+async def test_a_restarted_kernel_continues_the_journal(service):
+    """A reader that is behind gets the old process's output, a marker, and the new one's, in one sequence."""
     async with async_kernel(TUNNEL) as (manager, client):
-        await acknowledge_and_wait(manager.provisioner, "", {"s": "x"})
         await async_execute(client, "print('before')")
-        assert await poll_async_kept(manager.provisioner, "before\n")
+        behind = manager.provisioner.read_journal(1)
+        assert (await behind.header()).start == 1
         await manager.restart_kernel(now=True)
         await client.wait_for_ready(timeout=READY)
-        await acknowledge_and_wait(manager.provisioner, "", {})
         await async_execute(client, "print('after')")
-        assert await poll_async_kept(manager.provisioner, "after\n")
-        kept = await manager.provisioner.kept_output()
-        assert "before" not in printed(kept)
-        assert kept.positions == {}
+        records: list[Record] = []
+        while "after" not in printed(records):
+            records += await asyncio.wait_for(anext(behind), READY)
+        behind.close()
+        markers = [record.number for record in records if not record.frames]
+        assert len(markers) == 2
+        assert markers[0] == 1
+        assert "before" in printed([record for record in records if record.number < markers[1]])
+        assert "before" not in printed([record for record in records if record.number > markers[1]])
+        assert lost(records) == 0
+        assert manager.provisioner._handle.process._delivered == records[-1].number
 
 
-async def test_more_than_the_bound_is_dropped_and_counted(admin_settings):
-    """The newest output is there, and how many messages are not."""
-    admin_settings(kept_output=1)
-    async with async_kernel(TUNNEL) as (manager, client):
-        await acknowledge_and_wait(manager.provisioner, "", {})
-        await async_execute(client, FLOOD)
-        kept = await until_idle(manager.provisioner)
-        shown = [frames for frames in kept.messages if len(frames[-1]) > 100_000]
-        assert 8 <= len(shown) <= 10
-        assert kept.dropped >= 40 - len(shown)
-        assert b"x39" in shown[-1][-1]
-
-
-async def test_nothing_is_kept_where_the_admin_says_so(admin_settings):
-    """A reader gets an error that says so."""
-    admin_settings(kept_output=0)
+async def test_a_stopped_kernels_readings_end(service, monkeypatch):
+    """The journal of a kernel that was shut down goes with it."""
     async with async_kernel(TUNNEL) as (manager, _client):
-        kept = await manager.provisioner.kept_output()
-        assert (kept.keeps, kept.messages) == (False, [])
+        reading = manager.provisioner.read_journal(1)
+        await reading.header()
+        await manager.shutdown_kernel(now=True)
+        with contextlib.suppress(LinkError):
+            while True:
+                await asyncio.wait_for(anext(reading), READY)
+        with pytest.raises(LinkError, match="no journal"):
+            manager.provisioner.read_journal(1)
 
 
-async def test_a_direct_kernels_output_is_not_kept(service):
-    """Its launcher says so to the server that asks, and remembers the positions of the clients."""
+@pytest.mark.parametrize("setting", [1, 0])
+async def test_the_journal_is_bounded_and_its_jump_is_the_count(admin_settings, setting):
+    """The newest output is there; fewer than 8 MiB are not possible."""
+    admin_settings(kept_output=setting)
+    async with async_kernel(TUNNEL) as (manager, client):
+        await async_execute(client, FLOOD)
+        await read_until(manager.provisioner, lambda found: bool(found) and is_idle(found))
+        header, records = await read(manager.provisioner)
+        shown = [record for record in records if record.frames and len(record.frames[-1]) > 100_000]
+        assert 78 <= len(shown) <= 84
+        assert header.oldest == records[0].first > 120 - len(shown)
+        assert b"x119" in shown[-1].frames[-1]
+
+
+async def test_a_direct_kernel_has_no_journal(service):
+    """A reading says so at once; an acknowledgement is no error."""
     async with async_kernel(KERNEL_NAMES["direct"]) as (manager, client):
-        manager.provisioner.acknowledge("", {"s": "x"})
+        manager.provisioner.acknowledge({"s": 3}, {}).result(READY)
         await async_execute(client, "print('one')")
-        kept = await manager.provisioner.kept_output()
-        assert (kept.keeps, kept.messages, kept.dropped, kept.positions) == (False, [], 0, {"s": "x"})
+        assert not manager.provisioner.has_journal
+        with pytest.raises(LinkError, match="no journal"):
+            manager.provisioner.read_journal(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 
@@ -14,7 +15,6 @@ from tornado.web import HTTPError
 
 from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.errors import AllocationEnded, HandshakeError, LinkError
-from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.restore import ready_of
 from gateway_slurm.kernels import held as heldkernel
 from gateway_slurm.kernels.model import Phase
@@ -26,13 +26,16 @@ from helpers.private_slurm import slurm
 class Sink:
     """A websocket that records the states that are sent to it."""
 
+    protocol, reads_model = "", False
+
     def __init__(self):
         self.states, self.ended = [], ""
 
-    def write(self, _channel, parts):
+    def send(self, frame):
         """Take a message."""
-        if messages.header_of(parts).get("msg_type") == "status":
-            self.states.append(messages.content_of(parts)["execution_state"])
+        message = json.loads(frame)
+        if message["msg_type"] == "status":
+            self.states.append(message["content"]["execution_state"])
         left = asyncio.get_running_loop().create_future()
         left.set_result(None)
         return left
@@ -243,31 +246,27 @@ async def test_a_kernel_that_cannot_be_shut_down_keeps_no_other_from_it(service,
 # -- sessions -------------------------------------------------------------------------------------
 
 
-async def test_a_session_that_is_over_stays_so_when_its_kernel_is_restarted(service, tmp_path):
-    """After a restart by the restarter, and by a user, only those who are there have sockets."""
+async def test_all_sessions_share_the_sockets_of_their_kernel_and_a_closed_kernel_has_none(service, tmp_path):
+    """Also after a restart by the restarter; a kernel whose connection is closed during a restart opens no more."""
     async with managing(tmp_path) as manager:
         kernel_id, kernel = await started(manager)
-        sessions = []
+        connection = manager.frontends.connection(kernel_id)
         for number in range(3):  # a page that is reloaded
-            channels, sink = manager.frontends.open_channels(kernel_id, f"s{number}"), Sink()
-            channels.attach(sink)
-            assert await poll_async(lambda channels=channels: channels._held is None, timeout=READY)
-            sessions.append(channels)
+            session, sink = manager.frontends.open_session(kernel_id, f"s{number}"), Sink()
+            session.attach(sink)
+            assert await poll_async(lambda: connection._held is None, timeout=READY)
             if number < 2:
-                channels.detach(sink)
-                manager.frontends.detached(kernel_id, channels)
-        manager.frontends.detached(kernel_id, sessions[2])
-        assert [len(one._sockets) for one in sessions] == [0, 0, 4]
+                session.detach(sink)
+        assert len(connection._sockets) == 3
         os.kill(process_of(kernel).pid, signal.SIGKILL)
         assert await poll_async(lambda: process_of(kernel).generation == 2, timeout=READY)
-        assert await poll_async(lambda: sessions[2]._held is None and ready_of(kernel).done(), timeout=READY)
-        assert [len(one._sockets) for one in sessions] == [0, 0, 4]
-        assert all(task.done() for one in sessions[:2] for task in one._tasks)
+        assert await poll_async(lambda: connection._held is None and ready_of(kernel).done(), timeout=READY)
+        assert len(connection._sockets) == 3
         restart = asyncio.ensure_future(manager.restart_kernel(kernel_id))
         assert await poll_async(lambda: not ready_of(kernel).done(), timeout=READY, interval=0.001)
-        manager.frontends._channels[kernel_id].pop("s2").close("its frontend went away")
-        await asyncio.wait_for(restart, READY / 2)  # less than what a subscription is waited for
-        assert [len(one._sockets) for one in sessions] == [0, 0, 0]
+        manager.frontends.close(kernel_id, "the server takes it over")
+        await asyncio.wait_for(restart, READY / 2)  # less than what a kernel's first message is waited for
+        assert len(connection._sockets) == 0
 
 
 async def test_a_session_that_came_before_its_kernel_hears_of_the_restarters_restart(service, tmp_path):
@@ -275,12 +274,12 @@ async def test_a_session_that_came_before_its_kernel_hears_of_the_restarters_res
     async with managing(tmp_path) as manager:
         kernel_id = await manager.start_kernel(kernel_name="slurm")
         kernel, sink = manager._kernels[kernel_id], Sink()
-        channels = manager.frontends.open_channels(kernel_id, "early")
-        channels.attach(sink)
-        assert await poll_async(lambda: channels._held is None, timeout=READY)
+        connection = manager.frontends.connection(kernel_id)
+        manager.frontends.open_session(kernel_id, "early").attach(sink)
+        assert await poll_async(lambda: connection._held is None, timeout=READY)
         os.kill(process_of(kernel).pid, signal.SIGKILL)
         assert await poll_async(lambda: "restarting" in sink.states, timeout=READY)
-        assert await poll_async(lambda: channels._held is None and ready_of(kernel).done(), timeout=READY)
+        assert await poll_async(lambda: connection._held is None and ready_of(kernel).done(), timeout=READY)
         assert sink.states.count("restarting") == 1
         assert await kernel.is_alive()
         assert on_loop(lambda: process_of(kernel).phase) is Phase.RUNNING

@@ -15,7 +15,6 @@ from tornado.web import HTTPError
 from gateway_slurm import SlurmMappingKernelManager
 from gateway_slurm.errors import KernelStartError
 from gateway_slurm.gateway import jupyter_compat
-from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.kernel_manager import SHOWN_LINGER
 from helpers.kernel_clients import poll_async
 
@@ -25,13 +24,13 @@ KERNEL, REASON = "kernel-1", "invalid partition specified: nowhere"
 class Frontend:
     """A websocket that takes everything."""
 
-    reads_model = False
+    protocol, reads_model = "", False
 
     def __init__(self):
         self.got = []
 
-    def write(self, _channel, parts):
-        self.got.append(parts)
+    def send(self, frame):
+        self.got.append(json.loads(frame))
         written = asyncio.get_running_loop().create_future()
         written.set_result(None)
         return written
@@ -42,8 +41,8 @@ class Frontend:
     @property
     def replies(self):
         """The error of each cell that has one."""
-        found = [parts for parts in self.got if messages.header_of(parts)["msg_type"] == "execute_reply"]
-        return {messages.parent_id(parts): messages.content_of(parts)["evalue"] for parts in found}
+        found = [message for message in self.got if message["msg_type"] == "execute_reply"]
+        return {message["parent_header"]["msg_id"]: message["content"]["evalue"] for message in found}
 
 
 def execute(cell):
@@ -73,11 +72,11 @@ async def fail_start(manager):
 
 def open_session(manager, name, *cells):
     """A session with these cells, and its websocket."""
-    channels, frontend = manager.frontends.open_channels(KERNEL, name), Frontend()
-    channels.attach(frontend)
+    session, frontend = manager.frontends.open_session(KERNEL, name), Frontend()
+    session.attach(frontend)
     for cell in cells:
-        channels.from_client("shell", execute(cell))
-    return channels, frontend
+        session.from_client("shell", execute(cell))
+    return session, frontend
 
 
 def listed_for(manager):
@@ -96,7 +95,7 @@ async def test_a_dead_kernel_is_listed_until_a_frontend_that_was_away_has_the_re
     assert await poll_async(lambda: here.failure_shown, timeout=10)
     assert page.replies == {"b": REASON}
     assert listed_for(manager) > manager.dead_kernel_linger / 2
-    _channels, back = open_session(manager, "away")
+    _session, back = open_session(manager, "away")
     assert await poll_async(lambda: listed_for(manager) <= SHOWN_LINGER, timeout=10)
     assert (away.failure_shown, back.replies) == (True, {"a": REASON})
 
@@ -114,14 +113,15 @@ async def test_a_kernel_whose_start_failed_is_neither_restarted_nor_interrupted(
 async def test_a_dead_kernel_that_is_restarted_has_no_failure_but_that_of_the_restart(manager):
     """What is run meanwhile is held and is answered if the restart fails, too; later cells get the last reason."""
     await fail_start(manager)
-    channels, page = open_session(manager, "here", "before")
+    session, page = open_session(manager, "here", "before")
     assert await poll_async(lambda: page.replies, timeout=10)
-    channels.hold("the kernel was restarted")
-    channels.from_client("shell", execute("meanwhile"))
-    await channels.flushed()
-    assert (channels.failure, page.replies) == ("", {"before": REASON})
-    channels.fail("the node is down")
-    channels.fail("the job has ended")
-    channels.from_client("shell", execute("after"))
-    await channels.flushed()
+    connection = manager.frontends.connection(KERNEL)
+    connection.hold("the kernel was restarted")
+    session.from_client("shell", execute("meanwhile"))
+    await session.flushed()
+    assert (connection.failure, page.replies) == ("", {"before": REASON})
+    connection.fail("the node is down")
+    connection.fail("the job has ended")
+    session.from_client("shell", execute("after"))
+    await session.flushed()
     assert page.replies == {"before": REASON, "meanwhile": "the node is down", "after": "the job has ended"}

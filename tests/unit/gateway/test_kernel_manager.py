@@ -33,11 +33,3 @@ async def test_a_kernel_that_dies_before_the_manager_follows_it_is_shown_as_dead
     assert kernel.reason.startswith("exit code 1; its place in job 7 is kept")
     following.cancel()
     manager._lingering.pop("k").cancel()
-
-
-async def test_a_kernel_that_is_removed_before_its_sessions_are_restored_has_none():
-    """The restoring ends without an error."""
-    manager = SlurmMappingKernelManager()
-    manager.frontends.expect_restore("k")
-    manager.frontends.close("k", "the kernel was shut down")
-    assert await manager.frontends.restore("k") == ""

@@ -220,12 +220,18 @@ class Channels(ForwardsWebsocket, Known, WebSocketHandler):
         self.connection.disconnect()
 
 
+class Kernels(dict):
+    """Kernels by id, with their owners."""
+
+    max_request_size = 6 * MEGABYTE
+
+
 class Gateway:
     """A small gateway that listens, and knows a directory."""
 
     def __init__(self, name, *, tls=None, ca_file=""):
         self.name, self.scheme = name, "https" if tls else "http"
-        self.kernels, self.asked, self.connections, self.closed = {}, [], [], []
+        self.kernels, self.asked, self.connections, self.closed = Kernels(), [], [], []
         self.silence = self.reading = None
         self.directory = Directory(name)
         self.peers = Peers(self.directory, log=LOG)
@@ -580,6 +586,24 @@ async def test_a_client_that_does_not_read_slows_the_kernels_gateway_down(pair):
         received += len(message)
     assert received == 200 * MEGABYTE
     websocket.close()
+
+
+async def test_a_message_that_is_too_large_is_refused_by_the_gateway_that_forwards(pair):
+    """Its cell fails with the reason; the websockets stay open, and the kernel's gateway gets the next message."""
+    a, _b = pair
+    websocket = await a.websocket("k")
+    header = {"msg_id": "m1", "msg_type": "execute_request", "session": "s1"}
+    cell = json.dumps({"channel": "shell", "content": {"code": "x" * (7 * MEGABYTE)}, "header": header})
+    await websocket.write_message(cell)
+    answers = [json.loads(await websocket.read_message()) for _ in range(3)]
+    assert [one["msg_type"] for one in answers] == ["error", "execute_reply", "status"]
+    assert all(one["parent_header"] == header for one in answers)
+    assert "this server takes 6 MB" in answers[0]["content"]["evalue"]
+    await websocket.write_message("ping")
+    assert "ping" in await websocket.read_message()
+    await websocket.write_message("x" * (7 * MEGABYTE))
+    assert await websocket.read_message() is None
+    assert websocket.close_code == 1009
 
 
 async def test_a_kernels_gateway_that_does_not_read_slows_the_client_down(pair):

@@ -25,9 +25,8 @@ class Story:
     """
 
     def __init__(self, begin="starting"):
-        self.kernel, self.changes, self.generation = SimpleNamespace(), [], 1
+        self.kernel, self.generation = SimpleNamespace(), 1
         self.state = ExecutionState(self.kernel, SlurmMappingKernelManager().track_message_type, begin)
-        self.state.on_change = self.changes.append
 
     def tell(self, words):
         """What the state is after each of the words."""
@@ -117,13 +116,6 @@ def test_a_restored_kernel_goes_on_from_what_is_known(words, states):
     assert Story("unknown").tell(words) == states.split()
 
 
-def test_the_next_server_hears_of_busy_and_idle_only():
-    """A restart or a death is not the kernel's own state."""
-    story = Story()
-    story.tell("listens, busy:a, restarts, listens, dies")
-    assert sorted(set(story.changes)) == ["busy", "idle"]
-
-
 def test_a_kernel_fills_no_memory():
     """Requests without an end are bounded."""
     story = Story()
@@ -155,9 +147,9 @@ def test_a_request_is_open_until_its_reply_and_its_idle_have_come():
     for number, (channel, kind) in enumerate(
         [("shell", "execute"), ("shell", "complete"), ("control", "debug"), ("stdin", "input")], 1
     ):
-        requests.add(channel, {"msg_id": f"m{number}", "msg_type": f"{kind}_request"}, [])
-    requests.add("shell", {"msg_id": "m5", "msg_type": "comm_msg"}, [])
-    requests.add("shell", {"msg_id": "m6", "msg_type": "comm_open"}, [])
+        requests.add("alice", channel, {"msg_id": f"m{number}", "msg_type": f"{kind}_request"}, [])
+    requests.add("alice", "shell", {"msg_id": "m5", "msg_type": "comm_msg"}, [])
+    requests.add("alice", "shell", {"msg_id": "m6", "msg_type": "comm_open"}, [])
     requests.on_reply("m1")
     requests.on_idle("m1")
     requests.on_idle("m2")
@@ -169,20 +161,20 @@ def test_a_request_is_open_until_its_reply_and_its_idle_have_come():
     assert requests.take() == []
 
 
-def test_the_open_requests_of_a_session_are_bounded_in_bytes():
+def test_the_open_requests_are_bounded_in_bytes():
     """Only small ones are kept for the next process; the oldest go first, and what is done makes room."""
     info, large = "kernel_info_request", b"x" * MAX_REPEATABLE_BYTES
     requests = Requests()
-    requests.add("shell", {"msg_id": "small", "msg_type": info}, [b"{}", b"{}"])
-    requests.add("shell", {"msg_id": "large", "msg_type": info}, [b"{}", large])
+    requests.add("alice", "shell", {"msg_id": "small", "msg_type": info}, [b"{}", b"{}"])
+    requests.add("alice", "shell", {"msg_id": "large", "msg_type": info}, [b"{}", large])
     assert [request.header["msg_id"] for request in requests.take_repeatable()] == ["small"]
     assert [request.parts for request in requests.take()] == [[]]
     count = MAX_BYTES // len(large)
     for number in range(count + 2):
-        requests.add("shell", {"msg_id": number, "msg_type": "execute_request"}, [large])
+        requests.add("alice", "shell", {"msg_id": number, "msg_type": "execute_request"}, [large])
     requests.remove("5")
-    requests.add("shell", {"msg_id": "last", "msg_type": "execute_request"}, [large])
+    requests.add("alice", "shell", {"msg_id": "last", "msg_type": "execute_request"}, [large])
     kept = [str(request.header["msg_id"]) for request in requests.take()]
     assert kept == [*(str(number) for number in range(2, count + 2) if number != 5), "last"]
-    requests.add("shell", {"msg_id": "next", "msg_type": "execute_request"}, [large])
+    requests.add("alice", "shell", {"msg_id": "next", "msg_type": "execute_request"}, [large])
     assert len(requests.take()) == 1

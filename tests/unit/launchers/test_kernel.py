@@ -33,8 +33,7 @@ def test_a_start_without_a_directory_is_reported_with_its_reason(tmp_path: Path,
         ip="127.0.0.1",
         base_env={},
         send=lambda name, **fields: sent.append((name, fields)),
-        linked=lambda: True,
-        kept_output=0,
+        make_journal=lambda: None,
     )
     try:
         kernel.start()
@@ -79,8 +78,7 @@ def test_the_check_of_a_process_that_died_does_not_end_the_next_one(tmp_path: Pa
         ip="127.0.0.1",
         base_env=dict(os.environ),
         send=lambda name, **fields: sent.append((name, fields)),
-        linked=lambda: True,
-        kept_output=0,
+        make_journal=lambda: None,
     )
     over: list[bool] = []
 

@@ -27,7 +27,7 @@ class Node:
         kernel = SimpleNamespace(connect=self.connect)
         uplink: Any = SimpleNamespace(outbox=self.outbox, flush=lambda: None)
         find: Any = {"k": kernel}.get
-        self.tunnel = Tunnel(self.reactor, uplink, find)
+        self.tunnel = Tunnel(self.reactor, uplink, find, lambda _kernel_id: None)
 
     def connect(self, _channel: str) -> socket.socket:
         ours, theirs = socket.socketpair()

@@ -1,0 +1,375 @@
+"""One frontend's session with a kernel: a place in what the kernel publishes, and the messages for this session alone.
+
+The session outlives its websockets. What a slow or an absent frontend costs is its place: it gets what has left the
+shared window from the kernel's node, and what the node does not have any more is counted, and said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from logging import Logger
+from typing import Any, Protocol
+
+from gateway_slurm._util import Backoff
+from gateway_slurm.errors import LinkError
+from gateway_slurm.gateway.channels import messages
+from gateway_slurm.gateway.channels.window import Published, Window
+from gateway_slurm.link.journal import JournalReading
+
+# Bytes handed to the websocket before the session waits until they are written.
+FLUSH_BYTES = 256 << 10
+# Bytes of messages for one session alone that wait for its frontend, and for one that is away. The last one stays.
+PRIVATE_LIMIT, AWAY_LIMIT = 64 << 20, 4 << 20
+# Bytes, as the window counts them, that a frontend may be behind before the others wait for it; seconds that they do so
+# in all, until it is at the end again; and seconds for which a frontend that has taken something is one that reads.
+MAX_LAG, PATIENCE, ACTIVE_SECONDS = 64 << 20, 5.0, 1.0
+# Seconds that reading from the node may hold the event loop, and between two attempts.
+LOOP_SLICE = 0.005
+RETRY_SECONDS, MAX_RETRY_SECONDS = 0.2, 5.0
+
+
+class Sink(Protocol):
+    """An open websocket."""
+
+    @property
+    def protocol(self) -> str:
+        """The websocket's format of messages."""
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether the frontend reads the kernel's model when the websocket closes and no other can be opened."""
+
+    def send(self, frame: bytes | str) -> asyncio.Future[None] | None:
+        """Send a message. The future is done when it is written, or never will be; None: closed. Raises nothing."""
+
+    def end(self, reason: str) -> None:
+        """Close: another websocket of the same session has taken over, or the session is over."""
+
+    def end_dead(self, reason: str) -> None:
+        """Close, with a code after which the frontend tries to open another: the kernel is dead."""
+
+
+class Connection(Protocol):
+    """What a session uses of its kernel's connection (``connection``)."""
+
+    window: Window
+    is_known: bool
+    """Whether the numbers of the window are known."""
+    log: Logger
+    failure: str
+    """Why the kernel is dead, or nothing."""
+
+    @property
+    def newest(self) -> int:
+        """The number of the last message, as far as it is known."""
+
+    @property
+    def can_read(self) -> bool:
+        """Whether the kernel's node has what has left the window."""
+
+    def read(self, start: int, upto: int) -> JournalReading:
+        """Read these numbers from the node. Raises LinkError where that is not possible."""
+
+    def attached(self, session: Session, sink: Sink) -> None:
+        """A websocket has opened."""
+
+    def detached(self, session: Session) -> None:
+        """A websocket has closed."""
+
+    def progressed(self, session: Session) -> None:
+        """The websocket has written something."""
+
+    def from_client(self, session: Session, channel: str, parts: list[bytes]) -> None:
+        """The frontend has sent a message."""
+
+    def instead_of(self, session: Session, after: int, upto: int, parent: dict[str, Any]) -> list[list[bytes]]:
+        """What a session gets in place of lost messages."""
+
+
+@dataclass(slots=True, eq=False)
+class _Private:
+    """A message for this session alone, sent once it has all that the kernel published up to number ``after``."""
+
+    after: int
+    channel: str
+    parts: list[bytes]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.parts))
+
+
+class Session:
+    """A session on its connection. ``close`` ends it.
+
+    ``position`` is the number of the last message that the websocket has written; -1 until the numbers are known.
+    """
+
+    def __init__(self, connection: Connection, session_id: str, position: int) -> None:
+        self.id, self._connection = session_id, connection
+        self.position = position
+        self._cursor = position  # the last message handed to the websocket
+        self._place = connection.window.place_after(position)
+        self._offset = connection.window.total
+        self.patience, self._written_at = PATIENCE, 0.0
+        self._private: deque[_Private] = deque()
+        self._private_bytes = 0
+        self._sink: Sink | None = None
+        # Handed to the websocket and not written: the write, the cursor then, and the message for this session alone.
+        self._writing: deque[tuple[asyncio.Future[None], int, _Private | None]] = deque()
+        self._unwritten = 0  # bytes since the session waited last
+        self._followed: asyncio.Future[None] | None = None  # the write whose end is noticed
+        self._is_blocked = False
+        self._reading: asyncio.Task[None] | None = None
+        self._progress = asyncio.Event()
+        self._unblocked = asyncio.Event()
+        # Whether the frontend gets the reason of its kernel's death with what waits for it, and whether it has it.
+        self.failure_queued = self.failure_shown = False
+
+    @property
+    def sink(self) -> Sink | None:
+        """The open websocket."""
+        return self._sink
+
+    @property
+    def is_attached(self) -> bool:
+        return self._sink is not None
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the frontend does not have all that is meant for it."""
+        unseen = self._connection.is_known and self._place < self._connection.window.end
+        return bool(self._private or self._writing or self._reading or unseen)
+
+    @property
+    def lag(self) -> int:
+        """Bytes that the session has fallen behind since it was at the end, or began."""
+        return self._connection.window.total - self._offset
+
+    @property
+    def is_worth_waiting_for(self) -> bool:
+        """Whether the frontend reads, but has fallen far behind, and the others have waited little for it."""
+        reads = self.is_attached and asyncio.get_running_loop().time() - self._written_at < ACTIVE_SECONDS
+        return reads and self.lag > MAX_LAG and self.patience > 0
+
+    # -- the websocket --------------------------------------------------------------------------
+
+    def attach(self, sink: Sink, since: int | None = None) -> None:
+        """Send to this websocket from now on; from the message after ``since``, if that is given."""
+        older = self._sink
+        self._detach()
+        self._sink = sink
+        if since is not None:
+            self.go_to(since)
+        if older is not None:
+            older.end("a newer websocket of the same session")
+        self._connection.attached(self, sink)
+        self.push()
+        # Later: the websocket is still being opened.
+        asyncio.get_running_loop().call_soon(self._connection.progressed, self)
+
+    def detach(self, sink: Sink) -> None:
+        """The websocket has closed: what follows is for the session's next websocket."""
+        if self._sink is sink:
+            self._detach()
+            self._connection.detached(self)
+
+    def from_client(self, channel: str, parts: list[bytes]) -> None:
+        """Take a message for the kernel."""
+        self._connection.from_client(self, channel, parts)
+
+    def _detach(self) -> None:
+        """Forget the websocket, and what it did not write."""
+        self._sink, self._followed = None, None
+        self._settle()
+        for _written, _cursor, item in reversed(self._writing):
+            if item is not None:
+                self._private.appendleft(item)
+                self._private_bytes += item.size
+        self._writing.clear()
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        self._unwritten, self._is_blocked = 0, False
+        self.go_to(self.position)
+
+    def go_to(self, position: int) -> None:
+        """Continue after the message with this number, which may be gone, or not exist yet."""
+        if self._connection.is_known:
+            position = min(position, self._connection.newest)
+        self.position = self._cursor = position
+        self._place = self._connection.window.place_after(position)
+        self._offset = self._connection.window.total
+
+    def close(self, reason: str) -> None:
+        sink = self._sink
+        self._detach()
+        self._private.clear()
+        self._progress.set()
+        if sink is not None:
+            sink.end(reason)
+
+    # -- what the frontend gets -------------------------------------------------------------------
+
+    def put(self, channel: str, parts: list[bytes], after: int | None = None) -> None:
+        """Send a message to this session alone, behind the number ``after``; by default, all that has come by now."""
+        if after is None:
+            after = self._connection.window.next - 1 if self._connection.is_known else -1
+        item = _Private(after, channel, parts)
+        self._private.append(item)
+        self._private_bytes += item.size
+        limit = PRIVATE_LIMIT if self.is_attached else AWAY_LIMIT
+        while self._private_bytes > limit and len(self._private) > 1:
+            self._private_bytes -= self._private.popleft().size
+        self.push()
+
+    def push(self) -> None:
+        """Hand the websocket what it takes now."""
+        window = self._connection.window
+        while self._sink is not None and not self._is_blocked and self._reading is None:
+            if self._send_due():
+                continue
+            if not self._connection.is_known:
+                break
+            if self._cursor + 1 < window.oldest:
+                if self._connection.can_read:
+                    self._reading = asyncio.ensure_future(self._read_up())
+                    break
+                self._place = window.begin
+                self._miss(window.oldest - 1, window.at(window.begin).parent if window.end > window.begin else {})
+            elif self._place >= window.end:
+                break
+            else:
+                item = window.at(self._place)
+                self._place += 1
+                if item.number > self._cursor:
+                    self._take(item)
+                self._offset = item.offset
+        self._follow()
+
+    def _send_due(self) -> bool:
+        """Send the next message for this session alone, if it is its turn."""
+        if not self._private or self._private[0].after > self._cursor or self._sink is None:
+            return False
+        item = self._private.popleft()
+        self._private_bytes -= item.size
+        self._hand(messages.encode(self._sink.protocol, item.channel, item.parts), item)
+        return True
+
+    def _take(self, item: Published) -> None:
+        """Send a message of the kernel's, after a word on those that are missing before it."""
+        if item.first > self._cursor + 1:
+            self._miss(item.first - 1, item.parent)
+        self._cursor = item.number
+        if not item.is_hidden and self._sink is not None:
+            self._hand(item.frame(self._sink.protocol))
+
+    def _miss(self, upto: int, parent: dict[str, Any]) -> None:
+        """Say how many messages are lost, and end the cells whose end was among them."""
+        after, self._cursor = self._cursor, upto
+        for parts in self._connection.instead_of(self, after, upto, parent):
+            if self._sink is not None:
+                self._hand(messages.encode(self._sink.protocol, "iopub", parts))
+
+    def _hand(self, frame: bytes | str, item: _Private | None = None) -> None:
+        assert self._sink is not None
+        written = self._sink.send(frame)
+        if written is None:  # closed, and will detach
+            written = asyncio.get_running_loop().create_future()
+            self._is_blocked = True
+        self._writing.append((written, self._cursor, item))
+        self._unwritten += len(frame)
+        if self._unwritten > FLUSH_BYTES:
+            self._is_blocked = True
+
+    # -- what the websocket has written -------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Notice when all is written that the websocket has now."""
+        if not self._writing and self.position != self._cursor:
+            self.position = self._cursor
+            self._connection.progressed(self)
+        elif self._writing and self._followed is None:
+            self._followed = self._writing[-1][0]
+            self._followed.add_done_callback(self._on_written)
+
+    def _on_written(self, written: asyncio.Future[None]) -> None:
+        if self._followed is not written or not _is_written(written):
+            return
+        self._followed, self._is_blocked, self._unwritten = None, False, 0
+        self._written_at = asyncio.get_running_loop().time()
+        if self.lag <= 0:
+            self.patience = PATIENCE
+        self._settle()
+        self._unblocked.set()
+        self.push()
+        self._connection.progressed(self)
+        self._progress.set()
+
+    def _settle(self) -> None:
+        while self._writing and _is_written(self._writing[0][0]):
+            # What was handed over before the numbers were known has a place of -1.
+            self.position = max(self.position, self._writing.popleft()[1])
+        if not self._writing and self._sink is not None:
+            self.position = self._cursor
+
+    async def flushed(self) -> None:
+        """Wait until the frontend, if it is there, has all that is meant for it."""
+        while self._sink is not None and self.has_unsent:
+            self._progress.clear()
+            await self._progress.wait()
+
+    # -- what has left the window -----------------------------------------------------------------
+
+    async def _read_up(self) -> None:
+        """Read from the node up to the window's beginning."""
+        delays = Backoff(RETRY_SECONDS, MAX_RETRY_SECONDS)
+        parent: dict[str, Any] = {}
+        while True:
+            upto = self._connection.window.oldest - 1
+            try:
+                reading = self._connection.read(self._cursor + 1, upto)
+            except LinkError:  # the kernel is over
+                break
+            try:
+                async for records in reading:
+                    await self._take_records(records)
+                break
+            except LinkError as error:
+                if self._connection.failure:  # the launcher is gone with its kernel
+                    break
+                self._connection.log.info("what a kernel's node keeps is read again later: %s", error)
+                await asyncio.sleep(delays.next())
+            finally:
+                reading.close()
+        if self._cursor < upto:
+            self._miss(upto, parent)
+        self._reading, self._place = None, self._connection.window.place_after(self._cursor)
+        self.push()
+
+    async def _take_records(self, records: list[Any]) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + LOOP_SLICE
+        for record in records:
+            while self._is_blocked:
+                self._follow()
+                self._unblocked.clear()
+                await self._unblocked.wait()
+            while self._send_due():
+                pass
+            if self._reading is not asyncio.current_task():
+                # Python < 3.12: wait_for loses a cancellation that comes with what it waits for.
+                raise asyncio.CancelledError
+            if record.number > self._cursor:
+                item = Published.parse(record.first, record.number, record.frames)[0]
+                self._take(item)
+                self._offset += item.size
+            if loop.time() > until:
+                await asyncio.sleep(0)
+                until = loop.time() + LOOP_SLICE
+
+
+def _is_written(written: asyncio.Future[None]) -> bool:
+    return written.done() and not written.cancelled() and written.exception() is None

@@ -1,0 +1,270 @@
+"""A server's connection to one kernel: what its frontends get in which order, whatever is late, lost or restarted.
+
+The connection is the gateway's; the kernel's journal and its replies are given by the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+from jupyter_client.session import Session as Signer
+
+from gateway_slurm.errors import LinkError
+from gateway_slurm.gateway.channels import connection as connection_module
+from gateway_slurm.gateway.channels import lost, sources
+from gateway_slurm.gateway.channels.connection import READ_KEY, KernelConnection
+from gateway_slurm.gateway.channels.state import ExecutionState
+from gateway_slurm.link.journal import JournalHeader, Record
+from helpers.kernel_clients import poll_async
+
+KERNEL = Signer(key=b"key")
+
+
+class Journal(sources.JournalSource):
+    """A journal that the test reads out; a second reading finds no launcher."""
+
+    def __init__(self):
+        pass
+
+    def read(self, _start, _upto):
+        raise LinkError("the launcher is gone")
+
+    def close(self):
+        pass
+
+
+class Page:
+    """A websocket that writes at once, or never."""
+
+    protocol, reads_model = "", True
+
+    def __init__(self, *, writes=True):
+        self.writes, self.messages, self.written = writes, [], []
+
+    def send(self, frame):
+        self.messages.append(json.loads(frame))
+        self.written.append(asyncio.get_running_loop().create_future())
+        if self.writes:
+            self.written[-1].set_result(None)
+        return self.written[-1]
+
+    def end(self, _reason):
+        pass
+
+    def end_dead(self, _reason):
+        pass
+
+    @property
+    def told(self):
+        """Each message by its type, or by its text, state or prompt."""
+        contents = [(message["msg_type"], message["content"]) for message in self.messages]
+        return [c.get("text") or c.get("execution_state") or c.get("prompt") or kind for kind, c in contents]
+
+
+def published(number, kind, content, parent, first=None):
+    """A record of the journal."""
+    return Record(first or number, number, [b"topic", *KERNEL.serialize(KERNEL.msg(kind, content, parent=parent))])
+
+
+def request(kind="execute_request", content=None):
+    """A frontend's request: its header and its parts."""
+    message = KERNEL.msg(kind, content or {"code": "1"})
+    parts = [KERNEL.pack(message[name]) for name in ("header", "parent_header", "metadata", "content")]
+    return message["header"], parts
+
+
+@pytest.fixture
+def connect():
+    """Make a connection to a kernel that runs; ``is_restored`` for one of an earlier server."""
+    made = []
+
+    def make(*, is_restored=False):
+        provisioner = SimpleNamespace(acknowledge=lambda _positions, _notes: None)
+        kernel = SimpleNamespace(kernel_id="k", execution_state="idle", session=KERNEL, provisioner=provisioner)
+        manager = SimpleNamespace(
+            log=logging.getLogger("test"), track_message_type=lambda _kind: True, kernel_info_timeout=60
+        )
+        state = ExecutionState(kernel, manager.track_message_type, "idle")
+        ready = asyncio.Event().wait
+        connection = KernelConnection(manager, kernel, ready=ready, state=state, is_restored=is_restored)
+        connection._source, connection.window.limit = Journal(), 16 << 20
+        if not is_restored:
+            connection._set_known(1)
+            connection._held = None
+        made.append(connection)
+        return connection
+
+    yield make
+    for connection in made:
+        connection.close("the test is over")
+
+
+@pytest.fixture
+def no_grace(monkeypatch):
+    """What is late is late at once."""
+    monkeypatch.setattr(connection_module, "IDLE_GRACE", 0.05)
+    monkeypatch.setattr(lost, "REPLY_GRACE", 0.05)
+
+
+def opened(connection, name="alice", **kind):
+    """A session with an open websocket."""
+    session, page = connection.session(name), Page(**kind)
+    session.attach(page)
+    return session, page
+
+
+def reply(connection, header, kind="execute_reply", content=None, channel="shell"):
+    """The kernel replies."""
+    content = content or {"status": "ok", "execution_count": 1}
+    connection._from_kernel(channel, KERNEL.serialize(KERNEL.msg(kind, content, parent=header)))
+
+
+async def test_a_reply_comes_after_the_output_that_was_published_before_it(connect):
+    """It comes another way, which may be shorter."""
+    connection = connect()
+    session, page = opened(connection)
+    header, parts = request()
+    session.from_client("shell", parts)
+    connection.take([published(1, "status", {"execution_state": "busy"}, header)])
+    reply(connection, header)
+    connection.take([published(2, "stream", {"name": "stdout", "text": "out"}, header)])
+    assert page.told == ["busy", "out"]
+    connection.take([published(3, "status", {"execution_state": "idle"}, header)])
+    assert page.told == ["busy", "out", "execute_reply", "idle"]
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_a_reply_without_a_status_comes_all_the_same(connect):
+    """A kernel may not say "idle"."""
+    connection = connect()
+    session, page = opened(connection)
+    header, parts = request()
+    session.from_client("shell", parts)
+    reply(connection, header)
+    assert await poll_async(lambda: page.told == ["execute_reply"], timeout=10)
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_the_end_of_a_cell_that_was_lost_comes_after_all_that_was_not(connect):
+    """The count of what is lost, the rest of the output, the reply, and then "idle", once."""
+    connection = connect()
+    session, page = opened(connection)
+    header, parts = request()
+    session.from_client("shell", parts)
+    connection.take([published(1, "stream", {"name": "stdout", "text": "early"}, header)])
+    reply(connection, header)
+    for number in range(100, 110):
+        connection.take([published(number, "stream", {"name": "stdout", "text": f"{number}"}, header)])
+        await asyncio.sleep(0.02)
+    numbers = [str(number) for number in range(100, 110)]
+    assert [text for text in page.told if text in numbers] == numbers
+    assert await poll_async(lambda: "idle" in page.told, timeout=10)
+    assert (page.told[-1], page.told.count("execute_reply"), page.told.count("idle")) == ("idle", 1, 1)
+    assert sum("98 messages were dropped here" in text for text in page.told) == 1
+
+
+async def test_a_page_behind_the_window_hears_of_its_kernels_death(connect):
+    """Its job is over, and its launcher with it: what is missing is counted."""
+    connection = connect()
+    session, page = opened(connection)
+    connection.window.limit = 1
+    header, parts = request()
+    session.from_client("shell", parts)
+    large = {"name": "stdout", "text": "x" * (1 << 20)}
+    connection.take([published(number, "stream", large, header) for number in range(1, 5)])
+    connection.fail("the job ended: TIMEOUT")
+    assert await poll_async(lambda: not session.has_unsent, timeout=10)
+    assert page.messages[-2]["content"]["evalue"] == "the job ended: TIMEOUT"
+    assert any("messages were dropped here" in text for text in page.told)
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_a_reply_that_an_earlier_server_may_not_have_sent_is_made(connect):
+    """It had come, and the page was not there: its cell would not end."""
+    before = connect()
+    session = before.session("alice")
+    header, parts = request()
+    session.from_client("shell", parts)
+    busy, idle = ({"execution_state": state} for state in ("busy", "idle"))
+    before.take([published(1, "status", busy, header), published(2, "execute_input", {"execution_count": 1}, header)])
+    reply(before, header)
+    notes = {key: text for key, text in before.executions.changed_notes().items() if text is not None}
+    after = connect(is_restored=True)
+    _session, page = opened(after)
+    positions = {READ_KEY: 2, "alice": 0}
+    after._on_header(JournalHeader(1, 3, 3, positions, notes, subscribed=True, trouble=""))
+    after._held = None
+    after.take([published(3, "status", idle, header)])
+    assert await poll_async(lambda: "execute_reply" in page.told, timeout=10)
+    assert page.messages[-1]["content"]["status"] == "ok"
+
+
+async def test_a_page_that_is_back_before_the_journal_goes_on_where_it_was(connect):
+    """Also if its websocket ends before all is written."""
+    connection = connect(is_restored=True)
+    session, page = opened(connection, writes=False)
+    connection.send_status("starting")
+    positions = {READ_KEY: 900, "alice": 899}
+    connection._on_header(JournalHeader(1, 901, 901, positions, {}, subscribed=True, trouble=""))
+    assert session.position == 899
+    page.written[0].set_result(None)
+    await asyncio.sleep(0)
+    session.detach(page)
+    assert session.position == 899
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_a_cell_that_runs_late_in_the_journal_is_not_taken_for_lost(connect):
+    """The probes are answered at once, and what the kernel published is still being read."""
+    connection = connect(is_restored=True)
+    note = json.dumps({"status": "queued", "session": "alice", "queued": "2026-12-01T00:00:00Z", "header": {}})
+    header = {"msg_id": "c1", "msg_type": "execute_request", "session": "alice"}
+    _session, page = opened(connection)
+    positions = {READ_KEY: 0, "alice": 0}
+    connection._on_header(JournalHeader(1, 50, 1, positions, {"c1": note}, subscribed=True, trouble=""))
+    probes = []
+    connection._send_to_kernel = lambda _channel, parts: probes.append(json.loads(parts[0])) or ""
+    connection._lost.find()
+    for _ in range(10):
+        if probes:
+            reply(connection, probes[-1], "kernel_info_reply")
+        await asyncio.sleep(0.05)
+    assert "execute_reply" not in page.told
+    busy, idle = ({"execution_state": state} for state in ("busy", "idle"))
+    connection.take([published(1, "status", busy, header), published(2, "status", idle, header)])
+    assert await poll_async(lambda: "execute_reply" in page.told, timeout=10)
+    assert page.messages[-1]["content"]["status"] == "ok"
+
+
+async def test_a_question_goes_to_the_page_that_caused_it_or_to_those_that_are_there(connect):
+    """Also of a comm's message, and again to one that comes later."""
+    connection = connect()
+    session, page = opened(connection)
+    _other, second = opened(connection, "bob")
+    header, parts = request("comm_msg", {"comm_id": "1", "data": {}})
+    session.from_client("shell", parts)
+    reply(connection, header, "input_request", {"prompt": "comm?", "password": False}, "stdin")
+    assert (page.told, second.told) == (["comm?"], [])
+    header, parts = request()
+    session.from_client("shell", parts)
+    session.detach(page)
+    reply(connection, header, "input_request", {"prompt": "cell?", "password": False}, "stdin")
+    assert second.told == ["cell?"]
+    _third, third = opened(connection, "carol")
+    assert third.told == ["cell?"]
+
+
+async def test_a_marker_ends_the_cells_of_the_process_before_it(connect):
+    """The kernel was restarted while no server was there."""
+    connection = connect()
+    session, page = opened(connection)
+    _header, parts = request()
+    session.from_client("shell", parts)
+    connection.take([Record(1, 1, [])])
+    replies = [message["content"] for message in page.messages if message["msg_type"] == "execute_reply"]
+    assert [content["ename"] for content in replies] == ["KernelRestarted"]
+    assert page.told[-1] == "idle"
