@@ -178,7 +178,7 @@ class Table:
         samples = [value * scale for value in self._samples[name]]
         ratio = f"{self.median(name) / self.median(reference):6.2f} × {reference}" if reference in self._samples else ""
         spread = f"({min(samples):.3g} … {max(samples):.3g}, n={len(samples)})"
-        print(f"{name:<42} {statistics.median(samples):9.4g} {unit:<5} {spread:<32} {ratio}", flush=True)
+        print(f"{name:<58} {statistics.median(samples):9.4g} {unit:<5} {spread:<32} {ratio}", flush=True)
 
 
 def environment(directory: Path) -> None:
