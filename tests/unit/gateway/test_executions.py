@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -306,11 +307,15 @@ def test_a_message_costs_a_few_microseconds(executions: Executions, journal: Jou
     executions.queued(request("a"), {})
     parent = request("a")
     parts = [json.dumps(part).encode() for part in ({"msg_type": "stream"}, parent, {}, prints("a line of text\n")[1])]
-    count, longest, began = 50_000, 0.0, time.process_time()
-    for number in range(1, count + 1):
-        before = time.process_time()
-        executions.published(number, number, "stream", parent, parts)
-        longest = max(longest, time.process_time() - before)
+    gc.disable()  # a collection of what all earlier tests have left is not this module's
+    try:
+        count, longest, began = 50_000, 0.0, time.process_time()
+        for number in range(1, count + 1):
+            before = time.process_time()
+            executions.published(number, number, "stream", parent, parts)
+            longest = max(longest, time.process_time() - before)
+    finally:
+        gc.enable()
     assert (time.process_time() - began) / count < 50e-6
     assert longest < 0.1
     assert text_of(executions, "a") == "a line of text\n" * count
