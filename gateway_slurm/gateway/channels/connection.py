@@ -101,6 +101,8 @@ class KernelConnection:
         self._ack_timer: asyncio.TimerHandle | None = None
         self._is_acking = self._closed = False
         self._is_restored, self._journal_next = is_restored, 0
+        # The kernel exists; its sockets are opened for its first session, since most kernels of a restart have none.
+        self._exists = self._is_open = False
         self.restored: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done once the sessions and the executions of a restored kernel are known."""
         if not is_restored:
@@ -114,7 +116,13 @@ class KernelConnection:
         """The session of this id, made by the first call: it gets what the kernel publishes from now on."""
         if session_id not in self.sessions:
             self.sessions[session_id] = Session(self, session_id, self.newest if self.is_known else -1)
+            self._open_for_sessions()
         return self.sessions[session_id]
+
+    def _open_for_sessions(self) -> None:
+        if self._exists and not self._is_open and self.sessions and not self._closed:
+            self._open()
+            self._tasks.create_task(self._continue())
 
     def attached(self, session: Session, sink: Sink) -> None:
         """A websocket of the session has opened."""
@@ -338,8 +346,10 @@ class KernelConnection:
             self._set_restored("")
             self.fail(reason)
             return
-        self._open()
-        await self._continue()
+        self._exists = True
+        if self._source is None:
+            self._open_source()
+        self._open_for_sessions()
 
     def _open_source(self) -> None:
         provisioner = getattr(self.kernel, "provisioner", None)
@@ -382,6 +392,7 @@ class KernelConnection:
                 session.position = positions.get(session.id, self.window.next - 1)
             session.go_to(session.position)
             session.push()
+        self._open_for_sessions()
 
     @property
     def newest(self) -> int:
@@ -422,7 +433,7 @@ class KernelConnection:
             ]
             self._answer_open(reason, name, "restarted")
         self._heard.clear()
-        self._awaits_process = True
+        self._awaits_process, self._exists = True, False
         self._close_sockets()
         provisioner = getattr(self.kernel, "provisioner", None)
         if isinstance(provisioner, SlurmProvisioner):
@@ -454,10 +465,14 @@ class KernelConnection:
         if self._closed:
             return
         self._clear_failure()  # also that of a first restart that failed while a second one was under way
-        self._open()
-        if self._source is not None:
-            self._source.kernel_listens()
-        await self._continue()
+        self._exists = True
+        if self._source is None:
+            self._open_source()
+        assert self._source is not None
+        self._source.kernel_listens()
+        if self.sessions:
+            self._open()
+            await self._continue()
 
     def reconnect(self) -> None:
         """The restart that is under way has given the kernel another address."""
@@ -502,9 +517,8 @@ class KernelConnection:
     # -- to the kernel ------------------------------------------------------------------------------
 
     def _open(self) -> None:
+        self._is_open = True
         self._signer.key = self.kernel.session.key
-        if self._source is None:
-            self._open_source()
         # The same for all servers that come after one another: a reply, or the answer to input(), finds the next one.
         identity = f"{OWN_REQUEST}{self.kernel.kernel_id}".encode()
         for channel in ("shell", "control", "stdin"):
@@ -513,6 +527,7 @@ class KernelConnection:
                 self._sockets[channel] = KernelSocket(self.kernel, channel, identity, received, renewed)
 
     def _close_sockets(self) -> None:
+        self._is_open = False
         for socket in self._sockets.values():
             socket.close()
         self._sockets.clear()
