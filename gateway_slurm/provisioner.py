@@ -406,11 +406,6 @@ class SlurmProvisioner(KernelProvisionerBase):
             raise LinkError("the kernel is not running, so its node cannot be asked for its log")
         return await self._call(self._handle.process.launcher.read_logs(self.kernel_id))
 
-    async def until_linked(self, seconds: float) -> None:
-        """Wait for the link to the kernel's launcher; raise LinkError when there is none within ``seconds``."""
-        if self._handle is not None:
-            await self._call(self._handle.process.launcher.until_linked(seconds))
-
     # -- Life ---------------------------------------------------------------------------------
 
     @property

@@ -49,8 +49,8 @@ MARKER = b""
 class Reader(Protocol):
     """A tunnel stream that takes messages from the journal.
 
-    ``cursor`` is the next message's number, and ``moved_at`` when that changed, by the monotonic clock. The ring
-    for a reader with ``is_live``.
+    ``cursor`` is the next message's number, and ``moved_at`` when that changed, by the monotonic clock. A full
+    ring waits for a reader with ``is_live``.
     """
 
     cursor: int

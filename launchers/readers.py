@@ -315,8 +315,6 @@ class ClientReader(Reader):
         at = frames.index(DELIMITER)
         header = {"msg_id": f"missed_{self._number}_{self._last}", "msg_type": "stream", "version": "5.3"}
         header.update(username="", session="", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        count = "1 message was" if missed == 1 else f"{missed} messages were"
-        text = f"\ngateway_slurm: {count} dropped here: the kernel published more than is kept (kept_output)\n"
-        content = {"name": "stderr", "text": text}
+        content = {"name": "stderr", "text": wire.missed_text(missed)}
         parts = [json.dumps(header).encode(), frames[at + 3], b"{}", json.dumps(content).encode()]
         return [zmtp.encode([b"stream.stderr", DELIMITER, self._journal.sign(parts), *parts])]

@@ -15,7 +15,8 @@ from tornado import web
 
 from gateway_slurm.gateway.executions import MAX
 
-_UUID = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+UUID = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+KERNEL_ID = rf"(?P<kernel_id>{UUID})"
 MSG_ID = r"(?P<msg_id>[^/]+)"
 
 
@@ -62,6 +63,6 @@ class ServerExecutionHandler(APIHandler):
 
 # jupyter_server finds the table by this name.
 default_handlers = [
-    (rf"/api/kernels/(?P<kernel_id>{_UUID})/executions", ServerExecutionsHandler),
-    (rf"/api/kernels/(?P<kernel_id>{_UUID})/executions/{MSG_ID}", ServerExecutionHandler),
+    (rf"/api/kernels/{KERNEL_ID}/executions", ServerExecutionsHandler),
+    (rf"/api/kernels/{KERNEL_ID}/executions/{MSG_ID}", ServerExecutionHandler),
 ]

@@ -32,7 +32,7 @@ from gateway_slurm.errors import GatewaySlurmError, LinkError, RequestError
 from gateway_slurm.events import by_of, reason_of
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
-from gateway_slurm.gateway.executions_api import MSG_ID, list_executions, one_execution
+from gateway_slurm.gateway.executions_api import KERNEL_ID, MSG_ID, UUID, list_executions, one_execution
 from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, log_text_of, message_of, refusal_of
 from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
@@ -50,9 +50,7 @@ from gateway_slurm.store.records import SessionRecord
 # Seconds that a request waits until the earlier gateway's kernels are restored; clients give up later than this.
 RESTORE_SECONDS = 10.0
 NOT_RESTORED = "the gateway has just been started, and its kernels are not restored yet: try again"
-_UUID = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
-KERNEL_ID = rf"(?P<kernel_id>{_UUID})"
-SESSION_ID = rf"(?P<session_id>{_UUID})"
+SESSION_ID = rf"(?P<session_id>{UUID})"
 KERNEL_NAME = r"(?P<kernel_name>[\w.\-%]+)"
 JOBID = r"(?P<jobid>[0-9]{1,10})"
 
@@ -274,7 +272,7 @@ class KernelsHandler(StartsKernels):
         """Start a kernel, from ``name`` and ``env``; answers at once."""
         body = self.json_object()
         kernel_id = text_field(body, "kernel_id") or None
-        if kernel_id is not None and not re.fullmatch(_UUID, kernel_id):
+        if kernel_id is not None and not re.fullmatch(UUID, kernel_id):
             raise web.HTTPError(400, "kernel_id must be a UUID")
         kernel_id = await self.start_kernel(text_field(body, "name"), env_field(body), kernel_id)
         self.set_header("Location", url_path_join(self.base_url, "api", "kernels", url_escape(kernel_id)))

@@ -98,7 +98,6 @@ def _refusal(protocol: str, channel: str, header: dict[str, Any], reason: str) -
     made.append(("iopub", "status", {"execution_state": "idle"}))
     frames = []
     for its_channel, its_type, content in made:
-        message = session.msg(its_type, content, parent=header)
-        parts = [session.pack(message[name]) for name in ("header", "parent_header", "metadata", "content")]
+        parts = messages.make(session, its_type, content, header)
         frames.append(messages.encode(protocol, its_channel, parts))
     return frames

@@ -211,6 +211,12 @@ def checked_positions(given: Any) -> dict[str, int]:
     return {key: number for key, number in pairs if _is_text(key, MAX_ID) and is_number(number)}
 
 
+def missed_text(count: int) -> str:
+    """What a user reads in place of messages that are lost."""
+    words = "1 message was" if count == 1 else f"{count} messages were"
+    return f"\ngateway_slurm: {words} dropped here: the kernel published more than is kept (kept_output)\n"
+
+
 class Notes:
     """The notes beside a journal, as many as it keeps: of more, those that were changed last."""
 

@@ -32,6 +32,7 @@ from gateway_slurm.gateway.channels.sources import JournalSource, SocketSource
 from gateway_slurm.gateway.channels.state import ExecutionState
 from gateway_slurm.gateway.channels.window import OWN_REQUEST, Published, Window
 from gateway_slurm.gateway.executions import Executions
+from gateway_slurm.link import wire
 from gateway_slurm.link.journal import JournalHeader, JournalReading, Record
 from gateway_slurm.provisioner import SlurmProvisioner
 
@@ -103,10 +104,10 @@ class KernelConnection:
         self._is_restored, self._journal_next = is_restored, 0
         # The kernel exists; its sockets are opened for its first session, since most kernels of a restart have none.
         self._exists = self._is_open = False
-        self.restored: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Done once the sessions and the executions of a restored kernel are known."""
+        self.restored = asyncio.Event()
+        """Set once the sessions and the executions of a restored kernel are known."""
         if not is_restored:
-            self.restored.set_result("")
+            self.restored.set()
         self._tasks = TaskSet()
         self._tasks.create_task(self._connect())
 
@@ -179,17 +180,11 @@ class KernelConnection:
 
     # -- messages of the server's own -----------------------------------------------------------------
 
-    def make_message(
-        self, msg_type: str, content: dict[str, Any], parent: dict[str, Any] | None = None, msg_id: str = ""
-    ) -> list[bytes]:
-        """The parts of a message."""
-        message = self._signer.msg(msg_type, content, parent=parent)
-        if msg_id:
-            message["header"]["msg_id"] = msg_id
-        return [self._signer.pack(message[name]) for name in ("header", "parent_header", "metadata", "content")]
+    def _make(self, msg_type: str, content: dict[str, Any], parent: dict[str, Any] | None = None) -> list[bytes]:
+        return messages.make(self._signer, msg_type, content, parent)
 
     def _publish(self, session: Session, kind: str, content: dict[str, Any], parent: dict[str, Any]) -> None:
-        session.put("iopub", self.make_message(kind, content, parent))
+        session.put("iopub", self._make(kind, content, parent))
 
     def _send_status(self, session: Session, state: str, parent: dict[str, Any] | None = None) -> None:
         self._publish(session, "status", {"execution_state": state}, parent or {})
@@ -235,13 +230,11 @@ class KernelConnection:
 
     def instead_of(self, session: Session, after: int, upto: int, parent: dict[str, Any]) -> list[list[bytes]]:
         """What a session gets in place of the messages after ``after`` up to ``upto``, which are lost."""
-        count = upto - after
-        words = "1 message was" if count == 1 else f"{count} messages were"
-        text = f"\ngateway_slurm: {words} dropped here: the kernel published more than is kept (kept_output)\n"
-        made = [self.make_message("stream", {"name": "stderr", "text": text}, parent or self.last_cell)]
+        content = {"name": "stderr", "text": wire.missed_text(upto - after)}
+        made = [self._make("stream", content, parent or self.last_cell)]
         for execution in self.executions.ended_between(after, upto):
             if execution.session == session.id:
-                made.append(self.make_message("status", {"execution_state": "idle"}, execution.header))
+                made.append(self._make("status", {"execution_state": "idle"}, execution.header))
         return made
 
     # -- a dead kernel ------------------------------------------------------------------------------
@@ -289,7 +282,7 @@ class KernelConnection:
         self._requests.remove(msg_id)
         self._state.replied(msg_id)
         self.executions.replied(msg_id, content)
-        session.put("shell", self.make_message("execute_reply", content, header))
+        session.put("shell", self._make("execute_reply", content, header))
         self._acknowledge_soon()
 
     def _answer_open(self, reason: str, name: str, status: str) -> None:
@@ -314,7 +307,7 @@ class KernelConnection:
             return
         if request.reply_type:
             error = {"status": "error", "ename": name, "evalue": reason, "traceback": [reason]}
-            session.put(request.channel, self.make_message(request.reply_type, error, request.header))
+            session.put(request.channel, self._make(request.reply_type, error, request.header))
         # Without a reply, or after it, a frontend still waits for this.
         self._send_status(session, "idle", request.header)
 
@@ -372,8 +365,8 @@ class KernelConnection:
         self.window.limit = self._source.window_bytes
 
     def _set_restored(self, state: str) -> None:
-        if not self.restored.done():
-            self.restored.set_result(state)
+        if not self.restored.is_set():
+            self.restored.set()
             self._state.restored(state)
 
     def _next_number(self) -> int | None:
@@ -511,7 +504,8 @@ class KernelConnection:
     def nudge(self, channel: str) -> str:
         """Request the kernel's info, only to make the kernel answer; return the request's id."""
         msg_id = f"{OWN_REQUEST}{uuid.uuid4().hex}"
-        self._send_to_kernel(channel, self.make_message("kernel_info_request", {}, msg_id=msg_id))
+        header = {**self._signer.msg_header("kernel_info_request"), "msg_id": msg_id}
+        self._send_to_kernel(channel, [self._signer.pack(part) for part in (header, {}, {}, {})])
         return msg_id
 
     # -- to the kernel ------------------------------------------------------------------------------
@@ -650,7 +644,7 @@ class KernelConnection:
         return [own] if own is not None and (own.is_attached or not here) else here
 
     def _ask(self, session: Session, execution: Any) -> None:
-        session.put("stdin", self.make_message("input_request", dict(execution.input), execution.header))
+        session.put("stdin", self._make("input_request", dict(execution.input), execution.header))
 
     def take(self, records: Iterable[Record]) -> None:
         """Take what the kernel has published, in its order."""
@@ -775,8 +769,7 @@ class KernelConnection:
         if self._source is not None:
             self._source.close()
         self._close_sockets()
-        if not self.restored.done():
-            self.restored.set_result("")
+        self.restored.set()
         for session in self.sessions.values():
             session.close(reason)
         self.sessions.clear()

@@ -121,7 +121,7 @@ class Frontends:
         """The connection, once it has what an earlier server knew. Raises HTTPError 404, and 503 without a link."""
         connection = self.connection(kernel_id)
         try:
-            await asyncio.wait_for(asyncio.shield(connection.restored), RESTORED_SECONDS)
+            await asyncio.wait_for(connection.restored.wait(), RESTORED_SECONDS)
         except asyncio.TimeoutError:
             raise PlainHTTPError(503, "the link to the kernel's node is down: try again") from None
         return connection

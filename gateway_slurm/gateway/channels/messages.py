@@ -10,13 +10,12 @@ Source: jupyter_server, "WebSocket kernel wire protocols" (the JSON one, and
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from jupyter_client.session import DELIM
+from jupyter_client.session import DELIM, Session
 from jupyter_server.services.kernels.connection.base import serialize_msg_to_ws_v1
 
 V1 = "v1.kernel.websocket.jupyter.org"
@@ -27,8 +26,6 @@ MAX_PARTS = 4096
 MAX_PARSED = 1 << 20
 # Bytes of a client's header, which the server keeps until the kernel has answered; Jupyter's own have some hundred.
 MAX_HEADER = 16 << 10
-# As kernels write it: the header has one field of that name, and an id has nothing to escape.
-_ID = re.compile(rb'"msg_id"\s*:\s*"([!#-\[\]-~]{1,200})"')
 
 
 class MessageError(ValueError):
@@ -64,24 +61,18 @@ def decode(protocol: str, frame: bytes | str) -> tuple[str, list[bytes]]:
     return channel, parts
 
 
+def make(session: Session, msg_type: str, content: dict[str, Any], parent: dict[str, Any] | None = None) -> list[bytes]:
+    """The parts of a message of the server's own."""
+    message = session.msg(msg_type, content, parent=parent)
+    return [session.pack(message[name]) for name in _JSON_PARTS]
+
+
 def parts_of(frames: list[bytes]) -> list[bytes]:
     """The parts of a message from ZMQ, without identities, delimiter and signature; empty for a malformed one."""
-    return signed_parts(frames)[1]
-
-
-def signed_parts(frames: list[bytes]) -> tuple[bytes, list[bytes]]:
-    """Signature and parts of a message from ZMQ; both empty for a malformed one."""
     try:
-        start = frames.index(DELIM) + 1
-        return frames[start], frames[start + 1 :]
-    except (ValueError, IndexError):
-        return b"", []
-
-
-def id_of(parts: Sequence[bytes]) -> str:
-    """The message's id; empty for none. Most headers are searched and not parsed."""
-    found = _ID.search(parts[0]) if parts else None
-    return found[1].decode() if found else str(header_of(parts).get("msg_id", ""))
+        return frames[frames.index(DELIM) + 2 :]
+    except ValueError:
+        return []
 
 
 def header_of(parts: Sequence[bytes]) -> dict[str, Any]:

@@ -326,7 +326,6 @@ class Session:
     async def _read_up(self) -> None:
         """Read from the node up to the window's beginning."""
         delays = Backoff(RETRY_SECONDS, MAX_RETRY_SECONDS)
-        parent: dict[str, Any] = {}
         while True:
             upto = self._connection.window.oldest - 1
             try:
@@ -345,7 +344,7 @@ class Session:
             finally:
                 reading.close()
         if self._cursor < upto:
-            self._miss(upto, parent)
+            self._miss(upto, {})
         self._reading, self._place = None, self._connection.window.place_after(self._cursor)
         self.push()
 

@@ -117,6 +117,14 @@ def opened(connection, name="alice", **kind):
     return session, page
 
 
+def asked(connection):
+    """A session with an open websocket that has sent a cell, and the cell's header."""
+    session, page = opened(connection)
+    header, parts = request()
+    session.from_client("shell", parts)
+    return session, page, header
+
+
 def reply(connection, header, kind="execute_reply", content=None, channel="shell"):
     """The kernel replies."""
     content = content or {"status": "ok", "execution_count": 1}
@@ -126,9 +134,7 @@ def reply(connection, header, kind="execute_reply", content=None, channel="shell
 async def test_a_reply_comes_after_the_output_that_was_published_before_it(connect):
     """It comes another way, which may be shorter."""
     connection = connect()
-    session, page = opened(connection)
-    header, parts = request()
-    session.from_client("shell", parts)
+    _session, page, header = asked(connection)
     connection.take([published(1, "status", {"execution_state": "busy"}, header)])
     reply(connection, header)
     connection.take([published(2, "stream", {"name": "stdout", "text": "out"}, header)])
@@ -141,9 +147,7 @@ async def test_a_reply_comes_after_the_output_that_was_published_before_it(conne
 async def test_a_reply_without_a_status_comes_all_the_same(connect):
     """A kernel may not say "idle"."""
     connection = connect()
-    session, page = opened(connection)
-    header, parts = request()
-    session.from_client("shell", parts)
+    _session, page, header = asked(connection)
     reply(connection, header)
     assert await poll_async(lambda: page.told == ["execute_reply"], timeout=10)
 
@@ -152,9 +156,7 @@ async def test_a_reply_without_a_status_comes_all_the_same(connect):
 async def test_the_end_of_a_cell_that_was_lost_comes_after_all_that_was_not(connect):
     """The count of what is lost, the rest of the output, the reply, and then "idle", once."""
     connection = connect()
-    session, page = opened(connection)
-    header, parts = request()
-    session.from_client("shell", parts)
+    _session, page, header = asked(connection)
     connection.take([published(1, "stream", {"name": "stdout", "text": "early"}, header)])
     reply(connection, header)
     for number in range(100, 110):
