@@ -12,6 +12,9 @@ PACKAGE = ROOT / "gateway_slurm"
 ORDER = (
     "errors",
     "_util",
+    "bounded_json",
+    "turns",
+    "budget",
     "_jupyter_compat",
     "environment",
     "events",
