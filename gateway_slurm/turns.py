@@ -25,7 +25,7 @@ class Turns:
     """The work that waits on one loop. Used on that loop only; ``close`` drops what waits.
 
     The order is start-time fair queueing (Goyal, Vin, Cheng 1996): a user's clock advances by the time that the user's
-    work took, the one with the earliest clock is next, and one who comes anew starts at the present, not at zero.
+    work took, the one with the earliest clock is next, and one who comes back starts at the present, not at zero.
     """
 
     def __init__(self) -> None:

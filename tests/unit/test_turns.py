@@ -85,7 +85,7 @@ def test_a_user_alone_leaves_the_loop_to_others_after_each_slice() -> None:
 
 
 def test_what_work_raises_comes_to_its_caller_and_what_waits_is_cancelled_at_the_end() -> None:
-    """An error ends no other work, and ``close`` leaves nobody waiting."""
+    """An error ends no other work, and ``close`` leaves no caller waiting."""
 
     def fail() -> None:
         raise KeyError("here")
