@@ -15,6 +15,14 @@ from helpers.notebook_server import V1, Frontend, running_server
 # Seconds for an answer to another user, on two busy CPUs. A kernel that does not end when asked is killed after 5.
 IN_TIME = 3.0
 LISTS = ("/api/kernels", "/api/sessions", "/api/kernelspecs")
+# The kernel signs with another key, as a process does that has taken its port.
+FORGING = """
+session = get_ipython().kernel.session
+key, session.key = session.key, b"another key"
+print("forged", flush=True)
+session.key = key
+print("own", flush=True)
+"""
 MAX_MESSAGE, MAX_REQUEST = 1_000_000, 1 << 20  # bytes
 
 
@@ -100,6 +108,23 @@ async def test_a_cell_with_a_large_output_gets_all_of_it(gateway):
         shown = [message["content"] for message in found if message["msg_type"] in ("stream", "display_data")]
         texts = [content.get("text") or content["data"]["text/html"] for content in shown]
         assert texts == ["before\n", "x" * size, "after\n"]
+        frontend.close()
+    finally:
+        await stop(alice, kernel_id)
+
+
+async def test_what_is_not_signed_with_the_kernels_key_is_not_shown(gateway, kernel_name):
+    """The page is told instead, and the cell goes on."""
+    alice = gateway.of("alice")
+    kernel_id = await start(alice, kernel_name)
+    try:
+        frontend = await Frontend.connect(alice, kernel_id)
+        await frontend.execute(JOB)
+        reply, printed = await frontend.execute(FORGING)
+        assert reply["status"] == "ok"
+        assert "not signed with the kernel's key" in printed
+        assert "forged" not in printed
+        assert "own" in printed
         frontend.close()
     finally:
         await stop(alice, kernel_id)

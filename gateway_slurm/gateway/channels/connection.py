@@ -27,6 +27,7 @@ from gateway_slurm.gateway.channels.lost import LostReplies
 from gateway_slurm.gateway.channels.notice import WaitingNotice
 from gateway_slurm.gateway.channels.requests import Request, Requests
 from gateway_slurm.gateway.channels.session import Session, Sink
+from gateway_slurm.gateway.channels.signatures import Signatures
 from gateway_slurm.gateway.channels.sockets import KernelSocket
 from gateway_slurm.gateway.channels.sources import JournalSource, SocketSource
 from gateway_slurm.gateway.channels.state import ExecutionState
@@ -78,7 +79,8 @@ class KernelConnection:
         self.window, self.is_known = Window(), False
         self.executions, self.sessions = Executions(), dict[str, Session]()
         self.folding = asyncio.Lock()  # one reading for the executions at a time
-        self._requests, self._signer = Requests(), Signer()
+        self._requests, self._signer = Requests(), Signer()  # which has no key
+        self._signatures, self._refused_count = Signatures(kernel), 0
         self._lost = LostReplies(self)
         self._source: JournalSource | SocketSource | None = None
         self._sockets: dict[str, KernelSocket] = {}
@@ -426,7 +428,7 @@ class KernelConnection:
             ]
             self._answer_open(reason, name, "restarted")
         self._heard.clear()
-        self._awaits_process, self._exists = True, False
+        self._awaits_process, self._exists, self._refused_count = True, False, 0
         self._close_sockets()
         provisioner = getattr(self.kernel, "provisioner", None)
         if isinstance(provisioner, SlurmProvisioner):
@@ -512,7 +514,6 @@ class KernelConnection:
 
     def _open(self) -> None:
         self._is_open = True
-        self._signer.key = self.kernel.session.key
         # The same for all servers that come after one another: a reply, or the answer to input(), finds the next one.
         identity = f"{OWN_REQUEST}{self.kernel.kernel_id}".encode()
         for channel in ("shell", "control", "stdin"):
@@ -531,7 +532,7 @@ class KernelConnection:
         if channel not in self._sockets:
             return ""
         try:
-            self._sockets[channel].send([DELIM, self._signer.sign(parts[:4]), *parts])
+            self._sockets[channel].send([DELIM, self._signatures.sign(parts), *parts])
         except messages.MessageError as error:
             return str(error)
         return ""
@@ -573,7 +574,29 @@ class KernelConnection:
 
     # -- from the kernel ----------------------------------------------------------------------------
 
+    def parse(self, record: Record) -> tuple[Published, dict[str, Any]]:
+        """The message of a record, and its header. What the kernel has not signed has no content, and is hidden."""
+        if record.frames and not self._signatures.is_valid(record.frames):
+            self._refuse_unsigned("iopub")
+            return Published(record.first, record.number, (), {}), {}
+        return Published.parse(record.first, record.number, record.frames)
+
+    def _refuse_unsigned(self, channel: str) -> None:
+        """A message was not signed with the kernel's key. Say so for the first of the kernel's process."""
+        self._refused_count += 1
+        if self._refused_count > 1:
+            return
+        text = "kernel %s: a message on %s is ignored: it is not signed with the kernel's key"
+        self.log.warning(text, self.kernel.kernel_id, channel)
+        self.warn(
+            f"\ngateway_slurm: a message on {channel} is not shown: it is not signed with the kernel's key. Another "
+            "process may have taken the kernel's port; restart the kernel\n"
+        )
+
     def _from_kernel(self, channel: str, frames: list[bytes]) -> None:
+        if not self._signatures.is_valid(frames):
+            self._refuse_unsigned(channel)
+            return
         parts = messages.parts_of(frames)
         parent = messages.parent_header_of(parts)
         msg_id = str(parent.get("msg_id", ""))
@@ -674,9 +697,11 @@ class KernelConnection:
             self._has_gap = True
             if self._requests.replied():
                 self._look_for_idle()
-        item, header = Published.parse(record.first, record.number, record.frames)
+        item, header = self.parse(record)
         if not record.frames:
             self._begin_process()
+        elif not header:  # malformed, or not the kernel's: it proves nothing
+            pass
         elif item.is_hidden or not self._awaits_process:
             self._awaits_process = False
             if record.number + 1 >= self._journal_next:  # what was there before this server may be of an older process
@@ -694,7 +719,7 @@ class KernelConnection:
     def _begin_process(self) -> None:
         """A new process of the kernel was started: what comes now is its."""
         self._heard.clear()
-        self._awaits_process = False
+        self._awaits_process, self._refused_count = False, 0
         # Where this server has restarted the kernel, all is answered already.
         self._answer_open("the kernel was restarted: run the cell again", "KernelRestarted", "restarted")
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from gateway_slurm.errors import LinkError
-from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.connection import KernelConnection
 from gateway_slurm.gateway.channels.session import Session
 from gateway_slurm.gateway.http_errors import PlainHTTPError
@@ -133,7 +132,7 @@ class Frontends:
             reading = connection.read(first, last)
             try:
                 async for records in reading:
-                    read = [(record.number, messages.parts_of(record.frames)) for record in records]
+                    read = [(record.number, connection.parse(record)[0].parts) for record in records]
                     executions.refold(msg_id, read, done=False)
                 executions.refold(msg_id, [])
             finally:

@@ -16,7 +16,7 @@ from gateway_slurm._util import Backoff
 from gateway_slurm.errors import LinkError
 from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.window import Published, Window
-from gateway_slurm.link.journal import JournalReading
+from gateway_slurm.link.journal import JournalReading, Record
 
 # Bytes handed to the websocket before the session waits until they are written.
 FLUSH_BYTES = 256 << 10
@@ -71,6 +71,9 @@ class Connection(Protocol):
 
     def read(self, start: int, upto: int) -> JournalReading:
         """Read these numbers from the node. Raises LinkError where that is not possible."""
+
+    def parse(self, record: Record) -> tuple[Published, dict[str, Any]]:
+        """The message of a record, hidden where the kernel has not signed it, and its header."""
 
     def attached(self, session: Session, sink: Sink) -> None:
         """A websocket has opened."""
@@ -362,7 +365,7 @@ class Session:
                 # Python < 3.12: wait_for loses a cancellation that comes with what it waits for.
                 raise asyncio.CancelledError
             if record.number > self._cursor:
-                item = Published.parse(record.first, record.number, record.frames)[0]
+                item = self._connection.parse(record)[0]
                 self._take(item)
                 self._offset += item.size
             if loop.time() > until:

@@ -17,6 +17,7 @@ from gateway_slurm.errors import LinkError
 from gateway_slurm.gateway.channels import connection as connection_module
 from gateway_slurm.gateway.channels import lost, sources
 from gateway_slurm.gateway.channels.connection import READ_KEY, KernelConnection
+from gateway_slurm.gateway.channels.signatures import SLICE, Signatures
 from gateway_slurm.gateway.channels.state import ExecutionState
 from gateway_slurm.link.journal import JournalHeader, Record
 from helpers.kernel_clients import poll_async
@@ -270,3 +271,63 @@ async def test_a_marker_ends_the_cells_of_the_process_before_it(connect):
     replies = [message["content"] for message in page.messages if message["msg_type"] == "execute_reply"]
     assert [content["ename"] for content in replies] == ["KernelRestarted"]
     assert page.told[-1] == "idle"
+
+
+async def test_what_the_kernel_has_not_signed_is_neither_shown_nor_believed(connect):
+    """Another process may have its port: output and replies are dropped, and the page is told once."""
+    connection = connect()
+    _session, page, header = asked(connection)
+    forged = Signer(key=b"another key")
+    output, idle = (
+        forged.serialize(forged.msg(kind, content, parent=header))
+        for kind, content in (("stream", {"name": "stdout", "text": "forged"}), ("status", {"execution_state": "idle"}))
+    )
+    unsigned = [b"<IDS|MSG>", b"", *output[2:]]
+    malformed = ([b"topic"], [b"<IDS|MSG>"], [b"<IDS|MSG>", b"x"], [b""])
+    for number, frames in enumerate((output, unsigned, idle, *malformed), 1):
+        connection.take([Record(number, number, frames)])
+    connection._from_kernel("shell", forged.serialize(forged.msg("execute_reply", {"status": "ok"}, parent=header)))
+    connection.take([published(8, "execute_input", {"code": "1", "execution_count": 1}, header)])
+    connection.take([published(9, "stream", {"name": "stdout", "text": "own"}, header)])
+    assert page.told[0] == "execute_input"
+    assert "not signed with the kernel's key" in page.told[1]
+    assert page.told[2:] == ["own"]
+    assert connection.executions.get(header["msg_id"]).is_open
+    reply(connection, header)
+    connection.take([published(10, "status", {"execution_state": "idle"}, header)])
+    assert page.told[3:] == ["execute_reply", "idle"]
+
+
+async def test_a_server_without_a_key_takes_what_is_not_signed(connect):
+    """``Session.key`` may be set to nothing; the kernel then signs nothing."""
+    connection = connect()
+    connection.kernel.session = Signer(key=b"")
+    _session, page, header = asked(connection)
+    plain = Signer(key=b"")
+    frames = plain.serialize(plain.msg("stream", {"name": "stdout", "text": "own"}, parent=header))
+    connection.take([Record(1, 1, frames)])
+    assert page.told == ["own"]
+
+
+@pytest.mark.parametrize("size", [100, 3 << 20])
+def test_a_large_message_is_signed_and_checked_in_steps(size):
+    """Each step takes about a millisecond; the signature is that of Jupyter's own session."""
+    signatures = Signatures(SimpleNamespace(session=KERNEL))
+    parts = [b"{}", b"{}", b"{}", b"x" * size]
+
+    def run(steps):
+        count = 0
+        while True:
+            try:
+                next(steps)
+                count += 1
+            except StopIteration as end:
+                return end.value, count
+
+    signed, steps = run(signatures.signing(parts))
+    assert (steps > 2) == (size > SLICE)
+    assert signatures.sign(signed) == KERNEL.sign(parts)
+    frames = [b"<IDS|MSG>", KERNEL.sign(parts), *parts, b"buffer"]
+    assert run(signatures.checking(frames)) == (True, steps)
+    frames[5] += b"y"
+    assert run(signatures.checking(frames))[0] is False

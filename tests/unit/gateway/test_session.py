@@ -64,6 +64,9 @@ class Connection:
     def read(self, start, upto):
         return self.node.read(start, upto)
 
+    def parse(self, record):
+        return Published.parse(record.first, record.number, record.frames)
+
     def attached(self, session, sink):
         pass
 
