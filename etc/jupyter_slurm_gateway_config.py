@@ -187,6 +187,16 @@ c = get_config()  # noqa: F821
 ## output comes from the kernel's journal (SlurmService.kept_output). 0: no limit.
 # c.SlurmMappingKernelManager.max_message_size = 536870912
 
+## Bytes that the server holds for one user at most: messages that wait for a kernel or for a page, the last
+## output of kernels, uploads. Over it the largest of these is dropped or refused, with a reason under the cell,
+## or the page connects again; output stays on the kernel's node. It is not applied where the server has one
+## user. 0: no limit.
+# c.SlurmMappingKernelManager.memory_per_user = 268435456
+
+## Bytes that the server holds for all users together at most. Over it the user who has most pays, as over
+## memory_per_user; 4 MiB are left to each. The process needs about 200 MiB beside it. 0: no limit.
+# c.SlurmMappingKernelManager.memory_limit = 1073741824
+
 ## Whether a frontend shows, under the first cell that waits for its kernel, the job, its place in Slurm's queue
 ## and its expected start. The text is taken away before the cell runs; a notebook that is saved meanwhile has
 ## it.

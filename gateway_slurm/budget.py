@@ -75,6 +75,8 @@ class Holding:
 class Budget:
     """The holdings of all users. ``per_user`` and ``total`` are bytes; 0 is no limit.
 
+    ``per_user`` does not limit the user "", who is that of a server with one user.
+
     Over ``total`` the user who holds most pays. A user with less than FLOOR is never refused.
     """
 
@@ -113,8 +115,8 @@ class Budget:
 
     def reason(self, user: str) -> str:
         """Why something of this user's was refused or closed, and what to do."""
-        held, own = self.used(user), self.per_user and self.used(user) > self.per_user // 2
-        limit, setting = (self.per_user, "memory_per_user") if own else (self.total, "memory_limit")
+        held, most = self.used(user), self._limit_of(user)
+        limit, setting = (most, "memory_per_user") if most and held > most // 2 else (self.total, "memory_limit")
         return (
             f"too much waits in the server for your kernels and pages ({held // MEBIBYTE} MiB; the limit {setting} is "
             f"{limit // MEBIBYTE} MiB): close pages that you do not use, interrupt or restart kernels that do not "
@@ -147,6 +149,9 @@ class Budget:
                 del self._of_user[holding.user]
                 del self._sizes[holding.user]
 
+    def _limit_of(self, user: str) -> int:
+        return self.per_user if user else 0
+
     def _count(self, holding: Holding, count: int) -> None:
         holding.size += count
         self._sizes[holding.user] += count
@@ -159,11 +164,12 @@ class Budget:
         after = self._sizes[user] + count
         if after <= FLOOR:
             return True
-        return not (self.per_user and after > self.per_user) and not (self.total and self._used + count > self.total)
+        limit = self._limit_of(user)
+        return not (limit and after > limit) and not (self.total and self._used + count > self.total)
 
     def _choose(self, user: str) -> Holding | None:
         """The holding to shed where a user, or all together, are over the limit: the largest that can be."""
-        if not (self.per_user and self._sizes[user] > self.per_user):
+        if not (limit := self._limit_of(user)) or self._sizes[user] <= limit:
             if not self.total or self._used <= self.total:
                 return None
             user = max(self._sizes, key=lambda name: self._sizes[name])

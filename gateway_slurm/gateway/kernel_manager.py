@@ -26,6 +26,7 @@ from traitlets import Bool, CFloat, CInt, default, observe
 
 from gateway_slurm._jupyter_compat import renew_control_socket
 from gateway_slurm._util import TaskSet, call_on, printable
+from gateway_slurm.budget import Budget
 from gateway_slurm.errors import ConfigError, GatewaySlurmError
 from gateway_slurm.events import reason_of
 from gateway_slurm.gateway import jupyter_compat
@@ -40,6 +41,7 @@ from gateway_slurm.gateway.sessions import SlurmSessionManager
 from gateway_slurm.gateway.waiting import GIVE_UP, STARTING, given_up_text, waiting_text
 from gateway_slurm.provisioner import SlurmProvisioner, settle_cancelled_start
 from gateway_slurm.service import SlurmService
+from gateway_slurm.turns import Turns
 
 # Seconds that a cancelled start may take to cancel its job; it goes on after that without the request.
 CANCEL_SECONDS = 5.0
@@ -198,6 +200,22 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         output comes from the kernel's journal (SlurmService.kept_output). 0: no limit.""",
     )
 
+    memory_per_user = CInt(
+        256 << 20,
+        min=0,
+        config=True,
+        help="""Bytes that the server holds for one user at most: messages that wait for a kernel or for a page, the
+        last output of kernels, uploads. Over it the largest of these is dropped or refused, with a reason under the
+        cell, or the page connects again; output stays on the kernel's node. It is not applied where the server has one
+        user. 0: no limit.""",
+    )
+    memory_limit = CInt(
+        1 << 30,
+        min=0,
+        config=True,
+        help="""Bytes that the server holds for all users together at most. Over it the user who has most pays, as over
+        memory_per_user; 4 MiB are left to each. The process needs about 200 MiB beside it. 0: no limit.""",
+    )
     show_waiting = Bool(
         True,
         config=True,
@@ -212,6 +230,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         self._owners: dict[str, tuple[str, str]] = {}
         # Whether the websockets are of our class, which shows kept output and warnings.
         self.has_frontends = True
+        self.budget = Budget(self.memory_per_user, self.memory_limit)
+        self.turns = Turns()
         self.frontends = Frontends(self, self._why_dead, self._remove_soon)
         self.restorer = KernelRestorer(self)
         self._states: dict[str, ExecutionState] = {}
@@ -538,6 +558,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
             await self.restorer.hand_over_kernels()
         await self.shutdown_each(self.list_kernel_ids(), now)
         await self._tasks.close()  # before the service, whose loop some of them wait for
+        self.turns.close()
         if not self.kill_kernels_on_exit:
             await self.restorer.close_service()
 

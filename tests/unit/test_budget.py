@@ -62,3 +62,12 @@ def test_over_the_servers_limit_the_user_with_most_pays_and_a_small_one_is_serve
         assert "memory_limit" in budget.reason("bob")
 
     asyncio.run(scenario())
+
+
+def test_the_one_user_of_a_server_has_all_of_it() -> None:
+    """The limit per user is for servers with several users; the server's own limit holds for all."""
+    budget = Budget(10 * MB, 100 * MB)
+    held = budget.holding("", "held")
+    assert held.try_add(90 * MB)
+    assert not held.try_add(20 * MB)
+    assert "memory_limit is 100 MiB" in held.refusal()
