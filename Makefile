@@ -8,7 +8,7 @@ STAMP := $(VENV)/.set-up
 SLURM_VERSIONS := 22.05 24.11 26.05
 TEST_SLURM := $(addprefix test-slurm-,$(SLURM_VERSIONS))
 
-.PHONY: help setup test test-all $(TEST_SLURM) test-slurm-all demo bench chaos lint format clean
+.PHONY: help setup test test-all $(TEST_SLURM) test-slurm-all demo bench chaos hostile lint format clean
 
 help:
 	@echo "make setup     install what is missing (Slurm from Debian's packages, a venv in $(VENV))"
@@ -19,6 +19,7 @@ help:
 	@echo "make demo      show how kernels start, share a job, restart and end"
 	@echo "make bench     measure"
 	@echo "make chaos     break the parts that a gateway depends on, a hundred times (docs/admins/reliability.md)"
+	@echo "make hostile   attack a gateway as hostile users do, and measure another user meanwhile; as root"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format the code"
 	@echo "make clean     remove what these targets made in this directory"
@@ -67,6 +68,10 @@ SEED ?= 1
 chaos: $(STAMP)
 	CHAOS_ROUNDS=$(ROUNDS) CHAOS_KERNELS=$(KERNELS) CHAOS_SEED=$(SEED) $(PYTHON) -m pytest -s -o faulthandler_timeout=0 \
 		tests/gateway/test_chaos.py -k whatever
+
+# The attacks of docs/admins/security.md, in their full size. ATTACK is a part of an attack's name.
+hostile: $(STAMP)
+	HOSTILE=full HOSTILE_ONLY="$(ATTACK)" $(PYTHON) -m pytest -s --tb=line -o faulthandler_timeout=0 tests/gateway/hostile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -28,6 +28,7 @@ hypothesis.settings.load_profile("shared")
 
 # These tests create Unix users, firewall rules, network namespaces or mounts, and so need root.
 _ROOT_ONLY = [
+    "gateway/hostile/test_attacks.py",
     "gateway/test_as_user.py",
     "kernels/failures/test_temporary_directories.py",
     "kernels/test_rest_users.py",

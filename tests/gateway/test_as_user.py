@@ -7,75 +7,19 @@ tests/kernels/test_run_as_user.py.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
-import subprocess
 
 import pytest
 
-from gateway_slurm.config import FILE_NAME
-from gateway_slurm.testing.processes import search_path
-from helpers.gateway_process import ask, start, stop, write_project
-from helpers.kernel_clients import JOB, READY, install_kernelspec, jupyter_environment, poll_async
+from helpers.gateway_process import ask, start, stop
+from helpers.kernel_clients import JOB, READY, poll_async
 from helpers.private_slurm import jobs_of, slurm
-from helpers.restarting_servers import LastingServer
 from helpers.unix_users import people
+from helpers.user_gateway import Account
 
 WHOAMI = "import os, pwd; print(pwd.getpwuid(os.geteuid()).pw_name, os.environ['HOME'])"
 WRITE = "import os; open(os.open({!r}, os.O_CREAT | os.O_WRONLY, 0o600), 'w').write('secret'); print('written')"
 READ = "try: print(open({!r}).read())\nexcept OSError as error: print(type(error).__name__)"
-
-
-class Account:
-    """The gateway's account: its environment, its files, and its tokens by user."""
-
-    def __init__(self, folk, cluster):
-        self.folk, self.home = folk, folk.home(folk.gateway)
-        base = self.home / "jupyter"
-        self.environment = {
-            **jupyter_environment(base),
-            **cluster.environment(),
-            "HOME": str(self.home),
-            "PATH": search_path(),
-            "PYTHONPATH": folk.path,
-            "USER": folk.gateway,
-        }
-        argv = [folk.python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        install_kernelspec(base / "path", "slurm", config_overrides={"kernel_argv": argv})
-        write_project(self.home / "projects", "hers", members={"groups": [folk.ada]})
-        command = ["sudo", "-n", "-u", "{user}", "--", folk.helper]
-        lines = ["c = get_config()  # noqa", "c.SlurmService.run_as = 'user'"]
-        lines.append(f"c.SlurmService.as_user_command = {command!r}")
-        (base / "config" / FILE_NAME).write_text("\n".join([*lines, ""]))
-        for path in [base, *base.rglob("*"), self.home / "projects"]:
-            shutil.chown(path, folk.gateway, folk.gateway)
-        self.tokens_file = self.home / "tokens.json"
-        self.tokens = {user: self.make_token(user) for user in (folk.ada, folk.bob)}
-
-    def as_account(self, *argv):
-        """A command of this package as the account runs it: no other group, no variable of the tests' own."""
-        folk = self.folk
-        plain = ["setpriv", f"--reuid={folk.gateway}", f"--regid={folk.gateway}", "--clear-groups"]
-        variables = [f"{name}={value}" for name, value in self.environment.items()]
-        return [*plain, "env", "-i", *variables, folk.python, "-m", "gateway_slurm.cli.app", *argv]
-
-    def make_token(self, user):
-        """``jupyter slurm token add``, by the account."""
-        argv = self.as_account("token", "add", user, f"--tokens={self.tokens_file}")
-        made = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=READY, cwd=self.home)
-        return made.stdout.strip()
-
-    def gateway(self):
-        """The gateway, which may be restarted."""
-        options = [
-            "--ip=127.0.0.1",
-            "--port={port}",
-            f"--tokens={self.tokens_file}",
-            "--SlurmGatewayApp.port_retries=0",
-        ]
-        argv = self.as_account("gateway", *options, f"--kernelspecs={self.home / 'projects'}")
-        argv[argv.index("env") : argv.index("env") + 1] = ["env", f"--chdir={self.home}"]
-        return LastingServer(argv, self.folk.base / "gateway.log", {}, self.tokens)
 
 
 @pytest.fixture

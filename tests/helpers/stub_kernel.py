@@ -21,6 +21,7 @@ from typing import Any
 import zmq
 
 DELIMITER = b"<IDS|MSG>"
+ENDED = "inproc://ended"  # by which the cells' thread says that a cell has ended
 
 
 class StubKernel:
@@ -57,10 +58,14 @@ class StubKernel:
         """Serve until shutdown_request."""
         threading.Thread(target=self._run_cells, daemon=True).start()
         poller = zmq.Poller()
-        for name in ("shell", "control", "hb"):
-            poller.register(self._sockets[name], zmq.POLLIN)
+        woken = self._context.socket(zmq.PULL)
+        woken.bind(ENDED)
+        for socket in (*(self._sockets[name] for name in ("shell", "control", "hb")), woken):
+            poller.register(socket, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll(200))
+            ready = dict(poller.poll())
+            if woken in ready:
+                woken.recv()
             if self._sockets["hb"] in ready:
                 self._sockets["hb"].send(self._sockets["hb"].recv())
             for name in ("control", "shell"):
@@ -88,6 +93,8 @@ class StubKernel:
         return kind != "shutdown_request"
 
     def _run_cells(self) -> None:
+        wake = self._context.socket(zmq.PUSH)
+        wake.connect(ENDED)
         while True:
             identities, parent, code = self._cells.get()
             self._count += 1
@@ -101,6 +108,7 @@ class StubKernel:
                 reply = {"status": "error", "execution_count": self._count, **words}
                 self._publish("error", words, parent)
             self._done.put((identities, parent, reply))
+            wake.send(b"")
 
     def _print(self, what: tuple[object, ...], parent: dict[str, Any]) -> None:
         self._publish("stream", {"name": "stdout", "text": " ".join(map(str, what)) + "\n"}, parent)

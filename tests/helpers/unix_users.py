@@ -48,6 +48,13 @@ class People:
     """A Python with all of the tests' packages that every user can run."""
     path: str
     """PYTHONPATH for it."""
+    others: tuple[str, ...] = ()
+    """More users of the same kind as Ada."""
+
+    @property
+    def users(self) -> tuple[str, ...]:
+        """All who have kernels."""
+        return self.ada, self.bob, *self.others
 
     def run(self, user: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         """Run a command as one of them, as ``su`` would; its input is empty."""
@@ -79,12 +86,13 @@ def change_users(*argv: str) -> None:
 
 
 @contextmanager
-def people(cluster: PrivateCluster) -> Iterator[People]:
+def people(cluster: PrivateCluster, others: int = 0) -> Iterator[People]:
     """Make the users, the helper's installation and its sudoers rule; take all of it away. Needs root."""
     mark = f"gwst{secrets.token_hex(3)}"
     # A directory's names: a mail address of 32 characters (all that useradd(8) makes), and a domain and a number.
     ada, bob = f"{mark}.ada@corp.example".ljust(32, "x"), f"{mark.upper()}\\1bob$"
     group, names = f"{mark}-users", {"gateway": f"{mark}-gateway", "ada": ada, "bob": bob}
+    more = {f"other{number}": f"{mark}-other{number}" for number in range(others)}
     base = Path(tempfile.mkdtemp(prefix=f"{mark}-", dir="/tmp"))
     base.chmod(0o755)
     # Not in /tmp, which all can write: the helper looks at every directory above it.
@@ -93,7 +101,7 @@ def people(cluster: PrivateCluster) -> Iterator[People]:
     rule = Path("/etc/sudoers.d") / mark
     try:
         change_users("groupadd", group)
-        for role, name in names.items():
+        for role, name in (names | more).items():
             home = base / role
             groups = [] if role == "gateway" else ["--groups", group]
             change_users(
@@ -104,19 +112,20 @@ def people(cluster: PrivateCluster) -> Iterator[People]:
         helper = _install_helper(installed, cluster)
         python, path = _python_for_all(installed, names["ada"])
         _write_rule(rule, gateway=names["gateway"], group=group, helper=helper)
-        yield People(**names, base=base, helper=helper, python=python, path=path)
+        yield People(**names, base=base, helper=helper, python=python, path=path, others=tuple(more.values()))
     finally:
         rule.unlink(missing_ok=True)
-        left = [process for name in names.values() for process in _processes_of(name)]
+        left = [process for name in (names | more).values() for process in _processes_of(name)]
+        what = [" ".join(process.cmdline()) for process in left if process.is_running()]
         for process in left:
             process.kill()
-        for name in names.values():
+        for name in (names | more).values():
             poll(lambda: not _processes_of(name), timeout=10)  # noqa: B023 - it is called at once
             change_users("userdel", name)
         change_users("groupdel", group)
         shutil.rmtree(installed, ignore_errors=True)
         shutil.rmtree(base, ignore_errors=True)
-    assert left == []
+    assert left == [], what
 
 
 def _processes_of(name: str) -> list[psutil.Process]:
