@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -29,11 +29,13 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[tuple[Callable[[], Any], asyncio.Future[Any]]]] = {}
+        # Work, each with the future of its result, which only ``run`` has.
+        self._waiting: dict[str, deque[tuple[Callable[[], Any], asyncio.Future[Any] | None]]] = {}
         self._clocks: dict[str, float] = {}
         self._now = 0.0
         self._left = SLICE_SECONDS  # of this round
         self._next_round: asyncio.Handle | None = None
+        self._is_working = False
 
     async def run(self, user: str, function: Callable[..., T], *arguments: Any) -> T:
         """Call the function in the user's turn, and return or raise what it does.
@@ -41,13 +43,36 @@ class Turns:
         It is called at once where nothing waits, and this round has time left.
         """
         call = partial(function, *arguments)
-        if self._next_round is None:
-            self._schedule()
-        if not self._waiting and self._left > 0:
+        if self._is_free:
             return self._timed(user, call)
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(user, deque()).append((call, future))
         return await future
+
+    async def run_steps(self, user: str, steps: Generator[None, None, T]) -> T:
+        """Take each step of a generator in a turn of the user's, and return what the generator returns."""
+        while True:
+            end = await self.run(user, _step, steps)
+            if end is not None:
+                return cast("T", end.value)
+
+    def post(self, user: str, function: Callable[..., object], *arguments: Any) -> None:
+        """Call the function in the user's turn; what it returns is dropped, and what it raises is logged.
+
+        It is called at once where ``run`` would, but not from within another turn.
+        """
+        call = partial(function, *arguments)
+        if self._is_free:
+            self._do(user, call, None)
+        else:
+            self._waiting.setdefault(user, deque()).append((call, None))
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether work may be done at once. Where not, a round comes."""
+        if self._next_round is None:
+            self._schedule()
+        return not self._waiting and self._left > 0 and not self._is_working
 
     def charge(self, user: str, seconds: float) -> None:
         """Count work of this user's that was done elsewhere, such as in a handler of requests."""
@@ -68,7 +93,8 @@ class Turns:
             self._next_round = None
         for queue in self._waiting.values():
             for _call, future in queue:
-                future.cancel()
+                if future is not None:
+                    future.cancel()
         self._waiting.clear()
 
     def _clock(self, user: str) -> float:
@@ -76,10 +102,11 @@ class Turns:
 
     def _timed(self, user: str, call: Callable[[], T]) -> T:
         self._now = self._clock(user)
-        begin = time.monotonic()
+        begin, self._is_working = time.monotonic(), True
         try:
             return call()
         finally:
+            self._is_working = False
             self.charge(user, time.monotonic() - begin)
 
     def _schedule(self) -> None:
@@ -92,7 +119,7 @@ class Turns:
             call, future = self._waiting[user].popleft()
             if not self._waiting[user]:
                 del self._waiting[user]
-            if not future.done():  # else its caller was cancelled
+            if future is None or not future.done():  # else its caller was cancelled
                 self._do(user, call, future)
         if self._waiting and self._next_round is None:
             self._schedule()
@@ -100,8 +127,24 @@ class Turns:
             # Who is not ahead of the present needs no clock.
             self._clocks = {user: clock for user, clock in self._clocks.items() if clock > self._now}
 
-    def _do(self, user: str, call: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+    def _do(self, user: str, call: Callable[[], Any], future: asyncio.Future[Any] | None) -> None:
         try:
-            future.set_result(self._timed(user, call))
+            result = self._timed(user, call)
         except Exception as error:  # noqa: BLE001 - raised again in the caller
-            future.set_exception(error)
+            if future is not None:
+                future.set_exception(error)
+            else:
+                context = {"message": "a piece of a user's work failed", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
+            return
+        if future is not None:
+            future.set_result(result)
+
+
+def _step(steps: Generator[None, None, Any]) -> StopIteration | None:
+    """Take one step; return how the generator ended, if it did."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        return end
+    return None

@@ -11,7 +11,7 @@ import contextlib
 import json
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,8 @@ class JournalReading:
         self._delivered = delivered
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
+        self.turn: Callable[..., Awaitable[Any]] = _at_once
+        """Calls a function that takes some milliseconds, when it is this reader's turn on its loop."""
         # Between the two loops, under the lock.
         self._lock = threading.Lock()
         self._unparsed = bytearray()
@@ -139,7 +141,7 @@ class JournalReading:
         if self._closed or self._error is not None:
             raise self._error or StopAsyncIteration
         try:
-            self._parse(piece)
+            await self.turn(self._parse, piece)
         except wire.WireError as error:
             self.close()
             self._error = LinkError(
@@ -276,6 +278,10 @@ class JournalReading:
         if self._service_loop is not None:
             with contextlib.suppress(RuntimeError):  # the service is closed, and the stream with it
                 self._service_loop.call_soon_threadsafe(action)
+
+
+async def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _parsed_header(body: bytes) -> JournalHeader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Generator
 
 import pytest
 
@@ -103,5 +104,51 @@ def test_what_work_raises_comes_to_its_caller_and_what_waits_is_cancelled_at_the
         turns.close()
         found = await asyncio.gather(*waiting, return_exceptions=True)
         assert any(isinstance(one, asyncio.CancelledError) for one in found)
+
+    asyncio.run(scenario())
+
+
+def test_posted_work_is_done_in_turns_and_its_errors_are_logged() -> None:
+    """From within a turn it waits for its own; nobody waits for its result."""
+    done: list[str] = []
+    errors: list[object] = []
+
+    def fail() -> None:
+        raise ValueError("posted")
+
+    def work(turns: Turns) -> None:
+        turns.post("alice", done.append, "inner")
+        turns.post("alice", fail)
+        done.append("outer")
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: errors.append(context["exception"]))
+        turns = Turns()
+        turns.post("alice", work, turns)
+        assert done == ["outer"]
+        await turns.run("alice", done.append, "later")
+        assert done == ["outer", "inner", "later"]
+        assert [str(error) for error in errors] == ["posted"]
+
+    asyncio.run(scenario())
+
+
+def test_a_long_piece_of_work_is_done_in_steps_between_which_others_have_turns() -> None:
+    """A generator of 100 steps ends with its result, and another user's work is done meanwhile."""
+    order: list[str] = []
+
+    def steps() -> Generator[None, None, str]:
+        for _ in range(100):
+            busy(0.0005)
+            yield
+        return "result"
+
+    async def scenario() -> None:
+        turns = Turns()
+        long = asyncio.ensure_future(turns.run_steps("mallory", steps()))
+        await asyncio.sleep(0)
+        await turns.run("bob", order.append, "bob")
+        assert not long.done()
+        assert await long == "result"
 
     asyncio.run(scenario())

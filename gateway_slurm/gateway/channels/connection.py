@@ -77,6 +77,7 @@ class KernelConnection:
         self._manager, self.kernel, self.log = manager, kernel, manager.log
         self._ready, self._state, self._on_failure_sent = ready, state, on_failure_sent
         self.window, self.is_known = Window(), False
+        self.user: str = manager.owner_of(kernel.kernel_id)
         self.executions, self.sessions = Executions(), dict[str, Session]()
         self.folding = asyncio.Lock()  # one reading for the executions at a time
         self._requests, self._signer = Requests(), Signer()  # which has no key
@@ -355,12 +356,13 @@ class KernelConnection:
                 on_header=self._on_header,
                 take=self.take,
                 wait=self._wait_for_slow_readers,
+                turn=self.turn,
                 log=self.log,
             )
         else:
             first = self.window.next
             self._source = SocketSource(
-                self.kernel, first=first, take=self.take, on_renewed=partial(self._renewed, "iopub")
+                self.kernel, first=first, take=self.take, on_renewed=partial(self._renewed, "iopub"), post=self.post
             )
             self._set_known(first)
             self._set_restored("")
@@ -519,7 +521,7 @@ class KernelConnection:
         for channel in ("shell", "control", "stdin"):
             if channel not in self._sockets:
                 received, renewed = partial(self._from_kernel, channel), partial(self._renewed, channel)
-                self._sockets[channel] = KernelSocket(self.kernel, channel, identity, received, renewed)
+                self._sockets[channel] = KernelSocket(self.kernel, channel, identity, received, renewed, post=self.post)
 
     def _close_sockets(self) -> None:
         self._is_open = False
@@ -592,6 +594,14 @@ class KernelConnection:
             f"\ngateway_slurm: a message on {channel} is not shown: it is not signed with the kernel's key. Another "
             "process may have taken the kernel's port; restart the kernel\n"
         )
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Call the function, which takes some milliseconds at most, in a turn of the kernel's owner."""
+        self._manager.turns.post(self.user, function)
+
+    async def turn(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The same, and return what it returns."""
+        return await self._manager.turns.run(self.user, function, *arguments)
 
     def _from_kernel(self, channel: str, frames: list[bytes]) -> None:
         if not self._signatures.is_valid(frames):
@@ -752,7 +762,9 @@ class KernelConnection:
         """Read these numbers from the node. Raises LinkError where that is not possible."""
         if self._source is None:
             raise LinkError("the kernel is being restarted")
-        return self._source.read(start, upto)
+        reading = self._source.read(start, upto)
+        reading.turn = self.turn
+        return reading
 
     def _acknowledge_soon(self) -> None:
         if self._ack_timer is None and not self._is_acking and not self._closed and self.can_read and self.is_known:

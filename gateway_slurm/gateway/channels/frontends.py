@@ -133,7 +133,7 @@ class Frontends:
             try:
                 async for records in reading:
                     read = [(record.number, connection.parse(record)[0].parts) for record in records]
-                    executions.refold(msg_id, read, done=False)
+                    await connection.turn(partial(executions.refold, msg_id, read, done=False))
                 executions.refold(msg_id, [])
             finally:
                 reading.close()

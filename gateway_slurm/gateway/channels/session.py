@@ -7,7 +7,9 @@ shared window from the kernel's node, and what the node does not have any more i
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from logging import Logger
 from typing import Any, Protocol
@@ -25,8 +27,8 @@ PRIVATE_LIMIT, AWAY_LIMIT = 64 << 20, 4 << 20
 # Bytes, as the window counts them, that a frontend may be behind before the others wait for it; seconds that they do so
 # in all, until it is at the end again; and seconds for which a frontend that has taken something is one that reads.
 MAX_LAG, PATIENCE, ACTIVE_SECONDS = 64 << 20, 5.0, 1.0
-# Seconds that reading from the node may hold the event loop, and between two attempts.
-LOOP_SLICE = 0.005
+# Seconds that one turn takes, and between two attempts to read from the node.
+LOOP_SLICE = 0.002
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.2, 5.0
 
 
@@ -74,6 +76,12 @@ class Connection(Protocol):
 
     def parse(self, record: Record) -> tuple[Published, dict[str, Any]]:
         """The message of a record, hidden where the kernel has not signed it, and its header."""
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Call the function, which takes some milliseconds at most, in a turn of the kernel's owner."""
+
+    async def turn(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The same, and return what it returns."""
 
     def attached(self, session: Session, sink: Sink) -> None:
         """A websocket has opened."""
@@ -124,7 +132,7 @@ class Session:
         self._writing: deque[tuple[asyncio.Future[None], int, _Private | None]] = deque()
         self._unwritten = 0  # bytes since the session waited last
         self._followed: asyncio.Future[None] | None = None  # the write whose end is noticed
-        self._is_blocked = False
+        self._is_blocked = self._is_due = False
         self._reading: asyncio.Task[None] | None = None
         self._progress = asyncio.Event()
         self._unblocked = asyncio.Event()
@@ -207,6 +215,7 @@ class Session:
         self._offset = self._connection.window.total
 
     def close(self, reason: str) -> None:
+        self._push_some()
         sink = self._sink
         self._detach()
         self._private.clear()
@@ -229,9 +238,18 @@ class Session:
         self.push()
 
     def push(self) -> None:
-        """Hand the websocket what it takes now."""
-        window = self._connection.window
+        """Hand the websocket, in turns of the kernel's owner, what it takes."""
+        if not self._is_due:
+            self._is_due = True
+            self._connection.post(self._push_some)
+
+    def _push_some(self) -> None:
+        self._is_due = False
+        window, until = self._connection.window, time.monotonic() + LOOP_SLICE
         while self._sink is not None and not self._is_blocked and self._reading is None:
+            if time.monotonic() > until:
+                self.push()
+                break
             if self._send_due():
                 continue
             if not self._connection.is_known:
@@ -351,26 +369,30 @@ class Session:
         self._reading, self._place = None, self._connection.window.place_after(self._cursor)
         self.push()
 
-    async def _take_records(self, records: list[Any]) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + LOOP_SLICE
-        for record in records:
+    async def _take_records(self, records: list[Record]) -> None:
+        place = 0
+        while place < len(records):
             while self._is_blocked:
                 self._follow()
                 self._unblocked.clear()
                 await self._unblocked.wait()
-            while self._send_due():
-                pass
             if self._reading is not asyncio.current_task():
                 # Python < 3.12: wait_for loses a cancellation that comes with what it waits for.
                 raise asyncio.CancelledError
+            place = await self._connection.turn(self._take_some, records, place)
+
+    def _take_some(self, records: list[Record], place: int) -> int:
+        """Take records from this place on, as many as the websocket takes in one turn; return the next place."""
+        until = time.monotonic() + LOOP_SLICE
+        while place < len(records) and not self._is_blocked and time.monotonic() < until:
+            while self._send_due():
+                pass
+            record, place = records[place], place + 1
             if record.number > self._cursor:
                 item = self._connection.parse(record)[0]
                 self._take(item)
                 self._offset += item.size
-            if loop.time() > until:
-                await asyncio.sleep(0)
-                until = loop.time() + LOOP_SLICE
+        return place
 
 
 def _is_written(written: asyncio.Future[None]) -> bool:

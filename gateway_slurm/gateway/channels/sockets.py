@@ -23,17 +23,21 @@ from gateway_slurm.gateway.jupyter_compat import channel_url
 # Messages that ZMQ itself may hold for one socket, of any size; the server's own queues count bytes.
 RECEIVE_MARK = 64
 SEND_MARK = 10_000
-# Seconds that reading one socket may hold the event loop before other tasks get their turn.
-LOOP_SLICE = 0.005
+# Seconds that reading one socket takes in one turn.
+LOOP_SLICE = 0.002
 # Seconds in which libzmq, where it connects again, has reported that it does; longer after each time that it did not.
 GIVEN_UP_SECONDS, MAX_GIVEN_UP_SECONDS = 0.2, 10.0
 # Bytes of one part of a message, unless the admin sets another limit. JupyterLab itself shows far less.
 DEFAULT_MAX_MESSAGE = 512 << 20
 _monitors = itertools.count()
 
+Post = Callable[[Callable[[], object]], object]
+
 
 class KernelSocket:
     """A connected socket; ``on_message`` gets each message's frames. ``close`` ends it.
+
+    ``post`` calls a function in the turn of the kernel's owner; by default, at once.
 
     After a malformed or an oversized frame libzmq gives a connection up: it closes it and connects no more, and neither
     a read nor a send says so. Such a socket is replaced by a new one, and ``on_renewed`` is called.
@@ -46,11 +50,13 @@ class KernelSocket:
         identity: bytes,
         on_message: Callable[[list[bytes]], None],
         on_renewed: Callable[[], None] = lambda: None,
+        *,
+        post: Post = lambda function: function(),
     ) -> None:
         self._kernel, self._channel, self._identity = kernel, channel, identity
         self._on_message, self._on_renewed = on_message, on_renewed
         self._loop = asyncio.get_running_loop()
-        self._paused = False
+        self._post, self._is_due, self._paused = post, False, False
         self._next_read: asyncio.Handle | None = None
         # Runs while the connection is broken and libzmq has not begun to connect again.
         self._broken: asyncio.TimerHandle | None = None
@@ -120,6 +126,12 @@ class KernelSocket:
         if self._next_read is not None:
             self._next_read.cancel()
             self._next_read = None
+        if not self._is_due:
+            self._is_due = True
+            self._post(self._read_some)
+
+    def _read_some(self) -> None:
+        self._is_due = False
         until = time.monotonic() + LOOP_SLICE
         while not self._paused and not self._socket.closed:
             try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gateway_slurm._util import Backoff
 from gateway_slurm.errors import LinkError
-from gateway_slurm.gateway.channels.sockets import KernelSocket
+from gateway_slurm.gateway.channels.sockets import KernelSocket, Post
 from gateway_slurm.link.journal import JournalHeader, JournalReading, Record
 from gateway_slurm.provisioner import SlurmProvisioner
 
@@ -18,7 +18,7 @@ from gateway_slurm.provisioner import SlurmProvisioner
 JOURNAL_WINDOW, SOCKET_WINDOW = 16 << 20, 128 << 20
 # Seconds between two attempts to read a journal whose launcher is gone: a restart may bring another one.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 5.0
-# Messages that are taken before other tasks get their turn: some milliseconds.
+# Messages that are taken in one turn: some milliseconds.
 BATCH = 64
 
 Take = Callable[[Iterable[Record]], None]
@@ -27,7 +27,8 @@ Take = Callable[[Iterable[Record]], None]
 class JournalSource:
     """Reads a kernel's journal once for all, and again where reading ended. ``close`` ends it.
 
-    ``wait`` is awaited after each batch. ``next_number`` returns where to go on; None: where an earlier server was.
+    ``turn`` awaits a turn of the kernel's owner, and calls a function in it. ``wait`` is awaited after each batch.
+    ``next_number`` returns where to go on; None: where an earlier server was.
     """
 
     window_bytes = JOURNAL_WINDOW
@@ -40,9 +41,10 @@ class JournalSource:
         on_header: Callable[[JournalHeader], None],
         take: Take,
         wait: Callable[[], Awaitable[None]],
+        turn: Callable[..., Awaitable[Any]],
         log: logging.Logger,
     ) -> None:
-        self._wait = wait
+        self._wait, self._turn = wait, turn
         self._provisioner, self._next_number = provisioner, next_number
         self._on_header, self._take, self.log = on_header, take, log
         self._wake = asyncio.Event()
@@ -68,13 +70,13 @@ class JournalSource:
 
     async def _read(self) -> None:
         reading = self._provisioner.read_journal(self._next_number())
+        reading.turn = self._turn
         try:
             self._on_header(await reading.header())
             async for records in reading:
                 self._delays.reset()
                 for start in range(0, len(records), BATCH):
-                    self._take(records[start : start + BATCH])
-                    await asyncio.sleep(0)
+                    await self._turn(self._take, records[start : start + BATCH])
                 await self._wait()
         finally:
             reading.close()
@@ -99,9 +101,9 @@ class SocketSource:
 
     window_bytes = SOCKET_WINDOW
 
-    def __init__(self, kernel: Any, *, first: int, take: Take, on_renewed: Callable[[], None]) -> None:
+    def __init__(self, kernel: Any, *, first: int, take: Take, on_renewed: Callable[[], None], post: Post) -> None:
         self._next, self._take, self._on_renewed = first, take, on_renewed
-        self._socket = KernelSocket(kernel, "iopub", b"", self._on_message, self._renewed)
+        self._socket = KernelSocket(kernel, "iopub", b"", self._on_message, self._renewed, post=post)
 
     def read(self, start: int, upto: int) -> JournalReading:
         raise LinkError(f"messages {start} to {upto} of a kernel without a journal are gone")

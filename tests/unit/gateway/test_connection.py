@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from gateway_slurm.gateway.channels.connection import READ_KEY, KernelConnection
 from gateway_slurm.gateway.channels.signatures import SLICE, Signatures
 from gateway_slurm.gateway.channels.state import ExecutionState
 from gateway_slurm.link.journal import JournalHeader, Record
+from gateway_slurm.turns import Turns
 from helpers.kernel_clients import poll_async
 
 KERNEL = Signer(key=b"key")
@@ -87,7 +89,11 @@ def connect():
         provisioner = SimpleNamespace(acknowledge=lambda _positions, _notes: None)
         kernel = SimpleNamespace(kernel_id="k", execution_state="idle", session=KERNEL, provisioner=provisioner)
         manager = SimpleNamespace(
-            log=logging.getLogger("test"), track_message_type=lambda _kind: True, kernel_info_timeout=60
+            log=logging.getLogger("test"),
+            track_message_type=lambda _kind: True,
+            kernel_info_timeout=60,
+            owner_of=lambda _kernel_id: "alice",
+            turns=Turns(),
         )
         state = ExecutionState(kernel, manager.track_message_type, "idle")
         ready = asyncio.Event().wait
@@ -331,3 +337,22 @@ def test_a_large_message_is_signed_and_checked_in_steps(size):
     assert run(signatures.checking(frames)) == (True, steps)
     frames[5] += b"y"
     assert run(signatures.checking(frames))[0] is False
+
+
+async def test_a_flood_to_many_pages_takes_turns_with_other_users(connect):
+    """Between two pieces of another user's work only some milliseconds of the flood's are done."""
+    connection = connect()
+    turns, pages = connection._manager.turns, [opened(connection, f"page{number}")[1] for number in range(60)]
+    content = {"name": "stdout", "text": "x" * 1000}
+    records = [published(number, "stream", content, {"msg_id": "1"}) for number in range(1, 193)]
+    batches = [asyncio.ensure_future(connection.turn(connection.take, records[n : n + 64])) for n in (0, 64, 128)]
+    delivered, seen = [], []
+    await asyncio.sleep(0)
+    while not all(batch.done() for batch in batches) or any(len(page.messages) < 192 for page in pages):
+        await turns.run("bob", delivered.append, len(seen))
+        seen.append(sum(len(page.messages) for page in pages))
+    steps = [after - before for before, after in pairwise(seen)]
+    assert sum(steps) > 60 * 100
+    # One batch of 64 is read at once; it is written page by page, in slices.
+    assert max(steps) < 60 * 192 / 4
+    assert all(page.told == [content["text"]] * 192 for page in pages)

@@ -64,6 +64,13 @@ class Connection:
     def read(self, start, upto):
         return self.node.read(start, upto)
 
+    def post(self, function):
+        function()
+
+    async def turn(self, function, *arguments):
+        await asyncio.sleep(0)
+        return function(*arguments)
+
     def parse(self, record):
         return Published.parse(record.first, record.number, record.frames)
 
