@@ -44,7 +44,7 @@ c = get_config()  # noqa: F821
 # c.SlurmGatewayApp.allow_origin = ""
 
 ## Largest body of a request (bytes).
-# c.SlurmGatewayApp.max_body_size = 536870912
+# c.SlurmGatewayApp.max_body_size = 4194304
 
 ## Whether only admins and the users in `metrics_users` may read `/metrics`.
 # c.SlurmGatewayApp.authenticate_prometheus = True
@@ -67,6 +67,23 @@ c = get_config()  # noqa: F821
 ## Number of users whose kernels `/metrics` counts by name, those with the most kernels; the others are counted
 ## together. Default 0: no names of users are in the metrics.
 # c.SlurmGatewayApp.metrics_max_users = 0
+
+## Seconds that a client's new connection may take until the headers of its first request have arrived.
+# c.SlurmGatewayApp.request_timeout = 20.0
+
+## Seconds that a request's body may take to arrive.
+# c.SlurmGatewayApp.body_timeout = 60.0
+
+## Seconds that a connection is kept open for the client's next request. A proxy in front of the gateway must
+## close its idle connections earlier, as nginx does by default.
+# c.SlurmGatewayApp.idle_timeout = 75.0
+
+## Number of connections on which no request had a valid token yet. One more closes the oldest of the address
+## that has most. Those of trusted_proxies, and by a Unix socket, are not counted.
+# c.SlurmGatewayApp.max_unknown_connections = 256
+
+## The same for one client address; in IPv6 for one /64 network.
+# c.SlurmGatewayApp.max_unknown_per_address = 64
 
 ## -- GatewayIdentityProvider ---------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import asyncio
 import faulthandler
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_server.serverapp import ServerApp
-from traitlets import CInt, Dict, Int, Unicode, default, validate
+from traitlets import CFloat, CInt, Dict, Int, Unicode, default, validate
 
 from gateway_slurm import __version__
 from gateway_slurm.errors import StoreError
 from gateway_slurm.gateway.audit import AuditLog
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider, http_url
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
+from gateway_slurm.gateway.door import FREE_BODY, MAX_HEADER, Door, GatewayHTTPServer
+from gateway_slurm.gateway.jupyter_compat import set_http_server
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.metrics import GatewayCollector
 from gateway_slurm.gateway.peers.client import PeerClient
@@ -40,6 +43,8 @@ from gateway_slurm.link.endpoints import format_endpoint
 from gateway_slurm.service import STANDSTILL_SECONDS, SlurmService
 
 _ALL_ADDRESSES = ("", "*", "0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
+# Each kernel needs some ten descriptors, and each page one. The usual hard limit is far higher.
+MAX_OPEN_FILES = 65536
 DEPLOYMENT = "gateway"  # unless SlurmService.deployment is set
 
 
@@ -140,6 +145,37 @@ class SlurmGatewayApp(ServerApp):
         counted together. Default 0: no names of users are in the metrics.""",
     )
 
+    max_body_size = Int(
+        4 << 20,
+        min=FREE_BODY,
+        config=True,
+        help="Largest body of a request (bytes). What users send to kernels comes by websockets and is no body.",
+    )
+    request_timeout = CFloat(
+        20.0,
+        min=1.0,
+        config=True,
+        help="Seconds that a client's new connection may take until the headers of its first request have arrived.",
+    )
+    body_timeout = CFloat(60.0, min=1.0, config=True, help="Seconds that a request's body may take to arrive.")
+    idle_timeout = CFloat(
+        75.0,
+        min=1.0,
+        config=True,
+        help="""Seconds that a connection is kept open for the client's next request. A proxy in front of the gateway
+        must close its idle connections earlier, as nginx does by default.""",
+    )
+    max_unknown_connections = CInt(
+        256,
+        min=16,
+        config=True,
+        help="""Number of connections on which no request had a valid token yet. One more closes the oldest of the
+        address that has most. Those of trusted_proxies, and by a Unix socket, are not counted.""",
+    )
+    max_unknown_per_address = CInt(
+        64, min=4, config=True, help="The same for one client address; in IPv6 for one /64 network."
+    )
+
     @validate("peer_url")
     def _valid_peer_url(self, proposal: Any) -> str:
         return http_url("SlurmGatewayApp.peer_url", proposal["value"])
@@ -159,6 +195,10 @@ class SlurmGatewayApp(ServerApp):
     @default("port")
     def _port_default(self) -> int:
         return int(os.getenv(self.port_env, self.port_default_value))
+
+    @default("min_open_files_limit")
+    def _default_min_open_files(self) -> int:
+        return min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_OPEN_FILES)
 
     @default("default_url")
     def _default_url(self) -> str:
@@ -233,9 +273,38 @@ class SlurmGatewayApp(ServerApp):
         self.forwarder = Forwarder(peers, PeerClient(self.peer_cafile), proof=(header,) if header else ())
         self.web_app.settings["forwarder"] = self.forwarder
 
+    def make_door(self) -> Door:
+        """What decides on the connections and bodies of clients."""
+        provider = self.identity_provider
+        assert isinstance(provider, GatewayIdentityProvider)
+        door = Door(
+            self.web_app,
+            provider.find_user,
+            max_body_size=self.max_body_size,
+            request_timeout=self.request_timeout,
+            max_unknown=self.max_unknown_connections,
+            max_unknown_per_address=self.max_unknown_per_address,
+            log=self.log,
+            is_proxy=provider.is_proxy,
+        )
+        provider.on_user = door.admit
+        return door
+
     def init_httpserver(self) -> None:
-        """Put this gateway's URL on record for the other gateways: from here on its port is known."""
+        """Serve through a door. Put this gateway's URL on record for the others: from here on its port is known."""
         super().init_httpserver()
+        if isinstance(self.identity_provider, GatewayIdentityProvider):
+            server = GatewayHTTPServer(
+                self.make_door(),
+                ssl_options=self.ssl_options,
+                xheaders=self.trust_xheaders,
+                max_header_size=MAX_HEADER,
+                max_body_size=self.max_body_size,
+                max_buffer_size=self.max_buffer_size,
+                idle_connection_timeout=self.idle_timeout,
+                body_timeout=self.body_timeout,
+            )
+            set_http_server(self, server)
         url = SlurmService.instance().url = self.peer_url or default_peer_url(self)
         self._events.emit("gateway_started", url=url or self.sock, version=__version__)
 

@@ -13,7 +13,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado.httpserver import HTTPServer
 
 # -- One kernel's manager: jupyter_client's KernelManager --
 
@@ -195,6 +197,14 @@ def correct_log(log: Any, leaves_kernels: Callable[[], bool]) -> None:
 
 
 # -- Kernelspecs, and HTTP handlers --
+
+
+def set_http_server(app: ServerApp, server: HTTPServer) -> None:
+    """Replace the HTTP server, which ``init_httpserver`` has just made and which does not listen yet.
+
+    ``ServerApp._http_server``: there is no setting for the class, or for header and body time-outs.
+    """
+    app._http_server = server
 
 
 def spec_directory(manager: KernelSpecManager, name: str) -> str | None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -407,7 +406,7 @@ async def hub_tokens(gateway):
         request = HTTPServerRequest(
             start_line=START_LINE, headers=HTTPHeaders({"Host": "gateway", "Authorization": f"token {token}"})
         )
-        user = await tokens.authenticate(SimpleNamespace(request=request))
+        user = await tokens.authenticate(request)
         return None if user is None else user.username
 
     yield name
@@ -451,6 +450,25 @@ async def test_only_so_many_tokens_are_asked_about_at_a_time(gateway, hub_tokens
     assert not all(one.done() for one in invented)
     for one in invented:
         one.cancel()
+
+
+async def test_invented_tokens_keep_no_known_user_out(gateway):
+    """A token that the hub knew earlier is asked about again at once, and other addresses have turns of their own."""
+    tokens = HubTokens(gateway.hub.url, timeout=60.0, cache_seconds=0.0)
+    good, other = new_token(), new_token()
+    gateway.hub.answers |= {good: hub_user("ada"), other: hub_user("ben")}
+    assert (await tokens._model(good, "192.0.2.1"))["name"] == "ada"
+    gateway.hub.delay = 0.3
+    invented = [asyncio.ensure_future(tokens._model(new_token(), "192.0.2.66")) for _ in range(MAX_LOOKUPS)]
+    await asyncio.sleep(0)  # each has begun
+    begin = time.monotonic()
+    found = await asyncio.gather(tokens._model(good, "192.0.2.66"), tokens._model(other, "192.0.2.2"))
+    assert [model["name"] for model in found] == ["ada", "ben"]
+    assert time.monotonic() - begin < 2.0  # all the invented ones need 16 times 0.3 s
+    assert not all(one.done() for one in invented)
+    for one in invented:
+        one.cancel()
+    tokens.close()
 
 
 def test_a_slow_hub_delays_no_other_client(gateway):

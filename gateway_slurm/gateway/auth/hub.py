@@ -6,14 +6,15 @@ import asyncio
 import hashlib
 import json
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.httputil import HTTPServerRequest
 from tornado.simple_httpclient import SimpleAsyncHTTPClient
-from tornado.web import RequestHandler
 
 from gateway_slurm._util import USER_NAMES, is_user_name
 from gateway_slurm.errors import IdentityUnavailable, NotAllowed
@@ -25,7 +26,11 @@ MAX_CACHED_USERS: Final = 1024
 MAX_CACHED_UNKNOWN: Final = 256
 """How many unknown tokens the cache keeps, apart from the users': invented tokens evict no user's."""
 MAX_LOOKUPS: Final = 64
-"""Requests to the hub at a time. The HTTP client sends ten at once; the others wait within their timeout."""
+"""Unknown tokens of one address that wait for the hub. More are refused: they may be invented."""
+MAX_ALL_LOOKUPS: Final = 1024
+"""Unknown tokens of all addresses that wait."""
+LOOKUPS_PER_ADDRESS: Final = 4
+"""Unknown tokens of one address that the hub is asked for at once. The HTTP client sends ten at once, in order."""
 _MAX_ANSWER_BYTES: Final = 1 << 20
 
 Model = dict[str, Any]
@@ -51,26 +56,30 @@ class HubTokens:
         self._users: OrderedDict[str, tuple[float, Model | None]] = OrderedDict()
         self._unknown: OrderedDict[str, tuple[float, Model | None]] = OrderedDict()
         self._asking: dict[str, asyncio.Task[Model | None]] = {}
-        self._client: SimpleAsyncHTTPClient | None = None
+        # How many unknown tokens of each address wait, and the turns of those that do.
+        self._waiting: Counter[str] = Counter()
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        # Tokens that the hub knew at an earlier time have a client of their own: invented ones do not delay them.
+        self._clients: dict[bool, SimpleAsyncHTTPClient] = {}
 
-    async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
+    async def authenticate(self, request: HTTPServerRequest) -> GatewayUser | None:
         """The token's user. Raises IdentityUnavailable if the hub is silent, NotAllowed for a user without access."""
-        token = request_token(handler.request)
+        token = request_token(request)
         # The gateway's own tokens are not sent to the hub.
         if token is None or token.startswith(PREFIX):
             return None
-        model = await self._model(token)
+        model = await self._model(token, str(request.remote_ip))
         return None if model is None else self._user(model)
 
     def close(self) -> None:
         """Cancel the requests to the hub, and close the connections."""
         for task in self._asking.values():
             task.cancel()
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
 
-    async def _model(self, token: str) -> Model | None:
+    async def _model(self, token: str, address: str = "") -> Model | None:
         """The answer from the cache, from a request that is under way, or from the hub."""
         key = hashlib.sha256(token.encode()).hexdigest()
         for kept in (self._users, self._unknown):
@@ -79,10 +88,15 @@ class HubTokens:
                 kept.move_to_end(key)
                 return model
         if key not in self._asking:
-            if len(self._asking) >= MAX_LOOKUPS:
+            was_known = key in self._users
+            if not was_known and (self._waiting[address] >= MAX_LOOKUPS or self._waiting.total() >= MAX_ALL_LOOKUPS):
                 raise IdentityUnavailable("too many tokens wait for the JupyterHub's answer; try again")
-            task = self._asking[key] = asyncio.ensure_future(self._ask(key, token))
+            asking = self._ask(key, token) if was_known else self._ask_in_turn(key, token, address)
+            task = self._asking[key] = asyncio.ensure_future(asking)
             task.add_done_callback(lambda task: self._asked(key, task))
+            if not was_known:
+                self._waiting[address] += 1
+                task.add_done_callback(lambda _task: self._has_waited(address))
         # A caller that is cancelled does not cancel the request for the others.
         return await asyncio.shield(self._asking[key])
 
@@ -91,8 +105,18 @@ class HubTokens:
         if not task.cancelled():
             task.exception()  # marks it as retrieved: all callers may have gone
 
+    def _has_waited(self, address: str) -> None:
+        self._waiting[address] -= 1
+        if not self._waiting[address]:
+            del self._waiting[address]
+
+    async def _ask_in_turn(self, key: str, token: str, address: str) -> Model | None:
+        """Ask for a token that was not known before: one address cannot take all the turns."""
+        async with self._turns.setdefault(address, asyncio.Semaphore(LOOKUPS_PER_ADDRESS)):
+            return await self._ask(key, token)
+
     async def _ask(self, key: str, token: str) -> Model | None:
-        model = _parse(await self._fetch(token))
+        model = _parse(await self._fetch(token, was_known=key in self._users))
         users = self._users, MAX_CACHED_USERS
         unknown = self._unknown, MAX_CACHED_UNKNOWN
         (kept, most), (other, _most) = (unknown, users) if model is None else (users, unknown)
@@ -103,9 +127,11 @@ class HubTokens:
             kept.popitem(last=False)
         return model
 
-    async def _fetch(self, token: str) -> HTTPResponse:
-        if self._client is None:
-            self._client = SimpleAsyncHTTPClient(force_instance=True, max_body_size=_MAX_ANSWER_BYTES)
+    async def _fetch(self, token: str, *, was_known: bool) -> HTTPResponse:
+        client = self._clients.get(was_known)
+        if client is None:
+            client = SimpleAsyncHTTPClient(force_instance=True, max_body_size=_MAX_ANSWER_BYTES)
+            self._clients[was_known] = client
         request = HTTPRequest(
             self.api_url.rstrip("/") + "/user",
             headers={"Authorization": f"token {token}", "Accept": "application/json"},
@@ -115,7 +141,7 @@ class HubTokens:
             follow_redirects=False,
         )
         try:
-            return await self._client.fetch(request, raise_error=False)
+            return await client.fetch(request, raise_error=False)
         except (OSError, HTTPClientError, ValueError) as error:
             raise IdentityUnavailable(f"the JupyterHub does not answer: {type(error).__name__}") from error
 

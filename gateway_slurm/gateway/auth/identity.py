@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
@@ -30,6 +33,7 @@ from gateway_slurm.gateway.auth.user import GatewayUser
 
 # Events of refused logins in so many seconds; those beyond are counted with the next one.
 MAX_REFUSALS, REFUSAL_SECONDS = 30, 60.0
+IDENTITY_THREADS: Final = 4
 HOW_TO_SEND: Final = "send it as 'Authorization: token …' (GatewayClient.auth_token of a Jupyter server)"
 # Schemes that clients send by mistake: any other word may be the token itself, which the answer must not repeat.
 OTHER_SCHEMES: Final = frozenset({"basic", "digest", "negotiate", "none", "ntlm"})
@@ -47,21 +51,21 @@ class RefusedLogins:
 
     def __init__(self) -> None:
         self.events: Events | None = None
-        self._seen: WeakSet[RequestHandler] = WeakSet()
+        self._seen: WeakSet[HTTPServerRequest] = WeakSet()
         self._recent: deque[float] = deque(maxlen=MAX_REFUSALS)
         self._suppressed = 0
 
-    def report(self, handler: RequestHandler, reason: str) -> None:
+    def report(self, request: HTTPServerRequest, reason: str) -> None:
         """Report a request, once."""
-        if self.events is None or handler in self._seen:
+        if self.events is None or request in self._seen:
             return
-        self._seen.add(handler)
+        self._seen.add(request)
         now = time.monotonic()
         if len(self._recent) == MAX_REFUSALS and now - self._recent[0] < REFUSAL_SECONDS:
             self._suppressed += 1
             return
         self._recent.append(now)
-        address, suppressed, self._suppressed = handler.request.remote_ip, self._suppressed or None, 0
+        address, suppressed, self._suppressed = request.remote_ip, self._suppressed or None, 0
         self.events.emit("login_refused", address=address, reason=reason, suppressed=suppressed)
 
 
@@ -164,6 +168,10 @@ class GatewayIdentityProvider(IdentityProvider):
         self._users: WeakKeyDictionary[RequestHandler, GatewayUser] = WeakKeyDictionary()
         self._unknown: WeakKeyDictionary[RequestHandler, str] = WeakKeyDictionary()
         self._refusals = RefusedLogins()
+        # Called with each request whose user is known, and the user's name.
+        self.on_user: Callable[[HTTPServerRequest, str], None] = lambda _request, _user: None
+        # Of its own: what others run in threads, such as reading kernelspecs, does not hold up requests.
+        self._threads = ThreadPoolExecutor(IDENTITY_THREADS, "identity")
         self._token_file = TokenFile(Path(self.tokens_file).expanduser()) if self.tokens_file else None
         self._hub: HubTokens | None = None
         # In the order in which they are asked. The proxy is first: its header is never ignored.
@@ -171,7 +179,7 @@ class GatewayIdentityProvider(IdentityProvider):
         if self.trusted_header:
             self.authenticators.append(TrustedHeader(self.trusted_header, self.trusted_proxies))
         if self._token_file is not None:
-            self.authenticators.append(UserTokens(self._token_file, self.log))
+            self.authenticators.append(UserTokens(self._token_file, self.log, self._threads))
         if self.hub_api_url:
             self._hub = HubTokens(
                 self.hub_api_url,
@@ -191,7 +199,8 @@ class GatewayIdentityProvider(IdentityProvider):
         self._refusals.events = events
 
     def close(self) -> None:
-        """Close the connections to the hub. The application calls this at its end."""
+        """Close the connections to the hub, and the threads. The application calls this at its end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self._hub is not None:
             self._hub.close()
 
@@ -201,22 +210,39 @@ class GatewayIdentityProvider(IdentityProvider):
         """The user of a request; with None jupyter_server refuses the request where a user is needed."""
         if handler in self._users:
             return self._users[handler]
+        user = await self.find_user(handler.request, lambda: self._refuse_other_sites(handler))
+        if user is not None:
+            self._users[handler] = user
+        elif handler not in self._unknown:
+            self._unknown[handler] = reason = await self._why_unknown(handler.request)
+            if request_token(handler.request) is not None:
+                self._refusals.report(handler.request, reason)
+        return user
+
+    async def find_user(
+        self, request: HTTPServerRequest, check_header: Callable[[], None] = lambda: None
+    ) -> GatewayUser | None:
+        """The user of a request of which only the headers are here. Raises HTTPError 403 or 503.
+
+        ``check_header`` is called for a user whom a proxy has named, and may raise HTTPError.
+        """
         try:
-            self._take_url_token(handler.request)
-            user = await self._authenticate(handler)
+            self._take_url_token(request)
+            user = await self._authenticate(request, check_header)
         except NotAllowed as error:
-            self._refusals.report(handler, str(error))
+            self._refusals.report(request, str(error))
             raise HTTPError(403, str(error)) from None
         except IdentityUnavailable as error:
             raise HTTPError(503, str(error)) from None
         if user is not None:
             user.admin = user.admin or user.username in self.admins
-            self._users[handler] = user
-        elif handler not in self._unknown:
-            self._unknown[handler] = reason = await self._why_unknown(handler.request)
-            if request_token(handler.request) is not None:
-                self._refusals.report(handler, reason)
+            self.on_user(request, user.username)
         return user
+
+    def is_proxy(self, address: object) -> bool:
+        """Whether a TCP peer, as the socket module has its address, is one of ``trusted_proxies``."""
+        family = socket.AF_INET6 if isinstance(address, tuple) and len(address) > 2 else socket.AF_INET
+        return any(isinstance(known, TrustedHeader) and known.trusts(family, address) for known in self.authenticators)
 
     def refusal_of(self, handler: RequestHandler) -> str:
         """Why the request's user is not known, for the answer; "" where that is not the case."""
@@ -233,7 +259,7 @@ class GatewayIdentityProvider(IdentityProvider):
         if not token.startswith(PREFIX) or self._token_file is None:
             origin = "the JupyterHub knows" if self._hub is not None else "this gateway gave"
             return f"the token is none that {origin}: copy it again, or ask the gateway's admin for one"
-        expired = await asyncio.to_thread(self._token_file.expired_since, token)
+        expired = await asyncio.get_running_loop().run_in_executor(self._threads, self._token_file.expired_since, token)
         if expired is not None:
             when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(expired))
             return f"the token expired at {when}: ask the gateway's admin for a new one"
@@ -241,12 +267,12 @@ class GatewayIdentityProvider(IdentityProvider):
             "the gateway does not know this token: it was removed, is another gateway's, or was not copied as a whole"
         )
 
-    async def _authenticate(self, handler: RequestHandler) -> GatewayUser | None:
+    async def _authenticate(self, request: HTTPServerRequest, check_header: Callable[[], None]) -> GatewayUser | None:
         for authenticator in self.authenticators:
-            user = await authenticator.authenticate(handler)
+            user = await authenticator.authenticate(request)
             if user is not None:
                 if isinstance(authenticator, TrustedHeader):
-                    self._refuse_other_sites(handler)
+                    check_header()
                 return user
         return None
 

@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 
-from tornado.web import RequestHandler
+from tornado.httputil import HTTPServerRequest
 
 from gateway_slurm._util import USER_NAMES, is_user_name
 from gateway_slurm.errors import ConfigError, NotAllowed
@@ -38,27 +38,30 @@ class TrustedHeader:
         loopback = [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")]
         return any(network.is_loopback or any(address in network for address in loopback) for network in self._networks)
 
-    async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
+    async def authenticate(self, request: HTTPServerRequest) -> GatewayUser | None:
         """The user in the header. Raises NotAllowed for the header from any other client: it would pose as a user."""
-        values = handler.request.headers.get_list(self._header)
+        values = request.headers.get_list(self._header)
         if not values:
             return None
-        if not self._is_proxy(handler):
+        if not self._is_proxy(request):
             raise NotAllowed(f"the header {self._header} is not accepted from this address", field=self._header)
         if len(values) > 1 or not is_user_name(values[0]):
             message = f"the header {self._header} is not one user's name; allowed are {USER_NAMES}"
             raise NotAllowed(message, field=self._header)
         return GatewayUser(values[0])
 
-    def _is_proxy(self, handler: RequestHandler) -> bool:
-        """Check the peer of the connection itself: ``remote_ip`` may come from X-Forwarded-For."""
-        context = getattr(handler.request.connection, "context", None)
-        family, address = getattr(context, "address_family", None), getattr(context, "address", None)
+    def trusts(self, family: object, address: object) -> bool:
+        """Whether a peer with this address, as the socket module has it, is one of the proxies."""
         if family == socket.AF_UNIX:
             return self._unix
-        if family not in (socket.AF_INET, socket.AF_INET6) or not address:
+        if family not in (socket.AF_INET, socket.AF_INET6) or not isinstance(address, tuple) or not address:
             return False
-        peer = ipaddress.ip_address(address[0].partition("%")[0])
+        peer = ipaddress.ip_address(str(address[0]).partition("%")[0])
         if isinstance(peer, ipaddress.IPv6Address) and peer.ipv4_mapped:
             peer = peer.ipv4_mapped
         return any(peer in network for network in self._networks)
+
+    def _is_proxy(self, request: HTTPServerRequest) -> bool:
+        """Check the peer of the connection itself: ``remote_ip`` may come from X-Forwarded-For."""
+        context = getattr(request.connection, "context", None)
+        return self.trusts(getattr(context, "address_family", None), getattr(context, "address", None))

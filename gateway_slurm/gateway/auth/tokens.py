@@ -16,13 +16,13 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote_plus
 
 from tornado.httputil import HTTPServerRequest
-from tornado.web import RequestHandler
 
 from gateway_slurm._util import USER_NAMES, exposure, is_user_name, locked, write_atomically
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, RequestError
@@ -164,19 +164,22 @@ class TokenFile:
 
 
 class UserTokens:
-    """Authenticates users by the tokens of a file. ``log`` has each reason once why the file cannot be used."""
+    """Authenticates users by the tokens of a file. ``log`` has each reason once why the file cannot be used.
 
-    def __init__(self, file: TokenFile, log: logging.Logger) -> None:
-        self._file, self._log, self._logged = file, log, ""
+    The file is read in ``executor``, or else in the loop's own.
+    """
 
-    async def authenticate(self, handler: RequestHandler) -> GatewayUser | None:
+    def __init__(self, file: TokenFile, log: logging.Logger, executor: Executor | None = None) -> None:
+        self._file, self._log, self._logged, self._executor = file, log, "", executor
+
+    async def authenticate(self, request: HTTPServerRequest) -> GatewayUser | None:
         """The token's user. Raises IdentityUnavailable when the file cannot be used: no token is to blame."""
-        token = request_token(handler.request)
-        if token is None or not token.startswith(PREFIX):
+        token = request_token(request)
+        if token is None or not _TOKEN.fullmatch(token):
             return None
         try:
             # In a thread: the file may be on a file system that hangs.
-            record = await asyncio.to_thread(self._file.find, token)
+            record = await asyncio.get_running_loop().run_in_executor(self._executor, self._file.find, token)
         except ConfigError as error:
             if str(error) != self._logged:
                 self._log.error("%s", error)

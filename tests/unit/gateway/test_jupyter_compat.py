@@ -19,7 +19,9 @@ import pytest
 from jupyter_client.ioloop import AsyncIOLoopKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_server.base.handlers import APIHandler
+from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado.httpserver import HTTPServer
 from tornado.ioloop import PeriodicCallback
 
 import gateway_slurm
@@ -254,6 +256,13 @@ def test_spec_directory(kernelspecs, tmp_path):
     """An installed kernelspec's, and None for another."""
     assert jupyter_compat.spec_directory(kernelspecs, "sleep") == str(tmp_path / "kernels" / "sleep")
     assert jupyter_compat.spec_directory(kernelspecs, "no-such") is None
+
+
+def test_set_http_server():
+    """The application uses the server that replaced its own."""
+    app, server = ServerApp(), HTTPServer()
+    jupyter_compat.set_http_server(app, server)
+    assert app.http_server is server
 
 
 def test_untracked_handler():

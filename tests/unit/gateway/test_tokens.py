@@ -15,7 +15,6 @@ from unittest.mock import Mock
 
 import pytest
 from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
-from tornado.web import Application, RequestHandler
 
 from gateway_slurm.cli.app import main
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, RequestError
@@ -148,14 +147,13 @@ async def test_each_reason_why_the_file_cannot_be_used_is_logged_once(file, capl
     headers = HTTPHeaders({"Host": "gateway", "Authorization": f"token {token}"})
     start_line = RequestStartLine("GET", "/", "HTTP/1.1")
     request = HTTPServerRequest(start_line=start_line, headers=headers, connection=Mock())
-    handler = RequestHandler(Application(), request)
     users = UserTokens(file, logging.getLogger("test.tokens"))
     good = file.path.read_text()
     for text, mode in ((good, 0o644), (good, 0o644), ("no JSON", 0o600), (good, 0o600), ("no JSON", 0o600)):
         file.path.write_text(text)
         file.path.chmod(mode)
         with contextlib.suppress(IdentityUnavailable):
-            await users.authenticate(handler)
+            await users.authenticate(request)
     reasons = [record.getMessage() for record in caplog.records if record.name == "test.tokens"]
     assert len(reasons) == 3
     assert "mode is 0644" in reasons[0]

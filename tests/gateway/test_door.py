@@ -1,0 +1,135 @@
+"""Clients of a real gateway without a token: what they send is not read, and they keep no user out."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import select
+import socket
+import time
+
+import pytest
+
+from gateway_slurm.gateway.door import MAX_IDLE_PER_USER
+from helpers.gateway_process import running_gateway
+from helpers.kernel_clients import jupyter_files_in
+
+PER_ADDRESS, IN_ALL = 20, 50
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory):
+    """A gateway with small limits and short time-outs. It needs no Slurm: no kernel is started."""
+    directory = tmp_path_factory.mktemp("door")
+    options = [f"--SlurmGatewayApp.max_unknown_per_address={PER_ADDRESS}"]
+    options += [f"--SlurmGatewayApp.max_unknown_connections={IN_ALL}"]
+    options += ["--SlurmGatewayApp.request_timeout=2", "--SlurmGatewayApp.body_timeout=2"]
+    with jupyter_files_in(directory), running_gateway(directory, *options) as running:
+        yield running
+
+
+@pytest.fixture
+def connect(gateway):
+    """Opens a connection to the gateway, from any of this machine's addresses."""
+    port = int(gateway.url.rpartition(":")[2])
+    with contextlib.ExitStack() as opened:
+        yield lambda source="127.0.0.1": opened.enter_context(
+            socket.create_connection(("127.0.0.1", port), timeout=30, source_address=(source, 0))
+        )
+
+
+def head(path: str, token: str = "", **headers: object) -> bytes:
+    """The beginning of a POST request."""
+    fields = {"Host": "gateway", **({"Authorization": f"token {token}"} if token else {}), **headers}
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    return "\r\n".join([f"POST {path} HTTP/1.1", *lines, "", ""]).encode()
+
+
+def answer(connection: socket.socket) -> tuple[int, str]:
+    """The status of the answer, and its message."""
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    body = response.read()
+    return response.status, str(json.loads(body).get("message", "")) if body else ""
+
+
+def is_closed(connection: socket.socket, seconds: float = 0.0) -> bool:
+    """Whether the gateway has closed the connection, at the end of these seconds."""
+    if not select.select([connection], [], [], seconds)[0]:
+        return False
+    try:
+        return connection.recv(1) == b""
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("path", ["/api/kernels", "/api/sessions", "/login", "/nothing"])
+def test_the_body_of_an_unknown_client_is_not_read(gateway, connect, path):
+    """At any path the answer comes before the body; the gateway says why, and closes the connection."""
+    for token in ("", gateway.anyone.token):
+        for size in ({"Content_Length": 3 << 20}, {"Transfer_Encoding": "chunked"}):
+            client = connect()
+            client.sendall(head(path, token, **size))
+            status, message = answer(client)
+            assert (status, "not known" in message) == (403, True), message
+            assert is_closed(client, 10)
+
+
+def test_a_body_that_is_too_large_is_not_read_either(gateway, connect):
+    """Also of a user, who learns how much may be sent; a smaller one is read."""
+    token = gateway.tokens["alice"]
+    client = connect()
+    client.sendall(head("/api/kernels", token, Content_Length=450 << 20))
+    status, message = answer(client)
+    assert (status, "at most 4194304" in message) == (413, True), message
+    client = connect()
+    client.sendall(head("/api/kernels", token, Content_Length=1 << 20) + b"[" * (1 << 20))
+    assert answer(client)[0] in (400, 413)
+
+
+def test_a_client_that_sends_no_whole_request_is_closed(gateway, connect):
+    """Without headers, with half of them, or with half of a body: each has its time."""
+    silent, half, body = connect(), connect(), connect()
+    half.sendall(b"GET /api HTTP/1.1\r\nHost: ")
+    body.sendall(head("/api/kernels", gateway.tokens["alice"], Content_Length=100) + b"{")
+    assert all(is_closed(client, 10) for client in (silent, half, body))
+
+
+def test_unknown_clients_keep_nobody_out(gateway, connect):
+    """However many connections they open, from one address or many: a user is served, also from the same address."""
+    token = gateway.tokens["alice"]
+    idle = [connect("127.0.7.1") for _ in range(3 * PER_ADDRESS)]
+    begin = time.monotonic()
+    user = connect("127.0.7.1")
+    user.sendall(head("/api/kernels", token, Content_Length=2) + b"[]")
+    assert answer(user)[0] == 400
+    assert time.monotonic() - begin < 2
+    assert sum(not is_closed(client) for client in idle) <= PER_ADDRESS
+    everywhere = [connect(f"127.0.8.{number}") for number in range(1, 2 * IN_ALL)]
+    user = connect("127.0.0.1")
+    user.sendall(head("/api/kernels", token, Content_Length=2) + b"[]")
+    assert answer(user)[0] == 400
+    assert sum(not is_closed(client) for client in everywhere) <= IN_ALL
+
+
+def test_a_users_idle_connections_are_bounded(gateway, connect):
+    """The oldest is closed where there is one too many; the newest serves the next request."""
+    request = head("/api/kernels", gateway.tokens["alice"], Content_Length=2) + b"[]"
+    mine = []
+    for _ in range(MAX_IDLE_PER_USER + 10):
+        mine.append(connect())
+        mine[-1].sendall(request)
+        assert answer(mine[-1])[0] == 400
+    assert is_closed(mine[0], 10)
+    assert sum(not is_closed(client) for client in mine) == MAX_IDLE_PER_USER
+    mine[-1].sendall(request)
+    assert answer(mine[-1])[0] == 400
+
+
+def test_headers_are_bounded(gateway, connect):
+    """A request with more than 32 KiB of headers is not read to its end."""
+    client = connect()
+    with contextlib.suppress(OSError):
+        client.sendall(head("/api", gateway.tokens["alice"], X_Long="a" * (64 << 10)))
+    assert is_closed(client, 10)
