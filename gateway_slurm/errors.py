@@ -168,6 +168,10 @@ class LinkError(GatewaySlurmError):
     """The peer broke the protocol, or the link is gone."""
 
 
+class MessageRefused(LinkError):
+    """A launcher's message lacks a field without which it means nothing; the link stays."""
+
+
 class HandshakeError(LinkError):
     """A peer did not prove that it is one of this server's launchers."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gateway_slurm.link import endpoints
+from gateway_slurm.link import endpoints, wire
 from launchers.directories import Directories
 from launchers.guard import Guard
 from launchers.kernel import Kernel
@@ -200,7 +201,7 @@ class NodeLauncher:
         streams = self._tunnel.link_up(fields)
         for journal in self._journals.values():
             journal.set_limit(self._kept_output)
-        kernels = [kernel.report() for kernel in self._kernels.values()]
+        kernels = _shortened([kernel.report() for kernel in self._kernels.values()])
         self._uplink.send("REPORT", kernels=kernels, steps=self._steps.report(), **streams)
         self._next_beat.cancel()  # its interval was not yet the server's
         self._plan_beat()
@@ -393,6 +394,13 @@ class NodeLauncher:
         self._guard.close()
         remove_empty_logs(self._logs)
         self._own_log.remove_if_empty(alone=self._holds_job)
+
+
+def _shortened(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What REPORT says of the kernels, without their last output where that would be too much for one message."""
+    if len(json.dumps(reports)) < wire.MAX_REPORT // 2:
+        return reports
+    return [{name: value for name, value in report.items() if name != "output_tail"} for report in reports]
 
 
 def _reap_orphans(known: set[int]) -> None:

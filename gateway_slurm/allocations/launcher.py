@@ -21,6 +21,7 @@ from gateway_slurm.errors import (
     SlurmUnavailable,
 )
 from gateway_slurm.link import steps, wire
+from gateway_slurm.link.bounds import TEN_YEARS
 from gateway_slurm.link.server import Expected, Link
 from gateway_slurm.link.tunnel import Streams
 from gateway_slurm.slurm import commands
@@ -34,24 +35,15 @@ LIST_STEPS_TIMEOUT: Final = 30.0
 """Seconds; longer than a launcher gives squeue."""
 READ_LOG_TIMEOUT: Final = 10.0
 """Seconds for the launcher's answer to READ_LOG; a slow home directory takes most of it."""
-MAX_LOG: Final = 64 << 10
-"""Characters of a log that are taken from a launcher."""
-MAX_STEP_ID: Final = 100
-"""Characters of a step's id."""
 LAUNCHER_GONE: Final = "the launcher that holds the job is gone, and with it the steps that it started"
 UNKNOWN_NODE: Final = "?"
 """The node's name until the launcher is linked."""
 MAX_NODES: Final = 4096
 """Nodes of a job that a launcher may report: the list is expanded on the loop, in a few milliseconds a link."""
-TEN_YEARS: Final = 10 * 366 * 86400.0
 MAX_DELAY: Final = 3600.0
 """Seconds by which a launcher may start later than its job: a prolog, and a Python on a cold file system."""
 MAX_SKEW: Final = 10.0
 """Seconds by which a node's clock may differ without a word in the log."""
-MAX_UNKNOWN_KERNELS: Final = 1000
-"""Kernels of one REPORT that the server does not know and stops."""
-MAX_KERNEL_ID: Final = 100
-"""Characters of such a kernel's id."""
 
 
 class Questions:
@@ -79,7 +71,7 @@ class Questions:
 
     def message(self, fields: dict[str, Any]) -> None:
         """Take an answer; one to no question is ignored."""
-        answer = self._pending.get(str(fields.get(self._key)))
+        answer = self._pending.get(fields.get(self._key, ""))
         if answer is not None and not answer.done():
             answer.set_result(fields)
 
@@ -145,9 +137,9 @@ class LauncherSteps:
         if answer.get("status") != 0:
             raise SlurmUnavailable(
                 f"the launcher in job {jobid} could not list its steps: "
-                f"{commands.slurm_message(str(answer.get('stderr')))[:1000]}"
+                f"{commands.slurm_message(answer.get('stderr', ''))[:1000]}"
             )
-        found = steps.parse_steps(jobid, str(answer.get("listed")))
+        found = steps.parse_steps(jobid, answer.get("listed", ""))
         return [StepInfo(stepid=stepid, user=user, nodes=nodes, name=name) for stepid, user, nodes, name in found]
 
     def message(self, name: str, fields: dict[str, Any]) -> None:
@@ -163,19 +155,16 @@ class LauncherSteps:
 
     def reported(self, reports: list[dict[str, Any]]) -> None:
         """Take REPORT's steps. Steps that it does not name were lost with an earlier link."""
-        # An honest launcher has fewer: 256 that run, and those that have ended since the last link.
-        for fields in reports[: 4 * steps.MAX_STEPS]:
+        for fields in reports:
             if fields.get("status") is not None:
                 self._ended(fields)
-        for step in self._doubtful - {str(fields.get("step")) for fields in reports}:
+        for step in self._doubtful - {fields["step"] for fields in reports}:
             self._finish(step, None, "its launcher knows nothing of it")
 
     def _ended(self, fields: dict[str, Any]) -> None:
-        step, status = str(fields.get("step")), fields.get("status")
-        if len(step) > MAX_STEP_ID:
-            return  # no server gave a step such an id
-        self._finish(step, status if isinstance(status, int) else 1, str(fields.get("stderr")))
-        self._send("STEP_ACK", step=step)
+        status = fields.get("status")
+        self._finish(fields["step"], 1 if status is None else status, fields.get("stderr", ""))
+        self._send("STEP_ACK", step=fields["step"])
 
     def _finish(self, step: str, status: int | None, stderr: str) -> None:
         found = self._steps.pop(step, None)
@@ -397,7 +386,7 @@ class Launcher:
         if not self._reads_logs:
             raise LinkError(f"{self.where} has no link, or cannot send its logs")
         answer = await self._logs.ask(kernel_id=kernel_id)
-        return {name: str(answer.get(name, ""))[:MAX_LOG] for name in ("kernel", "launcher")}
+        return {name: answer.get(name, "") for name in ("kernel", "launcher")}
 
     def release(self) -> None:
         """Have the launcher end its kernels and exit. If it holds the job, the job ends with it."""
@@ -424,15 +413,17 @@ class Launcher:
         self.link = link
         self.steps.linked()
         self.gone.clear()
-        self.node = str(hello.get("slurmd_nodename") or hello.get("hostname") or UNKNOWN_NODE)
-        self._reads_logs = hello.get("reads_logs") is True
-        self.probes, self.own_ip = hello.get("probes") is True, str(hello.get("ip", ""))
-        self.stepid = str(hello.get("slurm_step_id", ""))
-        self.set_nodes(str(hello.get("slurm_job_nodelist", "")))
+        self.node = hello.get("slurmd_nodename") or hello.get("hostname") or UNKNOWN_NODE
+        self._reads_logs = hello.get("reads_logs", False)
+        self.probes, self.own_ip = hello.get("probes", False), hello.get("ip", "")
+        self.stepid = hello.get("slurm_step_id", "")
+        self.set_nodes(hello.get("slurm_job_nodelist", ""))
         self.end_time = self._end_time_of(hello)
         self._compare_clocks(hello.get("clock"))
-        self.python = f"{str(hello.get('executable', 'Python'))[:500]} ({str(hello.get('python', '?'))[:50]})"
-        self.reached, self.failed_dials = _dialled(hello)
+        self.python = f"{hello.get('executable', 'Python')} ({hello.get('python', '?')})"
+        dialled = hello.get("dialled", {})
+        self.reached = dialled.get("reached", "")
+        self.failed_dials = [(address, why) for address, why in dialled.get("in_vain", [])]
         self.log.info("job %s: the launcher on node %s is linked, by %s", self.jobid or "?", self.node, self.reached)
         self._schedule_beat()
         return {
@@ -464,7 +455,7 @@ class Launcher:
         elif name in ("STEPPED", "STEP_LIST"):
             self.steps.message(name, payload)
         else:
-            kernel = self.kernels.get(str(payload.get("kernel_id")))
+            kernel = self.kernels.get(payload["kernel_id"])
             if kernel is not None:
                 kernel.message(name, payload)
 
@@ -506,8 +497,7 @@ class Launcher:
         Slurm's time is absolute: it counts where it is the calculated one within an hour, and this server's clock is
         Slurm's. The node's clock has no part in it.
         """
-        text = str(hello.get("slurm_job_end_time", ""))
-        slurms = moment(float(text)) if text.isascii() and text.isdigit() else None
+        slurms = moment(float(hello.get("slurm_job_end_time", 0)))
         minutes, age = self._job.minutes, hello.get("age")
         calculated = in_seconds(60.0 * minutes - float(age or 0)) if minutes and in_seconds(age) else None
         if slurms and calculated and abs(slurms - calculated) > MAX_DELAY:
@@ -542,10 +532,16 @@ class Launcher:
             else:
                 kernel.unreported()
         self.steps.reported(fields.get("steps", []))
-        unknown = [key for key in reports if key not in self.kernels and len(str(key)) <= MAX_KERNEL_ID]
-        for kernel_id in unknown[:MAX_UNKNOWN_KERNELS]:
+        unknown = [kernel_id for kernel_id in reports if kernel_id not in self.kernels]
+        if unknown:
             # It was shut down while there was no link, or its server died before it had the answer to START.
-            self.log.warning("%s has kernel %s, which this server does not know: it is stopped", self.where, kernel_id)
+            self.log.warning(
+                "%s has %d kernels that this server does not know, such as %s: they are stopped",
+                self.where,
+                len(unknown),
+                printable(unknown[0]),
+            )
+        for kernel_id in unknown:
             self.send("STOP", kernel_id=kernel_id)
         self._is_up.set()
         if not self.ready.done():
@@ -564,14 +560,14 @@ class Launcher:
         elif kind == "signal":
             self._events.end_reported(self, self.end_time, due=False)
         elif kind == "slurmd":
-            if self.slurmd_missing == bool(fields.get("missing")):
+            if self.slurmd_missing == fields.get("missing", False):
                 return
-            self.slurmd_missing = bool(fields.get("missing"))
+            self.slurmd_missing = fields.get("missing", False)
             change = "is gone: Slurm will declare the job lost if it stays away" if self.slurmd_missing else "is back"
             self.log.warning("job %s: slurmd on node %s %s", self.jobid, self.node, change)
             self._events.link_lost("slurmd")
         else:
-            self.log.warning("job %s, node %s: %s", self.jobid, self.node, printable(str(fields.get("message"))[:1000]))
+            self.log.warning("job %s, node %s: %s", self.jobid, self.node, printable(fields.get("message", "")))
 
     def warn_of_end(self, end_time: float) -> None:
         """The job's time limit is near: warn the kernels' users, or the log where there is no kernel."""
@@ -617,16 +613,3 @@ def in_seconds(value: Any) -> float | None:
     """The moment ``value`` seconds from now, by this host's clock; None for anything but a number within ten years."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return time.time() + float(value) if is_number and -TEN_YEARS < value < TEN_YEARS else None
-
-
-def _dialled(hello: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    """HELLO's address that worked, and those that did not, each with the reason; malformed ones are left out."""
-    dialled = hello.get("dialled")
-    fields = dialled if isinstance(dialled, dict) else {}
-    pairs = fields.get("in_vain")
-    failed = [
-        (str(pair[0])[:300], str(pair[1])[:300])
-        for pair in (pairs if isinstance(pairs, list) else [])[:32]
-        if isinstance(pair, list) and len(pair) == 2
-    ]
-    return str(fields.get("reached", ""))[:300], failed

@@ -25,6 +25,7 @@ from gateway_slurm.errors import (
     QueueTimeout,
 )
 from gateway_slurm.link.program import launcher_program
+from gateway_slurm.link.server import Expected
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.account import Account
 from gateway_slurm.slurm.driver import StepProcess
@@ -84,7 +85,7 @@ class LauncherStarter:
         launcher.isolated, launcher.holds_job = isolated, allocation.ours and not allocation.jobid
         launcher.tokens = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(TOKEN_BYTES)
         launcher.epoch = self._registry.epoch
-        launcher.expected = self._socket.expect(launcher.launcher_id, launcher.tokens, launcher)
+        launcher.expected = self._expect(launcher)
         allocation.add_launcher(launcher)
         return launcher
 
@@ -112,8 +113,11 @@ class LauncherStarter:
 
     def allow_reconnect(self, launcher: Launcher) -> None:
         """Let a restored launcher dial in. Its kernels are known by now, so none is stopped as an unknown one."""
-        launcher.expected = self._socket.expect(launcher.launcher_id, launcher.tokens, launcher)
+        launcher.expected = self._expect(launcher)
         launcher.set_jobid(launcher.jobid)
+
+    def _expect(self, launcher: Launcher) -> Expected:
+        return self._socket.expect(launcher.launcher_id, launcher.tokens, launcher, user=self._owner)
 
     def job(self, launcher: Launcher, request: KernelRequest, account: Account, place: Place) -> JobSpec:
         """The job that has ``launcher`` as its script; its name is that of its first kernel."""

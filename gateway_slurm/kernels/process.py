@@ -34,7 +34,7 @@ from gateway_slurm.slurm.names import kernel_log
 from gateway_slurm.store.records import KernelRecord
 
 MAX_TEXT = 4096
-"""Characters of an error message, and of a kernel's last output, that are taken from a launcher."""
+"""Characters of a kernel's command line in a message."""
 REPLY_SLACK = 15.0
 """Seconds by which the server's deadline for a start is later than the launcher's own."""
 JOB_END_SECONDS = 0.2
@@ -186,22 +186,21 @@ class KernelProcess:
         Raises LinkError where the launcher reports another mode or address than it was given.
         """
         assert self.launched is not None
-        mode, expected = str(report.get("mode")), self.launched.mode
+        mode, expected = report.get("mode", ""), self.launched.mode
         if mode not in (("direct",) if expected == "direct" else ("ipc", "tcp")):
-            raise LinkError(f"{self.launcher.where} reports mode {mode[:20]!r} for a kernel to start as {expected}")
+            raise LinkError(f"{self.launcher.where} reports mode {mode!r} for a kernel to start as {expected}")
         if expected == "direct":
             if report.get("ip") != self.ip:
                 raise LinkError(
-                    f"{self.launcher.where} reports that the kernel listens at {str(report.get('ip'))[:60]!r}, "
+                    f"{self.launcher.where} reports that the kernel listens at {report.get('ip', '')[:60]!r}, "
                     f"which is not the node's address {self.ip}"
                 )
             self.ports = checked_ports(report.get("ports"), self.launched.port_range)
         else:
-            self.ip, self.ports = str(report.get("ip")), dict(report["ports"])
-        self.mode, self.pid = mode, int(report["pid"])
-        self.directory, self.directory_why = (
-            printable(str(report.get(name, ""))[:MAX_TEXT]) for name in ("directory", "directory_why")
-        )
+            self.ip, self.ports = report.get("ip", ""), dict(report.get("ports", {}))
+        self.mode, self.pid = mode, report.get("pid", 0)
+        self.directory = printable(report.get("directory", ""))
+        self.directory_why = printable(report.get("directory_why", ""))
 
     @property
     def connect(self) -> dict[str, str] | None:
@@ -296,7 +295,7 @@ class KernelProcess:
     # -- Messages from the launcher ---------------------------------------------------------
 
     def message(self, name: str, fields: dict[str, Any]) -> None:
-        """Take STARTED, FAILED or EXIT; a message about an earlier start is ignored."""
+        """Take STARTED, FAILED or EXIT, within ``link.bounds``; a message about an earlier start is ignored."""
         if fields.get("generation") != self.generation or self.phase is Phase.DEAD:
             return
         if name == "STARTED" and self.phase is Phase.LOST:
@@ -315,9 +314,9 @@ class KernelProcess:
         elif name == "FAILED":
             self._fail(fields)
         elif name == "EXIT":
-            self.output_tail = str(fields.get("output_tail", ""))[-MAX_TEXT:]
-            code = int(fields["returncode"])
-            memory = f": {self.launcher.memory_words}" if fields.get("oom") is True else ""
+            self.output_tail = fields.get("output_tail", "")
+            code = fields.get("returncode", 1)
+            memory = f": {self.launcher.memory_words}" if fields.get("oom") else ""
             self._exit = code, wire.describe_exit(code) + memory
             if self.phase in (Phase.RUNNING, Phase.LOST):
                 self._enter(Phase.EXITED)
@@ -348,8 +347,8 @@ class KernelProcess:
         self._decide_death()
 
     def _fail(self, fields: dict[str, Any]) -> None:
-        self.output_tail = str(fields.get("output_tail", ""))[-MAX_TEXT:]
-        cause, argv = (str(fields.get(name))[:MAX_TEXT] for name in ("message", "argv"))
+        self.output_tail = fields.get("output_tail", "")
+        cause, argv = fields.get("message", "the launcher gives no reason"), str(fields.get("argv"))[:MAX_TEXT]
         brief = f"{cause} (node {self.launcher.node}, job {self.launcher.jobid})"
         message = f"{brief[:-1]}, argv {argv})"
         if self.output_tail:
@@ -357,7 +356,7 @@ class KernelProcess:
         if self.phase is Phase.LOST:
             self._end(1, message, brief)
             return
-        error_type = START_ERRORS.get(str(fields.get("kind")), KernelStartError)
+        error_type = START_ERRORS.get(fields.get("kind", ""), KernelStartError)
         self.fail_start(error_type(message, output_tail=self.output_tail, brief=brief))
 
     def fail_start(self, error: GatewaySlurmError) -> None:
@@ -368,7 +367,7 @@ class KernelProcess:
 
     def reported(self, fields: dict[str, Any]) -> None:
         """Take the kernel's part of REPORT on a new link: what happened while there was no link."""
-        if self.phase is Phase.LOST and int(fields.get("generation", 0)) > self.generation:
+        if self.phase is Phase.LOST and fields["generation"] > self.generation:
             # An earlier server restarted the kernel, and died before it recorded that.
             self.generation = fields["generation"]
         if fields.get("generation") != self.generation:

@@ -89,7 +89,7 @@ class ReceiverKey:
                 )
                 hello = json.loads(context.unseal(sealed))
                 down_key = bytes.fromhex(hello.pop("down_key"))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
             if len(down_key) == wire.KEY_BYTES:
                 return hello, _CounterGcm(down_key).seal, checked(context.unseal)

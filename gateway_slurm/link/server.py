@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gateway_slurm.errors import HandshakeError
-from gateway_slurm.link import envelope, flow, wire
+from gateway_slurm._util import Backoff
+from gateway_slurm.errors import HandshakeError, MessageRefused
+from gateway_slurm.link import bounds, envelope, flow, wire
+from gateway_slurm.turns import Turns
 
 HANDSHAKE_SECONDS = 5.0
 # How long a peer may take to read the last message before its connection is closed.
@@ -29,10 +32,20 @@ TRANSPORT_BACKLOG = 512 * 1024
 # Bytes of messages that may wait for a launcher: a dozen STARTs with environments of 1 MiB. A launcher for which more
 # wait does not read.
 MAX_WAITING_MESSAGES = 16 * 1024 * 1024
-# Frames and messages that a link handles before other links have their turn: a frame may hold 200,000 messages.
+# Frames and messages that a link handles in one of its user's turns.
 LOOP_SLICE = 128
+# The user, for turns, of peers that are not authenticated. No user has such a name.
+STRANGERS = "?"
+# Seconds of the processor's time that a link's messages beside DATA may take at once, and the share of a processor
+# after that: meanwhile the link is not read. Ours take a few milliseconds a minute.
+MESSAGES_BURST, MESSAGES_SHARE = 1.0, 0.02
+# Seconds for which a launcher is kept out that broke the protocol: no launcher of ours does.
+KEPT_OUT_SECONDS = 0.5, 60.0
+# Links of a launcher that may be made at once, and per second after that. Ours dials once a second at most.
+LINKS_BURST, LINKS_RATE = 20.0, 1.0
 # Look-ups at a time; more wait.
 MAX_LOOKUPS = 8
+_DATA = bytes([wire.MESSAGES["DATA"][0]])
 _LAUNCHER_ID = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
 
 
@@ -131,7 +144,7 @@ class LinkHandler(Protocol):
         """
 
     def link_message(self, link: Link, name: str, payload: Any) -> None:
-        """A message other than HEARTBEAT arrived."""
+        """A message other than HEARTBEAT arrived, within its ``bounds``. Raises WireError where the link must end."""
 
     def link_down(self, link: Link, reason: str) -> None:
         """The link is gone; the launcher may come back with a new one."""
@@ -148,14 +161,31 @@ class LinkHandler(Protocol):
 
 @dataclass
 class Expected:
-    """A launcher that may dial the response socket: its valid tokens, its job, its handler."""
+    """A launcher that may dial the response socket: its valid tokens, its job, its handler, and whose it is."""
 
     launcher_id: str
     tokens: list[bytes]
     jobid: asyncio.Future[str]
     handler: LinkHandler
+    user: str = ""
     link: Link | None = field(default=None, repr=False)
     refused: str = ""  # why the last connection with its id was refused; "" after a success
+    kept_out_until: float = 0.0  # by the loop's clock
+    links_left: float = LINKS_BURST
+    linked_at: float = 0.0  # by the loop's clock
+    _kept_out: Backoff = field(default_factory=lambda: Backoff(*KEPT_OUT_SECONDS), repr=False)
+
+    def keep_out(self) -> None:
+        """The launcher broke the protocol: refuse it for a while, each time for longer."""
+        self.kept_out_until = asyncio.get_running_loop().time() + self._kept_out.next()
+
+    def count_link(self) -> None:
+        """The launcher has a new link; one that has too many in a short time is kept out."""
+        now = asyncio.get_running_loop().time()
+        self.links_left = min(LINKS_BURST, self.links_left + LINKS_RATE * (now - self.linked_at)) - 1
+        self.linked_at = now
+        if self.links_left < 0:
+            self.keep_out()
 
 
 class ResponseSocket:
@@ -173,6 +203,8 @@ class ResponseSocket:
         self._expected: dict[str, Expected] = {}
         self._unauthenticated: OrderedDict[Link, None] = OrderedDict()
         self._links: set[Link] = set()
+        self.turns = Turns()
+        """Whose messages are handled next, of the launchers of all users."""
         self.port = 0
 
     async def listen(self, hosts: list[str] | None, ports: range) -> None:
@@ -203,14 +235,14 @@ class ResponseSocket:
         link.connection_made(transport)
         return link
 
-    def expect(self, launcher_id: str, tokens: Sequence[bytes], handler: LinkHandler) -> Expected:
+    def expect(self, launcher_id: str, tokens: Sequence[bytes], handler: LinkHandler, *, user: str = "") -> Expected:
         """Expect this launcher from now on. The caller sets the result's ``jobid`` as soon as Slurm has assigned it.
 
         ``tokens`` are its launch token and the successor, which the launcher gets with its first WELCOME. Both were
         drawn when the launcher was created, so that every server with its record can authenticate it.
         """
         jobid: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        expected = self._expected[launcher_id] = Expected(launcher_id, list(tokens), jobid, handler)
+        expected = self._expected[launcher_id] = Expected(launcher_id, list(tokens), jobid, handler, user)
         return expected
 
     def forget(self, launcher_id: str) -> None:
@@ -233,6 +265,7 @@ class ResponseSocket:
         for expected in self._expected.values():
             expected.handler.forgotten()
         self._expected.clear()
+        self.turns.close()
 
     # -- called by links --------------------------------------------------------------------
 
@@ -256,8 +289,12 @@ class ResponseSocket:
             self._take_complaint(known, opening, key)
             raise HandshakeError(f"the launcher cannot send HELLO: {opening.reason}")
         if isinstance(known, Expected):
+            if known.kept_out_until > asyncio.get_running_loop().time():
+                raise HandshakeError(
+                    f"launcher {opening.launcher_id} has to wait: it broke the protocol, or dialled too often"
+                )
             known.refused = "none of its tokens opens its HELLO"
-        hello, seal, unseal = key.open_hello(opening, known.tokens)
+        hello, seal, unseal = await self.turns.run(STRANGERS, key.open_hello, opening, known.tokens)
         # HELLO may come before sbatch has returned the job id; the handshake's deadline limits the wait.
         jobid = known.jobid if isinstance(known, Redirect) else await asyncio.shield(known.jobid)
         if jobid and not wire.same(jobid.encode(), opening.jobid.encode()):
@@ -285,6 +322,7 @@ class ResponseSocket:
         """Make ``link`` the launcher's only link; return its next token."""
         self._unauthenticated.pop(link, None)
         self._links.add(link)
+        expected.count_link()
         older, expected.link = expected.link, link
         if older is not None:
             older.close("a newer link of the same launcher", at_once=True)
@@ -309,7 +347,10 @@ class Link(asyncio.Protocol):
         # Received and not handled yet: the messages of one frame, and the frames after it.
         self._frames: deque[bytes] = deque()
         self._messages: deque[bytes] = deque()
-        self._handling = False  # the next slice is scheduled, and reading is paused until all is handled
+        self._handling = False  # the next slice waits for its user's turn
+        self._paused = False  # reading is paused until all is handled
+        self._left_out = 0  # messages that could not be taken; the log has the first one
+        self._allowance, self._counted_at = MESSAGES_BURST, 0.0  # seconds, and when they were counted
         self._lost = ""  # how the connection ended
         self._reported = False
         self.outbox = flow.Outbox()
@@ -337,17 +378,26 @@ class Link(asyncio.Protocol):
         transport.set_write_buffer_limits(high=TRANSPORT_BACKLOG)
         self._socket.arrived(self)
         self._deadline = self._loop.call_later(HANDSHAKE_SECONDS, self.close, "no HELLO in time")
-        self._key = envelope.ReceiverKey()
-        transport.write(wire.preamble(self._key.public))
+        self._socket.turns.post(STRANGERS, self._greet)
+
+    def _greet(self) -> None:
+        if not self.closed and self._transport is not None:
+            self._key = envelope.ReceiverKey()
+            self._transport.write(wire.preamble(self._key.public))
 
     def data_received(self, data: bytes) -> None:
         self.last_heard = self._loop.time()
         try:
             self._frames.extend(self._reader.feed(data))
         except wire.WireError as error:
-            self.close(str(error))
+            self._break(str(error))
+            return
         if not self._handling:
-            self._handle_slice()
+            self._handle_later()
+        elif not self._paused and self._transport is not None:
+            # The link is ahead of its user's turn.
+            self._paused = True
+            self._transport.pause_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._deadline.cancel()
@@ -364,9 +414,13 @@ class Link(asyncio.Protocol):
 
     # -- handshake --------------------------------------------------------------------------
 
+    @property
+    def _user(self) -> str:
+        return self.expected.user if self.expected is not None else STRANGERS
+
     def _handle_frame(self, frame: bytes) -> None:
         if self._unseal is not None:
-            self._messages.extend(wire.unpack(self._unseal(frame)))
+            self._messages.extend(wire.unpack(self._unseal(frame), limit=bounds.MAX_MESSAGES))
         elif self._task is None:
             opening = wire.Opening.decode(frame)
             self._task = self._loop.create_task(self._authenticate(opening))
@@ -386,7 +440,7 @@ class Link(asyncio.Protocol):
         self._deadline.cancel()
         self._key = None
         self._seal, self._unseal = seal, unseal
-        self._reader.limit = wire.FRAME_LIMIT + 1024
+        self._reader.limit = bounds.FRAME_LIMIT
         if isinstance(known, Redirect):
             self.send("REDIRECT", addresses=list(known.addresses), epoch=known.epoch)
             self.close(f"launcher {opening.launcher_id} belongs to another server and was redirected")
@@ -394,7 +448,7 @@ class Link(asyncio.Protocol):
         token = self._socket.admit(self, known)
         self.expected = known
         try:
-            welcome = known.handler.link_up(self, hello)
+            welcome = known.handler.link_up(self, bounds.hello(hello))
         except Exception:
             # Without this close the connection would stay open, without a link.
             self.log.exception("launcher %s: its HELLO could not be handled", known.launcher_id)
@@ -404,46 +458,81 @@ class Link(asyncio.Protocol):
 
     # -- messages ---------------------------------------------------------------------------
 
+    def _handle_later(self) -> None:
+        """Handle more in the user's turn, once the link's messages may take time again."""
+        self._handling = True
+        turns, user = self._socket.turns, self._user
+        if self._allowance < 0:
+            self._loop.call_later(-self._allowance / MESSAGES_SHARE, turns.post, user, self._handle_slice)
+        else:
+            turns.post(user, self._handle_slice)
+
     def _handle_slice(self) -> None:
         """Handle up to LOOP_SLICE frames and messages, in their order; pause reading while more wait."""
         assert self._transport is not None
-        was_handling, self._handling = self._handling, False
+        self._handling = False
         try:
             for _ in range(LOOP_SLICE):
                 if self.closed:
                     return
                 if self._messages:
-                    self._handle_message(*wire.decode(self._messages.popleft(), wire.UP))
+                    self._handle_message(self._messages.popleft())
                 elif self._frames:
                     self._handle_frame(self._frames.popleft())
                 else:
                     break
         except wire.WireError as error:
-            self.close(str(error))
+            self._break(str(error))
             return
         if self._messages or self._frames:
-            self._handling = True
-            self._transport.pause_reading()
-            self._loop.call_soon(self._handle_slice)
+            if not self._paused:
+                self._paused = True
+                self._transport.pause_reading()
+            self._handle_later()
         elif self._lost:
             self.close(self._lost)
-        elif was_handling:
+        elif self._paused:
+            self._paused = False
             self._transport.resume_reading()
 
-    def _handle_message(self, name: str, payload: Any) -> None:
+    def _handle_message(self, body: bytes) -> None:
+        is_data = body[:1] == _DATA
+        begin = 0.0 if is_data else time.thread_time()
         assert self.expected is not None
-        if name == "REPORT":
-            if self._reported:
-                raise wire.WireError("a second REPORT on one link")
-            self._reported = True
-            del self.expected.tokens[:-1]
-        if name == "HEARTBEAT":
-            return
         try:
-            self.expected.handler.link_message(self, name, payload)
+            name, payload = bounds.decode(body)
+            if name == "REPORT":
+                if self._reported:
+                    raise wire.WireError("a second REPORT on one link")
+                self._reported = True
+                del self.expected.tokens[:-1]
+            if name != "HEARTBEAT":
+                self.expected.handler.link_message(self, name, payload)
+        except wire.WireError:
+            raise
+        except MessageRefused as error:
+            self._left_out += 1
+            if self._left_out == 1:
+                self.log.warning("launcher %s: %s", self.expected.launcher_id, error)
         except Exception:
             # One bad message must not end the link, which carries the messages of other kernels.
-            self.log.exception("launcher %s: %s could not be handled", self.expected.launcher_id, name)
+            self._left_out += 1
+            if self._left_out == 1:
+                self.log.exception("launcher %s: a message could not be handled", self.expected.launcher_id)
+        if not is_data:
+            self._spend(time.thread_time() - begin)
+
+    def _spend(self, seconds: float) -> None:
+        """Count the processor's time of a message; where the allowance is used up, the next slice waits."""
+        now = self._loop.time()
+        gained = MESSAGES_SHARE * (now - self._counted_at)
+        self._allowance, self._counted_at = min(MESSAGES_BURST, self._allowance + gained) - seconds, now
+
+    def _break(self, reason: str) -> None:
+        """The peer broke the protocol."""
+        if self.expected is not None:
+            self.expected.keep_out()
+        self.close(reason)
 
     def send(self, name: str, **fields: Any) -> None:
         """Queue a message."""
@@ -498,4 +587,6 @@ class Link(asyncio.Protocol):
             return
         if self.expected.link is self:
             self.expected.link = None
+        if self._left_out > 1:
+            self.log.warning("launcher %s: %d more messages left out", self.expected.launcher_id, self._left_out - 1)
         self.expected.handler.link_down(self, reason)

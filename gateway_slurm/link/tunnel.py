@@ -28,6 +28,8 @@ from gateway_slurm.link import directories, flow, wire
 from gateway_slurm.link.server import Link
 
 _DIRECTORY = re.compile(r"gs-server(\d+)-([0-9a-f]{6})-\w+")
+STRAY_SLACK = 16 * flow.WINDOW
+"""Bytes for streams that do not exist, after which a launcher breaks the protocol; more where streams have ended."""
 LONGEST_SOCKET = "01234567-5"
 """The name of a socket: eight digits for the kernel, and the channel's number."""
 
@@ -125,6 +127,8 @@ class Streams:
         # By this id the launcher tells this server's stream numbers from those of an earlier server.
         self._session = secrets.token_hex(8)
         self._outbox = flow.Outbox()
+        # Bytes that may still come for streams that have ended here: those that were on the way.
+        self._stray_bytes = STRAY_SLACK
 
     @property
     def over(self) -> bool:
@@ -165,7 +169,7 @@ class Streams:
     # -- messages of the launcher -----------------------------------------------------------
 
     def message(self, name: str, number: int, payload: bytes) -> None:
-        """DATA, CREDIT or CLOSE from the launcher."""
+        """DATA, CREDIT or CLOSE from the launcher. Raises WireError for one that breaks the protocol."""
         if name == "CREDIT":
             self._outbox.credit(number, flow.credit_of(payload))
             self._flush()
@@ -179,6 +183,9 @@ class Streams:
     def _data(self, number: int, payload: bytes) -> None:
         client = self._clients.get(number)
         if client is None:
+            self._stray_bytes -= len(payload) + 1
+            if self._stray_bytes < 0:
+                raise wire.WireError("data for streams that do not exist")
             return
         try:
             self._outbox.arrived(number, len(payload))
@@ -190,6 +197,7 @@ class Streams:
     def _end(self, number: int) -> None:
         client = self._clients.pop(number, None)
         if client is not None:
+            self._stray_bytes += flow.WINDOW
             client.end()
 
     # -- clients ---------------------------------------------------------------------------
@@ -217,7 +225,8 @@ class Streams:
 
     def close(self, number: int) -> None:
         """The client has gone."""
-        self._clients.pop(number, None)
+        if self._clients.pop(number, None) is not None:
+            self._stray_bytes += flow.WINDOW
         self._outbox.close(number)
         self._flush()
 

@@ -34,6 +34,9 @@ OPENING_LIMIT = 8 * 1024
 # The largest message is START: an environment (at most 1 MiB) and an argv.
 FRAME_LIMIT = 4 * 1024 * 1024
 
+# The largest message of a launcher is REPORT; the other bounds of what launchers say are in ``bounds``.
+MAX_REPORT = 2 * 1024 * 1024
+
 UP, DOWN, BOTH = "up", "down", "both"
 JSON, STREAM = "json", "stream"
 
@@ -178,8 +181,11 @@ def encode_stream(name: str, stream: int, payload: bytes = b"") -> bytes:
     return struct.pack(">BI", MESSAGES[name][0], stream) + payload
 
 
-def decode(body: bytes, sender: str) -> tuple[str, Any]:
-    """Return ``(name, fields)`` or ``(name, (stream, payload))``; raise WireError for anything else."""
+def split(body: bytes, sender: str) -> tuple[str, Any]:
+    """Return the name and the JSON that is not parsed yet (a memoryview), or the name and ``(stream, payload)``.
+
+    Raises WireError for anything else.
+    """
     name, who, form = _BY_NUMBER.get(body[0] if body else -1, ("", "", ""))
     if who not in (sender, BOTH):
         raise WireError(f"the {sender} side may not send a message that begins with {bytes(body[:1])!r}")
@@ -187,7 +193,16 @@ def decode(body: bytes, sender: str) -> tuple[str, Any]:
         if len(body) < 5:
             raise WireError(f"{name} has no stream id")
         return name, (int.from_bytes(body[1:5], "big"), body[5:])
-    return name, _json_object(body[1:], name)
+    return name, memoryview(body)[1:]
+
+
+def decode(body: bytes, sender: str) -> tuple[str, Any]:
+    """Return ``(name, fields)`` or ``(name, (stream, payload))``; raise WireError for anything else.
+
+    The server decodes what launchers say by ``bounds`` instead.
+    """
+    name, payload = split(body, sender)
+    return name, _json_object(bytes(payload), name) if isinstance(payload, memoryview) else payload
 
 
 def _json_object(text: bytes, name: str) -> dict[str, Any]:
@@ -274,9 +289,14 @@ class Opening:
             raise WireError("the opening is shorter than its header")
         fields = _json_object(body[3:end], "the opening")
         texts = [fields.get(key, "") for key in ("launcher", "jobid", "reason")]
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) and _is_encodable(text) for text in texts):
             raise WireError("the opening's header has fields that are not strings")
         return cls(body[0], texts[0], texts[1], bytes(body[end:]), texts[2])
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether the text has no lone surrogate, which JSON can hold and UTF-8 cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def opening_header(launcher_id: str, jobid: str, reason: str = "") -> bytes:

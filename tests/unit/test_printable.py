@@ -20,6 +20,7 @@ from gateway_slurm.errors import GatewaySlurmError, KernelStartError
 from gateway_slurm.kernels.model import Phase
 from gateway_slurm.kernels.process import MAX_TEXT, KernelProcess
 from gateway_slurm.kernels.transport import TransportSelector
+from gateway_slurm.link import bounds, wire
 from gateway_slurm.request import KernelRequest
 from gateway_slurm.slurm.model import JobInfo, StepInfo
 from helpers.raw_links import launcher_settings
@@ -107,13 +108,14 @@ async def test_what_a_launcher_and_a_kernel_say_forges_no_line_of_the_log(kernel
 
 async def test_a_launcher_that_says_too_much_is_cut_short(kernel):
     """Of a kernel's output the end is what counts."""
-    fields = {"message": "M" * 3_000_000, "argv": ["A" * 3_000_000], "output_tail": "T" * 3_000_000 + "the end"}
-    kernel.message("FAILED", {"generation": 1, **fields})
+    fields = {"message": "M" * 30_000, "argv": ["A" * 30_000], "output_tail": "T" * 30_000 + "the end"}
+    kernel.message(*bounds.decode(wire.encode("FAILED", kernel_id="k", generation=1, **fields)))
     with pytest.raises(KernelStartError, match="the end") as caught:
         await kernel._started
     assert len(str(caught.value)) < 4 * MAX_TEXT
     assert len(caught.value.output_tail) == MAX_TEXT
-    kernel.message("EXIT", {"generation": 1, "returncode": 1, "output_tail": fields["output_tail"]})
+    exited = {"kernel_id": "k", "generation": 1, "returncode": 1, "output_tail": fields["output_tail"]}
+    kernel.message(*bounds.decode(wire.encode("EXIT", **exited)))
     assert len(kernel.output_tail) == MAX_TEXT
 
 

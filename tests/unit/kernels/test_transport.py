@@ -279,7 +279,7 @@ async def test_a_launcher_that_does_not_answer_is_waited_for_a_moment(select, di
 def test_an_unexpected_answer_is_ignored():
     """Neither an unknown probe nor one that has no name."""
     probing = Questions(lambda *_arguments, **_fields: True, "PROBE", "probe", 1.0)
-    for fields in ({}, {"probe": "x"}, {"probe": ["x"]}, {"probe": None, "ports": {}}):
+    for fields in ({}, {"probe": "x"}, {"probe": "", "ports": {}}):
         probing.message(fields)
 
 
