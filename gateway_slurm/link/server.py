@@ -161,7 +161,7 @@ class LinkHandler(Protocol):
 
 @dataclass
 class Expected:
-    """A launcher that may dial the response socket: its valid tokens, its job, its handler, and whose it is."""
+    """A launcher that may dial the response socket: its valid tokens, its job, its handler, its user."""
 
     launcher_id: str
     tokens: list[bytes]
@@ -204,7 +204,7 @@ class ResponseSocket:
         self._unauthenticated: OrderedDict[Link, None] = OrderedDict()
         self._links: set[Link] = set()
         self.turns = Turns()
-        """Whose messages are handled next, of the launchers of all users."""
+        """The order in which the messages of all users' launchers are handled."""
         self.port = 0
 
     async def listen(self, hosts: list[str] | None, ports: range) -> None:
