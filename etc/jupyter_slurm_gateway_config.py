@@ -79,11 +79,11 @@ c = get_config()  # noqa: F821
 # c.SlurmGatewayApp.idle_timeout = 75.0
 
 ## Number of connections on which no request had a valid token yet. One more closes the oldest of the address
-## that has most. Those of trusted_proxies, and by a Unix socket, are not counted.
-# c.SlurmGatewayApp.max_unknown_connections = 256
+## that has most, if it is older than a second. Those of trusted_proxies, and by a Unix socket, are not counted.
+# c.SlurmGatewayApp.max_unknown_connections = 1024
 
 ## The same for one client address; in IPv6 for one /64 network.
-# c.SlurmGatewayApp.max_unknown_per_address = 64
+# c.SlurmGatewayApp.max_unknown_per_address = 256
 
 ## -- GatewayIdentityProvider ---------------------------------------------------------------------------------
 

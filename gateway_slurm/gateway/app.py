@@ -37,6 +37,7 @@ from gateway_slurm.gateway.peers.directory import StoreDirectory
 from gateway_slurm.gateway.peers.forward import Forwarder
 from gateway_slurm.gateway.peers.peers import Peers
 from gateway_slurm.gateway.sessions import GatewaySessionManager, NoContents
+from gateway_slurm.gateway.slots import UserSlots
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.gateway.systemd import READY, STOPPING, ServiceManager
 from gateway_slurm.link.endpoints import format_endpoint
@@ -166,14 +167,15 @@ class SlurmGatewayApp(ServerApp):
         must close its idle connections earlier, as nginx does by default.""",
     )
     max_unknown_connections = CInt(
-        256,
+        1024,
         min=16,
         config=True,
         help="""Number of connections on which no request had a valid token yet. One more closes the oldest of the
-        address that has most. Those of trusted_proxies, and by a Unix socket, are not counted.""",
+        address that has most, if it is older than a second.
+        Those of trusted_proxies, and by a Unix socket, are not counted.""",
     )
     max_unknown_per_address = CInt(
-        64, min=4, config=True, help="The same for one client address; in IPv6 for one /64 network."
+        256, min=4, config=True, help="The same for one client address; in IPv6 for one /64 network."
     )
 
     @validate("peer_url")
@@ -272,6 +274,7 @@ class SlurmGatewayApp(ServerApp):
         peers = Peers(StoreDirectory(SlurmService.instance()), log=self.log)
         self.forwarder = Forwarder(peers, PeerClient(self.peer_cafile), proof=(header,) if header else ())
         self.web_app.settings["forwarder"] = self.forwarder
+        self.web_app.settings["user_slots"] = UserSlots()
 
     def make_door(self) -> Door:
         """What decides on the connections and bodies of clients."""
@@ -286,6 +289,7 @@ class SlurmGatewayApp(ServerApp):
             max_unknown_per_address=self.max_unknown_per_address,
             log=self.log,
             is_proxy=provider.is_proxy,
+            budget=self.kernel_manager.budget,
         )
         provider.on_user = door.admit
         return door
@@ -312,13 +316,15 @@ class SlurmGatewayApp(ServerApp):
         """Load no installed extension: all users could reach its handlers."""
 
     async def cleanup_extensions(self) -> None:
-        """Close the collector, the forwarder and the identity provider."""
+        """Close the collector, the forwarder, the threads that read kernelspecs, and the identity provider."""
         self._service_manager.notify(STOPPING)
         await super().cleanup_extensions()
         if self._life is not None:
             self._life.cancel()
         self._collector.close()
         self.forwarder.close()
+        if isinstance(self.kernel_spec_manager, GatewayKernelSpecManager):
+            self.kernel_spec_manager.reader.close()
         if isinstance(self.identity_provider, GatewayIdentityProvider):
             self.identity_provider.close()
 

@@ -11,6 +11,7 @@ import ipaddress
 import json
 import logging
 import resource
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
@@ -31,14 +32,19 @@ from tornado.httputil import (
 from tornado.iostream import IOStream
 from tornado.web import HTTPError
 
-from gateway_slurm.gateway.http_errors import message_of
+from gateway_slurm.budget import Budget, Holding
+from gateway_slurm.gateway.http_errors import PlainHTTPError, message_of
 
 FREE_BODY: Final = 16 << 10
 """Bytes of a body that is read before its user is known: the answer then reaches the client in any case."""
 MAX_HEADER: Final = 32 << 10
 """Bytes of a request's headers."""
+MAX_PER_USER: Final = 1024
+"""Connections of a user, without websockets. Beyond them the oldest is closed."""
 MAX_IDLE_PER_USER: Final = 64
 """Connections of a user that wait for a next request. Beyond them the oldest is closed."""
+GRACE_SECONDS: Final = 1.0
+"""A new connection is not closed for a newer one before that: many users may come at once, such as after a restart."""
 RESERVE: Final = 0.25
 """Part of the process's descriptors that no client's connection gets: kernels, the store and files need them."""
 
@@ -56,6 +62,8 @@ class Connection:
     address: str
     user: str = ""
     is_idle: bool = True
+    opened: float = field(default_factory=time.monotonic)
+    is_open: bool = True
     deadline: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
@@ -76,6 +84,7 @@ class Door(HTTPServerConnectionDelegate):
     max_unknown: int
     max_unknown_per_address: int
     log: logging.Logger | logging.LoggerAdapter[Any]
+    budget: Budget
     is_proxy: Callable[[object], bool] = lambda _address: False
 
     def __post_init__(self) -> None:
@@ -98,16 +107,22 @@ class Door(HTTPServerConnectionDelegate):
         made.deadline = asyncio.get_running_loop().call_later(self.request_timeout, self._close, made)
         unknown = [known for known in self._connections.values() if not known.user and known.address]
         of_address = [known for known in unknown if known.address == made.address]
-        if len(of_address) > self.max_unknown_per_address:
-            self._close_oldest(of_address)
-        elif len(unknown) > self.max_unknown:
-            self._close_unknown(unknown)
+        young = made.opened - GRACE_SECONDS
+        for _ in range(len(of_address) - self.max_unknown_per_address):
+            self._close_oldest([known for known in of_address if known.is_open and known.opened < young])
+        for _ in range(sum(known.is_open for known in unknown) - self.max_unknown):
+            self._close_unknown([known for known in unknown if known.is_open and known.opened < young])
         return True
 
     def admit(self, request: HTTPServerRequest, user: str) -> None:
         """The user of a request is known, and its connection is theirs from here on."""
         if found := self._connections.get(getattr(request.connection, "stream", None)):  # type: ignore[arg-type]
+            if found.user == user:
+                return
             found.user = user
+            mine = [known for known in self._connections.values() if known.user == user and known.address]
+            if len(mine) > MAX_PER_USER:
+                self._close_oldest(mine)
 
     def on_close(self, server_conn: object) -> None:
         """The connection has ended, or is a websocket now, which is counted as one of its user's."""
@@ -117,6 +132,7 @@ class Door(HTTPServerConnectionDelegate):
 
     def _close(self, connection: Connection) -> None:
         # Its entry goes at once: ``on_close`` comes in a later round of the loop.
+        connection.is_open = False
         if self._connections.pop(connection.stream, None) and connection.deadline is not None:
             connection.deadline.cancel()
         connection.stream.close()
@@ -157,14 +173,17 @@ class Door(HTTPServerConnectionDelegate):
                     self._close(mine[0])
         return Visit(self, self.inner.start_request(server_conn, request_conn), request_conn, found)
 
-    async def why_refused(self, request: HTTPServerRequest) -> tuple[int, str] | None:
-        """Status and reason if this request's body must not be read."""
-        try:
-            user = await self.identify(request)
-        except HTTPError as error:
-            return error.status_code, message_of(error)
-        reason = "the user of this request is not known, and its body is too large to be read without that"
-        return None if user is not None else (403, reason)
+    async def body_holding(self, request: HTTPServerRequest, size: int) -> Holding:
+        """A holding with the announced bytes of a body. Raises HTTPError where the body must not be read."""
+        user = await self.identify(request)
+        if user is None:
+            reason = "the user of this request is not known, and its body is too large to be read without that"
+            raise PlainHTTPError(403, reason)
+        holding = self.budget.holding(str(getattr(user, "username", "")), "request")
+        if not holding.try_add(size):
+            holding.close()
+            raise PlainHTTPError(429, holding.refusal())
+        return holding
 
 
 @dataclass(eq=False)
@@ -176,6 +195,7 @@ class Visit(HTTPMessageDelegate):
     request_conn: HTTPConnection
     connection: Connection | None
     is_refused: bool = False
+    holding: Holding | None = None
 
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
@@ -191,13 +211,18 @@ class Visit(HTTPMessageDelegate):
             return None
         if size is not None and size <= FREE_BODY:
             return self.inner.headers_received(start_line, headers)
-        return self._identify_first(cast(RequestStartLine, start_line), headers)
+        # A body in chunks counts as the largest that is read.
+        counted = self.door.max_body_size if size is None else size
+        return self._identify_first(cast(RequestStartLine, start_line), headers, counted)
 
-    async def _identify_first(self, start_line: RequestStartLine, headers: HTTPHeaders) -> None:
+    async def _identify_first(self, start_line: RequestStartLine, headers: HTTPHeaders, size: int) -> None:
         request = HTTPServerRequest(connection=self.request_conn, start_line=start_line, headers=headers)
-        if refused := await self.door.why_refused(request):
-            self._refuse(*refused)
-        elif (result := self.inner.headers_received(start_line, headers)) is not None:
+        try:
+            self.holding = await self.door.body_holding(request, size)
+        except HTTPError as error:
+            self._refuse(error.status_code, message_of(error))
+            return
+        if (result := self.inner.headers_received(start_line, headers)) is not None:
             await result
 
     def _refuse(self, status: int, reason: str) -> None:
@@ -218,8 +243,15 @@ class Visit(HTTPMessageDelegate):
     def finish(self) -> None:
         if not self.is_refused:
             self.inner.finish()
+        self._release()
+
+    def _release(self) -> None:
+        if self.holding is not None:
+            self.holding.close()
+            self.holding = None
 
     def on_connection_close(self) -> None:
+        self._release()
         if not self.is_refused:
             self.inner.on_connection_close()
 

@@ -10,11 +10,13 @@ import contextlib
 import json
 import mimetypes
 import re
+import time
 import uuid
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import prometheus_client
 from jupyter_client.jsonutil import json_default
@@ -28,6 +30,7 @@ from tornado import web
 from tornado.log import gen_log
 
 from gateway_slurm._util import in_one_line
+from gateway_slurm.bounded_json import load_json
 from gateway_slurm.errors import GatewaySlurmError, LinkError, RequestError
 from gateway_slurm.events import by_of, reason_of
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
@@ -38,17 +41,34 @@ from gateway_slurm.gateway.jupyter_compat import UntrackedHandler
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.openapi import description
 from gateway_slurm.gateway.peers.directory import ALLOCATIONS, KERNELS, SESSIONS
-from gateway_slurm.gateway.peers.forward import RETRY_AFTER, ForwardsRequests, check_deployment_limits, refuse_taken_id
+from gateway_slurm.gateway.peers.forward import (
+    RETRY_AFTER,
+    ForwardsRequests,
+    check_deployment_limits,
+    is_forwarded,
+    refuse_taken_id,
+)
 from gateway_slurm.gateway.peers.lists import with_peers
 from gateway_slurm.gateway.peers.websocket import ForwardsWebsocket
 from gateway_slurm.gateway.sessions import GatewaySessionManager, session_env
+from gateway_slurm.gateway.slots import (
+    MAX_UNDER_WAY,
+    MAX_UNDER_WAY_SERVICE,
+    MAX_WAITING,
+    TooManyRequests,
+    UserSlots,
+)
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 from gateway_slurm.provisioner import SlurmProvisioner
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store.records import SessionRecord
 
+T = TypeVar("T")
+
 # Seconds that a request waits until the earlier gateway's kernels are restored; clients give up later than this.
 RESTORE_SECONDS = 10.0
+# Bytes of a JSON body: a kernel's name and environment. More would hold up the loop.
+MAX_JSON_BODY = 64 << 10
 NOT_RESTORED = "the gateway has just been started, and its kernels are not restored yet: try again"
 SESSION_ID = rf"(?P<session_id>{UUID})"
 KERNEL_NAME = r"(?P<kernel_name>[\w.\-%]+)"
@@ -108,14 +128,49 @@ class GatewayHandler(ForwardsRequests, ExplainsErrors, APIHandler):
 
     auth_resource = "kernels"
     waits_for_kernels = True
+    _leave: weakref.finalize[[Hashable], GatewayHandler] | None = None
 
     async def prepare(self) -> None:  # type: ignore[override] # tornado awaits what is awaitable
         """Wait until kernels are restored; forward a request for what another gateway holds."""
         await super().prepare()
+        await self._take_turn()
         if self.waits_for_kernels:
             await wait_restored(self)
         if not self._finished:
             await self.forward_to_holder()
+
+    async def _take_turn(self) -> None:
+        """Wait until fewer requests of this user are under way, and for the user's turn on this loop.
+
+        Raises HTTPError 429 where too many wait already.
+        """
+        user = self.current_user
+        if not isinstance(user, GatewayUser):
+            return
+        slots: UserSlots = self.settings["user_slots"]
+        # Forwarded requests have places of their own: two gateways that wait for each other would wait for a long time.
+        key = user.username, is_forwarded(self)
+        try:
+            await slots.enter(key, MAX_UNDER_WAY_SERVICE if user.service else MAX_UNDER_WAY)
+        except TooManyRequests:
+            raise web.HTTPError(429, f"{MAX_WAITING} of your requests wait already: send fewer at once") from None
+        # By the collector if not by ``on_finish``: a place that is not given back would lock the user out.
+        self._leave = weakref.finalize(self, slots.leave, key)
+        await self.kernels.turns.run(user.username, lambda: None)
+
+    def on_finish(self) -> None:
+        """The request has its answer, and gives its place to the user's next one."""
+        if self._leave is not None:
+            self._leave()
+        super().on_finish()
+
+    async def read_specs(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a method of the kernelspec manager, which reads the disk, in the user's turn."""
+        return await self.specs.reader.run(self.user.username, function, *arguments)
+
+    async def in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that takes some milliseconds on this loop in the user's turn."""
+        return await self.kernels.turns.run(self.user.username, function, *arguments)
 
     @property
     def user(self) -> GatewayUser:
@@ -160,17 +215,34 @@ class GatewayHandler(ForwardsRequests, ExplainsErrors, APIHandler):
 
     def json_object(self) -> dict[str, Any]:
         """The request's body, a JSON object, empty for no body. Raises HTTPError 400 for anything else."""
-        try:
-            body: Any = self.get_json_body()
-        except (UnicodeDecodeError, RecursionError):
-            body = "not JSON"
-        if not isinstance(body, dict | None):
+        content = self.request.body.strip()
+        if len(content) > MAX_JSON_BODY:
+            message = f"the body has {len(content)} bytes, and at most {MAX_JSON_BODY} bytes of JSON are read"
+            raise web.HTTPError(413, message)
+        with self.charged():
+            try:
+                body = load_json(content, MAX_JSON_BODY) if content else {}
+            except ValueError:  # text that is no JSON, or no UTF-8
+                body = "not JSON"
+        if not isinstance(body, dict):
             raise web.HTTPError(400, "the body must be a JSON object")
-        return body or {}
+        return body
 
     def answer(self, model: Any, status: int = 200) -> None:
         self.set_status(status)
-        self.finish(json.dumps(model, default=json_default))
+        with self.charged():
+            content = json.dumps(model, default=json_default)
+        self.finish(content)
+
+    @contextlib.contextmanager
+    def charged(self) -> Iterator[None]:
+        """Count the time of the block as the user's on this loop."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            if isinstance(self.current_user, GatewayUser):
+                self.kernels.turns.charge(self.current_user.username, time.monotonic() - begin)
 
     def answer_done(self) -> None:
         """Answer 204, without a body."""
@@ -243,10 +315,10 @@ class StartsKernels(GatewayHandler):
             await refuse_taken_id(self, kernel_id)
         await check_deployment_limits(self, owner)
         if not name:
-            name = await asyncio.to_thread(self.specs.default_for, owner, self.kernels.default_kernel_name)
+            name = await self.read_specs(self.specs.default_for, owner, self.kernels.default_kernel_name)
         # Kernelspecs and groups are read from disk.
-        fields = await asyncio.to_thread(self.specs.request_fields, name, owner, env)
-        kernel_env = await asyncio.to_thread(self.specs.kernel_env, name, env)
+        fields = await self.read_specs(self.specs.request_fields, name, owner, env)
+        kernel_env = await self.read_specs(self.specs.kernel_env, name, env)
         return await self.kernels.start_kernel(
             kernel_name=name,
             kernel_id=kernel_id,
@@ -264,7 +336,7 @@ class KernelsHandler(StartsKernels):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        self.answer(await with_peers(self, KERNELS, self.kernels.models_for(self.user)))
+        self.answer(await with_peers(self, KERNELS, await self.in_turn(self.kernels.models_for, self.user)))
 
     @web.authenticated
     @authorized
@@ -385,8 +457,11 @@ class SessionsHandler(StartsKernels):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        models = [self.sessions.model(session) for session in self.sessions.all() if self.is_visible(session)]
-        self.answer(await with_peers(self, SESSIONS, models))
+        self.answer(await with_peers(self, SESSIONS, await self.in_turn(self.models)))
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models of the sessions that the user may see."""
+        return [self.sessions.model(session) for session in self.sessions.all() if self.is_visible(session)]
 
     def is_visible(self, session: SessionRecord) -> bool:
         return self.kernels.is_visible(session.kernel_id, self.user)
@@ -488,8 +563,9 @@ class KernelSpecsHandler(GatewayHandler):
         """The kernelspecs that this user may start; a service names its user by ``?user=``."""
         named = {"KERNEL_USERNAME": name} if (name := self.get_argument("user", "")) else {}
         owner = kernel_owner(self.user, named)
-        specs = await asyncio.to_thread(self.specs.specs_for, owner, self.base_url)
-        default = await asyncio.to_thread(self.specs.default_for, owner, self.kernels.default_kernel_name)
+        reader, user = self.specs.reader, self.user.username
+        specs = await reader.run_shared(user, self.specs.specs_for, owner, self.base_url)
+        default = await reader.run_shared(user, self.specs.default_for, owner, self.kernels.default_kernel_name)
         self.answer({"default": default, "kernelspecs": specs})
 
 
@@ -501,7 +577,7 @@ class KernelSpecHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_name: str) -> None:
-        self.answer(await asyncio.to_thread(self.specs.model_for, kernel_name, self.user.username, self.base_url))
+        self.answer(await self.read_specs(self.specs.model_for, kernel_name, self.user.username, self.base_url))
 
 
 class KernelSpecResourceHandler(GatewayHandler):
@@ -512,7 +588,7 @@ class KernelSpecResourceHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_name: str, path: str) -> None:
-        content = await asyncio.to_thread(self.specs.resource, kernel_name, path, self.user.username)
+        content = await self.read_specs(self.specs.resource, kernel_name, path, self.user.username)
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         self.finish(content, set_content_type=kind)
 
@@ -543,7 +619,8 @@ class AllocationsHandler(GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        self.answer(await with_peers(self, ALLOCATIONS, SlurmService.instance().allocations_of(self.owner)))
+        models = await self.in_turn(SlurmService.instance().allocations_of, self.owner)
+        self.answer(await with_peers(self, ALLOCATIONS, models))
 
 
 class AllocationHandler(AllocationsHandler):
@@ -586,7 +663,7 @@ class StatusHandler(UntrackedHandler, GatewayHandler):
     @authorized
     async def get(self) -> None:
         """When the gateway was started and last used, and the number of the user's kernels and connections."""
-        models = await with_peers(self, KERNELS, self.kernels.models_for(self.user))
+        models = await with_peers(self, KERNELS, await self.in_turn(self.kernels.models_for, self.user))
         self.answer(
             {
                 "started": _as_utc(self.settings["started"]),

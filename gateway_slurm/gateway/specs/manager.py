@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from gateway_slurm.gateway.specs.default import default_name
 from gateway_slurm.gateway.specs.limits import check_request, client_environment, client_fields, merge_fields
 from gateway_slurm.gateway.specs.members import Membership, ask_accounts
 from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS, NEVER_CLIENT_FIELDS
+from gateway_slurm.gateway.specs.reader import SpecReader
 from gateway_slurm.request import FIELDS
 from gateway_slurm.service import SlurmService
 
@@ -104,7 +106,10 @@ class GatewayKernelSpecManager(KernelSpecManager):
         self._membership = Membership(
             lambda: ask_accounts(SlurmService.instance(self.log).runner), max_age=self.membership_age
         )
+        self.reader = SpecReader()
         self._lock = threading.Lock()
+        # The last scan, and when it began by the monotonic clock.
+        self._scanned: tuple[float, dict[str, ServedSpec]] = float("-inf"), {}
         self._problems: list[str] = []
 
     # -- One user's kernelspecs --
@@ -201,30 +206,36 @@ class GatewayKernelSpecManager(KernelSpecManager):
     # -- Reading the disk --
 
     def _all(self) -> dict[str, ServedSpec]:
-        """All kernelspecs that are served. Problems are logged."""
+        """All kernelspecs that are served. Problems are logged. One scan serves all threads that wait for one."""
+        asked = time.monotonic()
         with self._lock:
-            found, problems = self._catalog.scan()
-            if not self.allow_local:
-                local = [served for served in found.values() if served.file.is_local]
-                problems += [f"{served.directory}: {_local_reason(served.name)}" for served in local]
-            for name, directory in self._installed_directories(problems).items():
-                if name in found:
-                    problems.append(f"{directory} is not served: a project's kernelspec has the name {name!r}, too")
-                    continue
-                try:
-                    found[name] = self._installed(name, directory)
-                except NoSuchKernel:
-                    continue
-                except ConfigError as error:
-                    problems.append(str(error))
-            problems += [
-                f"project {project.name}: default_kernel={project.default_kernel!r}: there is no such kernelspec"
-                for project in {
-                    served.project.name: served.project for served in found.values() if served.project
-                }.values()
-                if project.default_kernel and f"{project.name}.{project.default_kernel}" not in found
-            ]
-            self._log_problems(problems)
+            begin, served = self._scanned
+            if begin <= asked:
+                begin, served = time.monotonic(), self._scan()
+                self._scanned = begin, served
+            return dict(served)
+
+    def _scan(self) -> dict[str, ServedSpec]:
+        found, problems = self._catalog.scan()
+        if not self.allow_local:
+            local = [served for served in found.values() if served.file.is_local]
+            problems += [f"{served.directory}: {_local_reason(served.name)}" for served in local]
+        for name, directory in self._installed_directories(problems).items():
+            if name in found:
+                problems.append(f"{directory} is not served: a project's kernelspec has the name {name!r}, too")
+                continue
+            try:
+                found[name] = self._installed(name, directory)
+            except NoSuchKernel:
+                continue
+            except ConfigError as error:
+                problems.append(str(error))
+        problems += [
+            f"project {project.name}: default_kernel={project.default_kernel!r}: there is no such kernelspec"
+            for project in {served.project.name: served.project for served in found.values() if served.project}.values()
+            if project.default_kernel and f"{project.name}.{project.default_kernel}" not in found
+        ]
+        self._log_problems(problems)
         return {
             name: served
             for name, served in found.items()
