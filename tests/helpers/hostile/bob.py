@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from tornado.httpclient import HTTPClientError
+from tornado.websocket import WebSocketClosedError
 
 from helpers.gateway_process import ask, start, stop
 from helpers.notebook_server import V1, Frontend, Server
@@ -40,7 +41,7 @@ class Bob:
             self._begun[kind] = time.monotonic()
             try:
                 await asyncio.wait_for(do(), 60)
-            except (AssertionError, HTTPClientError, OSError, asyncio.TimeoutError) as error:
+            except (AssertionError, HTTPClientError, WebSocketClosedError, OSError, asyncio.TimeoutError) as error:
                 self._failures.append(f"{kind}: {type(error).__name__}: {error}"[:300])
                 if kind == "cell":
                     self._page = None
@@ -83,6 +84,9 @@ async def main(bob: Bob) -> None:
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     while await lines.readline():
+        for loop in loops:
+            if loop.done():
+                loop.result()  # raises what ended it
         sys.stdout.write(json.dumps(bob.told()) + "\n")
         sys.stdout.flush()
     for loop in loops:
