@@ -192,14 +192,23 @@ class Field:
             server = self.of(user)
             kernels = [one["id"] for one in await server.json("GET", "/api/kernels")]
             keep = self._holders.get(user, "") if user == self.folk.ada else ""
+            keep = keep if keep in kernels and await self._answers(server, keep) else ""
             await stop(server, *[one for one in kernels if one != keep])
-            if keep not in kernels:
+            if not keep:
                 self._jobs.pop(user, None)
         await self.job_of(self.folk.ada)
         if self.memory() > self.small_memory + MAX_KEPT:
             # What an attack has left would hide what the next one takes.
             await self.restart(signal.SIGTERM)
         await asyncio.to_thread(_until_jobs, self.cluster, {self._jobs[self.folk.ada], self.bobs_job})
+
+    @staticmethod
+    async def _answers(server: Server, kernel_id: str) -> bool:
+        """Whether the kernel runs a cell: its user may have ruined its launcher."""
+        try:
+            return await asyncio.wait_for(ask(server, kernel_id, "print(1)"), 10) == "1"
+        except (asyncio.TimeoutError, AssertionError, HTTPClientError, OSError):
+            return False
 
     async def page(self, kernel_id: str, user: str = "", **options: Any) -> Page:
         """A websocket of a user's (Ada's)."""
