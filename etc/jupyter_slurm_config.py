@@ -88,6 +88,12 @@ c = get_config()  # noqa: F821
 ## some ports. Default: any free port.
 # c.SlurmService.kernel_ports = ""
 
+## Where kernels that cannot use Unix sockets (not written in Python) may listen on loopback TCP: `exclusive` (in
+## jobs that share their nodes with no other user, as `squeue` on the node says: those made with `--exclusive`,
+## or in a partition with `OverSubscribe=EXCLUSIVE`), or `always`. On a node with other users, these can read
+## what such a kernel publishes; they can send it nothing that it believes. One of: 'exclusive', 'always'.
+# c.SlurmService.loopback_kernels = "exclusive"
+
 ## Pythons (>= 3.9, with pycryptodome >= 3.23) for the launcher on the nodes; the first one that exists there is
 ## used. Default: this server's Python, then `python3`.
 # import sys

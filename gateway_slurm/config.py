@@ -134,6 +134,14 @@ class ServiceSettings(LoggingConfigurable):
         help="""Range ``low-high`` of TCP ports on the nodes for direct kernels, which use five each, if a firewall
         opens only some ports. Default: any free port.""",
     )
+    loopback_kernels = Enum(
+        ["exclusive", "always"],
+        "exclusive",
+        help="""Where kernels that cannot use Unix sockets (not written in Python) may listen on loopback TCP:
+        ``exclusive`` (in jobs that share their nodes with no other user, as ``squeue`` on the node says: those made
+        with ``--exclusive``, or in a partition with ``OverSubscribe=EXCLUSIVE``), or ``always``. On a node with other
+        users, these can read what such a kernel publishes; they can send it nothing that it believes.""",
+    )
     launcher_python = List(
         Unicode(),
         [sys.executable, "python3"],

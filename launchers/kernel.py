@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -40,6 +41,12 @@ LINE_ATTEMPTS, LINE_RETRY_DELAY = 40, 0.25
 # languages are built on ipykernel, which can use Unix sockets.
 IPC_LANGUAGES = ("python",)
 # What FAILED says of a direct kernel whose ports did not pass the check, by the refusal's kind.
+# What FAILED says of a kernel that may not listen on loopback TCP.
+NO_LOOPBACK = (
+    "the kernel cannot use Unix sockets, and on loopback TCP other users of this node could read what it publishes, so "
+    "that it is not started here: use a partition whose jobs get whole nodes, or the jobid of a job of your own made "
+    "with --exclusive; or ask the admin for SlurmService.loopback_kernels = 'always'"
+)
 REFUSED = {
     "plain": "its ports do not speak CurveZMQ",
     "no_greeting": "the kernel listened, but did not answer there, so that its encryption could not be checked",
@@ -54,6 +61,7 @@ class Kernel:
     """A kernel from START to EXIT. ``send`` sends a message to the server, if there is one.
 
     ``make_journal`` returns the journal for its output; None for a direct kernel, whose clients dial it.
+    ``may_use_loopback`` is asked before a kernel that cannot use Unix sockets is started on loopback TCP.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Kernel:
         base_env: dict[str, str],
         send: Callable[..., None],
         make_journal: Callable[[], Journal | None],
+        may_use_loopback: Callable[[], bool],
     ) -> None:
         self._reactor, self._guard = reactor, guard
         self._make_directory, self.spec, self._send = make_directory, spec, send
@@ -92,7 +101,7 @@ class Kernel:
         self._asked_to_stop = False
         self._oom_kills = 0  # in this job's control group when the process was started
         self._working_directory = Directory("")
-        self._make_journal = make_journal
+        self._make_journal, self._may_use_loopback = make_journal, may_use_loopback
         self._journal: Journal | None = None
 
     def message(self, name: str, fields: dict[str, Any]) -> None:
@@ -218,26 +227,36 @@ class Kernel:
     def _listens(self) -> bool:
         if self.mode == "ipc":
             return None not in self._unix_paths().values()
-        return list(ports.tcp_listening(self.ports.values()).values()) == [os.getuid()] * len(self.ports)
+        found = ports.tcp_listening(self.ip, self.ports.values())
+        return [listener.uid for listener in found.values()] == [os.getuid()] * len(self.ports)
 
     def _unix_paths(self) -> dict[str, str | None]:
         found = ports.unix_listening(self.directory)
         return {channel: ports.ipc_path(self.ip, port, found) for channel, port in self.ports.items()}
 
     def connect(self, channel: str) -> socket.socket:
-        """A non-blocking socket that is connecting to one of the kernel's channels; raises OSError."""
-        if self.mode == "ipc":
-            path = self._unix_paths().get(channel)
-            if self.state != "running" or path is None:
-                raise ConnectionRefusedError(f"kernel {self.kernel_id} does not listen on {channel}")
-            sock = socket.socket(socket.AF_UNIX)
+        """A non-blocking socket that is connected to one of the kernel's channels; raises OSError.
+
+        The listener must belong to this user: another one may take a TCP port once the kernel has closed it.
+        """
+        if self.state != "running" or channel not in self.ports:
+            raise ConnectionRefusedError(f"kernel {self.kernel_id} does not listen on {channel}")
+        if self.mode != "ipc":
+            return ports.connect_to_own(self.ip, self.ports[channel])
+        path = self._unix_paths()[channel]
+        if path is None:
+            raise ConnectionRefusedError(f"kernel {self.kernel_id} does not listen on {channel}")
+        sock = socket.socket(socket.AF_UNIX)
+        try:
             sock.setblocking(False)
             sock.connect(path)
-        else:
-            sock = socket.socket(socket.AF_INET)
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.connect_ex((self.ip, self.ports[channel]))
+            # struct ucred of unix(7) is that of the process that called listen(2).
+            _pid, uid, _gid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if uid != os.getuid():
+                raise ConnectionRefusedError(f"another user (uid {uid}) listens on {path}")
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def report(self) -> dict[str, Any]:
@@ -308,7 +327,7 @@ class Kernel:
         if self.mode == "ipc":
             inodes = set(ports.unix_listening(self.directory).values())
         else:
-            inodes = ports.tcp_inodes(self.ports.values())
+            inodes = {listener.inode for listener in ports.tcp_listening(self.ip, self.ports.values()).values()}
         try:
             stderr.write_line(line, self.process.pid, inodes, self._pipe)
         except BlockingIOError:
@@ -367,9 +386,12 @@ class Kernel:
         self._refusal = None
         if self.mode == "ipc":
             again = self.spec.get("language") not in IPC_LANGUAGES and self._attempt == 1
+            if again and not self._may_use_loopback():
+                self._fail("refused", f"{NO_LOOPBACK}. It died with Unix sockets: {wire.describe_exit(returncode)}")
+                return
             self.mode = "tcp" if again else "ipc"
         else:
-            lost_a_port = ports.tcp_listening(self.ports.values()) or b"ddress already in use" in self._tail
+            lost_a_port = ports.tcp_listening(self.ip, self.ports.values()) or b"ddress already in use" in self._tail
             again = bool(lost_a_port) and self._attempt < PORT_ATTEMPTS
         if not again:
             memory = ", killed for memory" if killed_for_memory else ""

@@ -39,7 +39,7 @@ from launchers.node import (
 from launchers.ports import Probes
 from launchers.reactor import Backoff, Reactor
 from launchers.slurm_variables import KernelEnvironment, nodes_of_job
-from launchers.steps import Steps, job_is_shared
+from launchers.steps import Steps, has_own_nodes, job_is_shared
 from launchers.tunnel import Tunnel
 from launchers.uplink import Uplink
 from launchers.working_directory import home
@@ -73,6 +73,7 @@ class NodeLauncher:
         self._heartbeat = 10.0
         self._logs: set[str] = set()  # of all kernels so far
         self._log_days = 30.0  # until WELCOME sets it
+        self._loopback = "exclusive"  # the same
         self._kept_output = 0  # bytes of each kernel's journal; WELCOME sets it
         self._journals: dict[str, Journal] = {}
         # Until WELCOME: a job whose server never answers must end, even if later orphans have no time limit.
@@ -198,6 +199,7 @@ class NodeLauncher:
         same_server = self._tunnel.is_same_server(fields)
         self._kept_output = int(fields.get("kept_output", 0))
         self._log_days = float(fields["log_days"])
+        self._loopback = str(fields.get("loopback", "exclusive"))
         streams = self._tunnel.link_up(fields)
         for journal in self._journals.values():
             journal.set_limit(self._kept_output)
@@ -230,12 +232,16 @@ class NodeLauncher:
             base_env=self._environment.get(),
             send=self._uplink.send,
             make_journal=lambda: self._journal_for(fields),
+            may_use_loopback=self._may_use_loopback,
         )
         kernel.start()
         self._logs.add(kernel.log_path)
         if is_first:
             # After the start, so that a slow home does not delay it.
             self._reactor.later(30.0, lambda: remove_old_logs(fields["log_dir"], kernel.log_path, self._log_days))
+
+    def _may_use_loopback(self) -> bool:
+        return self._loopback == "always" or has_own_nodes(os.environ.get("SLURM_JOB_ID", ""))
 
     def _journal_for(self, fields: dict[str, Any]) -> Journal | None:
         """The journal for a new process of the kernel; a direct kernel has none."""
@@ -288,6 +294,7 @@ class NodeLauncher:
     def _reap(self) -> None:
         for kernel in self._all():
             kernel.reaped()
+        self._tunnel.close_ended()
         for kernel in [old for old in self._old if not old.runs]:
             kernel.close()
             self._old.remove(kernel)

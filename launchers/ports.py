@@ -7,13 +7,14 @@ direct kernel, so that the server can test whether it reaches the node.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import os
 import random
 import socket
 import struct
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway_slurm.link import wire
 from launchers.reactor import READ, Reactor
@@ -26,6 +27,8 @@ _ERROR, _DONE = 2, 3
 _STATE_LISTEN = 10
 _UNIX_ACCEPTS = 0x10000  # __SO_ACCEPTCON in the flags column of /proc/net/unix
 ATTEMPTS = 200
+# Until a listener on this node takes a connection. It takes none while its backlog is full, and the launcher waits.
+CONNECT_SECONDS = 0.1
 
 # A probe ends after this time, or at its kernel's START.
 PROBE_SECONDS = 5.0
@@ -89,28 +92,72 @@ def _bind(ip: str, port: int, *, reuse: bool) -> socket.socket:
     return sock
 
 
-def tcp_listening(ports: Collection[int]) -> dict[int, int]:
-    """The listeners on ``ports``, as port -> uid of the listener.
+class Listener(NamedTuple):
+    """A TCP socket that listens: the user it belongs to, and its inode, by which /proc/PID/fd names it."""
+
+    uid: int
+    inode: int
+
+
+_Row = tuple[bytes, int, Listener]  # the packed address and the port on which it listens
+
+
+def tcp_listening(ip: str, ports: Collection[int]) -> dict[int, Listener]:
+    """The listeners that get a connection to ``ip`` on one of ``ports``, by port.
+
+    A listener at another address of this node, which may belong to another user, is none of them.
 
     The answer comes from Linux's socket diagnosis, which lists listeners only. /proc/net/tcp lists every connection,
     which takes 12 ms with two thousand connections: too long for frequent checks.
     """
     wanted = set(ports)
-    found: dict[int, int] = {}
+    address = ipaddress.ip_address(ip)
+    accepting = {address.packed, bytes(16)}  # a socket at :: takes IPv4 connections, too (ipv6(7), IPV6_V6ONLY)
+    if address.version == 4:
+        accepting |= {bytes(4), bytes(10) + b"\xff\xff" + address.packed}
+    found: dict[int, Listener] = {}
+    # IPv4 first: beside a listener at an IPv4 address, one at :: on the same port gets no IPv4 connection.
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
-            listeners = _diagnose(family)
+            rows = _diagnose(family)
         except OSError:  # some sandboxes lack this netlink family
-            return _proc_listening(ports)
-        found.update((port, uid) for port, uid in listeners if port in wanted)
+            rows = _proc_listeners(family)
+        for local, port, listener in rows:
+            if port in wanted and local in accepting:
+                found.setdefault(port, listener)
     return found
 
 
-def _diagnose(family: int) -> list[tuple[int, int]]:
-    """All TCP listeners of an address family, as (port, uid): one dump of sock_diag(7)."""
+def connect_to_own(ip: str, port: int) -> socket.socket:
+    """A non-blocking socket that is connected to a listener of this process's own user on this node.
+
+    Raises OSError if another user listens there. The same listener is there before and after, so it is the one that
+    took the connection; no byte has been sent.
+    """
+    before = tcp_listening(ip, [port]).get(port)
+    if before is None or before.uid != os.getuid():
+        owner = "no process" if before is None else f"another user (uid {before.uid})"
+        raise ConnectionRefusedError(f"{owner} listens on {ip}:{port}")
+    sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+    try:
+        # Linux connects sockets of one node within connect(2), unless the listener's backlog is full.
+        sock.settimeout(CONNECT_SECONDS)
+        sock.connect((ip, port))
+        if tcp_listening(ip, [port]).get(port) != before:
+            raise ConnectionRefusedError(f"another process listens on {ip}:{port} now")
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _diagnose(family: int) -> list[_Row]:
+    """All TCP listeners of an address family: one dump of sock_diag(7)."""
     header = struct.pack("=IHHII", 72, _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
     request = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, 1 << _STATE_LISTEN)
-    listeners: list[tuple[int, int]] = []
+    listeners: list[_Row] = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as sock:
         sock.settimeout(1.0)
         sock.send(header + request)
@@ -123,31 +170,25 @@ def _diagnose(family: int) -> list[tuple[int, int]]:
                     return listeners
                 if kind == _ERROR:
                     raise OSError("socket diagnosis was refused")
-                # struct inet_diag_msg: the port is the first field of the socket id, the uid the last but one.
-                port = int.from_bytes(data[start + 20 : start + 22], "big")
-                uid = int.from_bytes(data[start + 80 : start + 84], sys.byteorder)
-                listeners.append((port, uid))
+                # struct inet_diag_msg: the socket id begins with the port, its own and the far one's address follow;
+                # uid and inode are the last fields.
+                (port,) = struct.unpack_from("!H", data, start + 20)
+                local = data[start + 24 : start + 24 + (4 if family == socket.AF_INET else 16)]
+                listeners.append((local, port, Listener(*struct.unpack_from("=II", data, start + 80))))
                 start += (length + 3) & ~3
 
 
-def _proc_listening(ports: Collection[int]) -> dict[int, int]:
-    return {port: int(fields[7]) for port, fields in _proc_listeners(ports)}
-
-
-def tcp_inodes(ports: Collection[int]) -> set[int]:
-    """The inodes of the sockets that listen on ``ports``, by which /proc/PID/fd names them."""
-    return {int(fields[9]) for _port, fields in _proc_listeners(ports)}
-
-
-def _proc_listeners(ports: Collection[int]) -> Iterator[tuple[int, list[str]]]:
-    """The listeners on ``ports`` in /proc/net/tcp: the port, and the fields of its line (proc(5))."""
-    wanted = {f"{port:04X}": port for port in ports}
-    for line in _lines("/proc/net/tcp") + _lines("/proc/net/tcp6"):
+def _proc_listeners(family: int) -> list[_Row]:
+    """The same from /proc/net/tcp (proc(5)), which has addresses as words of 32 bits in this machine's byte order."""
+    listeners: list[_Row] = []
+    for line in _lines("/proc/net/tcp" if family == socket.AF_INET else "/proc/net/tcp6"):
         fields = line.split(None, 10)
         if len(fields) > 9 and fields[3] == _TCP_LISTEN:
-            port = wanted.get(fields[1].rpartition(":")[2])
-            if port is not None:
-                yield port, fields
+            digits, _, port = fields[1].rpartition(":")
+            words = [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
+            local = struct.pack(f"={len(words)}I", *words)
+            listeners.append((local, int(port, 16), Listener(int(fields[7]), int(fields[9]))))
+    return listeners
 
 
 def unix_listening(directory: str) -> dict[str, int]:

@@ -176,6 +176,27 @@ def job_is_shared(jobid: str) -> bool | None:
     return lists_foreign_steps(jobid, done.stdout) if done.returncode == 0 else None
 
 
+def has_own_nodes(jobid: str) -> bool:
+    """Whether no job of another user can run on the job's nodes; False also if Slurm gives no answer.
+
+    ``NO`` is a job that shares its nodes with no other one, ``USER`` one that shares them with jobs of its own user
+    (squeue(1), OverSubscribe).
+    """
+    argv = ["squeue", "--noheader", f"--jobs={jobid}", "--format=%h"]
+    try:
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            env=commands_environment(),
+            text=True,
+            timeout=SQUEUE_SECONDS,
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0 and done.stdout.strip() in ("NO", "USER")
+
+
 def _has_foreign_daemon(jobid: str) -> bool | None:
     """The same on a node without squeue, by the daemons of the job's steps on this node.
 

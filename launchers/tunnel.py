@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 class Stream:
     """Bytes in both directions between one client's connection and one channel of a kernel."""
 
-    def __init__(self, number: int, sock: socket.socket) -> None:
+    def __init__(self, number: int, sock: socket.socket, kernel: Kernel) -> None:
         self.number = number
         self.sock = sock
+        self.kernel = kernel  # the process at the other end
+        self.ended = False  # that process has ended
         self.to_kernel: deque[bytes] = deque()
         self.closing = False
         self.wanted = 0
@@ -83,7 +85,7 @@ class Tunnel:
                 return
             if kernel is None or channel not in wire.CHANNELS:
                 raise ConnectionRefusedError("no such channel")
-            stream = Stream(number, kernel.connect(channel))
+            stream = Stream(number, kernel.connect(channel), kernel)
             self._streams[number] = stream
             self._update(stream)
         except (OSError, ValueError):
@@ -115,7 +117,10 @@ class Tunnel:
             self._end(stream)
             return
         stream.to_kernel.append(payload)
-        self._write(stream)
+        if stream.ended:
+            self._discard(stream)
+        else:
+            self._write(stream)
 
     def credit(self, number: int, payload: bytes) -> None:
         self._uplink.outbox.credit(number, flow.credit_of(payload))
@@ -134,10 +139,45 @@ class Tunnel:
             stream.closing = True
             self._write(stream)
 
+    def close_ended(self) -> None:
+        """Close the streams whose kernel's process has ended, after what it had still sent.
+
+        The socket's other end may be held by a process that the kernel left behind: nothing is sent there any more.
+        """
+        for stream in list(self._streams.values()):
+            if not stream.ended and not stream.kernel.runs:
+                stream.ended = True
+                self._discard(stream)
+                if stream.closing:
+                    self._drop(stream)
+                else:
+                    self._reactor.forget(stream.sock)
+                    self._read_rest(stream)
+
+    def _read_rest(self, stream: Stream) -> None:
+        """Read what a process sent before its end, as far as the server has room for it, and then close the stream."""
+        while stream.number in self._streams and self._uplink.outbox.may_read(stream.number):
+            try:
+                data = stream.sock.recv(flow.CHUNK)
+            except OSError:  # also: nothing is left
+                data = b""
+            if not data:
+                self._end(stream)
+                return
+            self._uplink.outbox.data(stream.number, data)
+            self._uplink.flush()
+
+    def _discard(self, stream: Stream) -> None:
+        for chunk in stream.to_kernel:
+            self._uplink.outbox.took(stream.number, len(chunk))
+        stream.to_kernel.clear()
+
     def read_on(self) -> None:
         """The link took data, or it broke and more data may wait: resume reading from paused sockets."""
-        for stream in self._streams.values():
-            if not stream.wanted & READ:
+        for stream in list(self._streams.values()):
+            if stream.ended:
+                self._read_rest(stream)
+            elif not stream.wanted & READ:
                 self._update(stream)
         for reader in list(self._readers.values()):
             reader.pump()

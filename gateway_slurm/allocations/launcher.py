@@ -438,6 +438,7 @@ class Launcher:
             "warn_minutes": self._settings.walltime_warnings,
             "kept_output": self._settings.kept_output * 2**20,
             "log_days": self._settings.log_retention,
+            "loopback": self._settings.loopback_kernels,
         }
 
     def link_message(self, link: Link, name: str, payload: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jupyter_kernel_test
 import pytest
 
+from gateway_slurm.errors import KernelStartError
 from helpers.kernel_clients import (
     KERNEL_NAMES,
     READY,
@@ -22,7 +23,7 @@ from helpers.kernel_clients import (
     jupyter_environment,
     running_kernel,
 )
-from helpers.private_slurm import poll
+from helpers.private_slurm import poll, slurm
 
 
 class IPyKernelSuite:
@@ -171,13 +172,17 @@ if info["transport"] != "tcp":
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance(["-f", sys.argv[1]])
 """
+NO_IPC_ARGV = [sys.executable, "-c", NO_IPC, "{connection_file}"]
 
 
-def test_a_kernel_that_cannot_use_unix_sockets_runs_behind_the_tunnel(service, kernelspecs):
+def test_a_kernel_that_cannot_use_unix_sockets_runs_behind_the_tunnel(kernelspecs, admin_settings):
     """It gets loopback TCP on its node; clients see no difference, and it restarts as others do."""
-    argv = [sys.executable, "-c", NO_IPC, "{connection_file}"]
+    admin_settings(loopback_kernels="always")
     install_kernelspec(
-        kernelspecs, "no-ipc", config_overrides={"kernel_argv": argv}, spec_overrides={"language": "other"}
+        kernelspecs,
+        "no-ipc",
+        config_overrides={"kernel_argv": NO_IPC_ARGV},
+        spec_overrides={"language": "other"},
     )
     with running_kernel("no-ipc") as (manager, client):
         assert manager.get_connection_info()["transport"] == "ipc"
@@ -185,3 +190,23 @@ def test_a_kernel_that_cannot_use_unix_sockets_runs_behind_the_tunnel(service, k
         manager.restart_kernel()
         client.wait_for_ready(timeout=READY)
         assert execute(client, "print(6 * 7)") == "42"
+
+
+def test_a_kernel_listens_on_loopback_only_where_its_job_has_its_nodes_for_itself(service, kernelspecs, cluster):
+    """Other users of a node could read it; the error names what the user, and what the admin, can do."""
+    config = {"kernel_argv": NO_IPC_ARGV}
+    install_kernelspec(kernelspecs, "no-ipc", config_overrides=config, spec_overrides={"language": "other"})
+    with (
+        pytest.raises(KernelStartError, match=r"Unix sockets.*--exclusive.*loopback_kernels"),
+        running_kernel("no-ipc"),
+    ):
+        pass
+    argv = ("sbatch", "--parsable", "--exclusive", "-t5", "-o/dev/null", "--wrap", "sleep 300")
+    jobid = slurm(*argv, cluster=cluster).stdout.strip()
+    config["jobid"] = jobid
+    install_kernelspec(kernelspecs, "no-ipc", config_overrides=config, spec_overrides={"language": "other"})
+    try:
+        with running_kernel("no-ipc") as (_manager, client):
+            assert execute(client, "print(6 * 7)") == "42"
+    finally:
+        slurm("scancel", jobid, cluster=cluster)

@@ -34,6 +34,7 @@ def test_a_start_without_a_directory_is_reported_with_its_reason(tmp_path: Path,
         base_env={},
         send=lambda name, **fields: sent.append((name, fields)),
         make_journal=lambda: None,
+        may_use_loopback=lambda: False,
     )
     try:
         kernel.start()
@@ -79,6 +80,7 @@ def test_the_check_of_a_process_that_died_does_not_end_the_next_one(tmp_path: Pa
         base_env=dict(os.environ),
         send=lambda name, **fields: sent.append((name, fields)),
         make_journal=lambda: None,
+        may_use_loopback=lambda: False,
     )
     over: list[bool] = []
 

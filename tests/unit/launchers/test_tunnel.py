@@ -24,7 +24,7 @@ class Node:
         self.kernel_ends: list[socket.socket] = []
         self.ours: list[socket.socket] = []
         self.reactor = Reactor()
-        kernel = SimpleNamespace(connect=self.connect)
+        self.kernel = kernel = SimpleNamespace(connect=self.connect, runs=True)
         uplink: Any = SimpleNamespace(outbox=self.outbox, flush=lambda: None)
         find: Any = {"k": kernel}.get
         self.tunnel = Tunnel(self.reactor, uplink, find, lambda _kernel_id: None)
@@ -150,3 +150,16 @@ def test_a_kernel_that_is_not_there_is_said_so_on_the_next_link_too(node):
     node.link_down()
     node.tunnel.link_up({"session": "one", "streams": {"1": [0, 0]}})
     assert node.sent() == [("CLOSE", (1, b""))]
+
+
+def test_the_streams_of_a_process_end_with_it(node):
+    """A process that it left behind may hold the connection: nothing more goes there, and its last words are read."""
+    node.tunnel.open(1, b"k\0shell")
+    node.kernel_ends[0].sendall(b"last words")
+    node.tunnel.close_ended()
+    assert node.outbox.may_read(1)
+    node.kernel.runs = False
+    node.tunnel.close_ended()
+    node.tunnel.data(1, b"the next cell")
+    assert node.read_all() == b""
+    assert node.sent() == [("DATA", (1, b"last words")), ("CLOSE", (1, b""))]
