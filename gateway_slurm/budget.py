@@ -27,6 +27,8 @@ KINDS: Final = {
     "link": "messages of a launcher, and for it",
 }
 """What is counted, by its label in ``/metrics``."""
+SPARE: Final = frozenset({"window", "executions"})
+"""Kinds that are given up first, also to make room: the journal on the kernel's node has the same."""
 # Bytes that each user may always have, also where the server's limit is reached by others.
 FLOOR: Final = 4 << 20
 MEBIBYTE: Final = 1 << 20
@@ -98,6 +100,11 @@ class Budget:
             self._of_user.setdefault(user, {})[made] = None
         return made
 
+    def has_room(self, user: str, count: int) -> bool:
+        """Whether so many more bytes fit now."""
+        with self._lock:
+            return self._has_room(user, count)
+
     def used(self, user: str | None = None) -> int:
         """Bytes held for a user, or for all."""
         with self._lock:
@@ -161,14 +168,19 @@ class Budget:
             holding.is_shedding = False
 
     def _has_room(self, user: str, count: int) -> bool:
-        after = self._sizes[user] + count
+        after, limit = self._sizes[user] + count, self._limit_of(user)
         if after <= FLOOR:
             return True
-        limit = self._limit_of(user)
-        return not (limit and after > limit) and not (self.total and self._used + count > self.total)
+        over = max(limit and after - limit, self.total and self._used + count - self.total)
+        return over <= 0 or over <= self._spare(user)
+
+    def _spare(self, user: str) -> int:
+        """Bytes that are given up for others of the user's."""
+        mine = self._of_user.get(user, {})
+        return sum(held.size for held in mine if held.kind in SPARE and held.shed is not None)
 
     def _choose(self, user: str) -> Holding | None:
-        """The holding to shed where a user, or all together, are over the limit: the largest that can be."""
+        """The holding to shed where a user, or all together, are over the limit: what is spare, then the largest."""
         if not (limit := self._limit_of(user)) or self._sizes[user] <= limit:
             if not self.total or self._used <= self.total:
                 return None
@@ -176,10 +188,22 @@ class Budget:
         mine = [held for held in self._of_user.get(user, {}) if held.shed is not None and held.size]
         if any(held.is_shedding for held in mine):
             return None  # it has been asked, and will give back
-        return max(mine, key=lambda held: held.size, default=None)
+        return max(mine, key=lambda held: (held.kind in SPARE, held.size), default=None)
 
     def _shed(self, holding: Holding) -> None:
         holding.is_shedding = True
         self.shed_count[holding.kind] += 1
-        if holding.loop is not None and holding.shed is not None:
-            call_on(holding.loop, holding.shed, self.reason(holding.user))
+        if holding.loop is not None:
+            call_on(holding.loop, self._call_shed, holding, self.reason(holding.user))
+
+    def _call_shed(self, holding: Holding, reason: str) -> None:
+        before = holding.size
+        try:
+            if holding.shed is not None:
+                holding.shed(reason)
+        finally:
+            holding.is_shedding = False  # also where it could give nothing back
+        with self._lock:
+            victim = self._choose(holding.user) if holding.size < before else None
+        if victim is not None:
+            self._shed(victim)

@@ -442,16 +442,17 @@ class SlurmProvisioner(KernelProvisionerBase):
         """Whether the kernel's launcher keeps a journal of its output: it does for each kernel behind the tunnel."""
         return self._handle is not None and not self._is_closed and self._handle.process.has_journal
 
-    def read_journal(self, start: int | None = None, upto: int = 0) -> JournalReading:
+    def read_journal(self, start: int | None = None, upto: int = 0, **counted: Any) -> JournalReading:
         """Read the kernel's journal on the caller's loop; an exited kernel has it until ``cleanup``.
 
         ``start`` is the number of the first message (None: where the last server had read up to), ``upto`` of the last
-        one (0: there is none). Raises LinkError where the kernel has no journal.
+        one (0: there is none). ``counted`` are ``holding`` and ``skipped`` of ``JournalReading``. Raises LinkError
+        where the kernel has no journal.
         """
         if self._handle is None or not self.has_journal:
             raise LinkError(f"kernel {self.kernel_id} has no journal of its output")
         process = self._handle.process
-        reading = process.read_journal(start, upto)
+        reading = process.read_journal(start, upto, **counted)
         self.service.submit(_now(reading.attach, process.launcher.streams))
         return reading
 

@@ -188,6 +188,17 @@ class Executions:
         """The number of the last message taken."""
         return self._number
 
+    @property
+    def size(self) -> int:
+        """Bytes of outputs, folded and not."""
+        return self._kept + self._pending_bytes
+
+    def drop_outputs(self) -> None:
+        """Drop all outputs: the journal, where there is one, has them."""
+        self._pending, self._pending_bytes = [], 0
+        for execution in self._all.values():
+            self._drop(execution)
+
     def get(self, msg_id: str) -> Execution | None:
         """The execution of this request; None where it is not known, or not any more."""
         return self._all.get(msg_id)

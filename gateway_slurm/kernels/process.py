@@ -457,9 +457,9 @@ class KernelProcess:
         """Whether the kernel's launcher keeps a journal of its output; any thread may read it."""
         return self.launched is not None and self.launched.mode != "direct"
 
-    def read_journal(self, start: int | None, upto: int) -> JournalReading:
+    def read_journal(self, start: int | None, upto: int, **counted: Any) -> JournalReading:
         """A reading for the caller's loop, which ``attach`` opens on the service's; see ``JournalReading``."""
-        return JournalReading(self.kernel_id, start=start, upto=upto, delivered=self.has_delivered)
+        return JournalReading(self.kernel_id, start=start, upto=upto, delivered=self.has_delivered, **counted)
 
     def has_delivered(self, number: int) -> None:
         """A reading has delivered messages up to this number; any thread calls it."""

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gateway_slurm.budget import Budget, Holding
 from gateway_slurm.errors import LinkError
 from gateway_slurm.link import wire
 from gateway_slurm.link.tunnel import Streams
@@ -27,7 +28,13 @@ MAX_HEADER = 8 << 20
 """Bytes of the header, which holds the positions of up to 1024 sessions, and the notes."""
 READ_AHEAD = 4 << 20
 """Bytes that may wait for the reader before the launcher gets no more credit."""
+LARGE_RECORD = 1 << 20
+"""Bytes of a record that is left out where its user has no room for it."""
 _RECORD_HEAD = struct.Struct(">QQ")
+
+
+def _count_nowhere(shed: Callable[[str], object]) -> Holding:
+    return Budget(0, 0).holding("", "reading", shed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +74,26 @@ class JournalReading:
     It belongs to the loop that makes it, and has one reader. ``start`` is the first number (None: where the last server
     had read up to); after the number ``upto`` the reading ends, and with 0 it goes on. At most READ_AHEAD and
     flow.WINDOW bytes, and a record, wait in it. ``delivered`` is called with the highest number of each batch.
+
+    ``holding`` makes what counts these bytes, and gets a function that ends the reading with a LinkError, from which it
+    may be begun again. A large record for which there is no room is left out; ``skipped`` gets its size, and why.
     """
 
     def __init__(
-        self, kernel_id: str, *, start: int | None, upto: int, delivered: Callable[[int], None] = lambda _number: None
+        self,
+        kernel_id: str,
+        *,
+        start: int | None,
+        upto: int,
+        delivered: Callable[[int], None] = lambda _number: None,
+        holding: Callable[[Callable[[str], object]], Holding] = _count_nowhere,
+        skipped: Callable[[int, str], object] = lambda _size, _reason: None,
     ) -> None:
         self._kernel_id = kernel_id
         self._channel = f"{wire.JOURNAL}{'' if start is None else start}:{upto}"
         self._silence = SILENCE_SECONDS if upto else None
-        self._delivered = delivered
+        self._delivered, self._skipped = delivered, skipped
+        self._holding = holding(self._shed)
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self.turn: Callable[..., Awaitable[Any]] = _at_once
@@ -89,6 +107,8 @@ class JournalReading:
         # The reader's.
         self._beginning = bytearray()
         self._frames = wire.FrameReader(wire.MAX_RECORD)
+        self._large = 0  # bytes that are reserved for the large record that is being read
+        self._skips = 0  # bytes that follow, of a record that is left out
         self._header: JournalHeader | None = None
         self._records: list[Record] = []
         self._error: LinkError | None = None
@@ -127,7 +147,12 @@ class JournalReading:
         """End the reading, at any time; what waits is dropped."""
         self._closed = True
         self._arrived.set()
+        self._holding.close()
         self._on_service(self._close_stream)
+
+    def _shed(self, reason: str) -> None:
+        self.close()
+        self._error = LinkError(f"the journal of kernel {self._kernel_id} is not read further: {reason}")
 
     async def _read(self) -> None:
         """Parse what has arrived, or wait for more. Raises StopAsyncIteration at the clean end."""
@@ -151,9 +176,10 @@ class JournalReading:
                 raise self._error from error
         if piece:
             self._took(len(piece))
+            self._holding.set(self._waiting + max(self._large, self._frames.waiting))
         elif isinstance(end, LinkError):
             raise end
-        elif end and self._frames.waiting:
+        elif end and (self._frames.waiting or self._skips):
             raise LinkError(f"the journal of kernel {self._kernel_id} ended inside a record")
         elif end and self._header is None:
             raise LinkError(f"the launcher of kernel {self._kernel_id} has no journal of it")
@@ -188,7 +214,25 @@ class JournalReading:
         """Raises WireError."""
         if self._header is None:
             piece = self._parse_header(piece)
-        self._records += map(self._record, self._frames.feed(piece))
+        if self._skips:
+            skipped = min(self._skips, len(piece))
+            self._skips -= skipped
+            piece = piece[skipped:]
+        bodies = self._frames.feed(piece)
+        self._records += map(self._record, bodies)  # also those before a bad one
+        if bodies or not self._frames.waiting:
+            self._large = 0
+        if (size := self._frames.announced) > LARGE_RECORD and not self._large:
+            self._large = self._reserve(size)
+
+    def _reserve(self, size: int) -> int:
+        """Count a large record, which is copied once, before it comes; or leave it out. Returns what is counted."""
+        if self._holding.try_add(2 * size):
+            return 2 * size
+        self._skipped(size, self._holding.refusal())
+        self._skips = size + 4 - self._frames.waiting
+        self._frames = wire.FrameReader(wire.MAX_RECORD)
+        return 0
 
     def _parse_header(self, piece: bytes) -> bytes:
         """Parse the first frame, which has a limit of its own; return what follows it. Raises WireError."""

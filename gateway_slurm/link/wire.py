@@ -151,6 +151,11 @@ class FrameReader:
         """The bytes of an incomplete frame."""
         return len(self._buffer)
 
+    @property
+    def announced(self) -> int:
+        """The size of an incomplete frame; 0 where that has not come yet."""
+        return int.from_bytes(self._buffer[:4], "big") if len(self._buffer) >= 4 else 0
+
     def feed(self, data: bytes) -> list[bytes]:
         """Take received bytes and return the complete frames; raise WireError for a frame over the limit."""
         buffer = self._buffer

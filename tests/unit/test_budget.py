@@ -31,7 +31,7 @@ def test_the_largest_of_a_user_over_the_limit_is_closed() -> None:
 
     async def scenario() -> None:
         budget = Budget(10 * MB, 100 * MB)
-        budget.holding("mallory", "window", lambda _reason: shed.append("small")).add(3 * MB)
+        budget.holding("mallory", "frontend", lambda _reason: shed.append("small")).add(3 * MB)
         large = budget.holding("mallory", "frontend", lambda _reason: shed.append("large"))
         large.add(6 * MB)
         other = budget.holding("mallory", "to_kernel")
@@ -43,7 +43,7 @@ def test_the_largest_of_a_user_over_the_limit_is_closed() -> None:
         other.add(7 * MB)
         await asyncio.sleep(0)
         assert shed == ["large", "small"]
-        assert budget.shed_count == {"frontend": 1, "window": 1}
+        assert budget.shed_count == {"frontend": 2}
 
     asyncio.run(scenario())
 
@@ -60,6 +60,31 @@ def test_over_the_servers_limit_the_user_with_most_pays_and_a_small_one_is_serve
         await asyncio.sleep(0)
         assert len(shed) == 1
         assert "memory_limit" in budget.reason("bob")
+
+    asyncio.run(scenario())
+
+
+def test_what_is_on_the_node_as_well_makes_room() -> None:
+    """A cell is not refused for the sake of old output, and goes before a page that does not read."""
+    shed: list[str] = []
+
+    async def scenario() -> None:
+        budget = Budget(10 * MB, 100 * MB)
+
+        def clear(_reason: str) -> None:
+            shed.append("window")
+            window.set(0)
+
+        window = budget.holding("alice", "window", clear)
+        window.add(3 * MB)
+        budget.holding("alice", "frontend", lambda _reason: shed.append("page")).add(6 * MB)
+        held = budget.holding("alice", "held")
+        assert not budget.has_room("alice", 5 * MB)
+        assert not held.try_add(5 * MB)
+        assert held.try_add(4 * MB)
+        await asyncio.sleep(0)
+        assert shed == ["window"]
+        assert budget.used("alice") == 10 * MB
 
     asyncio.run(scenario())
 

@@ -21,6 +21,7 @@ from jupyter_client.session import DELIM
 from jupyter_client.session import Session as Signer
 
 from gateway_slurm._util import Backoff, TaskSet, call_on, printable
+from gateway_slurm.budget import Budget
 from gateway_slurm.errors import LinkError
 from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.lost import LostReplies
@@ -37,9 +38,8 @@ from gateway_slurm.link import wire
 from gateway_slurm.link.journal import JournalHeader, JournalReading, Record
 from gateway_slurm.provisioner import SlurmProvisioner
 
-# Bytes, and messages, that are held for a kernel.
-HELD_LIMIT = 128 << 20
-HELD_COUNT = 10_000
+# Messages that are held for a kernel, and bytes that each costs beside its own.
+HELD_COUNT, OVERHEAD = 10_000, 512
 # Sessions without a frontend that a kernel keeps; the one that went first is closed first.
 MAX_AWAY = 20
 # Seconds before the first and between later requests that make a kernel publish something.
@@ -78,6 +78,11 @@ class KernelConnection:
         self._ready, self._state, self._on_failure_sent = ready, state, on_failure_sent
         self.window, self.is_known = Window(), False
         self.user: str = manager.owner_of(kernel.kernel_id)
+        self.budget: Budget = manager.budget
+        self._window_holding = self.budget.holding(self.user, "window", self._shed_window)
+        self._executions_holding = self.budget.holding(self.user, "executions", self._shed_executions)
+        self._held_holding = self.budget.holding(self.user, "held")
+        self._requests_holding = self.budget.holding(self.user, "to_kernel")
         self.executions, self.sessions = Executions(), dict[str, Session]()
         self.folding = asyncio.Lock()  # one reading for the executions at a time
         self._requests, self._signer = Requests(), Signer()  # which has no key
@@ -87,7 +92,6 @@ class KernelConnection:
         self._sockets: dict[str, KernelSocket] = {}
         # Messages for the kernel, each with its session and channel; None while they are sent at once.
         self._held: list[tuple[Session, str, list[bytes]]] | None = []
-        self._held_bytes = 0
         self._notices: dict[str, WaitingNotice] = {}
         self.failure = ""
         # The header of the request whose cell the kernel began last.
@@ -163,6 +167,14 @@ class KernelConnection:
         if self.failure and not session.has_unsent:
             self._report_failure(session)
 
+    def dropped(self, msg_ids: list[str]) -> None:
+        """Replies were dropped, because their user had too much: the cells among them get a short one."""
+        for execution in map(self.executions.get, msg_ids):
+            if execution is not None and execution.ended:
+                execution.is_replied = False
+        self._lost.doubt()
+        self._lost.find()
+
     def _lag(self) -> int:
         return min((session.lag for session in self.sessions.values() if session.is_attached), default=0)
 
@@ -173,11 +185,12 @@ class KernelConnection:
             self.progressed(session)
         elif self._held is None:
             self._send(session, channel, parts)
-        elif len(self._held) >= HELD_COUNT or self._held_bytes + _size(parts) > HELD_LIMIT:
+        elif len(self._held) >= HELD_COUNT:
             self._refuse(session, channel, parts, "too much was sent before the kernel had started: run it later")
+        elif not self._held_holding.try_add(_size(parts)):
+            self._refuse(session, channel, parts, self._held_holding.refusal())
         else:
             self._held.append((session, channel, parts))
-            self._held_bytes += _size(parts)
             if channel == "shell" and _is_cell(parts) and not _is_silent(parts):
                 self._notice_of(session).cell_held(messages.header_of(parts))
 
@@ -225,7 +238,8 @@ class KernelConnection:
 
     def _take_held(self) -> list[tuple[Session, str, list[bytes]]]:
         """What is held, which is not held any more."""
-        held, self._held, self._held_bytes = self._held or [], None, 0
+        held, self._held = self._held or [], None
+        self._held_holding.set(0)
         for notice in self._notices.values():
             notice.clear()
         self._notices.clear()
@@ -263,7 +277,8 @@ class KernelConnection:
         if self._held is not None:
             kept = [item for item in self._held if item[1] != "shell" or not _is_cell(item[2])]
             self.refuse_held(reason)
-            self._held, self._held_bytes = kept, sum(_size(parts) for _session, _channel, parts in kept)
+            self._held = kept
+            self._held_holding.set(sum(_size(parts) for _session, _channel, parts in kept))
 
     def _refuse(self, session: Session, channel: str, parts: list[bytes], reason: str) -> bool:
         """Refuse a message if it is a cell; return whether the frontend shows the reason."""
@@ -354,6 +369,8 @@ class KernelConnection:
                 provisioner,
                 next_number=self._next_number,
                 on_header=self._on_header,
+                holding=partial(self.budget.holding, self.user, "reading"),
+                on_skipped=self._skipped,
                 take=self.take,
                 wait=self._wait_for_slow_readers,
                 turn=self.turn,
@@ -362,11 +379,20 @@ class KernelConnection:
         else:
             first = self.window.next
             self._source = SocketSource(
-                self.kernel, first=first, take=self.take, on_renewed=partial(self._renewed, "iopub"), post=self.post
+                self.kernel,
+                first=first,
+                take=self.take,
+                holding=self.budget.holding(self.user, "window"),
+                on_renewed=partial(self._renewed, "iopub"),
+                post=self.post,
             )
             self._set_known(first)
             self._set_restored("")
         self.window.limit = self._source.window_bytes
+
+    def _skipped(self, size: int, reason: str) -> None:
+        """A message of the kernel's was left out."""
+        self.warn(f"\ngateway_slurm: an output of {size >> 20} MiB is left out: {reason}\n")
 
     def _set_restored(self, state: str) -> None:
         if not self.restored.is_set():
@@ -521,7 +547,10 @@ class KernelConnection:
         for channel in ("shell", "control", "stdin"):
             if channel not in self._sockets:
                 received, renewed = partial(self._from_kernel, channel), partial(self._renewed, channel)
-                self._sockets[channel] = KernelSocket(self.kernel, channel, identity, received, renewed, post=self.post)
+                holding = self.budget.holding(self.user, "to_kernel")
+                self._sockets[channel] = KernelSocket(
+                    self.kernel, channel, identity, received, holding, renewed, post=self.post
+                )
 
     def _close_sockets(self) -> None:
         self._is_open = False
@@ -544,10 +573,12 @@ class KernelConnection:
             if channel == "shell" and _is_cell(parts):
                 self._refuse(session, channel, parts, f"the kernel does not take this cell: {error}")
             elif sink := session.sink:
-                sink.end(error)
+                self.warn(f"\ngateway_slurm: {error}\n")
+                sink.refuse(error)
             return
         header = messages.header_of(parts)
         self._requests.add(session.id, channel, header, parts)
+        self._requests_holding.set(self._requests.size)
         if channel == "stdin":
             for execution in self.executions.open():
                 if execution.input is not None:
@@ -634,7 +665,8 @@ class KernelConnection:
                 self._acknowledge_soon()
         if channel == "shell" and request is not None and not request.is_idle:
             # What the kernel has published before the reply comes another way, and may be later.
-            request.reply = parts
+            self._requests.keep_reply(request, parts)
+            self._requests_holding.set(self._requests.size)
             asyncio.get_running_loop().call_later(IDLE_GRACE, self._send_waiting_reply, request)
             return
         owner = request.session if request else execution.session if execution else str(parent.get("session"))
@@ -643,7 +675,8 @@ class KernelConnection:
 
     def _send_waiting_reply(self, request: Request, after: int | None = None) -> None:
         """Send the reply that waits for the output before it: its status "idle" has come, or is late or lost."""
-        parts, request.reply = request.reply, []
+        parts = self._requests.take_reply(request)
+        self._requests_holding.set(self._requests.size)
         if parts and not self._closed and (session := self.sessions.get(request.session)):
             session.put("shell", parts, after)
             if self._has_gap and after is None:
@@ -684,6 +717,8 @@ class KernelConnection:
         for record in records:
             if record.number >= self.window.next:
                 self._take_record(record)
+        self._executions_holding.set(self.executions.size)
+        self._requests_holding.set(self._requests.size)
         for session in list(self.sessions.values()):
             if session.is_attached:
                 session.push()
@@ -717,6 +752,7 @@ class KernelConnection:
             if record.number + 1 >= self._journal_next:  # what was there before this server may be of an older process
                 self._heard.set()
         self.window.add(item)
+        self._window_holding.set(self.window.bytes)
         if item.is_hidden:
             self._lost.on_probe_published(str(item.parent.get("msg_id", "")))
             return
@@ -725,6 +761,15 @@ class KernelConnection:
         except Exception:
             # The message of a hostile kernel must not end the reading; frontends get it as it is.
             self.log.exception("kernel %s: a message cannot be followed", self.kernel.kernel_id)
+
+    def _shed_window(self, _reason: str) -> None:
+        """The user has too much: what the window has is on the kernel's node as well, if there is a journal."""
+        self.window.clear()
+        self._window_holding.set(0)
+
+    def _shed_executions(self, _reason: str) -> None:
+        self.executions.drop_outputs()
+        self._executions_holding.set(0)
 
     def _begin_process(self) -> None:
         """A new process of the kernel was started: what comes now is its."""
@@ -810,10 +855,12 @@ class KernelConnection:
         for session in self.sessions.values():
             session.close(reason)
         self.sessions.clear()
+        for holding in (self._window_holding, self._executions_holding, self._held_holding, self._requests_holding):
+            holding.close()
 
 
 def _size(parts: list[bytes]) -> int:
-    return sum(map(len, parts))
+    return OVERHEAD + sum(map(len, parts))
 
 
 def _is_cell(parts: list[bytes]) -> bool:

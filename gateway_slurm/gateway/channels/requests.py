@@ -44,7 +44,24 @@ class Requests:
 
     def __init__(self) -> None:
         self._open: dict[str, Request] = {}
-        self._bytes = 0
+        self._bytes = self._reply_bytes = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the headers, parts and replies that are kept."""
+        return self._bytes + self._reply_bytes
+
+    def keep_reply(self, request: Request, parts: list[bytes]) -> None:
+        """Keep the kernel's reply, while it waits for what the kernel has published before it."""
+        self.take_reply(request)
+        request.reply = parts
+        self._reply_bytes += sum(map(len, parts))
+
+    def take_reply(self, request: Request) -> list[bytes]:
+        """The reply that waits, which does not any more; empty for none."""
+        parts, request.reply = request.reply, []
+        self._reply_bytes -= sum(map(len, parts))
+        return parts
 
     def find(self, msg_id: str) -> Request | None:
         return self._open.get(msg_id)

@@ -15,9 +15,10 @@ from logging import Logger
 from typing import Any, Protocol
 
 from gateway_slurm._util import Backoff
+from gateway_slurm.budget import Budget
 from gateway_slurm.errors import LinkError
 from gateway_slurm.gateway.channels import messages
-from gateway_slurm.gateway.channels.window import Published, Window
+from gateway_slurm.gateway.channels.window import OVERHEAD, Published, Window
 from gateway_slurm.link.journal import JournalReading, Record
 
 # Bytes handed to the websocket before the session waits until they are written.
@@ -27,6 +28,9 @@ PRIVATE_LIMIT, AWAY_LIMIT = 64 << 20, 4 << 20
 # Bytes, as the window counts them, that a frontend may be behind before the others wait for it; seconds that they do so
 # in all, until it is at the end again; and seconds for which a frontend that has taken something is one that reads.
 MAX_LAG, PATIENCE, ACTIVE_SECONDS = 64 << 20, 5.0, 1.0
+# Bytes, as the window counts them, of a message that waits until its user has room for it; seconds that it does so at
+# most, and between two attempts.
+LARGE, ROOM_SECONDS, ROOM_INTERVAL = 1 << 20, 5.0, 0.1
 # Seconds that one turn takes, and between two attempts to read from the node.
 LOOP_SLICE = 0.002
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.2, 5.0
@@ -52,11 +56,17 @@ class Sink(Protocol):
     def end_dead(self, reason: str) -> None:
         """Close, with a code after which the frontend tries to open another: the kernel is dead."""
 
+    def refuse(self, reason: str) -> None:
+        """Close: the frontend sends too much, or does not read. It may open another websocket."""
+
 
 class Connection(Protocol):
     """What a session uses of its kernel's connection (``connection``)."""
 
     window: Window
+    user: str
+    """The kernel's owner, who pays for what waits here."""
+    budget: Budget
     is_known: bool
     """Whether the numbers of the window are known."""
     log: Logger
@@ -92,6 +102,9 @@ class Connection(Protocol):
     def progressed(self, session: Session) -> None:
         """The websocket has written something."""
 
+    def dropped(self, msg_ids: list[str]) -> None:
+        """The replies to these requests were dropped."""
+
     def from_client(self, session: Session, channel: str, parts: list[bytes]) -> None:
         """The frontend has sent a message."""
 
@@ -109,7 +122,7 @@ class _Private:
 
     @property
     def size(self) -> int:
-        return sum(map(len, self.parts))
+        return OVERHEAD + sum(map(len, self.parts))
 
 
 class Session:
@@ -127,6 +140,7 @@ class Session:
         self.patience, self._written_at = PATIENCE, 0.0
         self._private: deque[_Private] = deque()
         self._private_bytes = 0
+        self._holding = connection.budget.holding(connection.user, "frontend", self._shed)
         self._sink: Sink | None = None
         # Handed to the websocket and not written: the write, the cursor then, and the message for this session alone.
         self._writing: deque[tuple[asyncio.Future[None], int, _Private | None]] = deque()
@@ -136,6 +150,9 @@ class Session:
         self._reading: asyncio.Task[None] | None = None
         self._progress = asyncio.Event()
         self._unblocked = asyncio.Event()
+        # Since when a large message waits for room, and the next attempt.
+        self._waits_since: float | None = None
+        self._next_push: asyncio.TimerHandle | None = None
         # Whether the frontend gets the reason of its kernel's death with what waits for it, and whether it has it.
         self.failure_queued = self.failure_shown = False
 
@@ -203,7 +220,11 @@ class Session:
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
+        if self._next_push is not None:
+            self._next_push.cancel()
+            self._next_push = None
         self._unwritten, self._is_blocked = 0, False
+        self._count()
         self.go_to(self.position)
 
     def go_to(self, position: int) -> None:
@@ -219,6 +240,7 @@ class Session:
         sink = self._sink
         self._detach()
         self._private.clear()
+        self._holding.close()
         self._progress.set()
         if sink is not None:
             sink.end(reason)
@@ -235,6 +257,7 @@ class Session:
         limit = PRIVATE_LIMIT if self.is_attached else AWAY_LIMIT
         while self._private_bytes > limit and len(self._private) > 1:
             self._private_bytes -= self._private.popleft().size
+        self._count()
         self.push()
 
     def push(self) -> None:
@@ -264,11 +287,51 @@ class Session:
                 break
             else:
                 item = window.at(self._place)
+                if not self._has_room(item.size):
+                    break
                 self._place += 1
                 if item.number > self._cursor:
                     self._take(item)
                 self._offset = item.offset
+        self._count()
         self._follow()
+
+    def _count(self) -> None:
+        self._holding.set(self._private_bytes + self._unwritten)
+
+    def _shed(self, reason: str) -> None:
+        """The user has too much, and most of it waits for this frontend, which has to open another websocket."""
+        sink = self._sink
+        self._detach()
+        dropped, self._private, self._private_bytes = self._private, deque(), 0
+        self._count()
+        self._progress.set()
+        self._connection.dropped([messages.parent_id(item.parts) for item in dropped if item.channel == "shell"])
+        if sink is not None:
+            self._connection.detached(self)
+            sink.refuse(reason)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether a message may be handed over now; where its user has no room for a large one, ``push`` comes again.
+
+        After ROOM_SECONDS it is handed over all the same, and what is largest of the user's is given up.
+        """
+        loop = asyncio.get_running_loop()
+        if size < LARGE or self._connection.budget.has_room(self._connection.user, size):
+            self._waits_since = None
+            return True
+        if self._waits_since is None:
+            self._waits_since = loop.time()
+        elif loop.time() > self._waits_since + ROOM_SECONDS:
+            self._waits_since = None
+            return True
+        if self._next_push is None:
+            self._next_push = loop.call_later(ROOM_INTERVAL, self._push_again)
+        return False
+
+    def _push_again(self) -> None:
+        self._next_push = None
+        self.push()
 
     def _send_due(self) -> bool:
         """Send the next message for this session alone, if it is its turn."""
@@ -379,7 +442,9 @@ class Session:
             if self._reading is not asyncio.current_task():
                 # Python < 3.12: wait_for loses a cancellation that comes with what it waits for.
                 raise asyncio.CancelledError
-            place = await self._connection.turn(self._take_some, records, place)
+            before, place = place, await self._connection.turn(self._take_some, records, place)
+            if place == before and not self._is_blocked:  # there is no room for the next one
+                await asyncio.sleep(ROOM_INTERVAL)
 
     def _take_some(self, records: list[Record], place: int) -> int:
         """Take records from this place on, as many as the websocket takes in one turn; return the next place."""
@@ -387,7 +452,10 @@ class Session:
         while place < len(records) and not self._is_blocked and time.monotonic() < until:
             while self._send_due():
                 pass
-            record, place = records[place], place + 1
+            record = records[place]
+            if not self._has_room(2 * sum(map(len, record.frames))):
+                break
+            place += 1
             if record.number > self._cursor:
                 item = self._connection.parse(record)[0]
                 self._take(item)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,17 @@ from jupyter_client.connect import channel_socket_types
 from zmq.utils.monitor import parse_monitor_message
 
 from gateway_slurm._util import Backoff
+from gateway_slurm.budget import Holding
 from gateway_slurm.gateway.channels.messages import MessageError
 from gateway_slurm.gateway.jupyter_compat import channel_url
 
 # Messages that ZMQ itself may hold for one socket, of any size; the server's own queues count bytes.
 RECEIVE_MARK = 64
-SEND_MARK = 10_000
+SEND_MARK = 16
+# Messages that wait for a kernel which does not read, and bytes that each costs beside its own.
+MAX_WAITING, OVERHEAD = 10_000, 512
+# Bytes of a part that ZMQ sends without a copy, and says when it has; seconds between two looks whether it has.
+TRACKED, LOOK_SECONDS = 1024, 0.25
 # Seconds that reading one socket takes in one turn.
 LOOP_SLICE = 0.002
 # Seconds in which libzmq, where it connects again, has reported that it does; longer after each time that it did not.
@@ -35,7 +41,9 @@ Post = Callable[[Callable[[], object]], object]
 
 
 class KernelSocket:
-    """A connected socket; ``on_message`` gets each message's frames. ``close`` ends it.
+    """A connected socket; ``on_message`` gets each message's frames. ``close`` ends it, and its ``holding``.
+
+    What the kernel has not read waits in a queue, whose bytes are counted in ``holding``, with those that ZMQ has.
 
     ``post`` calls a function in the turn of the kernel's owner; by default, at once.
 
@@ -49,12 +57,17 @@ class KernelSocket:
         channel: str,
         identity: bytes,
         on_message: Callable[[list[bytes]], None],
+        holding: Holding,
         on_renewed: Callable[[], None] = lambda: None,
         *,
         post: Post = lambda function: function(),
     ) -> None:
         self._kernel, self._channel, self._identity = kernel, channel, identity
-        self._on_message, self._on_renewed = on_message, on_renewed
+        self._on_message, self._on_renewed, self._holding = on_message, on_renewed, holding
+        # Messages, each with the bytes that are counted for it: those that wait, and large ones that ZMQ has.
+        self._waiting: deque[tuple[list[bytes], int]] = deque()
+        self._sent: deque[tuple[zmq.MessageTracker, int]] = deque()
+        self._next_look: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._post, self._is_due, self._paused = post, False, False
         self._next_read: asyncio.Handle | None = None
@@ -77,24 +90,59 @@ class KernelSocket:
         self._read_events()
 
     def send(self, frames: list[bytes]) -> None:
-        """Send a message; raises MessageError if ``SEND_MARK`` messages wait for the kernel already."""
+        """Send a message; raises MessageError if too much waits for the kernel already."""
         if self._socket.closed:
             return
-        try:
-            self._try_send(frames)
-        except zmq.Again as error:
-            raise MessageError(f"{SEND_MARK} messages wait for the kernel already") from error
+        if len(self._waiting) >= MAX_WAITING:
+            raise MessageError(f"{MAX_WAITING} messages wait for the kernel already")
+        size = OVERHEAD + sum(map(len, frames))
+        if not self._holding.try_add(size):
+            raise MessageError(self._holding.refusal())
+        self._waiting.append((frames, size))
+        self._write()
         self._schedule_read()  # sending, too, clears a change that the descriptor signalled
 
-    def _try_send(self, frames: list[bytes]) -> None:
+    def _write(self) -> None:
+        """Give ZMQ the messages that wait, as far as it takes them: it signals when it takes more."""
+        while self._waiting:
+            frames, size = self._waiting[0]
+            try:
+                trackers = self._try_send(frames)
+            except zmq.Again:
+                break
+            self._waiting.popleft()
+            if trackers:
+                self._sent.append((zmq.MessageTracker(*trackers), size))
+            else:
+                self._holding.remove(size)
+        self._count_sent()
+
+    def _try_send(self, frames: list[bytes]) -> list[zmq.MessageTracker]:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            return self._send_frames(frames)
         except zmq.Again:
             self._read_events()
             if self._broken is None:
                 raise
             self._renew()
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            return self._send_frames(frames)
+
+    def _send_frames(self, frames: list[bytes]) -> list[zmq.MessageTracker]:
+        """Send a message without a copy of its large parts; the trackers say when ZMQ does not need them any more."""
+        tracked = [zmq.Frame(frame, track=True, copy=False) if len(frame) >= TRACKED else frame for frame in frames]
+        self._socket.send_multipart(tracked, zmq.NOBLOCK)
+        return [frame.tracker for frame in tracked if isinstance(frame, zmq.Frame)]
+
+    def _count_sent(self) -> None:
+        """Count no more what ZMQ has sent, and look again where it has not."""
+        while self._sent and self._sent[0][0].done:
+            self._holding.remove(self._sent.popleft()[1])
+        if self._sent and self._next_look is None:
+            self._next_look = self._loop.call_later(LOOK_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._next_look = None
+        self._count_sent()
 
     def pause(self) -> None:
         """Read no more messages until ``resume``."""
@@ -106,12 +154,19 @@ class KernelSocket:
             self._schedule_read()
 
     def close(self) -> None:
+        self._waiting.clear()
+        self._holding.close()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._socket.closed:
             return
-        for handle in (self._next_read, self._broken):
+        for handle in (self._next_read, self._broken, self._next_look):
             if handle is not None:
                 handle.cancel()
-        self._next_read = self._broken = None
+        self._next_read = self._broken = self._next_look = None
+        while self._sent:  # ZMQ drops them
+            self._holding.remove(self._sent.popleft()[1])
         self._loop.remove_reader(self._descriptor)
         self._loop.remove_reader(self._monitor_descriptor)
         self._socket.monitor(None, 0)
@@ -139,6 +194,7 @@ class KernelSocket:
             except zmq.Again:
                 if self._given_up:  # all that came before has been read
                     self._renew()
+                self._write()
                 return
             self._on_message(frames)
             if time.monotonic() > until:
@@ -168,7 +224,7 @@ class KernelSocket:
         if self._loop.time() > self._opened_at + 2 * MAX_GIVEN_UP_SECONDS:
             self._delays.reset()
         self._delay = self._delays.next()
-        self.close()
+        self._disconnect()
         self._given_up = False
         self._open()
         self._on_renewed()

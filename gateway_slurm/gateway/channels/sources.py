@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any
 
 from gateway_slurm._util import Backoff
+from gateway_slurm.budget import Holding
 from gateway_slurm.errors import LinkError
 from gateway_slurm.gateway.channels.sockets import KernelSocket, Post
 from gateway_slurm.link.journal import JournalHeader, JournalReading, Record
@@ -28,7 +30,8 @@ class JournalSource:
     """Reads a kernel's journal once for all, and again where reading ended. ``close`` ends it.
 
     ``turn`` awaits a turn of the kernel's owner, and calls a function in it. ``wait`` is awaited after each batch.
-    ``next_number`` returns where to go on; None: where an earlier server was.
+    ``holding`` makes what counts the bytes of a reading, and ``on_skipped`` gets the size of a message that is left
+    out, and the reason. ``next_number`` returns where to go on; None: where an earlier server was.
     """
 
     window_bytes = JOURNAL_WINDOW
@@ -39,13 +42,15 @@ class JournalSource:
         *,
         next_number: Callable[[], int | None],
         on_header: Callable[[JournalHeader], None],
+        holding: Callable[[Callable[[str], None]], Holding],
+        on_skipped: Callable[[int, str], None],
         take: Take,
         wait: Callable[[], Awaitable[None]],
         turn: Callable[..., Awaitable[Any]],
         log: logging.Logger,
     ) -> None:
-        self._wait, self._turn = wait, turn
-        self._provisioner, self._next_number = provisioner, next_number
+        self._wait, self._turn, self._next_number = wait, turn, next_number
+        self._read_journal = partial(provisioner.read_journal, holding=holding, skipped=on_skipped)
         self._on_header, self._take, self.log = on_header, take, log
         self._wake = asyncio.Event()
         self._delays = Backoff(RETRY_SECONDS, MAX_RETRY_SECONDS)
@@ -53,7 +58,7 @@ class JournalSource:
 
     def read(self, start: int, upto: int) -> JournalReading:
         """Read these numbers once more. Raises LinkError where there is no launcher."""
-        return self._provisioner.read_journal(start, upto)
+        return self._read_journal(start, upto)
 
     async def _run(self) -> None:
         while True:
@@ -69,7 +74,7 @@ class JournalSource:
                 await asyncio.wait_for(self._wake.wait(), self._delays.next())
 
     async def _read(self) -> None:
-        reading = self._provisioner.read_journal(self._next_number())
+        reading = self._read_journal(self._next_number())
         reading.turn = self._turn
         try:
             self._on_header(await reading.header())
@@ -101,9 +106,18 @@ class SocketSource:
 
     window_bytes = SOCKET_WINDOW
 
-    def __init__(self, kernel: Any, *, first: int, take: Take, on_renewed: Callable[[], None], post: Post) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        *,
+        first: int,
+        take: Take,
+        holding: Holding,
+        on_renewed: Callable[[], None],
+        post: Post,
+    ) -> None:
         self._next, self._take, self._on_renewed = first, take, on_renewed
-        self._socket = KernelSocket(kernel, "iopub", b"", self._on_message, self._renewed, post=post)
+        self._socket = KernelSocket(kernel, "iopub", b"", self._on_message, holding, self._renewed, post=post)
 
     def read(self, start: int, upto: int) -> JournalReading:
         raise LinkError(f"messages {start} to {upto} of a kernel without a journal are gone")

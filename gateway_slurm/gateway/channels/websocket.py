@@ -61,7 +61,9 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
             if reason:
                 raise PlainHTTPError(410, f"the kernel is dead: {reason}", brief="the kernel is dead")
         limit = self.multi_kernel_manager.max_request_size
-        limit_messages(self.websocket_handler, limit, partial(self._on_oversized, limit))
+        manager = self.multi_kernel_manager
+        holding = partial(manager.budget.holding, manager.owner_of(self.kernel_id), "incoming")
+        limit_messages(self.websocket_handler, limit, partial(self._on_oversized, limit), holding)
 
     async def connect(self) -> None:
         # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
@@ -95,9 +97,12 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
             self.log.warning("kernel %s: the server closes a websocket: %s", self.kernel_id, error)
             self._close(POLICY_VIOLATION, str(error))
 
-    def _on_oversized(self, limit: int, beginning: bytes, end: bytes, size: int) -> None:
-        """The frontend has sent a message of more than ``limit`` bytes: its cell fails, and the websocket stays."""
-        reason = oversized.reason_of(size, limit)
+    def _on_oversized(self, limit: int, beginning: bytes, end: bytes, size: int, refusal: str) -> None:
+        """The frontend has sent a message of more than ``limit`` bytes: its cell fails, and the websocket stays.
+
+        The same for one that is refused for another reason.
+        """
+        reason = refusal or oversized.reason_of(size, limit)
         self.log.warning("kernel %s: a frontend's message is refused: %s", self.kernel_id, reason)
         frames = oversized.answer(self.protocol, beginning, end, reason)
         if not frames:
@@ -121,6 +126,10 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
 
     def end_dead(self, reason: str) -> None:
         self._close(INTERNAL_ERROR, reason)
+
+    def refuse(self, reason: str) -> None:
+        self.log.warning("kernel %s: the server closes a websocket: %s", self.kernel_id, reason)
+        self._close(POLICY_VIOLATION, reason)
 
     def _close(self, code: int, reason: str) -> None:
         self.websocket_handler.close(code, reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore"))

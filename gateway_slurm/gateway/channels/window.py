@@ -91,6 +91,16 @@ class Window:
             place -= 1
         return place
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the messages that are here."""
+        return self._bytes
+
+    def clear(self) -> None:
+        """Drop all messages."""
+        self._begin, self._bytes = self.end, 0
+        self._items.clear()
+
     def add(self, item: Published) -> None:
         self.total += item.size
         item.offset = self.total

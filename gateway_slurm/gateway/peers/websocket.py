@@ -74,9 +74,9 @@ class PeerChannels:
             # _to_client sees that too, and closes the client's websocket.
             self.log.debug("kernel %s: a client's message came after the peer had closed", self.kernel_id)
 
-    def refuse(self, limit: int, beginning: bytes, end: bytes, size: int) -> None:
-        """Answer a client's message of more than ``limit`` bytes, which the peer does not get."""
-        reason = oversized.reason_of(size, limit)
+    def refuse(self, limit: int, beginning: bytes, end: bytes, size: int, refusal: str) -> None:
+        """Answer a client's message of more than ``limit`` bytes, or one that is refused: the peer does not get it."""
+        reason = refusal or oversized.reason_of(size, limit)
         self.log.warning("kernel %s: a client's message is refused: %s", self.kernel_id, reason)
         frames = oversized.answer(self.kernel_ws_protocol, beginning, end, reason)
         if not frames:
@@ -138,12 +138,13 @@ class ForwardsWebsocket(WebSocketHandler):
             return False
         peer, connection = found
         limit: int = self.settings["kernel_manager"].max_request_size
+        holding = partial(self.settings["kernel_manager"].budget.holding, self.current_user.username, "incoming")
         forwarder: Forwarder = self.settings["forwarder"]
         channels = PeerChannels(
             handler=self, connection=connection, kernel_id=kernel_id, peer=peer, peers=forwarder.peers, log=self.log
         )
         self.kernel_id, self.connection = kernel_id, channels
-        limit_messages(self, limit, partial(channels.refuse, limit))
+        limit_messages(self, limit, partial(channels.refuse, limit), holding)
         try:
             await WebSocketHandler.get(self, kernel_id=kernel_id)
         finally:

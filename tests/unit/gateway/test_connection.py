@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from jupyter_client.session import Session as Signer
 
+from gateway_slurm.budget import Budget
 from gateway_slurm.errors import LinkError
 from gateway_slurm.gateway.channels import connection as connection_module
 from gateway_slurm.gateway.channels import lost, sources
@@ -61,6 +62,9 @@ class Page:
     def end_dead(self, _reason):
         pass
 
+    def refuse(self, _reason):
+        pass
+
     @property
     def told(self):
         """Each message by its type, or by its text, state or prompt."""
@@ -92,6 +96,7 @@ def connect():
             log=logging.getLogger("test"),
             track_message_type=lambda _kind: True,
             kernel_info_timeout=60,
+            budget=Budget(64 << 20, 0),
             owner_of=lambda _kernel_id: "alice",
             turns=Turns(),
         )
@@ -148,6 +153,53 @@ async def test_a_reply_comes_after_the_output_that_was_published_before_it(conne
     assert page.told == ["busy", "out"]
     connection.take([published(3, "status", {"execution_state": "idle"}, header)])
     assert page.told == ["busy", "out", "execute_reply", "idle"]
+
+
+async def test_what_waits_for_a_kernel_counts_for_its_user(connect):
+    """A cell over the limit is answered with the reason; all is given back when the kernel is there, or is over."""
+    connection = connect()
+    connection._held, budget = [], connection.budget
+    session, page = opened(connection)
+    for _ in range(5):
+        session.from_client("shell", request(content={"code": "x" * (15 << 20)})[1])
+    evalues = [message["content"].get("evalue", "") for message in page.messages]
+    assert sum("memory_per_user is 64 MiB" in evalue for evalue in evalues) == 2  # the error, and the reply
+    assert 60 << 20 < budget.kinds()["held"] < 64 << 20
+    connection.refuse_held("the kernel was restarted")
+    assert budget.kinds()["held"] == 0
+    connection.close("the kernel was shut down")
+    assert budget.users() == {}
+
+
+async def test_the_window_is_the_first_to_go_where_a_user_has_too_much(connect):
+    """The kernel's node has what it had: pages that are behind read it there. Outputs of cells go as well."""
+    connection = connect()
+    connection.budget.per_user = 8 << 20
+    header, _parts = request()
+    large = {"name": "stdout", "text": "x" * (1 << 20)}
+    for number in range(1, 40):
+        connection.take([published(number, "stream", large, header)])
+        await asyncio.sleep(0)
+    assert connection.budget.used("alice") <= 11 << 20
+    assert connection.budget.shed_count["window"] > 3
+    assert connection.window.next == 40
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_a_reply_that_was_dropped_is_made_again_but_short(connect):
+    """A page that did not read has the end of its cells all the same, on its next websocket."""
+    connection = connect()
+    session, page, header = asked(connection)
+    connection.take([published(1, "status", {"execution_state": "busy"}, header)])
+    reply(connection, header, content={"status": "ok", "execution_count": 7, "payload": ["x" * 1000]})
+    page.writes = False
+    connection.take([published(2, "status", {"execution_state": "idle"}, header)])
+    session._shed("too much")
+    second = Page()
+    session.attach(second)
+    assert await poll_async(lambda: "execute_reply" in second.told, timeout=10)
+    (made,) = [message["content"] for message in second.messages if message["msg_type"] == "execute_reply"]
+    assert made == {"status": "ok", "execution_count": 7, "payload": [], "user_expressions": {}}
 
 
 @pytest.mark.usefixtures("no_grace")

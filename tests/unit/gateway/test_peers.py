@@ -18,6 +18,7 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.websocket import WebSocketHandler, websocket_connect
 
+from gateway_slurm.budget import Budget
 from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.peers import forward, lists, peers
 from gateway_slurm.gateway.peers import websocket as peer_websocket
@@ -223,7 +224,7 @@ class Channels(ForwardsWebsocket, Known, WebSocketHandler):
 class Kernels(dict):
     """Kernels by id, with their owners."""
 
-    max_request_size = 6 * MEGABYTE
+    max_request_size, budget = 6 * MEGABYTE, Budget(0, 0)
 
 
 class Gateway:

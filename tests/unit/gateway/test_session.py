@@ -8,7 +8,9 @@ import logging
 
 import pytest
 
+from gateway_slurm.budget import Budget
 from gateway_slurm.errors import LinkError
+from gateway_slurm.gateway.channels import session as session_module
 from gateway_slurm.gateway.channels.session import FLUSH_BYTES, Session
 from gateway_slurm.gateway.channels.window import OVERHEAD, Published, Window
 from gateway_slurm.link.journal import Record
@@ -56,6 +58,7 @@ class Connection:
 
     def __init__(self, node=None, limit=1 << 20):
         self.window, self.node, self.sessions = Window(), node, []
+        self.user, self.budget = "alice", Budget(64 << 20, 0)
         self.window.limit = limit
 
     newest = property(lambda self: self.window.next - 1)
@@ -82,6 +85,9 @@ class Connection:
 
     def progressed(self, session):
         pass
+
+    def dropped(self, msg_ids):
+        self.dropped_replies = msg_ids
 
     def instead_of(self, _session, after, upto, _parent):
         content = {"name": "stderr", "text": f"missed {after + 1} to {upto}"}
@@ -123,6 +129,8 @@ class Websocket:
 
     def end(self, reason):
         self.ended = reason
+
+    refuse = end
 
     @property
     def texts(self):
@@ -185,6 +193,55 @@ async def test_a_websocket_that_does_not_write_gets_no_more_than_its_share():
     page.write()
     await settled(lambda: session.position == 100)
     assert page.texts == [str(number) for number in range(1, 101)]
+
+
+async def test_large_messages_go_to_as_many_websockets_at_once_as_there_is_room_for(monkeypatch):
+    """The others get theirs afterwards; what is not read for long is given up, with the reason, and nothing is lost."""
+    connection = Connection(limit=1 << 30)
+    connection.budget = Budget(10 << 20, 0)
+    monkeypatch.setattr(session_module, "ROOM_INTERVAL", 0.01)
+    pages = []
+    for number in range(6):
+        session, page = Session(connection, f"s{number}", 0), Websocket(slow=True)
+        connection.sessions.append(session)
+        session.attach(page)
+        pages.append(page)
+    connection.publish(1, size=2 << 20)
+    given = [bool(page.frames) for page in pages]
+    assert given == [True] * 3 + [False] * 3  # each costs twice its size until it is written, once for the window
+    pages[0].write()
+    await settled(lambda: sum(bool(page.frames) for page in pages) == 4)
+    monkeypatch.setattr(session_module, "ROOM_SECONDS", 0.05)
+    await settled(lambda: any("memory_per_user is 10 MiB" in page.ended for page in pages))
+    assert connection.budget.used("alice") <= 10 << 20
+    for session, page in zip(connection.sessions, pages, strict=True):
+        if page.ended:
+            page.frames.clear()
+            session.attach(new := Websocket())
+            await settled(lambda new=new: new.texts == ["1"])
+        page.write()
+    await settled(lambda: all(session.position == 1 for session in connection.sessions))
+
+
+async def test_messages_for_a_session_alone_count_for_its_user_and_are_dropped_over_the_limit():
+    """The frontend opens another websocket; its connection hears which replies were dropped."""
+    connection = Connection()
+    connection.budget = Budget(10 << 20, 0)
+    session, page = connection.session(), Websocket(slow=True)
+    session.attach(page)
+    message = private("x" * (1 << 20))
+    message[1] = b'{"msg_id": "cell"}'
+    for _ in range(11):
+        session.put("shell", message)
+    await settled(lambda: page.ended)
+    assert "memory_per_user is 10 MiB" in page.ended
+    assert set(connection.dropped_replies) == {"cell"}
+    assert connection.budget.used("alice") == 0
+    session.attach(second := Websocket())
+    session.put("shell", private("reply"))
+    assert second.texts == ["reply"]
+    session.close("the kernel is over")
+    assert connection.budget.users() == {}
 
 
 @pytest.mark.parametrize("failures", [0, 2])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 import pytest
 import zmq
 import zmq.asyncio
 
+from gateway_slurm.budget import Budget
 from gateway_slurm.gateway.channels.messages import MessageError
-from gateway_slurm.gateway.channels.sockets import GIVEN_UP_SECONDS, SEND_MARK, KernelSocket, prepare_context
+from gateway_slurm.gateway.channels.sockets import GIVEN_UP_SECONDS, MAX_WAITING, KernelSocket, prepare_context
 from helpers.kernel_clients import poll_async
 
 MAX_MESSAGE = 1000  # bytes
+HOLDING = partial(Budget(0, 0).holding, "alice", "to_kernel")
 # RFC 23 (ZMTP 3): the greeting with the mechanism NULL, and a READY command without properties.
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x04\x06\x05READY"
@@ -64,7 +67,7 @@ async def test_a_connection_that_libzmq_gives_up_is_made_again(kernel, tmp_path,
     """What was read before is delivered, then what the new connection brings; the owner is called once for each."""
     peer, arrived, renewed = Peer(), [], []
     async with await asyncio.start_unix_server(peer, tmp_path / channel):
-        socket = KernelSocket(kernel, channel, b"me", arrived.append, lambda: renewed.append(len(arrived)))
+        socket = KernelSocket(kernel, channel, b"me", arrived.append, HOLDING(), lambda: renewed.append(len(arrived)))
         for number in (1, 2, 3):
             assert await poll_async(lambda number=number: len(peer.writers) == number, timeout=10)
             peer.say(b"\x00\x02%02d" % number)
@@ -79,7 +82,7 @@ async def test_a_connection_that_a_kernel_closed_is_libzmqs_own_to_make_again(ke
     """A kernel that restarts loses nothing that waits for it, and what it breaks later is found as soon as before."""
     peer, renewed = Peer(), []
     async with await asyncio.start_unix_server(peer, tmp_path / "shell"):
-        socket = KernelSocket(kernel, "shell", b"me", print, lambda: renewed.append(True))
+        socket = KernelSocket(kernel, "shell", b"me", print, HOLDING(), lambda: renewed.append(True))
         for number in (1, 2, 3):
             assert await poll_async(lambda number=number: len(peer.writers) == number, timeout=10)
             peer.writers[-1].close()
@@ -96,7 +99,7 @@ async def test_a_send_never_waits(kernel, tmp_path):
     """A message for a connection that was given up goes by the new one; one too many for a silent kernel is refused."""
     peer = Peer()
     async with await asyncio.start_unix_server(peer, tmp_path / "shell"):
-        socket = KernelSocket(kernel, "shell", b"me", print)
+        socket = KernelSocket(kernel, "shell", b"me", print, HOLDING())
         assert await poll_async(lambda: len(peer.writers) == 1, timeout=10)
         peer.say(FATAL["malformed"])
         # libzmq takes what is sent before it knows; after that each of these is refused, or goes to the next peer.
@@ -106,12 +109,46 @@ async def test_a_send_never_waits(kernel, tmp_path):
         assert await poll_async(lambda: len(peer.writers) == 2, timeout=10)
 
         def flood() -> None:
-            for _ in range(2 * SEND_MARK):
+            for _ in range(2 * MAX_WAITING):
                 socket.send([b"x" * 1000])
 
-        with pytest.raises(MessageError, match=f"{SEND_MARK} messages"):
+        with pytest.raises(MessageError, match=f"{MAX_WAITING} messages"):
             flood()
         socket.close()
+
+
+async def test_what_a_kernel_does_not_read_is_counted_in_bytes(kernel):
+    """Up to the user's limit, whatever ZMQ has of it; once the kernel reads it has all in order, and nothing counts."""
+    budget, size = Budget(40 << 20, 0), 3 << 20
+    router = kernel.context.socket(zmq.ROUTER, socket_class=zmq.Socket)
+    router.maxmsgsize, router.rcvhwm = -1, 1
+    socket = KernelSocket(kernel, "shell", b"me", print, budget.holding("alice", "to_kernel"))
+    sent = 0
+
+    def flood():
+        nonlocal sent
+        while True:
+            socket.send([b"%04d" % sent, bytes(size)])
+            sent += 1
+
+    with pytest.raises(MessageError, match="memory_per_user is 40 MiB"):
+        flood()
+    assert 38 << 20 < budget.used("alice") <= 40 << 20
+    router.bind(kernel._make_url("shell"))
+    read = []
+
+    def has_read():
+        while router.poll(0):
+            read.append(router.recv_multipart()[1])
+        return len(read) == sent
+
+    assert await poll_async(has_read, timeout=20)
+    assert read == [b"%04d" % number for number in range(sent)]
+    assert await poll_async(lambda: budget.used("alice") == 0, timeout=10)
+    socket.send([bytes(size)])
+    socket.close()
+    assert budget.used() == 0
+    router.close()
 
 
 async def test_all_sockets_of_the_context_inherit_the_limits(kernel):

@@ -6,15 +6,19 @@ import asyncio
 import inspect
 import tracemalloc
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import pytest
 from tornado import httpserver, netutil, util, web, websocket
 
+from gateway_slurm.budget import Budget
 from gateway_slurm.gateway import tornado_compat
 from gateway_slurm.gateway.tornado_compat import KEPT, LimitedProtocol, limit_messages
+from helpers.kernel_clients import poll_async
 
 LIMIT = 1 << 20
+BUDGET = Budget(6 << 20, 0)
 
 
 class Echo(websocket.WebSocketHandler):
@@ -23,16 +27,16 @@ class Echo(websocket.WebSocketHandler):
     compressed = False
 
     async def get(self, *args: str, **kwargs: str) -> None:
-        limit_messages(self, LIMIT, self.oversized)
+        limit_messages(self, LIMIT, self.oversized, partial(BUDGET.holding, "alice", "incoming"))
         await super().get(*args, **kwargs)
 
     def get_compression_options(self) -> dict[str, Any] | None:
         return {} if self.compressed else None
 
-    def oversized(self, beginning: bytes, end: bytes, size: int) -> None:
+    def oversized(self, beginning: bytes, end: bytes, size: int, refusal: str) -> None:
         if beginning.startswith(b"raise"):
             raise ValueError("a fault of the handler's")
-        self.write_message(f"{size}:".encode() + beginning[:20] + b"..." + end[-20:], binary=True)
+        self.write_message(refusal or f"{size}:".encode() + beginning[:20] + b"..." + end[-20:], binary=not refusal)
         assert len(beginning) <= KEPT
         assert len(end) <= KEPT
 
@@ -115,6 +119,33 @@ async def test_a_message_in_fragments_is_reported(url: str, frame: int) -> None:
     connection.close()
 
 
+async def test_a_user_has_only_so_much_that_is_not_complete(url: str) -> None:
+    """The websockets together: what is over is reported with the reason, and all is given back."""
+    connections = [await websocket.websocket_connect(url) for _ in range(8)]
+    piece = b"x" * (LIMIT - 1000)
+    for connection in connections:
+        protocol = connection.protocol
+        assert isinstance(protocol, websocket.WebSocketProtocol13)
+        await protocol._write_frame(False, 2, piece)
+    assert await poll_async(lambda: BUDGET.shed_count["incoming"] == 2, timeout=10)
+    assert BUDGET.used("alice") == 6 * len(piece)
+    assert await ask(await websocket.websocket_connect(url), "small") == "took 5"
+    answers = []
+    for connection in connections:
+        assert connection.protocol is not None
+        await connection.protocol._write_frame(True, 0, b"x")  # type: ignore[attr-defined]
+        answers.append(str(await asyncio.wait_for(connection.read_message(), 20)))
+    assert [answer for answer in answers if "memory_per_user is 6 MiB" in answer] == answers[6:]
+    assert answers[:6] == [f"took {len(piece) + 1}"] * 6
+    assert BUDGET.used("alice") == 0
+    protocol = connections[0].protocol
+    assert isinstance(protocol, websocket.WebSocketProtocol13)
+    await protocol._write_frame(False, 2, piece)
+    assert await poll_async(lambda: BUDGET.used("alice") == len(piece), timeout=10)
+    protocol.stream.close()
+    assert await poll_async(lambda: BUDGET.used("alice") == 0, timeout=10)
+
+
 async def test_nothing_of_it_is_stored(url: str) -> None:
     """A message of fifty times the limit costs no memory."""
     connection = await websocket.websocket_connect(url)
@@ -156,5 +187,5 @@ async def test_a_fault_in_the_report_closes_the_websocket(url: str) -> None:
 def test_another_protocol_is_left_alone() -> None:
     """Where a handler makes one of its own, tornado's limit holds."""
     handler: Any = type("Handler", (), {"get_websocket_protocol": lambda self: None})()
-    tornado_compat.limit_messages(handler, LIMIT, lambda *_: None)
+    tornado_compat.limit_messages(handler, LIMIT, lambda *_: None, partial(BUDGET.holding, "alice", "incoming"))
     assert handler.get_websocket_protocol() is None

@@ -8,6 +8,7 @@ import json
 import struct
 import threading
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway_slurm.budget import Budget
 from gateway_slurm.errors import LinkError
 from gateway_slurm.link import flow, wire
 from gateway_slurm.link import journal as journal_module
@@ -149,6 +151,46 @@ async def test_a_record_may_be_larger_than_a_header_and_begin_behind_it():
         for _ in range(8):
             await asyncio.sleep(0)
     assert [len(record.frames[0]) for record in await asyncio.wait_for(task, 10)] == [size]
+
+
+async def test_a_record_for_which_there_is_no_room_is_left_out():
+    """It is read and thrown away, and its size and the reason are passed on; those before and after it come."""
+    launcher, skipped, budget = Launcher(), [], Budget(10 << 20, 0)
+    reading = reading_of(
+        launcher,
+        holding=partial(budget.holding, "alice", "reading"),
+        skipped=lambda size, reason: skipped.append((size, reason)),
+    )
+    bodies = [b"a", b"b" * (4 << 20), b"c" * (6 << 20), b"d"]
+    found, mark = [], 0
+    data = stream(*(record(number, number, body) for number, body in enumerate(bodies, 5)))
+    collecting = asyncio.ensure_future(rest_of(reading))
+    for start in range(0, len(data), flow.CHUNK):
+        launcher.say(data[start : start + flow.CHUNK])
+        launcher.sent()
+        await asyncio.sleep(0.001)
+        mark = max(mark, budget.used("alice"))
+    launcher.say(b"", closed=True)
+    found = await collecting
+    assert [(one.number, len(one.frames[0])) for one in found] == [(5, 1), (6, 4 << 20), (8, 1)]
+    assert skipped[0][0] >= 6 << 20
+    assert "memory_per_user is 10 MiB" in skipped[0][1]
+    assert 8 << 20 <= mark <= 10 << 20
+    reading.close()
+    assert budget.users() == {}
+
+
+async def test_a_reading_over_its_users_limit_ends_with_the_reason():
+    """The reader may begin again where it was."""
+    launcher, budget = Launcher(), Budget(1 << 20, 0)
+    reading = reading_of(launcher, holding=partial(budget.holding, "alice", "reading"))
+    launcher.say(stream(record(5, 5, b"x" * 500)))
+    assert len(await anext(reading)) == 1
+    budget.holding("alice", "held").add(2 << 20)
+    launcher.say(record(6, 6, b"x" * 500)[:100])
+    with pytest.raises(LinkError, match="memory_per_user is 1 MiB"):
+        await rest_of(reading)
+    assert budget.kinds()["reading"] == 0
 
 
 async def test_what_is_not_read_has_no_credit():
