@@ -205,8 +205,10 @@ class SlurmService(ServiceSettings):
         self.addresses = LauncherAddresses(
             self.access,
             self.registry,
+            self._tasks,
             listen=lambda port: self._socket.also_listen(self._hosts, port),
             url=self.url,
+            log=self.log,
         )
         self._failover = Failover(
             self.kernels,

@@ -238,7 +238,7 @@ class SlurmGatewayApp(ServerApp):
         loops = SlurmService.instance(self.log).loops
         self._life = asyncio.ensure_future(self._service_manager.show_life(loops, STANDSTILL_SECONDS))
         restorer = self.kernel_manager.restorer
-        await restorer.restore(DEPLOYMENT)
+        await restorer.restore(DEPLOYMENT, on_retry=self._service_manager.extend)
         if isinstance(restorer.failure, StoreError):
             self.log.critical("the gateway cannot be started: %s", restorer.failure)
             self._exit_status = 1

@@ -76,8 +76,13 @@ JOBID = r"(?P<jobid>[0-9]{1,10})"
 
 
 async def wait_restored(handler: web.RequestHandler) -> None:
-    """Wait until the earlier gateway's kernels are restored; raises HTTPError 503 after ``RESTORE_SECONDS``."""
+    """Wait until the earlier gateway's kernels are restored.
+
+    Raises HTTPError 503 after ``RESTORE_SECONDS``, and at once where an attempt has failed and is made again.
+    """
     restorer = handler.settings["kernel_manager"].restorer
+    if reason := restorer.waits_because:
+        raise web.HTTPError(503, reason)
     try:
         await asyncio.wait_for(restorer.done.wait(), RESTORE_SECONDS)
     except asyncio.TimeoutError as error:
@@ -704,6 +709,8 @@ class ReadyHandler(UntrackedHandler, GatewayHandler):
         reason, service = NOT_RESTORED, SlurmService.instance()
         if self.kernels.restorer.done.is_set():
             reason = await service.run(service.why_not_ready())
+        elif self.kernels.restorer.waits_because:
+            reason = self.kernels.restorer.waits_because
         if reason:
             self.set_header("Retry-After", RETRY_AFTER)
             self.answer({"status": "not ready", "reason": reason}, 503)

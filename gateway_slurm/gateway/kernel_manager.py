@@ -159,7 +159,7 @@ def set_up_server(manager: SlurmMappingKernelManager, app: Any) -> None:
 def restore_before_listening(manager: SlurmMappingKernelManager, app: Any) -> None:
     """Restore the kernels of this server's earlier process. The server starts also if the store cannot be used."""
     manager.restorer.restore_now(server_deployment(app.port), STARTUP_RESTORE_SECONDS)
-    if manager.restorer.failure is not None:
+    if manager.restorer.failure is not None and manager.restorer.done.is_set():
         manager.log.error("earlier kernels are not restored, and none can be started: %s", manager.restorer.failure)
 
 
@@ -282,6 +282,12 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         return self._states[kernel_id]
 
     # -- owners -----------------------------------------------------------------------------------
+
+    def _check_kernel_id(self, kernel_id: str) -> None:
+        """Raise HTTPError 404 for a kernel that does not exist, and 503 where it may be restored yet."""
+        if kernel_id not in self and (reason := self.restorer.waits_because):
+            raise web.HTTPError(503, reason)
+        super()._check_kernel_id(kernel_id)
 
     def is_visible(self, kernel_id: str, user: Any) -> bool:
         """Whether the kernel exists and ``user`` may see it: its owner, the service that started it, or an admin."""

@@ -22,9 +22,9 @@ from jupyter_client.connect import port_names
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_server.prometheus.metrics import KERNEL_CURRENTLY_RUNNING_TOTAL
 
-from gateway_slurm._util import call_on
+from gateway_slurm._util import Backoff, LogOnce, call_on
 from gateway_slurm.environment import kernel_environment
-from gateway_slurm.errors import GatewaySlurmError
+from gateway_slurm.errors import GatewaySlurmError, LinkError
 from gateway_slurm.gateway import jupyter_compat
 from gateway_slurm.gateway.systemd import MAIN_LOOP
 from gateway_slurm.kernels.restore import RestoredKernel
@@ -34,6 +34,8 @@ from gateway_slurm.store.records import SessionRecord
 
 # Seconds that websockets have to take the last messages of a server that stops.
 FLUSH_SECONDS = 1.0
+# Seconds until a restoring that failed is tried again; each pause is twice as long, up to the second value.
+RETRY_DELAY, MAX_RETRY_DELAY = 0.5, 10.0
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -62,11 +64,20 @@ class KernelRestorer:
     def __init__(self, manager: Any) -> None:
         self._manager, self.log = manager, manager.log
         self.done = asyncio.Event()
+        # Why the last attempt failed. Where ``done`` is not set, it is tried again.
         self.failure: GatewaySlurmError | None = None
+        self._retrying: asyncio.Task[None] | None = None
         # The server stops and its kernels run on: their records belong to the next server.
         self.is_handing_over = False
         # Called with the records of the sessions of restored kernels.
         self.on_sessions: list[Callable[[list[SessionRecord]], None]] = []
+
+    @property
+    def waits_because(self) -> str:
+        """Why earlier kernels are not restored yet, after an attempt that failed; else empty."""
+        if self.done.is_set() or self.failure is None:
+            return ""
+        return f"the kernels of the earlier server are not restored yet, which is tried again: {self.failure}"
 
     @property
     def is_keeping(self) -> bool:
@@ -78,6 +89,8 @@ class KernelRestorer:
     async def hand_over_kernels(self) -> None:
         """Leave running kernels to the next server: report to frontends, acknowledge, and detach."""
         manager, self.is_handing_over = self._manager, True
+        if self._retrying is not None:
+            self._retrying.cancel()
         kernels = {kernel_id: manager.get_kernel(kernel_id) for kernel_id in manager.list_kernel_ids()}
         running = {kernel_id: kernel for kernel_id, kernel in kernels.items() if _runs_on_a_node(kernel)}
         connections = [found for kernel_id in running if (found := manager.frontends.find(kernel_id))]
@@ -118,22 +131,36 @@ class KernelRestorer:
 
     # -- the server after it ------------------------------------------------------------------------
 
-    async def restore(self, deployment: str) -> None:
+    async def restore(self, deployment: str, on_retry: Callable[[float], object] = lambda _seconds: None) -> None:
         """Restore the kernels of the deployment's dead servers, and of servers that die later. Raises nothing.
 
-        ``failure`` is the reason where the store cannot be used.
+        While launchers cannot reach this server, since another process has its port, it is tried again until it works:
+        the kernels run on, and would end without a server. ``on_retry`` is called with the seconds until the next
+        attempt. Afterwards ``failure`` is the reason where the store cannot be used.
         """
-        service = self._service(deployment)
-        try:
-            self.adopt(await service.run(service.restore()))
-        except GatewaySlurmError as error:
-            self.failure = error
-        self.done.set()
+        service, complaints = self._service(deployment), LogOnce(self.log)
+        pauses = Backoff(RETRY_DELAY, MAX_RETRY_DELAY)
+        while True:
+            try:
+                self.adopt(await service.run(service.restore()))
+            except LinkError as error:
+                self.failure = error
+                complaints.warning(str(error), "%s", self.waits_because)
+                pause = pauses.next()
+                on_retry(pause)
+                await asyncio.sleep(pause)
+                continue
+            except GatewaySlurmError as error:
+                self.failure = error
+            else:
+                self.failure = None
+            self.done.set()
+            return
 
     def restore_now(self, deployment: str, seconds: float) -> None:
         """Restore like ``restore``, and block this loop until that is done, for at most so many seconds.
 
-        After that time the kernels come later.
+        After that time the kernels come later; also while launchers cannot reach this server (see ``restore``).
         """
         service = self._service(deployment)
         restoring = service.submit(service.restore())
@@ -142,6 +169,10 @@ class KernelRestorer:
         except concurrent.futures.TimeoutError:
             self.log.error("earlier kernels are not restored after %g s; they may come later", seconds)
             service.submit(self._adopt_later(service, restoring))
+        except LinkError as error:
+            self.failure = error
+            self._retrying = asyncio.ensure_future(self.restore(deployment))
+            return
         except GatewaySlurmError as error:
             self.failure = error
         self.done.set()

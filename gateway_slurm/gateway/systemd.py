@@ -12,6 +12,8 @@ import socket
 
 from gateway_slurm._util import BEAT_SECONDS, LoopWatch
 
+# Seconds that the service manager waits for READY beyond the next attempt.
+EXTENSION_SECONDS = 60.0
 READY, ALIVE, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
 # The name of the loop that serves requests, in the log.
 MAIN_LOOP = "the gateway's loop"
@@ -37,6 +39,10 @@ class ServiceManager:
                 sender.sendto(state.encode(), self._address)
         except OSError as error:
             _log.warning("the service manager could not be notified: %s", error)
+
+    def extend(self, seconds: float) -> None:
+        """The start goes on: it takes so many seconds more until the next attempt, and the time for that."""
+        self.notify(f"EXTEND_TIMEOUT_USEC={int((seconds + EXTENSION_SECONDS) * 1e6)}")
 
     async def show_life(self, loops: LoopWatch, seconds: float) -> None:
         """Show that the calling loop runs, to ``loops`` and to the service manager, until the task is cancelled.

@@ -8,7 +8,6 @@ unless kernels run in it or it is kept. Everything here runs on the service's lo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections import defaultdict
@@ -31,6 +30,8 @@ from gateway_slurm.store.records import ClaimedRows, KernelRecord, LauncherRecor
 LOOK_SECONDS = 2.5
 # Ports of dead servers on which this one listens: a launcher knows this server's own ports as soon as it is linked.
 MAX_ADOPTED_PORTS = 8
+# Seconds until a port that another process has is tried again; each pause is twice as long, up to the second value.
+PORT_RETRY_DELAY, MAX_PORT_RETRY_DELAY = 1.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,22 @@ class LauncherAddresses:
     """Where launchers may dial: this server, and the other living servers of its deployment.
 
     ``direct`` are this server's own addresses; ``listen`` makes it listen on one more port of this host, and raises
-    OSError where the port is not free. ``url`` is where the other servers reach this server's API.
+    OSError where the port is not free. ``tasks`` runs what goes on in the background. ``url`` is where the other
+    servers reach this server's API.
     """
 
     def __init__(
-        self, access: ClusterAccess, registry: Registry, *, listen: Callable[[int], Awaitable[object]], url: str
+        self,
+        access: ClusterAccess,
+        registry: Registry,
+        tasks: TaskSet,
+        *,
+        listen: Callable[[int], Awaitable[object]],
+        url: str,
+        log: logging.Logger,
     ) -> None:
-        self._access, self._registry, self._listen, self._url = access, registry, listen, url
+        self._access, self._registry, self._tasks, self.log = access, registry, tasks, log
+        self._listen, self._url = listen, url
         self.direct: list[str] = []
         self.others: list[str] = []
         """Those of the other living servers of the deployment."""
@@ -202,12 +212,32 @@ class LauncherAddresses:
         host = this_process().host
         addresses = [address for server in servers if server.process.host == host for address in server.addresses]
         by_port = {endpoint[1]: text for text in addresses if (endpoint := parse_endpoint(text)) is not None}
-        for port in by_port.keys() - relay_ports:
-            with contextlib.suppress(OSError):  # another process has the port by now: other addresses are left
-                await self._listen(port)
-                self._adopted = [by_port[port], *self._adopted][:MAX_ADOPTED_PORTS]
+        wanted = {port: text for port, text in by_port.items() if port not in relay_ports}
+        taken = [port for port in wanted if not await self._adopt(port, wanted[port])]
         if servers:
             self.announce()
+        for port in taken[:MAX_ADOPTED_PORTS]:
+            self._tasks.create_task(self._adopt_later(port, wanted[port]))
+
+    async def _adopt(self, port: int, address: str) -> bool:
+        """Listen on one more port; return whether it was free."""
+        try:
+            await self._listen(port)
+        except OSError:
+            return False
+        self._adopted = [address, *self._adopted][:MAX_ADOPTED_PORTS]
+        return True
+
+    async def _adopt_later(self, port: int, address: str) -> None:
+        """Try again until another process has left the port: launchers may know no other address."""
+        self.log.warning("another process has port %d, where an earlier server's launchers dial; tried again", port)
+        pauses = Backoff(PORT_RETRY_DELAY, MAX_PORT_RETRY_DELAY)
+        while True:
+            await pauses.sleep()
+            if await self._adopt(port, address):
+                break
+        self.log.warning("port %d is free now: an earlier server's launchers reach this server", port)
+        self.announce()
 
 
 class Failover:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
+from tornado.httpclient import HTTPClientError
 
+from gateway_slurm.testing.processes import free_port
 from helpers.gateway_process import ask, start, stop, stop_all, until_dead
 from helpers.kernel_clients import JOB, READY, poll_async
 from helpers.notebook_server import Frontend
@@ -17,6 +23,7 @@ from helpers.private_slurm import jobs_of, slurm
 from helpers.restarting_servers import LastingFrontend, lasting_gateway, lasting_server
 
 COUNT = "import time\nfor number in range({}):\n    print(number, flush=True)\n    time.sleep(0.02)\n"
+KEEPING = "--ServerApp.kernel_manager_class=gateway_slurm.SlurmMappingKernelManager"
 ENDINGS = pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
 
 
@@ -273,6 +280,86 @@ async def test_a_jupyter_server_has_its_kernels_and_notebooks_again(gateway_envi
         await me.request("DELETE", f"/api/sessions/{session['id']}")
         assert await me.json("GET", "/api/kernels") == []
     assert await poll_async(lambda: jobs_of(cluster) == [], timeout=READY)
+
+
+# -- a response port that another process has ---------------------------------------------------------
+
+
+@contextmanager
+def taken(port):
+    """Another process's listener on the port; yields what ends it."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("", port))
+        other.listen()
+        yield other.close
+
+
+async def answer_to(server, method, path):
+    """Status and message of a request."""
+    try:
+        response = await server.request(method, path)
+    except HTTPClientError as error:
+        said = json.loads(error.response.body)
+        return error.code, said.get("message") or said.get("reason")
+    return response.code, ""
+
+
+SERVERS = {"gateway": (lasting_gateway, "alice", ()), "server": (lasting_server, "me", (KEEPING,))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_kernels_are_restored_once_their_response_port_is_free_again(
+    gateway_environment, kernelspecs, admin_settings, cluster, kind
+):
+    """Until then each request for them is 503 with the reason, never 404; no work is lost."""
+    port = free_port()
+    admin_settings(response_port=str(port))
+    lasting, user, options = SERVERS[kind]
+    with lasting(gateway_environment / f"taken-{kind}", *options) as server:
+        kernel_id = await start(server.of(user))
+        path = f"/api/kernels/{kernel_id}"
+        try:
+            assert await ask(server.of(user), kernel_id, "kept = 6; print(kept)") == "6"
+            server.signal(signal.SIGKILL)
+            with taken(port) as leave:
+                server.begin()
+                await asyncio.to_thread(server.until_listening)
+                assert (await answer_to(server.of(user), "GET", path))[0] == 503
+                assert await poll_async(lambda: "not restored yet" in server.log.read_text(), timeout=READY)
+                for method, verb in (("GET", ""), ("POST", "/interrupt"), ("DELETE", "")):
+                    status, message = await answer_to(server.of(user), method, path + verb)
+                    assert (status, str(port) in message) == (503, True), (method, verb, message)
+                if kind == "gateway":
+                    assert (await answer_to(server.of(user), "POST", f"{path}/restart"))[0] == 503
+                    assert (await answer_to(server.of(user), "GET", "/api/kernels"))[0] == 503
+                    assert (await answer_to(server.of(user), "GET", "/health/ready"))[0] == 503
+                leave()
+            for _attempt in range(300):
+                if (await answer_to(server.of(user), "GET", path))[0] != 503:
+                    break
+                await asyncio.sleep(0.1)
+            assert await ask(server.of(user), kernel_id, "print(kept)") == "6"
+        finally:
+            await stop(server.of(user), kernel_id)
+    assert await poll_async(lambda: jobs_of(cluster) == [], timeout=READY)
+
+
+async def test_an_earlier_gateways_port_is_taken_over_once_it_is_free(gateway, frontend):
+    """Without a configured port launchers know the earlier gateway's alone: their kernels are there, and come back."""
+    assert (await frontend.execute("kept = 7; print(kept)"))[1] == "7\n"
+    announced = re.findall(r"listening, announced as \S+:([0-9]+)", gateway.log.read_text())
+    gateway.signal(signal.SIGKILL)
+    with taken(int(announced[-1])) as leave:
+        gateway.begin()
+        await asyncio.to_thread(gateway.until_listening)
+        assert (await answer_to(gateway.of("alice"), "GET", f"/api/kernels/{frontend.kernel_id}"))[0] == 200
+        assert await poll_async(
+            lambda: f"another process has port {announced[-1]}" in gateway.log.read_text(), timeout=READY
+        )
+        leave()
+    assert (await frontend.execute("print(kept)"))[1] == "7\n"
 
 
 # -- a start that cannot be ---------------------------------------------------------------------------------
