@@ -78,6 +78,10 @@ c = get_config()  # noqa: F821
 ## close its idle connections earlier, as nginx does by default.
 # c.SlurmGatewayApp.idle_timeout = 75.0
 
+## Seconds between two checks of the users of open websockets. A websocket is closed whose token was removed or
+## has expired, whose user has logged out of the JupyterHub, or whose kernel's owner has left the project.
+# c.SlurmGatewayApp.recheck_interval = 30.0
+
 ## Number of connections on which no request had a valid token yet. One more closes the oldest of the address
 ## that has most, if it is older than a second. Those of trusted_proxies, and by a Unix socket, are not counted.
 # c.SlurmGatewayApp.max_unknown_connections = 1024
@@ -184,6 +188,10 @@ c = get_config()  # noqa: F821
 
 ## Maximum number of one user's kernels, starting ones included. 0: no limit.
 # c.SlurmMappingKernelManager.max_kernels_per_user = 0
+
+## Maximum number of kernels of one user that are started or restarted in a minute, also those whose start fails.
+## It is not applied where the server has one user. 0: no limit.
+# c.SlurmMappingKernelManager.max_starts_per_minute = 100
 
 ## Seconds that a kernel that died, or did not start, is still listed, with the reason. Once a frontend has shown
 ## the reason, and no other lacks output, it is listed for some seconds only.

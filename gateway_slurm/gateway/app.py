@@ -36,6 +36,7 @@ from gateway_slurm.gateway.peers.client import PeerClient
 from gateway_slurm.gateway.peers.directory import StoreDirectory
 from gateway_slurm.gateway.peers.forward import Forwarder
 from gateway_slurm.gateway.peers.peers import Peers
+from gateway_slurm.gateway.revocation import OpenWebsockets
 from gateway_slurm.gateway.sessions import GatewaySessionManager, NoContents
 from gateway_slurm.gateway.slots import UserSlots
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
@@ -108,6 +109,7 @@ class SlurmGatewayApp(ServerApp):
     restores_kernels = True  # while it listens already; see kernel_manager.set_up_server
     _exit_status = 0
     _life: asyncio.Task[None] | None = None
+    _rechecking: asyncio.Task[None] | None = None
 
     port = Int(
         ServerApp.port_default_value,
@@ -165,6 +167,15 @@ class SlurmGatewayApp(ServerApp):
         config=True,
         help="""Seconds that a connection is kept open for the client's next request. A proxy in front of the gateway
         must close its idle connections earlier, as nginx does by default.""",
+    )
+    recheck_interval = CFloat(
+        30.0,
+        min=0.5,
+        max=50.0,
+        config=True,
+        help="""Seconds between two checks of the users of open websockets. A websocket is closed whose token was
+        removed or has expired, whose user has logged out of the JupyterHub, or whose kernel's owner has left the
+        project.""",
     )
     max_unknown_connections = CInt(
         1024,
@@ -237,6 +248,7 @@ class SlurmGatewayApp(ServerApp):
         """Restore the earlier gateway's kernels; stop if the store cannot be used."""
         loops = SlurmService.instance(self.log).loops
         self._life = asyncio.ensure_future(self._service_manager.show_life(loops, STANDSTILL_SECONDS))
+        self._rechecking = asyncio.ensure_future(self.open_websockets.watch(self.recheck_interval))
         restorer = self.kernel_manager.restorer
         await restorer.restore(DEPLOYMENT, on_retry=self._service_manager.extend)
         if isinstance(restorer.failure, StoreError):
@@ -275,6 +287,11 @@ class SlurmGatewayApp(ServerApp):
         self.forwarder = Forwarder(peers, PeerClient(self.peer_cafile), proof=(header,) if header else ())
         self.web_app.settings["forwarder"] = self.forwarder
         self.web_app.settings["user_slots"] = UserSlots()
+        provider, specs = self.identity_provider, self.kernel_spec_manager
+        assert isinstance(provider, GatewayIdentityProvider)
+        assert isinstance(specs, GatewayKernelSpecManager)
+        self.open_websockets = OpenWebsockets(provider, specs, self.kernel_manager, self.log)
+        self.web_app.settings["open_websockets"] = self.open_websockets
 
     def make_door(self) -> Door:
         """What decides on the connections and bodies of clients."""
@@ -319,8 +336,9 @@ class SlurmGatewayApp(ServerApp):
         """Close the collector, the forwarder, the threads that read kernelspecs, and the identity provider."""
         self._service_manager.notify(STOPPING)
         await super().cleanup_extensions()
-        if self._life is not None:
-            self._life.cancel()
+        for task in (self._life, self._rechecking):
+            if task is not None:
+                task.cancel()
         self._collector.close()
         self.forwarder.close()
         if isinstance(self.kernel_spec_manager, GatewayKernelSpecManager):

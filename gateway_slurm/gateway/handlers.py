@@ -31,7 +31,7 @@ from tornado.log import gen_log
 
 from gateway_slurm._util import in_one_line
 from gateway_slurm.bounded_json import load_json
-from gateway_slurm.errors import GatewaySlurmError, LinkError, RequestError
+from gateway_slurm.errors import GatewaySlurmError, LinkError, NotAllowed, RequestError
 from gateway_slurm.events import by_of, reason_of
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
@@ -50,6 +50,7 @@ from gateway_slurm.gateway.peers.forward import (
 )
 from gateway_slurm.gateway.peers.lists import with_peers
 from gateway_slurm.gateway.peers.websocket import ForwardsWebsocket
+from gateway_slurm.gateway.revocation import OpenWebsockets
 from gateway_slurm.gateway.sessions import GatewaySessionManager, session_env
 from gateway_slurm.gateway.slots import (
     MAX_UNDER_WAY,
@@ -386,6 +387,7 @@ class KernelActionHandler(GatewayHandler):
             await self.kernels.interrupt_kernel(kernel_id)
             self.answer_done()
         else:
+            self.kernels.count_start(self.kernels.owner_of(kernel_id))
             self.report("kernel_restart", **self.request_facts(kernel_id))
             await self.kernels.restart_kernel(kernel_id)
             self.answer(self.kernels.kernel_model(kernel_id))
@@ -453,7 +455,24 @@ class ChannelsHandler(ForwardsWebsocket, ExplainsErrors, KernelWebsocketHandler)
             return
         if not self.settings["kernel_manager"].is_visible(kernel_id, self.current_user):
             raise web.HTTPError(404, f"there is no kernel {kernel_id}")
+        if reason := await self.open_websockets.why_not_member(kernel_id):
+            raise web.HTTPError(403, reason)
         await super().get(kernel_id=kernel_id)
+
+    @property
+    def open_websockets(self) -> OpenWebsockets:
+        """All websockets to kernels, which end with the right to them."""
+        return cast(OpenWebsockets, self.settings["open_websockets"])
+
+    async def open(self, kernel_id: str) -> None:
+        """The websocket is open."""
+        self.open_websockets.add(self, kernel_id)
+        await super().open(kernel_id)
+
+    def on_close(self) -> None:
+        """The websocket is closed."""
+        self.open_websockets.remove(self)
+        super().on_close()
 
 
 class SessionsHandler(StartsKernels):
@@ -653,12 +672,21 @@ class AllocationActionHandler(AllocationsHandler):
     async def post(self, jobid: str, action: str) -> None:
         service = SlurmService.instance()
         if action == "keep":
+            await self._check_may_keep(jobid)
             self.report("allocation_kept", **self.allocation_facts(jobid))
             await service.run(service.keep_allocation(self.owner, jobid))
         else:
             self.report("allocation_not_kept", **self.allocation_facts(jobid))
             await service.run(service.release_allocation(self.owner, jobid))
         self.answer_done()
+
+    async def _check_may_keep(self, jobid: str) -> None:
+        """Raise NotAllowed where the request field ``keep_allocation`` is not allowed either, and HTTPError 404."""
+        held = [self.kernels.find_kernel(kernel_id) for kernel_id in self.allocation(jobid)["kernel_ids"]]
+        names = [str(kernel.kernel_name) for kernel in held if kernel is not None]
+        if not self.user.admin and not await self.read_specs(self.specs.may_set, "keep_allocation", names):
+            message = "you may not keep allocations: neither the project nor the gateway allows keep_allocation"
+            raise NotAllowed(message, field="keep_allocation")
 
 
 class StatusHandler(UntrackedHandler, GatewayHandler):

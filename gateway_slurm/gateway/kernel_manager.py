@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
@@ -51,6 +51,8 @@ SUBMIT_SECONDS, SUBMIT_POLL = 3.0, 0.02
 NOTICE_SECONDS, NOTICE_INTERVAL = 3.0, 1.0
 # Seconds that a dead kernel is still listed once a frontend shows why, and that its frontends have to take the status.
 SHOWN_LINGER, DEAD_SECONDS = 5.0, 1.0
+# Dead kernels of one user that are listed.
+MAX_DEAD = 20
 # Seconds that a restart may take to end before its kernel is shut down.
 RESTART_END_SECONDS = 5.0
 # Seconds that a Jupyter server's start waits for the kernels of its earlier process.
@@ -170,6 +172,13 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
     max_kernels_per_user = CInt(
         0, config=True, help="Maximum number of one user's kernels, starting ones included. 0: no limit."
     )
+    max_starts_per_minute = CInt(
+        100,
+        min=0,
+        config=True,
+        help="""Maximum number of kernels of one user that are started or restarted in a minute, also those whose start
+        fails. It is not applied where the server has one user. 0: no limit.""",
+    )
     dead_kernel_linger = CFloat(
         600.0,
         config=True,
@@ -228,6 +237,8 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         super().__init__(**kwargs)
         # Owner and maker of each kernel: a service that starts kernels for others goes on to manage them.
         self._owners: dict[str, tuple[str, str]] = {}
+        # When each user's kernels were started, in the last minute, by the loop's clock.
+        self._started: dict[str, deque[float]] = {}
         # Whether the websockets are of our class, which shows kept output and warnings.
         self.has_frontends = True
         self.budget = Budget(self.memory_per_user, self.memory_limit)
@@ -325,6 +336,24 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
                     f"({type(self).__name__}.{name}): shut one down first",
                 )
 
+    def count_start(self, owner: str) -> None:
+        """Count one more start or restart. Raises HTTPError 429 for too many in a minute."""
+        if not owner or not self.max_starts_per_minute:
+            return
+        now = asyncio.get_running_loop().time()
+        for user in [user for user, times in self._started.items() if times[-1] < now - 60.0]:
+            del self._started[user]
+        times = self._started.setdefault(owner, deque())
+        while times and times[0] < now - 60.0:
+            times.popleft()
+        if len(times) >= self.max_starts_per_minute:
+            raise web.HTTPError(
+                429,
+                f"{len(times)} kernels were started for you in the last minute, and that is the limit "
+                f"({type(self).__name__}.max_starts_per_minute): try again in {times[0] + 60.0 - now:.0f} s",
+            )
+        times.append(now)
+
     # -- start --------------------------------------------------------------------------------------
 
     async def start_kernel(  # type: ignore[override] # as AsyncMultiKernelManager's
@@ -348,6 +377,7 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         kernel_id = kernel_id or self.new_kernel_id(**kwargs)
         if kernel_id in self:
             raise web.HTTPError(409, f"kernel {kernel_id} exists already")
+        self.count_start(owner)
         if fields:  # a kernel on Slurm: others have none
             kwargs |= {"slurm_owner": owner, "slurm_maker": maker, "slurm_fields": fields}
         self._owners[kernel_id] = owner, maker
@@ -507,8 +537,16 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         level = logging.DEBUG if self.owner_of(kernel_id) else logging.WARNING
         self.log.log(level, "kernel %s is dead: %s", kernel_id, printable(reason))
         self._remove_later(kernel_id, self.dead_kernel_linger)
+        self._remove_oldest_dead(self.owner_of(kernel_id))
         self._tell(kernel_id, reason)
         self._remove_soon(kernel_id)
+
+    def _remove_oldest_dead(self, owner: str) -> None:
+        """List at most MAX_DEAD dead kernels of a user: those that died last."""
+        dead = [kernel_id for kernel_id in self._lingering if self.owner_of(kernel_id) == owner]
+        for kernel_id in dead[:-MAX_DEAD] if owner else ():
+            self._lingering[kernel_id].cancel()
+            self._remove_later(kernel_id, 0.0)
 
     def _tell(self, kernel_id: str, reason: str) -> None:
         """Answer the frontends' cells with the reason of the kernel's death."""

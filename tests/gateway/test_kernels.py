@@ -10,6 +10,7 @@ import uuid
 
 import pytest
 
+from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS
 from helpers.gateway_process import JUPYTER_SLURM, ask, running_gateway, start, stop, stop_all, until_dead
 from helpers.kernel_clients import JOB, READY, poll_async
 from helpers.notebook_server import V1, Frontend
@@ -18,6 +19,8 @@ from helpers.private_slurm import jobs_of, slurm
 OPTIONS = [
     "--GatewayKernelSpecManager.allowed_envs=['COLOUR']",
     "--GatewayIdentityProvider.metrics_users=['portal']",
+    # Also that users may keep allocations.
+    f"--GatewayKernelSpecManager.allowed_client_fields={[*CLIENT_FIELDS, 'keep_allocation']}",
 ]
 
 

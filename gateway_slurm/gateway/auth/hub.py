@@ -71,6 +71,13 @@ class HubTokens:
         model = await self._model(token, str(request.remote_ip))
         return None if model is None else self._user(model)
 
+    def expire(self, request: HTTPServerRequest) -> None:
+        """Ask the hub about the request's token the next time, whatever the cache says."""
+        if token := request_token(request):
+            key = hashlib.sha256(token.encode()).hexdigest()
+            if key in self._users:
+                self._users[key] = 0.0, self._users[key][1]
+
     def close(self) -> None:
         """Cancel the requests to the hub, and close the connections."""
         for task in self._asking.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,28 @@ class GatewayKernelSpecManager(KernelSpecManager):
         """The variables of the client's environment that its kernel gets. Raises NoSuchKernel, and RequestError."""
         project = self._served(name).project
         return client_environment(env, [*self.allowed_envs, *(project.allowed_envs if project else ())])
+
+    def may_set(self, field: str, names: Collection[str]) -> bool:
+        """Whether clients may set this request field of each of these kernelspecs, or without any in general."""
+        lists = [self._allowed_fields(name) for name in names] or [self.allowed_client_fields]
+        return all(field in allowed for allowed in lists)
+
+    def _allowed_fields(self, name: str) -> Collection[str]:
+        try:
+            project = self._served(name).project
+        except NoSuchKernel:
+            project = None
+        allowed = project.allowed_client_fields if project else None
+        return self.allowed_client_fields if allowed is None else allowed
+
+    def has_left(self, name: str, user: str) -> bool:
+        """Whether the user may not have this kernelspec any more. False where that cannot be found out now."""
+        try:
+            served = self._served(name)
+        except NoSuchKernel:
+            return False  # it was removed, or cannot be read: its kernels run on
+        left = served.project is not None and self._membership.has_left(user, served.project.members)
+        return left or not served.file.admits(user)
 
     def problems(self) -> list[str]:
         """The problems of the files that are on disk now. Each is logged once."""

@@ -19,6 +19,8 @@ from gateway_slurm.slurm.runner import Runner
 
 UNANSWERED_SECONDS: Final = 30.0
 """How long Slurm is not asked again after it did not answer: each attempt costs the caller the whole time limit."""
+RECENT_SECONDS: Final = 25.0
+"""How old an answer may be for the end of a right."""
 _ASK_SECONDS: Final = 15.0
 _MAX_USERS: Final = 4096
 
@@ -45,6 +47,7 @@ class Membership:
         self._ask_accounts, self._max_age, self._clock = ask_accounts, max_age, clock
         self._lock = threading.Lock()
         self._accounts: Accounts = {}
+        self._is_unanswered = False
         self._accounts_until = float("-inf")
         self._groups: dict[str, tuple[float, frozenset[str]]] = {}
 
@@ -56,25 +59,42 @@ class Membership:
             return True
         return bool(members.accounts and members.accounts & self._accounts_of(user))
 
-    def _groups_of(self, user: str) -> frozenset[str]:
+    def has_left(self, user: str, members: Members | None) -> bool:
+        """Whether the user is no member, by answers of at most RECENT_SECONDS. False while Slurm does not answer."""
+        if members is None or user in members.users:
+            return False
+        if members.groups and members.groups & self._groups_of(user, min(RECENT_SECONDS, self._max_age)):
+            return False
+        if not members.accounts:
+            return True
+        accounts = self._accounts_of(user, min(RECENT_SECONDS, self._max_age))
+        return not self._is_unanswered and not members.accounts & accounts
+
+    def _groups_of(self, user: str, age: float | None = None) -> frozenset[str]:
         until, groups = self._groups.get(user, (float("-inf"), frozenset()))
-        if self._clock() >= until:
+        if self._clock() >= self._end(until, age):
             groups = unix_groups(user)
             if len(self._groups) >= _MAX_USERS:
                 self._groups.clear()
             self._groups[user] = self._clock() + self._max_age, groups
         return groups
 
-    def _accounts_of(self, user: str) -> frozenset[str]:
+    def _end(self, until: float, age: float | None) -> float:
+        """When an answer that is used until ``until`` gets older than ``age``."""
+        return until if age is None else until - self._max_age + age
+
+    def _accounts_of(self, user: str, age: float | None = None) -> frozenset[str]:
         # One thread asks Slurm; the others wait for the same answer.
         with self._lock:
-            if self._clock() >= self._accounts_until:
+            until = self._accounts_until if self._is_unanswered else self._end(self._accounts_until, age)
+            if self._clock() >= until:
                 try:
                     self._accounts = self._ask_accounts()
+                    self._is_unanswered = False
                     self._accounts_until = self._clock() + self._max_age
                 except GatewaySlurmError as error:
                     _log.error("for now no user is a member of a project by a Slurm account: %s", error)
-                    self._accounts = {}
+                    self._accounts, self._is_unanswered = {}, True
                     self._accounts_until = self._clock() + UNANSWERED_SECONDS
             return self._accounts.get(user, frozenset())
 

@@ -194,3 +194,27 @@ def test_sacctmgrs_answer_is_read():
     }
     with pytest.raises(SlurmUnavailable, match="not connect"):
         parse_accounts(1, "ada|clim\n", "sacctmgr: error: could not connect to slurmdbd")
+
+
+def test_who_has_left_is_known_only_while_slurm_answers():
+    """An outage of slurmdbd takes nobody's rights, and an old answer keeps none."""
+    now, answers = [0.0], [{"ada": frozenset({"clim"})}]
+
+    def ask():
+        if answers[0] is None:
+            raise SlurmUnavailable("down")
+        return answers[0]
+
+    members = Members(accounts=frozenset({"clim"}))
+    membership = Membership(ask, max_age=300.0, clock=lambda: now[0])
+    assert not membership.has_left("ada", members)
+    assert membership.has_left("ben", members)
+    answers[0] = {}
+    assert not membership.has_left("ada", members)
+    now[0] = 30.0
+    assert membership.has_left("ada", members)
+    answers[0] = None
+    now[0] = 60.0
+    assert not membership.has_left("ada", members)
+    assert membership.has_left("ada", Members())
+    assert not membership.has_left("ada", None)
