@@ -240,4 +240,5 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 
 
 def _is_own(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+    # Where hard links to others' files are possible (proc(5), protected_hardlinks), one could name any file of ours.
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1

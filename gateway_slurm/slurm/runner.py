@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import IO, Any, ClassVar, Final
 
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable, Unanswered
+from gateway_slurm.slurm.ssh.login_node.stderr_file import TRIM_INTERVAL, StderrFile
 
 MAX_OUTPUT: Final = 16 << 20
 """Bytes of one command's stdout, and of its stderr. A command that prints more is killed."""
-MAX_TAIL: Final = 64 << 10
-"""Bytes that are kept of the end of a detached command's stderr."""
 _REAP_TIMEOUT: Final = 5.0  # seconds
 
 # A command gets no other variables of this process: a stale SLURM_JOB_ID, SLURM_NTASKS or SLURM_MEM_PER_NODE breaks or
@@ -116,7 +115,9 @@ class Runner:
         """Start a command that outlives this call and this process: it has its own session and no pipes to us."""
         source, stderr = await asyncio.to_thread(_files, stdin)
         try:
-            process = await self._spawn(argv, extra_env, stdin=source, stdout=asyncio.subprocess.DEVNULL, stderr=stderr)
+            process = await self._spawn(
+                argv, extra_env, stdin=source, stdout=asyncio.subprocess.DEVNULL, stderr=stderr.file
+            )
         except BaseException:
             stderr.close()
             raise
@@ -183,25 +184,24 @@ class Runner:
 class DetachedProcess:
     """A command that was started and left running. Its owner calls ``wait``; it need not be terminated."""
 
-    def __init__(self, process: asyncio.subprocess.Process, stderr: IO[bytes]) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, stderr: StderrFile) -> None:
         self._process = process
         self._stderr = stderr
-        self._tail = ""
 
     async def wait(self) -> int:
         """Wait until the command ends and return its exit status; cancellation leaves the command running."""
-        status = await self._process.wait()
-        self.stderr_tail()
+        ended = asyncio.ensure_future(self._process.wait())
+        try:
+            while not (await asyncio.wait({ended}, timeout=TRIM_INTERVAL))[0]:
+                self._stderr.trim()
+        finally:
+            ended.cancel()
         self._stderr.close()
-        return status
+        return ended.result()
 
     def stderr_tail(self) -> str:
         """Return the end of the command's stderr, at most MAX_TAIL bytes."""
-        if not self._stderr.closed:
-            size = os.fstat(self._stderr.fileno()).st_size
-            data = os.pread(self._stderr.fileno(), MAX_TAIL, max(0, size - MAX_TAIL))
-            self._tail = data.decode(errors="replace")
-        return self._tail
+        return self._stderr.tail().decode(errors="replace")
 
     def terminate(self) -> None:
         """Send SIGTERM to the command's process group; does nothing after the command has ended."""
@@ -214,7 +214,7 @@ def timed_out(argv: Sequence[str], limit: float) -> Unanswered:
     return Unanswered(f"{argv[0]} did not end within {limit:g} s; nothing is known about the jobs", argv=argv)
 
 
-def _files(data: bytes) -> tuple[IO[bytes], IO[bytes]]:
+def _files(data: bytes) -> tuple[IO[bytes], StderrFile]:
     """Return two files without names: stdin with ``data``, and an empty one for stderr.
 
     With files instead of pipes the command neither stalls nor dies of SIGPIPE when this process ends.
@@ -222,7 +222,7 @@ def _files(data: bytes) -> tuple[IO[bytes], IO[bytes]]:
     stdin = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     stdin.write(data)
     stdin.seek(0)
-    return stdin, tempfile.TemporaryFile()
+    return stdin, StderrFile()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -218,7 +218,7 @@ class Catalog:
         assert self._root is not None
         path = self._root / name / FILE_NAME
         try:
-            return self._projects.get(path)
+            return self._projects.get(path, within=path.parent)
         except FileNotFoundError as error:
             raise ConfigError(f"{path} is missing, so no user sees this project; a file with {{}} is enough") from error
         except (OSError, ValueError, ConfigError) as error:

@@ -21,7 +21,7 @@ from gateway_slurm.slurm.ssh.login_node import protocol
 
 Frame = tuple[int, int, bytes]
 
-MODULES: Final = ("protocol", "commands", "relay", "main")
+MODULES: Final = ("protocol", "stderr_file", "commands", "relay", "main")
 CHANNEL_WINDOW: Final = 8 << 20  # bytes that the login node may send before this process acknowledges some
 MAX_PACKET: Final = 128 << 10  # bytes; the cost of a packet in Python does not depend on its length
 MAX_SHELL_OUTPUT: Final = 256 << 10  # bytes that a login shell may print before the program begins

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import pwd
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from typing import IO, Any, Final
@@ -15,6 +14,7 @@ from typing import IO, Any, Final
 from gateway_slurm._util import is_user_name
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable
 from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, ExtraEnv, Runner, reap, timed_out
+from gateway_slurm.slurm.ssh.login_node.stderr_file import StderrFile
 from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY_UID, READY, VARIABLES
 
 # Seconds by which the helper's timeout is longer than this process's. The helper's matters only if this process dies.
@@ -59,9 +59,9 @@ class SudoRunner(Runner):
         """Start a command as the user that outlives this call and this process."""
         request = self._request(argv, extra_env, stdin, self._timeout, detached=True)
         self.counts[argv[0]] += 1
-        stderr = await asyncio.to_thread(tempfile.TemporaryFile)
+        stderr = await asyncio.to_thread(StderrFile)
         try:
-            process = await self._start_helper(stderr=stderr)
+            process = await self._start_helper(stderr=stderr.file)
         except BaseException:
             stderr.close()
             raise

@@ -389,6 +389,20 @@ def test_a_kernelspec_does_not_lead_out_of_its_project(manager, root, tmp_path):
     assert all("leads out of" in problem for problem in specs.problems())
 
 
+def test_the_file_of_a_project_does_not_lead_out_of_it(manager, root, tmp_path):
+    """A link in place of project.json would give the limits of another project, or quote another file."""
+    write_json(tmp_path / "outside.json", {})
+    for name, target in (("clim", root / "geo" / "project.json"), ("geo", tmp_path / "outside.json")):
+        (root / name / "project.json").rename(root / name / "was.json")
+        (root / name / "project.json").symlink_to(target)
+    specs = manager()
+    assert list(specs.specs_for("ada")) == ["slurm"]
+    assert [problem for problem in specs.problems() if "leads out of" not in problem] == []
+    (root / "clim" / "project.json").unlink()
+    (root / "clim" / "project.json").symlink_to("was.json")
+    assert list(specs.specs_for("ada")) == ["clim.python", "slurm"]
+
+
 def test_a_link_that_leads_nowhere_harms_no_other_kernelspec(manager, root):
     """Circular and broken links: as directories they are ignored, as files they are reported."""
     (root / "circle").symlink_to("circle")

@@ -26,19 +26,21 @@ def local() -> LocalAccess:
 async def test_only_a_plain_file_of_this_user_is_read(
     local: LocalAccess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All users may write to a shared directory: no link is followed there, and no pipe is waited for."""
+    """All users may write to a shared directory: no link of either kind is read there, and no pipe is waited for."""
     (log := tmp_path / "launcher-1.log").write_text("x" * access.MAX_LOG_END + "its end")
     (tmp_path / "launcher-2.log").symlink_to(log)
     os.mkfifo(tmp_path / "launcher-3.log")
+    (secret := tmp_path / "secret").write_text("token")
+    os.link(secret, tmp_path / "launcher-5.log")
     found = await local.log_end(str(log))
     assert found is not None
     assert (len(found), found.endswith("its end")) == (access.MAX_LOG_END, True)
     assert await local.read_log(str(log), 0) == access.LogPart(0, log.read_bytes())
     monkeypatch.setattr(access, "LOOK_TIMEOUT", 60.0)
     started = time.monotonic()
-    others = [str(tmp_path / f"launcher-{number}.log") for number in (2, 3, 4)]
-    assert [await local.log_end(path) for path in others] == [None] * 3
-    assert [(await local.read_log(path, -1)).content for path in others] == [b""] * 3
+    others = [str(tmp_path / f"launcher-{number}.log") for number in (2, 3, 4, 5)]
+    assert [await local.log_end(path) for path in others] == [None] * 4
+    assert [(await local.read_log(path, -1)).content for path in others] == [b""] * 4
     monkeypatch.setattr(os, "geteuid", lambda: log.stat().st_uid + 1)
     assert await local.log_end(str(log)) is None
     assert (await local.read_log(str(log), 0)).content == b""

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from gateway_slurm.errors import SlurmNotInstalled, SlurmUnavailable
-from gateway_slurm.slurm.runner import MAX_TAIL, Runner
+from gateway_slurm.slurm.runner import Runner
+from gateway_slurm.slurm.ssh.login_node.stderr_file import MAX_SIZE, MAX_TAIL, StderrFile
 
 
 async def until(condition: Callable[[], bool], within: float = 10) -> None:
@@ -167,6 +168,35 @@ async def test_detached(tmp_path: Path) -> None:
     assert await process.wait() == 5
     assert process.stderr_tail().endswith("x1000000")
     assert len(process.stderr_tail()) == MAX_TAIL
+
+
+async def test_the_file_of_a_detached_commands_stderr_does_not_grow(tmp_path: Path) -> None:
+    """A job step that prints without end fills no disk; its last words are kept."""
+    go = tmp_path / "go"
+    prints = f"for n in 1 2 3; do head -c {2 * MAX_SIZE} /dev/zero; echo $n; done >&2"
+    script = f"{prints}; while [ ! -e {go} ]; do sleep 0.05; done"
+    process = await Runner().start(["sh", "-c", f"{script}; echo end >&2"])
+    waiting = asyncio.ensure_future(process.wait())
+    deadline = time.monotonic() + 30
+    descriptor = process._stderr.file.fileno()
+    while not process.stderr_tail().endswith("3\n") or os.fstat(descriptor).st_size > 0:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    go.touch()
+    assert await waiting == 0
+    tail = process.stderr_tail()
+    assert (len(tail), tail[-6:]) == (MAX_TAIL, "3\nend\n")
+
+
+def test_the_end_of_a_trimmed_file_is_whole() -> None:
+    """What was kept before, and what came since, and the same after the file is closed."""
+    stderr = StderrFile()
+    os.write(stderr.file.fileno(), b"x" * MAX_SIZE + b"first")
+    stderr.trim()
+    os.write(stderr.file.fileno(), b" second")
+    assert os.fstat(stderr.file.fileno()).st_size == 7
+    stderr.close()
+    assert (len(stderr.tail()), stderr.tail()[-13:]) == (MAX_TAIL, b"xfirst second")
 
 
 async def test_detached_session() -> None:

@@ -14,13 +14,13 @@ import selectors
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from gateway_slurm.slurm.ssh.login_node import protocol
+from gateway_slurm.slurm.ssh.login_node.stderr_file import TRIM_INTERVAL, StderrFile
 
 MAX_RUNNING = 64  # commands at a time
 
@@ -127,17 +127,17 @@ class Commands:
         self.send(protocol.RESULT, number, protocol.pack({"status": status, "fault": fault}, *outputs))
 
     def _start(self, number: int, fields: dict[str, Any], data: bytes) -> None:
-        with tempfile.TemporaryFile() as stderr:
-            child = self._spawn(fields, data, stdout=subprocess.DEVNULL, stderr=stderr)
+        with contextlib.closing(StderrFile()) as stderr:
+            child = self._spawn(fields, data, stdout=subprocess.DEVNULL, stderr=stderr.file)
             with self._lock:
                 self._started[number] = child
             self.send(
                 protocol.STARTED, number, protocol.pack({"pid": child.pid, "ticks": protocol.start_ticks(child.pid)})
             )
+            while not ends_in_time(child.pid, time.monotonic() + TRIM_INTERVAL):
+                stderr.trim()
             status = child.wait()
-            size = os.fstat(stderr.fileno()).st_size
-            tail = os.pread(stderr.fileno(), protocol.MAX_TAIL, max(0, size - protocol.MAX_TAIL))
-        self.send(protocol.ENDED, number, protocol.pack({"status": status}, tail))
+        self.send(protocol.ENDED, number, protocol.pack({"status": status}, stderr.tail()))
 
     def _watch(self, number: int, fields: dict[str, Any], _data: bytes) -> None:
         """Wait for a command that was started over another channel; its exit status is not known."""

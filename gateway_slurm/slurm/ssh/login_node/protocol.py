@@ -17,7 +17,6 @@ RUN, RESULT, KILL, START, STARTED, ENDED, TERM, WATCH = 10, 11, 12, 13, 14, 15, 
 LISTEN, LISTENING, OPEN, DATA, CLOSE, CREDIT = 20, 21, 22, 23, 24, 25
 
 MAX_FRAME = 40 << 20  # bytes; enough for the limits of a command's stdout and stderr together
-MAX_TAIL = 64 << 10  # bytes of the end of a started command's stderr
 WINDOW = 4 << 20  # bytes of one relayed connection that may be under way in one direction
 READ_SIZE = 256 << 10
 
