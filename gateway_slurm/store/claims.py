@@ -15,7 +15,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from gateway_slurm.store.encryption import RowCipher
 from gateway_slurm.store.records import LEASE_SECONDS, ProcessInfo, ServerRecord
+from gateway_slurm.store.rows import is_authentic
 from gateway_slurm.store.schema import ALLOCATIONS, KERNELS, LAUNCHERS, META, SERVERS, SESSIONS, TABLES
 
 
@@ -37,8 +39,15 @@ class MovedRows:
     servers: list[ServerRecord] = field(default_factory=list)
 
 
-def server_of(row: Any, ahead: float) -> ServerRecord:
-    """A server's row as its record; ``ahead``: seconds by which this host's clock is ahead of the database's."""
+def servers_of(rows: Iterable[Any], cipher: RowCipher, ahead: float) -> list[ServerRecord]:
+    """The records of the authentic ones of servers' rows.
+
+    ``ahead``: seconds by which this host's clock is ahead of the database's.
+    """
+    return [_server_of(row, ahead) for row in rows if cipher.is_authentic(SERVERS.name, row["server_id"], row)]
+
+
+def _server_of(row: Any, ahead: float) -> ServerRecord:
     return ServerRecord(
         server_id=row["server_id"],
         deployment=row["deployment"],
@@ -52,7 +61,7 @@ def server_of(row: Any, ahead: float) -> ServerRecord:
 
 
 def dead_servers(
-    connection: sa.Connection, request: ClaimRequest, now: float, *, lock: bool = False
+    connection: sa.Connection, request: ClaimRequest, cipher: RowCipher, now: float, *, lock: bool = False
 ) -> list[ServerRecord]:
     """The servers whose rows may be claimed; none if the claiming server is itself ended or unknown."""
     claimer = connection.execute(sa.select(SERVERS).where(SERVERS.c.server_id == request.server_id)).mappings().first()
@@ -66,16 +75,16 @@ def dead_servers(
             SERVERS.c.server_id.in_(sa.select(KERNELS.c.server_id).where(KERNELS.c.kernel_id.in_(request.kernel_ids)))
         )
     rows = connection.execute(others.with_for_update() if lock else others).mappings()
-    found = [server_of(row, time.time() - now) for row in rows]
+    found = servers_of(rows, cipher, time.time() - now)
     # A gap in the claimer's own lease may mean that the database was away: the other servers may renew first.
     caught_up = now - claimer["leased_since"] >= LEASE_SECONDS
     return [server for server in found if server.ended or server.process.is_dead or (caught_up and server.is_dead)]
 
 
-def claim(connection: sa.Connection, request: ClaimRequest, clock: Callable[[], float]) -> MovedRows:
-    """Move the rows. The caller's transaction commits the move."""
+def claim(connection: sa.Connection, request: ClaimRequest, cipher: RowCipher, clock: Callable[[], float]) -> MovedRows:
+    """Move the authentic rows. The caller's transaction commits the move."""
     epoch = connection.execute(sa.select(META.c.value).where(META.c.key == "epoch").with_for_update()).scalar_one()
-    dead = dead_servers(connection, request, clock(), lock=True)
+    dead = dead_servers(connection, request, cipher, clock(), lock=True)
     if not dead:
         return MovedRows()
     moved = MovedRows(epoch=int(epoch) + 1)
@@ -84,21 +93,31 @@ def claim(connection: sa.Connection, request: ClaimRequest, clock: Callable[[], 
         scope = _all_rows(dead_ids)
     else:
         scope = _allocations_of(connection, dead_ids, request.kernel_ids)
-    moved.rows = {
-        name: [dict(row) for row in connection.execute(sa.select(table).where(scope[name])).mappings()]
-        for name, table in TABLES.items()
-    }
+    for name, table in TABLES.items():
+        rows = connection.execute(sa.select(table).where(scope[name])).mappings()
+        moved.rows[name] = [dict(row) for row in rows if is_authentic(name, row, cipher)]
     for name in ("launchers", "kernels", "sessions"):
         values = {"server_id": request.server_id} | ({"epoch": moved.epoch} if name == "launchers" else {})
-        connection.execute(sa.update(TABLES[name]).where(scope[name]).values(**values))
-        moved.rows[name] = [row | values for row in moved.rows[name]]
-    moved.rows["allocations"] = _move_allocations(connection, request.server_id, moved.rows["allocations"])
-    connection.execute(sa.update(META).where(META.c.key == "epoch").values(value=str(moved.epoch)))
+        moved.rows[name] = [cipher.seal(name, row | values) for row in moved.rows[name]]
+        _update(connection, TABLES[name], (*values, "mac"), moved.rows[name])
+    moved.rows["allocations"] = _move_allocations(connection, cipher, request.server_id, moved.rows["allocations"])
+    if moved.rows["launchers"]:
+        connection.execute(sa.update(META).where(META.c.key == "epoch").values(value=str(moved.epoch)))
     # A server that lives after all finds itself ended before it writes the next row.
     connection.execute(sa.update(SERVERS).where(SERVERS.c.server_id.in_(dead_ids)).values(ended=True))
     remove_empty_servers(connection, dead_ids)
     moved.servers = dead
     return moved
+
+
+def _update(connection: sa.Connection, table: sa.Table, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
+    """Set these columns of rows whose key is a single column."""
+    (key,) = table.primary_key
+    this_row = sa.update(table).where(key == sa.bindparam("row_key"))
+    changed = this_row.values({name: sa.bindparam(f"new_{name}") for name in columns})
+    if rows:
+        new = [{f"new_{name}": row[name] for name in columns} | {"row_key": row[key.name]} for row in rows]
+        connection.execute(changed, new)
 
 
 Scope = dict[str, sa.ColumnElement[bool]]
@@ -134,31 +153,44 @@ def _in_any(table: sa.Table, pairs: Iterable[tuple[Any, ...]]) -> sa.ColumnEleme
     )
 
 
-def _move_allocations(connection: sa.Connection, new: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _move_allocations(
+    connection: sa.Connection, cipher: RowCipher, new: str, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Move the allocations to one row per job: a job that several of these servers adopted gets all their kernels."""
     keys = [row["launcher_id"] for row in rows]
     mine = sa.select(ALLOCATIONS).where(ALLOCATIONS.c.server_id == new, ALLOCATIONS.c.launcher_id.in_(keys))
-    kept = {row["launcher_id"]: dict(row) for row in connection.execute(mine).mappings()}
+    kept: dict[str, dict[str, Any]] = {}
+    for known_row in connection.execute(mine).mappings().all():
+        key = known_row["launcher_id"]
+        if is_authentic(ALLOCATIONS.name, known_row, cipher):
+            kept[key] = dict(known_row)
+        else:  # it would be in the way of the authentic row
+            forged = (ALLOCATIONS.c.server_id == new) & (ALLOCATIONS.c.launcher_id == key)
+            connection.execute(sa.delete(ALLOCATIONS).where(forged))
     this_row = sa.and_(
         ALLOCATIONS.c.server_id == sa.bindparam("old_server"), ALLOCATIONS.c.launcher_id == sa.bindparam("old_key")
     )
-    gone, moving = [], []
+    gone: list[dict[str, Any]] = []
+    moving: list[dict[str, Any]] = []
     for row in rows:
-        where = {"old_server": row["server_id"], "old_key": row["launcher_id"]}
+        where: dict[str, Any] = {"old_server": row["server_id"], "old_key": row["launcher_id"]}
         known = kept.get(row["launcher_id"])
         if known is None:
-            kept[row["launcher_id"]] = row | {"server_id": new}
-            moving.append(where)
+            kept[row["launcher_id"]] = cipher.seal(ALLOCATIONS.name, row | {"server_id": new})
+            moving.append(where | {"new_mac": kept[row["launcher_id"]]["mac"]})
         else:
             known["record"] = _merged(known["record"], row["record"])
             gone.append(where)
     if gone:
         connection.execute(sa.delete(ALLOCATIONS).where(this_row), gone)
     if moving:
-        connection.execute(sa.update(ALLOCATIONS).where(this_row).values(server_id=new), moving)
+        moved = sa.update(ALLOCATIONS).where(this_row).values(server_id=new, mac=sa.bindparam("new_mac"))
+        connection.execute(moved, moving)
     for key in {row["old_key"] for row in gone}:
         mine = (ALLOCATIONS.c.server_id == new) & (ALLOCATIONS.c.launcher_id == key)
-        connection.execute(sa.update(ALLOCATIONS).where(mine).values(record=kept[key]["record"]))
+        kept[key] = cipher.seal(ALLOCATIONS.name, kept[key])
+        merged = {name: kept[key][name] for name in ("record", "mac")}
+        connection.execute(sa.update(ALLOCATIONS).where(mine).values(**merged))
     return list(kept.values())
 
 

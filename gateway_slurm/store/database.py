@@ -28,7 +28,7 @@ from gateway_slurm.store.records import (
     ServerAllocation,
     ServerRecord,
 )
-from gateway_slurm.store.rows import KINDS, Change, RowKey, collect, from_row, to_row
+from gateway_slurm.store.rows import KINDS, Change, RowKey, collect, from_row, is_authentic, to_row
 from gateway_slurm.store.schema import ALLOCATIONS, KERNELS, LAUNCHERS, META, SERVERS, SESSIONS, TABLES
 
 # PostgreSQL's advisory lock for opening the store: of two processes, one makes the tables.
@@ -36,6 +36,8 @@ OPEN_LOCK = 0x6A75_7079
 
 Ownership = tuple[str, str]
 """The id of the server that has a row, and the name of the user who owns it."""
+
+Row = dict[str, Any]
 
 
 def open_store(url: str, directory: Path, key_file: str = "") -> Store:
@@ -115,6 +117,8 @@ class Store:
         self.database, self._cipher = database, cipher
         self.name, self.store_id = database.name, cipher.store_id
         self.is_sqlite = database.is_sqlite
+        self.peer_key = cipher.derive_key("peers")
+        """With it the servers of a deployment prove themselves to each other."""
         self._leases: dict[str, float] = {}
 
     def close(self) -> None:
@@ -144,9 +148,10 @@ class Store:
             "ended": server.ended,
             "relays": json.dumps(server.relays),
         }
-        known = sa.update(SERVERS).where(SERVERS.c.server_id == server.server_id).values(**values)
+        row = self._cipher.seal(SERVERS.name, {"server_id": server.server_id, **values})
+        known = sa.update(SERVERS).where(SERVERS.c.server_id == server.server_id).values(**row)
         if connection.execute(known).rowcount == 0:
-            connection.execute(sa.insert(SERVERS).values(server_id=server.server_id, **values))
+            connection.execute(sa.insert(SERVERS).values(**row))
 
     def is_leased(self, server: ServerRecord) -> bool:
         """Whether the server must renew a lease.
@@ -170,7 +175,7 @@ class Store:
     def _servers(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> list[ServerRecord]:
         now = self.database.now(connection)
         rows = connection.execute(sa.select(SERVERS).where(*conditions)).mappings()
-        return [claims.server_of(row, time.time() - now) for row in rows]
+        return claims.servers_of(rows, self._cipher, time.time() - now)
 
     def rejoin(self, server: ServerRecord) -> set[RowKey]:
         """Register a server that others took for dead. Returns the keys of all rows that other servers have."""
@@ -188,9 +193,12 @@ class Store:
     def _rows_of_others(self, connection: sa.Connection, server_id: str) -> set[RowKey]:
         others: set[RowKey] = set()
         for name, table in TABLES.items():
-            rows = connection.execute(sa.select(table.c[KINDS[name].key], table.c.server_id)).all()
-            mine = {key for key, server in rows if server == server_id}
-            others |= {(name, str(key)) for key, _server in rows if key not in mine}
+            key = KINDS[name].key
+            rows = connection.execute(sa.select(table)).mappings().all()
+            mine = {row[key] for row in rows if row["server_id"] == server_id}
+            others |= {
+                (name, str(row[key])) for row in rows if row[key] not in mine and is_authentic(name, row, self._cipher)
+            }
         return others
 
     # -- Rows --
@@ -223,7 +231,7 @@ class Store:
         if removed:
             delete = sa.delete(table).where(table.c[key] == sa.bindparam("removed"), table.c.server_id == server_id)
             connection.execute(delete, removed)
-        rows = [to_row(record, self._cipher) | {"server_id": server_id} for *_key, record in changes if record]
+        rows = [to_row(record, self._cipher, server_id) for *_key, record in changes if record]
         if not rows:
             return
         # The two dialects have this in common, and SQLAlchemy has no common class for it.
@@ -278,10 +286,10 @@ class Store:
         if not deployment and kernel_ids is None:
             return ClaimedRows()
         with self.database.reading() as connection:
-            if not claims.dead_servers(connection, request, self.database.now(connection)):
+            if not claims.dead_servers(connection, request, self._cipher, self.database.now(connection)):
                 return ClaimedRows()  # the usual case, which takes no lock
         with self.database.writing() as connection:
-            moved = claims.claim(connection, request, lambda: self.database.now(connection))
+            moved = claims.claim(connection, request, self._cipher, lambda: self.database.now(connection))
         rows = collect(moved.rows, self._cipher)
         return ClaimedRows(**vars(rows), epoch=moved.epoch, servers=tuple(moved.servers))
 
@@ -293,52 +301,48 @@ class Store:
             dead = [server.server_id for server in self._servers(connection) if server.is_dead]
             claims.remove_empty_servers(connection, dead)
 
-    # -- Ownership: which server of a deployment has a row; these queries read columns only and decrypt nothing --
+    # -- Ownership: which server of a deployment has a row; these queries decrypt nothing --
 
     def kernel_ownership(self, deployment: str, kernel_id: str) -> Ownership | None:
         """The server and owner of a kernel. Only the allocation names a kernel that is still starting."""
         with self.database.reading() as connection:
-            found = _first(connection, _ownership(KERNELS, deployment, KERNELS.c.kernel_id == kernel_id))
-            if found is not None:
-                return found
-            is_named = ALLOCATIONS.c.record.contains(f'"{kernel_id}"', autoescape=True)
-            return _first(connection, _ownership(ALLOCATIONS, deployment, is_named))
+            found = self._owned(connection, KERNELS, deployment, KERNELS.c.kernel_id == kernel_id)
+            if not found:
+                is_named = ALLOCATIONS.c.record.contains(f'"{kernel_id}"', autoescape=True)
+                found = self._owned(connection, ALLOCATIONS, deployment, is_named)
+        return _first(found)
 
     def session_ownership(self, deployment: str, session_id: str) -> Ownership | None:
         """The server and owner of a session."""
         with self.database.reading() as connection:
-            return _first(connection, _ownership(SESSIONS, deployment, SESSIONS.c.session_id == session_id))
+            return _first(self._owned(connection, SESSIONS, deployment, SESSIONS.c.session_id == session_id))
 
     def document_ownership(self, deployment: str, owner: str, path: str) -> Ownership | None:
         """The server and owner of this user's session of the document at ``path``."""
-        sessions = _ownership(SESSIONS, deployment, SESSIONS.c.owner == owner).add_columns(SESSIONS.c.record)
         with self.database.reading() as connection:
-            for server_id, name, record in connection.execute(sessions):
-                if json.loads(record).get("path") == path:
-                    return str(server_id), str(name)
-        return None
+            sessions = self._owned(connection, SESSIONS, deployment, SESSIONS.c.owner == owner)
+        return _first([row for row in sessions if json.loads(row["record"]).get("path") == path])
 
     def kernel_owners(self, deployment: str, *, except_server: str) -> dict[str, str]:
         """The owner of each kernel of the deployment's other servers, by kernel id. Starting kernels are included."""
-        starting = _ownership(ALLOCATIONS, deployment, ALLOCATIONS.c.server_id != except_server)
-        running = _ownership(KERNELS, deployment, KERNELS.c.server_id != except_server)
         with self.database.reading() as connection:
-            owners = {
-                str(kernel_id): str(owner)
-                for _server, owner, record in connection.execute(starting.add_columns(ALLOCATIONS.c.record))
-                for kernel_id in json.loads(record).get("kernel_ids", ())
-            }
-            rows = connection.execute(running.add_columns(KERNELS.c.kernel_id))
-            return owners | {str(kernel_id): str(owner) for _server, owner, kernel_id in rows}
+            starting = self._owned(connection, ALLOCATIONS, deployment, ALLOCATIONS.c.server_id != except_server)
+            running = self._owned(connection, KERNELS, deployment, KERNELS.c.server_id != except_server)
+        owners = {
+            str(kernel_id): str(row["owner"])
+            for row in starting
+            for kernel_id in json.loads(row["record"]).get("kernel_ids", ())
+        }
+        return owners | {str(row["kernel_id"]): str(row["owner"]) for row in running}
+
+    def _owned(
+        self, connection: sa.Connection, table: sa.Table, deployment: str, *conditions: sa.ColumnElement[bool]
+    ) -> list[Row]:
+        """The authentic ones of the deployment's rows in a table."""
+        joined = table.join(SERVERS, SERVERS.c.server_id == table.c.server_id)
+        rows = sa.select(table).select_from(joined).where(SERVERS.c.deployment == deployment, *conditions)
+        return [dict(row) for row in connection.execute(rows).mappings() if is_authentic(table.name, row, self._cipher)]
 
 
-def _ownership(table: sa.Table, deployment: str, *conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
-    """Server and owner of the deployment's rows in a table."""
-    joined = table.join(SERVERS, SERVERS.c.server_id == table.c.server_id)
-    columns: sa.Select[Any] = sa.select(table.c.server_id, table.c.owner)
-    return columns.select_from(joined).where(SERVERS.c.deployment == deployment, *conditions)
-
-
-def _first(connection: sa.Connection, query: sa.Select[Any]) -> Ownership | None:
-    row = connection.execute(query.limit(1)).first()
-    return None if row is None else (str(row[0]), str(row[1]))
+def _first(rows: list[Row]) -> Ownership | None:
+    return (str(rows[0]["server_id"]), str(rows[0]["owner"])) if rows else None

@@ -122,6 +122,12 @@ class Registry:
         return self._writer.failures
 
     @property
+    def peer_key(self) -> bytes:
+        """With it the servers of a deployment prove themselves to each other; empty before the store is open."""
+        store = self._store
+        return b"" if store is None else store.peer_key
+
+    @property
     def store(self) -> Store:
         """Blocking. The open store."""
         with self._opening:

@@ -52,12 +52,12 @@ def key_of(record: Record) -> RowKey:
     return table, str(getattr(record, KINDS[table].key))
 
 
-def to_row(record: Record, cipher: RowCipher) -> dict[str, Any]:
-    """The row's columns without ``server_id``. Raises TypeError or ValueError for a record that JSON cannot hold."""
+def to_row(record: Record, cipher: RowCipher, server_id: str) -> dict[str, Any]:
+    """The row, with its MAC. Raises TypeError or ValueError for a record that JSON cannot hold."""
     table, key = key_of(record)
     kind = KINDS[table]
     values = {field.name: getattr(record, field.name) for field in fields(record)}
-    row = {name: values.pop(name) for name in (kind.key, *kind.columns)}
+    row = {name: values.pop(name) for name in (kind.key, *kind.columns)} | {"server_id": server_id}
     if kind.encrypted:
         secret = {name: values.pop(name) for name in kind.encrypted}
         if "tokens" in secret:
@@ -65,14 +65,24 @@ def to_row(record: Record, cipher: RowCipher) -> dict[str, Any]:
         row["encrypted"] = cipher.encrypt(table, key, secret)
     row["record"] = json.dumps(values)
     if isinstance(record, AllocationRecord) and len(row["record"]) > MAX_ALLOCATION_BYTES:
-        return to_row(replace(record, config={}, nodelist=[]), cipher)
-    return row
+        return to_row(replace(record, config={}, nodelist=[]), cipher, server_id)
+    return cipher.seal(table, row)
+
+
+def is_authentic(table: str, row: Any, cipher: RowCipher) -> bool:
+    """Whether a server with the store's key has written the row."""
+    return cipher.is_authentic(table, str(row[KINDS[table].key]), row)
 
 
 def from_row(table: str, row: Mapping[str, Any], cipher: RowCipher) -> Record | None:
-    """The record of a row; None for a row that cannot be read, which is logged and does not affect other rows."""
+    """The record of a row; None for a row that cannot be read or is not authentic.
+
+    Such a row is logged and does not affect other rows.
+    """
     kind = KINDS[table]
     key = str(row[kind.key])
+    if not is_authentic(table, row, cipher):
+        return None
     try:
         values: dict[str, Any] = json.loads(row["record"])
         if kind.encrypted:

@@ -8,15 +8,22 @@ import sqlalchemy as sa
 
 from gateway_slurm.errors import StoreError
 
-VERSION = 3
+VERSION = 4
 
 METADATA = sa.MetaData()
 
 
 def _server_table(name: str, *columns: sa.Column[str]) -> sa.Table:
-    """A table whose rows belong to servers. ``record`` has the fields without a column, ``encrypted`` the secrets."""
+    """A table whose rows belong to servers. ``record`` has the fields without a column, ``encrypted`` the secrets.
+
+    ``mac`` is over all other columns (``encryption.RowCipher.mac``).
+    """
     server_id = sa.Column("server_id", sa.Text, primary_key=name == "allocations", nullable=False, index=True)
-    return sa.Table(name, METADATA, server_id, *columns, sa.Column("record", sa.Text, nullable=False))
+    return sa.Table(name, METADATA, server_id, *columns, sa.Column("record", sa.Text, nullable=False), _mac())
+
+
+def _mac() -> sa.Column[bytes]:
+    return sa.Column("mac", sa.LargeBinary, nullable=False)
 
 
 META = sa.Table("meta", METADATA, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
@@ -37,6 +44,7 @@ SERVERS = sa.Table(
     sa.Column("leased_since", sa.Double, nullable=False),
     sa.Column("ended", sa.Boolean, nullable=False),
     sa.Column("relays", sa.Text, nullable=False),
+    _mac(),
 )
 # Several servers may have a record of the same adopted job. Every other row belongs to one server.
 ALLOCATIONS = _server_table(
