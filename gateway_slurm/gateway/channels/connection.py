@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from gateway_slurm.gateway.channels.lost import LostReplies
 from gateway_slurm.gateway.channels.notice import WaitingNotice
 from gateway_slurm.gateway.channels.requests import Request, Requests
 from gateway_slurm.gateway.channels.session import Session, Sink
-from gateway_slurm.gateway.channels.signatures import Signatures
+from gateway_slurm.gateway.channels.signatures import Signatures, is_large
 from gateway_slurm.gateway.channels.sockets import KernelSocket
 from gateway_slurm.gateway.channels.sources import JournalSource, SocketSource
 from gateway_slurm.gateway.channels.state import ExecutionState
@@ -374,6 +375,7 @@ class KernelConnection:
                 take=self.take,
                 wait=self._wait_for_slow_readers,
                 turn=self.turn,
+                check=self.check_large,
                 log=self.log,
             )
         else:
@@ -607,6 +609,22 @@ class KernelConnection:
 
     # -- from the kernel ----------------------------------------------------------------------------
 
+    def signing(self, parts: list[bytes]) -> Generator[None, None, list[bytes]]:
+        """Sign a large message for the kernel, in steps; return its parts."""
+        return self._signatures.signing(parts)
+
+    async def check_large(self, records: list[Record]) -> list[Record]:
+        """The records, with the signatures of the large ones checked, in turns of the kernel's owner."""
+        if not any(is_large(record.frames) for record in records):
+            return records
+        turns, checking = self._manager.turns, self._signatures.checking
+        return [
+            replace(record, frames=await turns.run_steps(self.user, checking(record.frames)))
+            if is_large(record.frames)
+            else record
+            for record in records
+        ]
+
     def parse(self, record: Record) -> tuple[Published, dict[str, Any]]:
         """The message of a record, and its header. What the kernel has not signed has no content, and is hidden."""
         if record.frames and not self._signatures.is_valid(record.frames):
@@ -646,7 +664,7 @@ class KernelConnection:
             return
         execution = self.executions.get(msg_id)
         if channel == "stdin":
-            content = messages.content_of(parts)
+            content = messages.content_of(parts, "input_request")
             self.executions.input_requested(msg_id, content)
             asks = execution or self._requests.find(msg_id)
             for session in self._asked_sessions(asks.session if asks else str(parent.get("session"))):
@@ -660,7 +678,7 @@ class KernelConnection:
             if execution is not None:
                 if execution.is_replied:  # by a reply that was made here
                     return
-                self.executions.replied(msg_id, messages.content_of(parts))
+                self.executions.replied(msg_id, messages.content_of(parts, "execute_reply"))
                 self._lost.on_reply(msg_id)
                 self._acknowledge_soon()
         if channel == "shell" and request is not None and not request.is_idle:
@@ -780,7 +798,7 @@ class KernelConnection:
 
     def _process(self, item: Published, header: dict[str, Any]) -> None:
         kind, parent, msg_id = str(header.get("msg_type")), item.parent, str(item.parent.get("msg_id", ""))
-        state = str(messages.content_of(item.parts).get("execution_state", "")) if kind == "status" else ""
+        state = str(messages.content_of(item.parts, kind).get("execution_state", "")) if kind == "status" else ""
         tracks = self._manager.track_message_type
         if tracks(kind) or tracks(parent.get("msg_type")) or self._state.is_busy:
             self._manager.last_kernel_activity = self.kernel.last_activity = datetime.now(timezone.utc)

@@ -132,7 +132,8 @@ class Frontends:
             reading = connection.read(first, last)
             try:
                 async for records in reading:
-                    read = [(record.number, connection.parse(record)[0].parts) for record in records]
+                    checked = await connection.check_large(records)
+                    read = [(record.number, connection.parse(record)[0].parts) for record in checked]
                     await connection.turn(partial(executions.refold, msg_id, read, done=False))
                 executions.refold(msg_id, [])
             finally:

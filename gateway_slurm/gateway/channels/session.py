@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from logging import Logger
 from typing import Any, Protocol
@@ -83,6 +83,12 @@ class Connection(Protocol):
 
     def read(self, start: int, upto: int) -> JournalReading:
         """Read these numbers from the node. Raises LinkError where that is not possible."""
+
+    def signing(self, parts: list[bytes]) -> Generator[None, None, list[bytes]]:
+        """Sign a large message for the kernel, in steps; return its parts."""
+
+    async def check_large(self, records: list[Record]) -> list[Record]:
+        """The records, with the signatures of the large ones checked, in turns of the kernel's owner."""
 
     def parse(self, record: Record) -> tuple[Published, dict[str, Any]]:
         """The message of a record, hidden where the kernel has not signed it, and its header."""
@@ -203,6 +209,10 @@ class Session:
         if self._sink is sink:
             self._detach()
             self._connection.detached(self)
+
+    def signing(self, parts: list[bytes]) -> Generator[None, None, list[bytes]]:
+        """Sign a large message for the kernel, in steps; return its parts."""
+        return self._connection.signing(parts)
 
     def from_client(self, channel: str, parts: list[bytes]) -> None:
         """Take a message for the kernel."""
@@ -433,7 +443,7 @@ class Session:
         self.push()
 
     async def _take_records(self, records: list[Record]) -> None:
-        place = 0
+        records, place = await self._connection.check_large(records), 0
         while place < len(records):
             while self._is_blocked:
                 self._follow()

@@ -20,6 +20,10 @@ _SIGNED: Final = 4
 """Parts that are signed: header, parent header, metadata and content."""
 
 
+REFUSED: Final = [b""]
+"""Frames in the place of those that are not valid."""
+
+
 class SignedParts(list[bytes]):
     """The parts of a message for the kernel that is signed already, since it is large."""
 
@@ -59,13 +63,14 @@ class Signatures:
 
     # -- large messages, in steps -----------------------------------------------------------------
 
-    def checking(self, frames: Sequence[bytes]) -> Generator[None, None, bool]:
-        """``is_valid`` in steps of about a millisecond."""
-        if not is_large(frames) or DELIM not in frames:
-            return self.is_valid(frames)
+    def checking(self, frames: list[bytes]) -> Generator[None, None, list[bytes]]:
+        """Check a message in steps of about a millisecond; return its frames, or such as are not valid."""
+        if not is_large(frames) or DELIM not in frames[:-1]:
+            return frames if self.is_valid(frames) else REFUSED
         at = frames.index(DELIM) + 1
         signature = yield from self._hashing(frames[at + 1 :])
-        return not self._kernel.session.key or hmac.compare_digest(bytes(frames[at]), signature)
+        is_valid = not self._kernel.session.key or hmac.compare_digest(bytes(frames[at]), signature)
+        return CheckedFrames(frames) if is_valid else REFUSED
 
     def signing(self, parts: list[bytes]) -> Generator[None, None, list[bytes]]:
         """The parts, with their signature where they are large, in steps of about a millisecond."""

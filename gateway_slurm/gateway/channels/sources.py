@@ -29,9 +29,10 @@ Take = Callable[[Iterable[Record]], None]
 class JournalSource:
     """Reads a kernel's journal once for all, and again where reading ended. ``close`` ends it.
 
-    ``turn`` awaits a turn of the kernel's owner, and calls a function in it. ``wait`` is awaited after each batch.
-    ``holding`` makes what counts the bytes of a reading, and ``on_skipped`` gets the size of a message that is left
-    out, and the reason. ``next_number`` returns where to go on; None: where an earlier server was.
+    ``turn`` awaits a turn of the kernel's owner, and calls a function in it; ``check`` checks large messages. ``wait``
+    is awaited after each batch. ``holding`` makes what counts the bytes of a reading, and ``on_skipped`` gets the size
+    of a message that is left out, and the reason. ``next_number`` returns where to go on; None: where an earlier server
+    was.
     """
 
     window_bytes = JOURNAL_WINDOW
@@ -47,9 +48,10 @@ class JournalSource:
         take: Take,
         wait: Callable[[], Awaitable[None]],
         turn: Callable[..., Awaitable[Any]],
+        check: Callable[[list[Record]], Awaitable[list[Record]]],
         log: logging.Logger,
     ) -> None:
-        self._wait, self._turn, self._next_number = wait, turn, next_number
+        self._wait, self._turn, self._check, self._next_number = wait, turn, check, next_number
         self._read_journal = partial(provisioner.read_journal, holding=holding, skipped=on_skipped)
         self._on_header, self._take, self.log = on_header, take, log
         self._wake = asyncio.Event()
@@ -80,6 +82,7 @@ class JournalSource:
             self._on_header(await reading.header())
             async for records in reading:
                 self._delays.reset()
+                records = await self._check(records)
                 for start in range(0, len(records), BATCH):
                     await self._turn(self._take, records[start : start + BATCH])
                 await self._wait()

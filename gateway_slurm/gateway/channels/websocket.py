@@ -16,6 +16,7 @@ from tornado.websocket import WebSocketClosedError
 from gateway_slurm.gateway import oversized
 from gateway_slurm.gateway.channels import messages
 from gateway_slurm.gateway.channels.session import Session
+from gateway_slurm.gateway.channels.signatures import is_large
 from gateway_slurm.gateway.http_errors import PlainHTTPError
 from gateway_slurm.gateway.tornado_compat import limit_messages
 
@@ -64,6 +65,8 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         manager = self.multi_kernel_manager
         holding = partial(manager.budget.holding, manager.owner_of(self.kernel_id), "incoming")
         limit_messages(self.websocket_handler, limit, partial(self._on_oversized, limit), holding)
+        # Tornado reads the next message when what this returns is done; Jupyter server's own method returns nothing.
+        self.websocket_handler.on_message = self.handle_incoming_message  # type: ignore[method-assign,assignment]
 
     async def connect(self) -> None:
         # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
@@ -81,18 +84,23 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         if self._session is not None:
             self._session.detach(self)
 
-    def handle_incoming_message(self, incoming_msg: str | bytes) -> None:
+    async def handle_incoming_message(self, incoming_msg: str | bytes) -> None:  # type: ignore[override]
+        """Take a message in turns of the kernel's owner."""
         if self._session is None or not self._open:
             return
+        turns, owner = self.multi_kernel_manager.turns, self.multi_kernel_manager.owner_of(self.kernel_id)
         try:
-            channel, parts = messages.decode(self.protocol, incoming_msg)
+            steps = messages.decoding(self.protocol, incoming_msg)
+            channel, parts = await turns.run_steps(owner, steps)
+            if is_large(parts):
+                parts = await turns.run_steps(owner, self._session.signing(parts))
             allowed = self.multi_kernel_manager.allowed_message_types
             if allowed and messages.header_of(parts).get("msg_type") not in allowed:
                 self.log.warning(
                     "kernel %s: a message was ignored: its type is not in allowed_message_types", self.kernel_id
                 )
                 return
-            self._session.from_client(channel, parts)
+            await turns.run(owner, self._session.from_client, channel, parts)
         except messages.MessageError as error:
             self.log.warning("kernel %s: the server closes a websocket: %s", self.kernel_id, error)
             self._close(POLICY_VIOLATION, str(error))

@@ -386,9 +386,10 @@ def test_a_large_message_is_signed_and_checked_in_steps(size):
     assert (steps > 2) == (size > SLICE)
     assert signatures.sign(signed) == KERNEL.sign(parts)
     frames = [b"<IDS|MSG>", KERNEL.sign(parts), *parts, b"buffer"]
-    assert run(signatures.checking(frames)) == (True, steps)
+    checked, count = run(signatures.checking(frames))
+    assert (checked, count, signatures.is_valid(checked)) == (frames, steps, True)
     frames[5] += b"y"
-    assert run(signatures.checking(frames))[0] is False
+    assert not signatures.is_valid(run(signatures.checking(frames))[0])
 
 
 async def test_a_flood_to_many_pages_takes_turns_with_other_users(connect):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 
 import pytest
 from hypothesis import given
@@ -105,3 +106,40 @@ def test_a_header_has_a_limit(protocol):
     parts[0] = json.dumps({"msg_id": large}).encode()
     with pytest.raises(MessageError, match=f"a header of {len(parts[0])} bytes, and 16384 is the limit"):
         messages.decode(protocol, messages.encode(protocol, "shell", parts))
+
+
+@pytest.mark.parametrize("protocol", ["", V1])
+def test_a_large_content_is_passed_on_in_short_steps_without_a_look_into_it(protocol):
+    """The kernel parses it; here a few megabytes of brackets would take a second."""
+    content = b'{"data": [%b1], "code": "\\"}"}' % (b"[]," * (4 << 20 >> 2))
+    header = {"msg_id": "1", "msg_type": "execute_request"}
+    parts = [json.dumps(header).encode(), b"{}", b"{}", content]
+    steps, longest = messages.decoding(protocol, messages.encode(protocol, "shell", parts)), 0.0
+    while True:
+        began = time.thread_time()
+        try:
+            next(steps)
+        except StopIteration as end:
+            channel, decoded = end.value
+            break
+        longest = max(longest, time.thread_time() - began)
+    assert (channel, messages.header_of(decoded), decoded[1:]) == ("shell", header, parts[1:])
+    assert longest < 0.05
+    assert messages.content_of(decoded) == {}
+
+
+@pytest.mark.parametrize("size", [60_000, 600_000])
+def test_a_message_may_have_many_numbers(size):
+    """A widget's data."""
+    content = {"data": list(range(size // 6))}
+    parts = [json.dumps(part).encode() for part in ({"msg_id": "1", "msg_type": "comm_msg"}, {}, {}, content)]
+    for protocol in ("", V1):
+        _channel, decoded = messages.decode(protocol, messages.encode(protocol, "shell", parts))
+        assert json.loads(decoded[3]) == content
+
+
+def test_a_header_is_bounded_by_its_bytes_and_its_values():
+    """Each value would take memory in the server."""
+    for header in (b'{"msg_id": "%b"}' % (b"x" * messages.MAX_HEADER), b'{"msg_id": [%b1]}' % (b"[]," * 1000)):
+        assert messages.header_of([header, b"{}", b"{}", b"{}"]) == {}
+        assert messages.parent_header_of([b"{}", header * 5, b"{}", b"{}"]) == {}
