@@ -15,6 +15,8 @@ MAX_VALUES: Final = 20_000
 """Commas, colons and brackets of a text that is parsed, outside its strings."""
 MAX_ESCAPES: Final = 200_000
 """Backslashes of a text that is parsed: each costs time in a string."""
+MAX_LIST: Final = 1 << 20
+"""Bytes of a list that is parsed at once."""
 MAX_NAME: Final = 1000
 """Bytes of a member's name."""
 _SIGNS: Final = b",:[{"
@@ -207,26 +209,27 @@ def _closing(text: bytes, at: int, end: int, depth: int) -> int:
     raise ValueError("brackets that are not in pairs")
 
 
-def loading(data: bytes, limit: int, *, whole: int, depth: int = 3) -> Generator[None, None, Any]:
+def loading(data: bytes, limit: int, *, whole: int, lenient: int = 2) -> Generator[None, None, Any]:
     """``load_json`` in steps, without NaN: of more than ``whole`` bytes, objects and strings are taken apart.
 
-    A member that cannot be parsed in time is left out. Raises ValueError.
+    In so many ``lenient`` levels of objects a member that cannot be parsed in time is left out. Raises ValueError.
     """
     if len(data) > limit:
         raise ValueError(f"JSON of {len(data)} bytes, and the limit is {limit}")
     if len(data) <= whole:
-        return load_json(data, whole, nan=False)
+        return load_json(data, whole, values=whole, nan=False)
     if data[:1] == b'"':
         return (yield from _decoding(data[1:-1]))
-    if data[:1] != b"{" or not depth:
-        raise ValueError(f"JSON of {len(data)} bytes that is no object")
+    if data[:1] != b"{" or lenient < -1:
+        return load_json(data, MAX_LIST, nan=False)
     members = yield from split_object(data)
     loaded: dict[str, Any] = {}
     for name, text in members.items():
         try:
-            loaded[name] = yield from loading(text, limit, whole=whole, depth=depth - 1)
+            loaded[name] = yield from loading(text, limit, whole=whole, lenient=lenient - 1)
         except ValueError:
-            continue
+            if lenient < 1:
+                raise
         yield
     return loaded
 

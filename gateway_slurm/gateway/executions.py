@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeGuard
 
+from gateway_slurm.bounded_json import load_json, loading
 from gateway_slurm.gateway.folding import DEFAULT_LIMIT, OUTPUT_TYPES, Fold, count_of, display_id_of
 
 # Executions that are remembered; those that are not over stay beyond it, up to MAX_OPEN.
@@ -26,8 +27,15 @@ MAX_OUTPUT: Final = 32 << 20
 # Bytes of messages that wait for their folding: where it begins, and where they are left out.
 FOLD_BYTES: Final = 256 << 10
 MAX_PENDING: Final = 8 << 20
-# Messages of one stream that are parsed and folded together.
+# Messages of one stream that are parsed and folded together, and their bytes.
 MAX_RUN: Final = 256
+RUN_BYTES: Final = 64 << 10
+# Bytes of a content that is parsed at once; a larger one is taken apart in steps. Bytes of an error's.
+WHOLE: Final = 64 << 10
+MAX_ERROR_CONTENT: Final = 1 << 20
+# Messages that are folded in one step, and steps, when a user asks for the outputs.
+STEP_MESSAGES: Final = 64
+MAX_STEPS: Final = 1000
 # Bytes of a message's content that is folded; a larger one is beyond the limit of a cell.
 MAX_CONTENT: Final = DEFAULT_LIMIT
 # Seconds that the folding of waiting messages takes at once.
@@ -60,8 +68,8 @@ _DISPLAYS: Final = frozenset({"display_data", "execute_result", "update_display_
 _FOLLOWED: Final = _FOLDED | {"status", "execute_input"}
 # As kernels write it: the header has one field of that name.
 _MSG_TYPE: Final = re.compile(rb'"msg_type"\s*:\s*"([a-z_]+)"')
-# JSON has no NaN and no infinity; some kernels write them.
-_DECODER: Final = json.JSONDecoder(parse_constant=lambda _name: None)
+# At an end of a large content. In a text its quotes would be quoted.
+_COUNT: Final = re.compile(rb'[{,]\s*"execution_count"\s*:\s*([0-9]{1,9})\s*[,}]')
 
 
 @dataclass(slots=True, eq=False)
@@ -118,9 +126,10 @@ class _Reading:
     _parent: tuple[bytes, bool] = (b"", False)
     # Of a stream, the contents that are folded together.
     _run: list[bytes] = field(default_factory=list)
+    _run_bytes: int = 0
 
-    def take(self, msg_id: str, parts: Sequence[bytes]) -> None:
-        """Take a message that was read. One of another cell counts where it may show the same display."""
+    def take(self, msg_id: str, parts: Sequence[bytes]) -> Generator[None, None, None]:
+        """Take a message that was read, in steps. One of another cell counts where it may show the same display."""
         if parts[1] != self._parent[0]:
             is_own = msg_id.encode() in parts[1] and _object(parts[1]).get("msg_id") == msg_id
             self._parent = parts[1], is_own
@@ -129,9 +138,10 @@ class _Reading:
             return
         found = _MSG_TYPE.search(parts[0])
         msg_type = found[1].decode() if found else ""
-        if is_own and msg_type == "stream" and size <= FOLD_BYTES:
+        if is_own and msg_type == "stream" and size <= RUN_BYTES // 4:
             self._run.append(parts[3])
-            if len(self._run) >= MAX_RUN:
+            self._run_bytes += size
+            if len(self._run) >= MAX_RUN or self._run_bytes >= RUN_BYTES:
                 self.end_run()
             return
         self.end_run()
@@ -139,15 +149,20 @@ class _Reading:
             if is_own and msg_type in OUTPUT_TYPES:
                 self.fold.skip(size)
         elif is_own and msg_type in _FOLDED:
-            self.fold.take(msg_type, _object(parts[3]), size)
+            content = yield from _opening(parts[3])
+            if content or size <= WHOLE:
+                self.fold.take(msg_type, content, size)
+            else:
+                self.fold.skip(size)
         elif msg_type in _DISPLAYS:
-            self.fold.take("update_display_data", _object(parts[3]), size)
+            self.fold.take("update_display_data", (yield from _opening(parts[3])), size)
 
     def end_run(self) -> None:
         """Fold what is there of a stream."""
         if self._run:
             self.fold.take_streams(_objects(self._run))
             self._run.clear()
+            self._run_bytes = 0
 
 
 class _Message(NamedTuple):
@@ -178,6 +193,8 @@ class Executions:
         self._pending: list[_Message] = []
         self._pending_bytes = 0
         self._fold_after = 0.0
+        # The large message that is being parsed.
+        self._opened: tuple[_Message, Generator[None, None, Mapping[str, Any]]] | None = None
         # Characters of all outputs, and the executions that an update of a display may concern.
         self._kept = 0
         self._displaying: dict[Execution, None] = {}
@@ -265,7 +282,7 @@ class Executions:
         if is_shown and len(parts) > 3:
             self._keep(execution, number, msg_type, parts[3], len(parts[3]))
         if execution is not None and (msg_type == "error" or msg_type not in _FOLDED):
-            self._follow(execution, msg_type, _object(parts[3]) if len(parts) > 3 else {})
+            self._follow(execution, msg_type, parts[3] if len(parts) > 3 else b"")
 
     def replied(self, msg_id: str, content: Mapping[str, Any]) -> None:
         """The execute_reply has come from the kernel, or was made here: the execution is over."""
@@ -356,14 +373,23 @@ class Executions:
 
         Those up to the last number of ``needs_reading`` count. What came after it follows, none twice.
         """
+        for _step in self.refolding(msg_id, messages, done=done):
+            pass
+
+    def refolding(
+        self, msg_id: str, messages: Iterable[tuple[int, Sequence[bytes]]], *, done: bool = True
+    ) -> Generator[None, None, None]:
+        """``refold`` in steps of some milliseconds."""
         execution = self._all.get(msg_id)
         reading = execution.reading if execution is not None else None
         if execution is None or reading is None:
             return
-        for number, parts in messages:
+        for place, (number, parts) in enumerate(messages, 1):
             if reading.last < number <= reading.upto and len(parts) > 3:
                 reading.last = number
-                reading.take(msg_id, parts)
+                yield from reading.take(msg_id, parts)
+            if place % STEP_MESSAGES == 0:
+                yield
         if done:
             self._end_reading(execution, reading)
 
@@ -404,6 +430,14 @@ class Executions:
         """The models of all that are listed, the newest first."""
         return [self.model(one) for one in reversed(self._all.values()) if not one.is_silent]
 
+    def fold(self) -> Generator[None, None, None]:
+        """Fold what has come, in steps of some milliseconds."""
+        for _ in range(MAX_STEPS):
+            if not self._pending:
+                return
+            self._fold_some()
+            yield
+
     def outputs(self, msg_id: str) -> dict[str, Any]:
         """The model with ``outputs``, and the number up to which they are folded. Raises KeyError."""
         execution = self._all[msg_id]
@@ -437,19 +471,19 @@ class Executions:
             del self._all[msg_id]
             self._changed[msg_id] = None
 
-    def _follow(self, execution: Execution, msg_type: str, content: Mapping[str, Any]) -> None:
+    def _follow(self, execution: Execution, msg_type: str, content: bytes) -> None:
         if msg_type == "status":
-            state = content.get("execution_state")
+            state = _object(content).get("execution_state")
             if state == "busy":
                 self._begin(execution)
             elif state == "idle":
                 self._idle(execution)
         elif msg_type == "execute_input":
             self._begin(execution)
-            execution.execution_count = count_of(content)
+            execution.execution_count = _count_in(content)
             self._changed[execution.msg_id] = None
         else:
-            execution.error = _short_error(content)
+            execution.error = _short_error(_object(content, MAX_ERROR_CONTENT))
             while len(self._failed) >= MAX:
                 del self._failed[next(iter(self._failed))]
             self._failed[execution.session] = None
@@ -506,7 +540,8 @@ class Executions:
     def _fold_all(self) -> None:
         done = 0
         while done < len(self._pending):
-            done = self._fold_next(done)
+            if self._is_open(done):
+                done = self._fold_next(done)
         self._pending, self._pending_bytes = [], 0
         self._drop_outputs()
 
@@ -514,12 +549,28 @@ class Executions:
         """Fold for a few milliseconds; what is left waits for the next message."""
         began, done = time.perf_counter(), 0
         while done < len(self._pending) and time.perf_counter() < began + FOLD_SECONDS:
-            done = self._fold_next(done)
+            if self._is_open(done):
+                done = self._fold_next(done)
         self._fold_after = time.perf_counter() + FOLD_PAUSE * (time.perf_counter() - began)
         for message in self._pending[:done]:
             self._pending_bytes -= len(message.content) + _MESSAGE_COST
         del self._pending[:done]
         self._drop_outputs()
+
+    def _is_open(self, place: int) -> bool:
+        """Whether the content of the message at this place is parsed, or small; if not, take a step of the parsing."""
+        message = self._pending[place]
+        if not isinstance(message.content, bytes) or len(message.content) <= WHOLE:
+            return True
+        if self._opened is None or self._opened[0] is not message:
+            self._opened = message, _opening(message.content)
+        try:
+            next(self._opened[1])
+        except StopIteration as end:
+            self._pending[place] = message._replace(content=end.value)
+            self._pending_bytes += len(end.value) - len(message.content)
+            self._opened = None
+        return False
 
     def _leave_out(self) -> None:
         """A flood: leave out the oldest outputs that wait. They would leave the fold again anyway."""
@@ -546,10 +597,9 @@ class Executions:
         for other in islice(self._pending, start, start + MAX_RUN):
             size += other.size
             is_same = other.msg_type == "stream" and other.execution is execution
-            if not is_same or (run and size > FOLD_BYTES) or other.size > MAX_CONTENT:
+            if not is_same or size > RUN_BYTES or not isinstance(other.content, bytes):
                 break
-            if isinstance(other.content, bytes):
-                run.append(other.content)
+            run.append(other.content)
         if not run:
             self._fold(message)
             return start + 1
@@ -575,10 +625,11 @@ class Executions:
     def _fold_own(self, message: _Message, fold: Fold, content: Mapping[str, Any] | None = None) -> None:
         """Fold a message into the outputs of its own cell."""
         before = fold.size
-        if message.size > MAX_CONTENT:
+        content = message.read() if content is None else content
+        if message.size > MAX_CONTENT or (message.size > WHOLE and not content):
             fold.skip(message.size)
         else:
-            fold.take(message.msg_type, message.read() if content is None else content, message.size)
+            fold.take(message.msg_type, content, message.size)
         self._kept += fold.size - before
 
     def _update_displays(self, message: _Message, display_id: str, content: Mapping[str, Any]) -> None:
@@ -652,24 +703,40 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _object(part: bytes) -> dict[str, Any]:
-    """A part of a message; empty for one that is malformed, or too large for anything here."""
-    if len(part) > MAX_CONTENT:
-        return {}
+def _object(part: bytes, limit: int = WHOLE) -> dict[str, Any]:
+    """A part of a message; empty for one that is malformed, or larger than what is parsed at once."""
     try:
-        found = _DECODER.decode(part.decode())
-    except (ValueError, RecursionError):
+        found = load_json(part, limit, values=WHOLE, nan=False)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _opening(part: bytes) -> Generator[None, None, dict[str, Any]]:
+    """A content, parsed in steps; without what cannot be parsed in time."""
+    try:
+        found = yield from loading(part, MAX_CONTENT, whole=WHOLE)
+    except ValueError:
+        return {}
+    is_shown = isinstance(found, dict) and found.get("data", True)
+    return found if is_shown else {}
+
+
+def _count_in(part: bytes) -> int | None:
+    """The number of an execute_input. Beside it is the cell's text, which may be large."""
+    if len(part) <= WHOLE:
+        return count_of(_object(part))
+    found = _COUNT.search(part[-MAX_TEXT:]) or _COUNT.search(part[:MAX_TEXT])
+    return int(found[1]) if found else None
 
 
 def _objects(parts: list[bytes]) -> list[dict[str, Any]]:
     """``_object`` of many parts, in a fifth of the time."""
     try:
-        found = _DECODER.decode((b"[%b]" % b",".join(parts)).decode())
+        found = load_json(b"[%b]" % b",".join(parts), MAX_CONTENT, values=WHOLE, nan=False)
         if len(found) == len(parts):
             return [one if isinstance(one, dict) else {} for one in found]
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     return [_object(part) for part in parts]
 

@@ -109,6 +109,8 @@ def test_nested_values_are_skipped_in_short_steps_and_left_out_where_they_are_to
     loaded, longest = run(loading(text, len(text), whole=1 << 20))
     assert loaded == {"b": [1, 2], "c": {"d": "e"}}
     assert longest < 0.05
+    with pytest.raises(ValueError, match="1048576"):
+        run(loading(b'{"x": {"y": {"z": %b}}}' % text, 8 * LARGE, whole=1 << 20, lenient=0))
 
 
 def test_a_string_is_never_cut_inside_a_character(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,7 @@ class Frontends:
         async with connection.folding:
             if numbers := connection.executions.needs_reading(msg_id):
                 await self._read_again(connection, msg_id, *numbers)
+        await self._manager.turns.run_steps(connection.user, connection.executions.fold())
         try:
             return connection.executions.outputs(msg_id)
         except KeyError:
@@ -127,14 +128,14 @@ class Frontends:
 
     async def _read_again(self, connection: KernelConnection, msg_id: str, first: int, last: int) -> None:
         """Read from the kernel's node what an earlier server had folded."""
-        executions = connection.executions
+        executions, turns = connection.executions, self._manager.turns
         try:
             reading = connection.read(first, last)
             try:
                 async for records in reading:
                     checked = await connection.check_large(records)
                     read = [(record.number, connection.parse(record)[0].parts) for record in checked]
-                    await connection.turn(partial(executions.refold, msg_id, read, done=False))
+                    await turns.run_steps(connection.user, executions.refolding(msg_id, read, done=False))
                 executions.refold(msg_id, [])
             finally:
                 reading.close()

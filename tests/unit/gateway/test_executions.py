@@ -448,3 +448,40 @@ def test_two_servers_fold_the_same_as_one(
     for cell in CELLS:
         journal.refold(second, cell)
         assert second.outputs(cell)["outputs"] == whole.outputs(cell)["outputs"]
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["published", "read again"])
+def test_large_outputs_are_folded_in_short_steps_and_hostile_ones_are_left_out(journal: Journal, is_read: bool) -> None:
+    """An image and a long text are there whole; megabytes of brackets are a notice."""
+    image, text = "iVBOR" * 400_000, 'a "quoted" line, and [brackets]\n' * 60_000
+    nested = ("display_data", {"data": {"application/json": [[]] * 700_000}, "metadata": {}})
+    journal.run("1", shows(image), prints(text), nested, shows("last"), count=7)
+    executions = Executions()
+    steps: Iterator[None]
+    if is_read:
+        executions.restore({"1": json.dumps({"status": "ok", "first": 1, "number": 8})}, 8)
+        steps = executions.refolding("1", journal.read(*(executions.needs_reading("1") or (0, 0))))
+    else:
+        journal.publish(executions)
+        steps = executions.fold()
+    longest, more = 0.0, True
+    while more:
+        began = time.thread_time()
+        more = next(steps, steps) is None
+        longest = max(longest, time.thread_time() - began)
+    found = executions.outputs("1")["outputs"]
+    assert found[0]["data"] == {"text/plain": image}
+    assert found[1]["text"] == text
+    assert "left out" in found[2]["text"]
+    assert found[3]["data"] == {"text/plain": "last"}
+    assert longest < 0.1
+
+
+def test_the_number_of_a_large_cell_is_known(executions: Executions, journal: Journal) -> None:
+    """Its text is not parsed, and what looks like a number in it is none."""
+    code = '{"execution_count": 3}\n' + "x = 1\n" * 20_000 + ', "execution_count": 4}'
+    journal.run("1", ("execute_input", {"code": code, "execution_count": 12}))
+    journal.publish(executions, 3)
+    execution = executions.get("1")
+    assert execution is not None
+    assert execution.execution_count == 12
