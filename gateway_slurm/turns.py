@@ -28,12 +28,13 @@ class Turns:
     work took, the one with the earliest clock is next, and one who comes back starts at the present, not at zero.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slice_seconds: float = SLICE_SECONDS) -> None:
+        self._slice_seconds = slice_seconds
         # Work, each with the future of its result, which only ``run`` has.
         self._waiting: dict[str, deque[tuple[Callable[[], Any], asyncio.Future[Any] | None]]] = {}
         self._clocks: dict[str, float] = {}
         self._now = 0.0
-        self._left = SLICE_SECONDS  # of this round
+        self._left = slice_seconds  # of this round
         self._next_round: asyncio.Handle | None = None
         self._is_working = False
 
@@ -113,7 +114,7 @@ class Turns:
         self._next_round = asyncio.get_running_loop().call_soon(self._do_round)
 
     def _do_round(self) -> None:
-        self._next_round, self._left = None, SLICE_SECONDS
+        self._next_round, self._left = None, self._slice_seconds
         while self._waiting and self._left > 0:
             user = min(self._waiting, key=self._clock)
             call, future = self._waiting[user].popleft()

@@ -567,7 +567,7 @@ class Executions:
         try:
             next(self._opened[1])
         except StopIteration as end:
-            self._pending[place] = message._replace(content=end.value)
+            self._pending[place] = _Message(*message[:3], end.value, message.size)
             self._pending_bytes += len(end.value) - len(message.content)
             self._opened = None
         return False

@@ -98,7 +98,7 @@ def connect():
             kernel_info_timeout=60,
             budget=Budget(64 << 20, 0),
             owner_of=lambda _kernel_id: "alice",
-            turns=Turns(),
+            turns=Turns(slice_seconds=60),  # all that is pushed is there at once
         )
         state = ExecutionState(kernel, manager.track_message_type, "idle")
         ready = asyncio.Event().wait
@@ -395,7 +395,8 @@ def test_a_large_message_is_signed_and_checked_in_steps(size):
 async def test_a_flood_to_many_pages_takes_turns_with_other_users(connect):
     """Between two pieces of another user's work only some milliseconds of the flood's are done."""
     connection = connect()
-    turns, pages = connection._manager.turns, [opened(connection, f"page{number}")[1] for number in range(60)]
+    turns = connection._manager.turns = Turns()
+    pages = [opened(connection, f"page{number}")[1] for number in range(60)]
     content = {"name": "stdout", "text": "x" * 1000}
     records = [published(number, "stream", content, {"msg_id": "1"}) for number in range(1, 193)]
     batches = [asyncio.ensure_future(connection.turn(connection.take, records[n : n + 64])) for n in (0, 64, 128)]
