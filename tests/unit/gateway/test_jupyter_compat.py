@@ -260,7 +260,7 @@ def test_spec_directory(kernelspecs, tmp_path):
 
 def test_set_http_server():
     """The application uses the server that replaced its own."""
-    app, server = ServerApp(), HTTPServer()
+    app, server = ServerApp(), HTTPServer(lambda _request: None)
     jupyter_compat.set_http_server(app, server)
     assert app.http_server is server
 
