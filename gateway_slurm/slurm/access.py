@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 from gateway_slurm._util import run_in_thread
 from gateway_slurm.slurm.driver import CommandLineDriver, SlurmDriver
 from gateway_slurm.slurm.runner import Runner
-from gateway_slurm.slurm.sudo.runner import SudoRunner, process_user
+from gateway_slurm.slurm.sudo.runner import HelperPlaces, SudoRunner, process_user
 
 if TYPE_CHECKING:
     from gateway_slurm.slurm.rest.driver import StepLauncher
@@ -180,11 +180,13 @@ class LocalAccess(ClusterAccess):
     def __init__(self, runner: Runner, *, as_user_command: Sequence[str], command_timeout: float) -> None:
         super().__init__(runner)
         self._as_user_command, self._command_timeout = as_user_command, command_timeout
+        self._places = HelperPlaces()
 
     def driver(self, user: str) -> SlurmDriver:
         if user == self.user:
             return CommandLineDriver(self.runner)
-        runner = SudoRunner(user, self._as_user_command, timeout=self._command_timeout, counts=self.runner.counts)
+        counts, timeout = self.runner.counts, self._command_timeout
+        runner = SudoRunner(user, self._as_user_command, timeout=timeout, counts=counts, places=self._places)
         return CommandLineDriver(runner)
 
     async def connect(self) -> str:

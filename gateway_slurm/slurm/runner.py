@@ -238,6 +238,7 @@ async def reap(process: asyncio.subprocess.Process) -> None:
 
     For asyncio a process has ended only when its pipes have, and asyncio stops reading a pipe whose buffer is full.
     So the rest of both pipes is read and discarded. A child that left the process group may keep a pipe open longer.
+    A command that does not end, because its user has stopped it, keeps no pipe of this process.
     """
     if process.stdin is not None:
         process.stdin.close()
@@ -246,6 +247,11 @@ async def reap(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(asyncio.gather(*map(_drain, (process.stdout, process.stderr))), _REAP_TIMEOUT)
         await asyncio.wait_for(process.wait(), _REAP_TIMEOUT)
+    if process.returncode is None:
+        transport = process._transport  # type: ignore[attr-defined]  # asyncio closes pipes only with a kill
+        for pipe in (transport.get_pipe_transport(number) for number in (0, 1, 2)):
+            if pipe is not None:
+                pipe.close()
 
 
 async def _drain(stream: asyncio.StreamReader | None) -> None:

@@ -7,11 +7,12 @@ import contextlib
 import json
 import os
 import pwd
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import IO, Any, Final
 
-from gateway_slurm._util import is_user_name
+from gateway_slurm._util import Backoff, is_user_name
 from gateway_slurm.errors import NotAllowed, SlurmUnavailable
 from gateway_slurm.slurm.runner import CommandResult, DetachedProcess, ExtraEnv, Runner, reap, timed_out
 from gateway_slurm.slurm.ssh.login_node.stderr_file import StderrFile
@@ -19,18 +20,71 @@ from gateway_slurm.slurm.sudo.helper import LENGTH, MAX_TIMEOUT, NOBODY_UID, REA
 
 # Seconds by which the helper's timeout is longer than this process's. The helper's matters only if this process dies.
 _TIMEOUT_MARGIN: Final = 5.0
+MAX_COMMANDS: Final = 16
+"""Commands of one user at a time; further ones wait."""
+MAX_DETACHED: Final = 256
+"""Job steps of one user that were started and left running; further ones are refused."""
+
+
+class HelperPlaces:
+    """How many helpers each user may have under way.
+
+    A helper belongs to its user, who can stop it (SIGSTOP), and sudo stops with it. This process can signal neither, so
+    they count until they have ended.
+    """
+
+    def __init__(self, commands: int = MAX_COMMANDS, detached: int = MAX_DETACHED) -> None:
+        self._limits = {False: commands, True: detached}
+        self._running: dict[tuple[str, bool], list[asyncio.subprocess.Process]] = {}
+        self._starting: Counter[tuple[str, bool]] = Counter()
+
+    @contextlib.asynccontextmanager
+    async def take(
+        self, user: str, seconds: float, *, detached: bool = False
+    ) -> AsyncIterator[list[asyncio.subprocess.Process]]:
+        """Wait for a place, at most ``seconds``; the caller appends the process that it starts.
+
+        Raises SlurmUnavailable if there is no place.
+        """
+        key, deadline, backoff = (user, detached), time.monotonic() + seconds, Backoff(0.01, 0.2)
+        while self._count(key) >= self._limits[detached]:
+            if detached or time.monotonic() >= deadline:
+                raise SlurmUnavailable(
+                    f"{self._count(key)} commands of the user {user} are still under way, as many as may be at a time. "
+                    f"If they are stopped or hang, {user} or an administrator must end them (ps -u {user})"
+                )
+            await backoff.sleep()
+        self._starting[key] += 1
+        started: list[asyncio.subprocess.Process] = []
+        try:
+            yield started
+        finally:
+            self._starting[key] -= 1
+            if started:
+                self._running.setdefault(key, []).extend(started)
+            self._count(key)
+
+    def _count(self, key: tuple[str, bool]) -> int:
+        running = [process for process in self._running.pop(key, ()) if process.returncode is None]
+        if running:
+            self._running[key] = running
+        if not self._starting[key]:
+            del self._starting[key]
+        return len(running) + self._starting.get(key, 0)
 
 
 class SudoRunner(Runner):
     """Runs Slurm's commands as ``user``; ``command`` is the argv that starts the helper, with ``{user}`` in it.
 
     The helper's own settings hold the directories of Slurm's commands and SLURM_CONF. ``timeout`` is in seconds;
-    ``counts`` is shared with the process's own runner.
+    ``counts`` is shared with the process's own runner, ``places`` with the runners of all users.
     """
 
-    def __init__(self, user: str, command: Sequence[str], *, timeout: float, counts: Counter[str]) -> None:
+    def __init__(
+        self, user: str, command: Sequence[str], *, timeout: float, counts: Counter[str], places: HelperPlaces
+    ) -> None:
         super().__init__(timeout=timeout)
-        self.counts = counts
+        self.counts, self._places = counts, places
         self.user = user
         self._command = [item.replace("{user}", user) for item in command]
 
@@ -41,7 +95,9 @@ class SudoRunner(Runner):
         limit = self._timeout if timeout is None else timeout
         request = self._request(argv, extra_env, stdin, limit + _TIMEOUT_MARGIN)
         self.counts[argv[0]] += 1
-        process = await self._start_helper(stderr=asyncio.subprocess.PIPE)
+        async with self._places.take(self.user, limit) as started:
+            process = await self._start_helper(stderr=asyncio.subprocess.PIPE)
+            started.append(process)
         try:
             communication = self._communicate(process, request, argv, keep_stdin_open=True)
             stdout, stderr = await asyncio.wait_for(communication, limit)
@@ -61,7 +117,9 @@ class SudoRunner(Runner):
         self.counts[argv[0]] += 1
         stderr = await asyncio.to_thread(StderrFile)
         try:
-            process = await self._start_helper(stderr=stderr.file)
+            async with self._places.take(self.user, 0, detached=True) as helpers:
+                process = await self._start_helper(stderr=stderr.file)
+                helpers.append(process)
         except BaseException:
             stderr.close()
             raise

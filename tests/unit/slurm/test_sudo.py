@@ -7,6 +7,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from gateway_slurm.slurm import commands
 from gateway_slurm.slurm.model import JobSpec, StepSpec
 from gateway_slurm.slurm.sudo import HELPER, helper
 from gateway_slurm.slurm.sudo.helper import LENGTH, Refused, Settings
-from gateway_slurm.slurm.sudo.runner import SudoRunner, check_user, process_user
+from gateway_slurm.slurm.sudo.runner import HelperPlaces, SudoRunner, check_user, process_user
 
 ROOT = Path(__file__).parents[3]
 GOOD = {"command": "scancel", "arguments": ["12"], "environment": {}, "timeout": 30, "detached": False}
@@ -237,11 +238,14 @@ def runner(tmp_path) -> Runners:
     script = tmp_path / "unchecked.py"
     script.write_text(UNCHECKED.format(root=str(ROOT), path=f"{tmp_path}:/usr/bin:/bin"))
 
+    places = HelperPlaces(commands=2, detached=2)
+
     def make(timeout: float = 30, **scripts: str) -> SudoRunner:
         for name, text in scripts.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
             (tmp_path / name).chmod(0o755)
-        return SudoRunner("ada", [sys.executable, "-I", str(script)], timeout=timeout, counts=Counter())
+        argv = [sys.executable, "-I", str(script)]
+        return SudoRunner("ada", argv, timeout=timeout, counts=Counter(), places=places)
 
     return make
 
@@ -326,6 +330,30 @@ async def test_output_without_end_is_cut_off(runner):
     asked._max_output = 1 << 20
     with pytest.raises(SlurmUnavailable, match="printed more than"):
         await asked.run(["squeue", "--me"])
+
+
+async def test_helpers_that_their_user_has_stopped_are_few_and_hold_no_pipes(runner, tmp_path, monkeypatch):
+    """Further commands of this user wait for a place, and are refused in time; other users do not notice."""
+    monkeypatch.setattr("gateway_slurm.slurm.runner._REAP_TIMEOUT", 0.2)
+    pids = tmp_path / "pids"
+    stopped = runner(timeout=1, squeue=f"echo $PPID >>{pids}; kill -STOP $PPID; sleep 60")
+    before = len(os.listdir("/proc/self/fd"))
+    results = await asyncio.gather(*(stopped.run(["squeue", "--me"]) for _ in range(5)), return_exceptions=True)
+    helpers = [int(pid) for pid in pids.read_text().split()]
+    try:
+        messages = sorted(str(result) for result in results)
+        assert [message[:35] for message in messages[:3]] == ["2 commands of the user ada are still"[:35]] * 3
+        assert all("did not end within 1 s" in message for message in messages[3:])
+        assert len(helpers) == 2
+        assert len(os.listdir("/proc/self/fd")) <= before + 2  # asyncio may watch each process by a descriptor
+        other = SudoRunner("bob", stopped._command, timeout=30, counts=Counter(), places=stopped._places)
+        runner(squeue="echo hello")
+        assert (await other.run(["squeue", "--me"])).stdout == "hello\n"
+    finally:
+        for pid in helpers:
+            os.kill(pid, signal.SIGCONT)
+    await until(lambda: not any(map(alive, helpers)))
+    assert (await runner().run(["squeue", "--me"])).stdout == "hello\n"
 
 
 async def test_a_detached_command_outlives_its_requester(runner, tmp_path):
