@@ -193,6 +193,10 @@ c = get_config()  # noqa: F821
 ## It is not applied where the server has one user. 0: no limit.
 # c.SlurmMappingKernelManager.max_starts_per_minute = 100
 
+## Maximum number of open websockets to one user's kernels: a page has one for each kernel that it shows. One
+## more is refused with status 429. It is not applied where the server has one user. 0: no limit.
+# c.SlurmMappingKernelManager.max_websockets_per_user = 100
+
 ## Seconds that a kernel that died, or did not start, is still listed, with the reason. Once a frontend has shown
 ## the reason, and no other lacks output, it is listed for some seconds only.
 # c.SlurmMappingKernelManager.dead_kernel_linger = 600.0
@@ -210,7 +214,7 @@ c = get_config()  # noqa: F821
 ## are replies, and all output of kernels that are direct or not on Slurm. The server needs the memory for it. A
 ## larger message ends the kernel's connection. The server makes it again, and says so under the cell. Other
 ## output comes from the kernel's journal (SlurmService.kept_output). 0: no limit.
-# c.SlurmMappingKernelManager.max_message_size = 536870912
+# c.SlurmMappingKernelManager.max_message_size = 134217728
 
 ## Bytes that the server holds for one user at most: messages that wait for a kernel or for a page, the last
 ## output of kernels, uploads. Over it the largest of these is dropped or refused, with a reason under the cell,

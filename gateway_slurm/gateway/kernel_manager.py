@@ -179,6 +179,13 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
         help="""Maximum number of kernels of one user that are started or restarted in a minute, also those whose start
         fails. It is not applied where the server has one user. 0: no limit.""",
     )
+    max_websockets_per_user = CInt(
+        100,
+        config=True,
+        min=0,
+        help="""Maximum number of open websockets to one user's kernels: a page has one for each kernel that it shows.
+        One more is refused with status 429. It is not applied where the server has one user. 0: no limit.""",
+    )
     dead_kernel_linger = CFloat(
         600.0,
         config=True,

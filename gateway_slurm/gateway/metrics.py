@@ -15,6 +15,7 @@ from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway_slurm.budget import KINDS
 from gateway_slurm.events import Value
 from gateway_slurm.service import SlurmService
 
@@ -89,7 +90,20 @@ class GatewayCollector(Collector):
             yield GaugeMetricFamily("gateway_slurm_store_trouble", "1 while the store accepts no records", trouble)
             failures = service.registry.failures
             yield CounterMetricFamily("gateway_slurm_store_failures", "Attempts to record that failed", failures)
+        budget = self._kernels.budget
+        yield _by("gateway_slurm_held_bytes", "Bytes held for users, by what they are", "kind", budget.kinds().items())
+        yield GaugeMetricFamily("gateway_slurm_held_limit_bytes", "The limit memory_limit", budget.total)
+        shed = CounterMetricFamily(
+            "gateway_slurm_held_refusals", "How often something was refused or given up over a limit", labels=["kind"]
+        )
+        for kind in KINDS:
+            shed.add_metric([kind], budget.shed_count[kind])
+        yield shed
+        websockets = self._kernels.frontends.websockets
+        yield GaugeMetricFamily("gateway_slurm_websockets", "Open websockets to kernels", sum(websockets.values()))
         if self._max_users:
+            held = bounded(Counter(budget.users()), self._max_users)
+            yield _by("gateway_slurm_user_held_bytes", "Bytes of the users who hold most", "user", held.items())
             users = bounded(Counter(self._kernels.owners()), self._max_users)
             yield _by("gateway_slurm_user_kernels", "Kernels of the users who have the most", "user", users.items())
         for metric in (self._queue, self._start, self._refused, self._links, self._logins):

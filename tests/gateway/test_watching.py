@@ -120,6 +120,9 @@ async def test_log_metrics_and_audit_log_tell_the_life_of_a_kernel_and_the_refus
         "gateway_slurm_lost_links_total 0.0",
         "gateway_slurm_store_trouble 0.0",
         'gateway_slurm_user_kernels{user="alice"} 1.0',
+        'gateway_slurm_held_bytes{kind="held"} 0.0',
+        "gateway_slurm_held_limit_bytes 1.073741824e+09",
+        'gateway_slurm_held_refusals_total{kind="to_kernel"} 0.0',
     ):
         assert sample in metrics
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -32,6 +33,8 @@ class Frontends:
     ) -> None:
         self._manager, self._why_dead, self._on_failure_sent = manager, why_dead, on_failure_sent
         self._connections: dict[str, KernelConnection] = {}
+        self.websockets: Counter[str] = Counter()
+        """Open websockets to the kernels of each user."""
 
     def connection(self, kernel_id: str, *, is_restored: bool = False) -> KernelConnection:
         """The connection to a kernel; the first call makes it. Raises HTTPError 404."""

@@ -23,7 +23,7 @@ from gateway_slurm.gateway.channels.messages import MessageError
 from gateway_slurm.gateway.jupyter_compat import channel_url
 
 # Messages that ZMQ itself may hold for one socket, of any size; the server's own queues count bytes.
-RECEIVE_MARK = 64
+RECEIVE_MARK = 16
 SEND_MARK = 16
 # Messages that wait for a kernel which does not read, and bytes that each costs beside its own.
 MAX_WAITING, OVERHEAD = 10_000, 512
@@ -34,7 +34,7 @@ LOOP_SLICE = 0.002
 # Seconds in which libzmq, where it connects again, has reported that it does; longer after each time that it did not.
 GIVEN_UP_SECONDS, MAX_GIVEN_UP_SECONDS = 0.2, 10.0
 # Bytes of one part of a message, unless the admin sets another limit. JupyterLab itself shows far less.
-DEFAULT_MAX_MESSAGE = 512 << 20
+DEFAULT_MAX_MESSAGE = 128 << 20
 _monitors = itertools.count()
 
 Post = Callable[[Callable[[], object]], object]

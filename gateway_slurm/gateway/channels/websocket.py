@@ -34,6 +34,7 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
 
     _session: Session | None = None
     _open = False
+    _user = ""
     _since: int | None = None
 
     @property
@@ -48,8 +49,8 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
     async def prepare(self) -> None:
         """Called before the websocket opens. Refuse one to a dead kernel, so that JupyterLab shows the reason.
 
-        Raises HTTPError 410 if the frontend will read the kernel's model then, and has all that was meant for it, and
-        400 for a ``since`` that is no number.
+        Raises HTTPError 429 for one websocket too many of its user, 410 if the frontend will read the kernel's model
+        then, and has all that was meant for it, and 400 for a ``since`` that is no number.
         """
         since = self.websocket_handler.get_query_argument("since", None)
         if since is not None:
@@ -63,7 +64,15 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
                 raise PlainHTTPError(410, f"the kernel is dead: {reason}", brief="the kernel is dead")
         limit = self.multi_kernel_manager.max_request_size
         manager = self.multi_kernel_manager
-        holding = partial(manager.budget.holding, manager.owner_of(self.kernel_id), "incoming")
+        self._user = manager.owner_of(self.kernel_id)
+        most, count = manager.max_websockets_per_user, manager.frontends.websockets[self._user]
+        if self._user and 0 < most <= count:
+            raise PlainHTTPError(
+                429,
+                f"{count} websockets to your kernels are open, and {most} is the limit "
+                "(SlurmMappingKernelManager.max_websockets_per_user): close pages that you do not use",
+            )
+        holding = partial(manager.budget.holding, self._user, "incoming")
         limit_messages(self.websocket_handler, limit, partial(self._on_oversized, limit), holding)
         # Tornado reads the next message when what this returns is done; Jupyter server's own method returns nothing.
         self.websocket_handler.on_message = self.handle_incoming_message  # type: ignore[method-assign,assignment]
@@ -72,6 +81,7 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         # Nagle's algorithm and delayed ACKs together cost 40 ms for each small message.
         self.websocket_handler.set_nodelay(True)
         self._open = True
+        self.multi_kernel_manager.frontends.websockets[self._user] += 1
         self.multi_kernel_manager.notify_connect(self.kernel_id)
         self._session = self.multi_kernel_manager.frontends.open_session(self.kernel_id, self.session_id)
         self._session.attach(self, self._since)
@@ -80,6 +90,10 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         if not self._open:
             return
         self._open = False
+        websockets = self.multi_kernel_manager.frontends.websockets
+        websockets[self._user] -= 1
+        if not websockets[self._user]:
+            del websockets[self._user]
         self.multi_kernel_manager.notify_disconnect(self.kernel_id)
         if self._session is not None:
             self._session.detach(self)
