@@ -11,6 +11,7 @@ import concurrent.futures
 import logging
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -92,6 +93,8 @@ class SlurmService(ServiceSettings):
         self.addresses: LauncherAddresses
         # Where the other servers of the deployment reach this server's API; set before ``open``.
         self.url = ""
+        # Sockets on which a service manager listens for launchers, in place of ``response_port``; set before ``open``.
+        self.response_sockets: list[socket.socket] = []
         # Whether this server deals with the jobs that dead servers left.
         self.recovers = True
         # Whether kernels run on for the next server when the process ends without ``close``.
@@ -249,7 +252,10 @@ class SlurmService(ServiceSettings):
         low, high = port_range(self.response_port) or (0, 0)
         self._hosts = interface_addresses(self.response_interface) if self.response_interface else None
         try:
-            await self._socket.listen(self._hosts, range(low, high + 1))
+            if self.response_sockets:
+                await self._socket.listen_on(self.response_sockets)
+            else:
+                await self._socket.listen(self._hosts, range(low, high + 1))
         except OSError as error:
             raise LinkError(
                 f"the response socket cannot listen on port {self.response_port} of "

@@ -40,7 +40,14 @@ from gateway_slurm.gateway.revocation import OpenWebsockets
 from gateway_slurm.gateway.sessions import GatewaySessionManager, NoContents
 from gateway_slurm.gateway.slots import UserSlots
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
-from gateway_slurm.gateway.systemd import READY, STOPPING, ServiceManager
+from gateway_slurm.gateway.systemd import (
+    HTTP_SOCKET,
+    READY,
+    RESPONSE_SOCKET,
+    STOPPING,
+    ServiceManager,
+    passed_sockets,
+)
 from gateway_slurm.link.endpoints import format_endpoint
 from gateway_slurm.service import STANDSTILL_SECONDS, SlurmService
 
@@ -241,6 +248,10 @@ class SlurmGatewayApp(ServerApp):
         if isinstance(self.identity_provider, GatewayIdentityProvider):
             self.identity_provider.report_to(service.events)
         self._service_manager = ServiceManager()
+        sockets = passed_sockets()
+        self._http_sockets, service.response_sockets = sockets[HTTP_SOCKET], sockets[RESPONSE_SOCKET]
+        for port in [name[1] for sock in self._http_sockets if isinstance(name := sock.getsockname(), tuple)]:
+            self.port = port
         # The loop runs this first.
         self.io_loop.add_callback(self._restore)
 
@@ -310,6 +321,18 @@ class SlurmGatewayApp(ServerApp):
         )
         provider.on_user = door.admit
         return door
+
+    def _find_http_port(self) -> None:
+        """Find a free port, where the service manager has not opened one."""
+        if not self._http_sockets:
+            super()._find_http_port()
+
+    def _bind_http_server(self) -> None:
+        """Serve on the service manager's sockets, or open the configured one."""
+        if self._http_sockets:
+            self.http_server.add_sockets(self._http_sockets)
+        else:
+            super()._bind_http_server()
 
     def init_httpserver(self) -> None:
         """Serve through a door. Put this gateway's URL on record for the others: from here on its port is known."""

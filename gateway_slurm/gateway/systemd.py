@@ -1,6 +1,8 @@
 """Reports to systemd, where it runs this process as a service of ``Type=notify``: ready, alive, stopping.
 
-Source: sd_notify(3), its notes on the protocol; systemd.service(5), ``WatchdogSec``.
+And the listening sockets that it passes, which stay open while this process is restarted.
+Source: sd_notify(3), its notes on the protocol; systemd.service(5), ``WatchdogSec``; sd_listen_fds(3);
+systemd.socket(5).
 """
 
 from __future__ import annotations
@@ -18,6 +20,32 @@ READY, ALIVE, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
 # The name of the loop that serves requests, in the log.
 MAIN_LOOP = "the gateway's loop"
 _log = logging.getLogger(__name__)
+
+
+HTTP_SOCKET, RESPONSE_SOCKET = "http", "response"
+"""``FileDescriptorName`` of the sockets for requests, and for launchers."""
+FIRST_DESCRIPTOR, MAX_SOCKETS = 3, 64
+
+
+def passed_sockets() -> dict[str, list[socket.socket]]:
+    """The listening sockets that the service manager opened for this process, by their names.
+
+    A socket of another name is left alone. The caller owns the sockets.
+    """
+    # Not for the processes that this one starts.
+    pid, count, names = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    found: dict[str, list[socket.socket]] = {HTTP_SOCKET: [], RESPONSE_SOCKET: []}
+    if pid != str(os.getpid()) or not (count.isascii() and count.isdigit()):
+        return found
+    for number, name in zip(range(min(int(count), MAX_SOCKETS)), names.split(":"), strict=False):
+        os.set_inheritable(FIRST_DESCRIPTOR + number, False)
+        if name in found:
+            passed = socket.socket(fileno=FIRST_DESCRIPTOR + number)
+            passed.setblocking(False)
+            found[name].append(passed)
+        else:
+            _log.warning("a socket of the service manager is not used: FileDescriptorName is %r", name)
+    return found
 
 
 class ServiceManager:

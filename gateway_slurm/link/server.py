@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -218,6 +219,15 @@ class ResponseSocket:
                 error = failure
         raise error
 
+    async def listen_on(self, sockets: Sequence[socket.socket]) -> None:
+        """Listen on copies of these sockets, on which a service manager listens already. Raises OSError."""
+        for listening in sockets:
+            server = await asyncio.get_running_loop().create_server(
+                lambda: Link(self), sock=listening.dup(), backlog=1024
+            )
+            self._servers.append(server)
+        self.port = int(sockets[0].getsockname()[1])
+
     async def also_listen(self, hosts: list[str] | None, port: int) -> int:
         """Listen on one more port, such as the port of an earlier server; raise OSError if it is not free."""
         server = await asyncio.get_running_loop().create_server(lambda: Link(self), hosts, port, backlog=1024)
@@ -333,9 +343,9 @@ class ResponseSocket:
 class Link(asyncio.Protocol):
     """One connection: of an unauthenticated peer until its HELLO is opened, then a launcher's link."""
 
-    def __init__(self, socket: ResponseSocket) -> None:
-        self._socket = socket
-        self.log = socket.log
+    def __init__(self, response_socket: ResponseSocket) -> None:
+        self._socket = response_socket
+        self.log = response_socket.log
         self._reader = wire.FrameReader(wire.OPENING_LIMIT)
         self._task: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport | None = None

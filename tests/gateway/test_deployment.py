@@ -224,15 +224,17 @@ def test_a_token_that_others_can_read_is_refused(tmp_path):
 # -- systemd ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["alone", "run-as-user"])
+@pytest.fixture(params=["alone", "run-as-user", "sockets"])
 def unit(request, tmp_path) -> Path:
-    """The unit with a program that is there; with the drop-in for sudo, too."""
+    """The unit with a program that is there; with the drop-in for sudo, and with that for sockets, too."""
     path = tmp_path / "gateway_slurm.service"
     path.write_text(adapted(UNIT, {"/opt/gateway_slurm/bin/jupyter ": f"{Path(sys.executable).parent}/jupyter "}))
-    if request.param == "run-as-user":
+    if request.param != "alone":
         directory = tmp_path / "gateway_slurm.service.d"
         directory.mkdir()
-        shutil.copy(DROP_IN, directory)
+        shutil.copy(DROP_IN.parent / f"{request.param}.conf", directory)
+    for socket_unit in UNIT.parent.glob("*.socket"):
+        shutil.copy(socket_unit, tmp_path)
     return path
 
 
@@ -244,7 +246,8 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_systemd_takes_the_unit(unit):
     """Every setting of the unit is known and has a value that is valid."""
-    result = analyze("verify", "--recursive-errors=no", "--man=no", str(unit))
+    sockets = map(str, unit.parent.glob("*.socket"))
+    result = analyze("verify", "--recursive-errors=no", "--man=no", str(unit), *sockets)
     complaints = [line for line in result.stderr.splitlines() if "gateway_slurm" in line]
     assert (result.returncode, complaints) == (0, [])
 

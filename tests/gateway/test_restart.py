@@ -16,9 +16,9 @@ import pytest
 from tornado.httpclient import HTTPClientError
 
 from gateway_slurm.testing.processes import free_port
-from helpers.gateway_process import ask, start, stop, stop_all, until_dead
+from helpers.gateway_process import ask, gateway_argv, made_tokens, start, stop, stop_all, until_dead
 from helpers.kernel_clients import JOB, READY, poll_async
-from helpers.notebook_server import Frontend
+from helpers.notebook_server import Frontend, Server
 from helpers.private_slurm import jobs_of, slurm
 from helpers.restarting_servers import LastingFrontend, lasting_gateway, lasting_server
 
@@ -360,6 +360,68 @@ async def test_an_earlier_gateways_port_is_taken_over_once_it_is_free(gateway, f
         )
         leave()
     assert (await frontend.execute("print(kept)"))[1] == "7\n"
+
+
+# -- sockets of a service manager -----------------------------------------------------------------------
+
+# As systemd starts a service with sockets (sd_listen_fds(3)): they are the descriptors from 3 on.
+ACTIVATE = """
+import fcntl, os, sys
+copies = [fcntl.fcntl(int(text), fcntl.F_DUPFD, 20) for text in sys.argv[1:3]]
+for number, copy in enumerate(copies, 3):
+    os.dup2(copy, number)
+    os.close(copy)
+os.environ |= {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "http:response", "LISTEN_PID": str(os.getpid())}
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+class Activator:
+    """Has two sockets, on which it starts one gateway after the other."""
+
+    def __init__(self, directory):
+        self.sockets = [socket.create_server(("127.0.0.1", 0)), socket.create_server(("", 0))]
+        self.ports = [listening.getsockname()[1] for listening in self.sockets]
+        self.argv, self.log = [*gateway_argv(directory), "--port=1"], directory / "gateway.log"
+        self.url = f"http://127.0.0.1:{self.ports[0]}"
+        self.begin()
+
+    def begin(self):
+        descriptors = [listening.fileno() for listening in self.sockets]
+        argv = [sys.executable, "-c", ACTIVATE, *map(str, descriptors), *self.argv]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(argv, stdout=log, stderr=log, pass_fds=descriptors, start_new_session=True)
+
+    def of(self, user):
+        return Server(self.process, self.url, made_tokens()[1][user], self.log)
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        for listening in self.sockets:
+            listening.close()
+
+
+@pytest.mark.slow
+async def test_a_gateway_serves_on_the_sockets_of_its_service_manager(gateway_environment, kernelspecs, cluster):
+    """They stay open while it is restarted: requests wait, no other process takes a port, and kernels are back."""
+    activator = Activator(gateway_environment / "activated")
+    try:
+        kernel_id = await start(activator.of("alice"))
+        assert await ask(activator.of("alice"), kernel_id, "kept = 8; print(kept)") == "8"
+        assert f":{activator.ports[1]}" in activator.log.read_text().partition("announced as")[2]
+        activator.process.kill()
+        activator.process.wait()
+        waiting = asyncio.ensure_future(activator.of("alice").json("GET", f"/api/kernels/{kernel_id}"))
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("", activator.ports[1])).close()
+        activator.begin()
+        assert (await waiting)["id"] == kernel_id
+        assert await ask(activator.of("alice"), kernel_id, "print(kept)") == "8"
+        await stop(activator.of("alice"), kernel_id)
+    finally:
+        activator.end()
+    assert await poll_async(lambda: jobs_of(cluster) == [], timeout=READY)
 
 
 # -- a start that cannot be ---------------------------------------------------------------------------------
