@@ -12,6 +12,7 @@ import asyncio
 import faulthandler
 import gc
 import os
+import re
 import resource
 import signal
 import socket
@@ -29,6 +30,7 @@ from gateway_slurm.gateway.audit import AuditLog
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider, http_url
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
 from gateway_slurm.gateway.door import FREE_BODY, MAX_HEADER, Door, GatewayHTTPServer
+from gateway_slurm.gateway.handlers import UnknownHandler
 from gateway_slurm.gateway.jupyter_compat import set_http_server
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.metrics import GatewayCollector
@@ -298,6 +300,8 @@ class SlurmGatewayApp(ServerApp):
         self.forwarder = Forwarder(peers, PeerClient(self.peer_cafile), proof=(header,) if header else ())
         self.web_app.settings["forwarder"] = self.forwarder
         self.web_app.settings["user_slots"] = UserSlots()
+        outside = (rf"(?!{re.escape(self.base_url)}).*", UnknownHandler)
+        self.web_app.add_handlers(r".*$", [outside])
         provider, specs = self.identity_provider, self.kernel_spec_manager
         assert isinstance(provider, GatewayIdentityProvider)
         assert isinstance(specs, GatewayKernelSpecManager)

@@ -22,7 +22,7 @@ import prometheus_client
 from jupyter_client.jsonutil import json_default
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_server.auth.decorator import allow_unauthenticated, authorized, ws_authenticated
-from jupyter_server.base.handlers import APIHandler, JupyterHandler
+from jupyter_server.base.handlers import APIHandler, APIVersionHandler, JupyterHandler
 from jupyter_server.services.api.handlers import IdentityHandler
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from jupyter_server.utils import url_escape, url_path_join
@@ -504,8 +504,10 @@ class SessionsHandler(StartsKernels):
             return
         # A page that is reloaded sends the request again before the first answer.
         async with self.sessions.lock(path, owner):
-            session = self.sessions.at(path, owner)
+            # A service gets no session that its user has made.
+            session = self.sessions.at(path, owner, self.is_visible)
             if session is None:
+                self.sessions.check_limit(owner)
                 kernel_id = await self.kernel_for(kernel, env, session_env(path, name))
                 session = SessionRecord(
                     session_id=str(uuid.uuid4()), owner=owner, kernel_id=kernel_id, path=path, name=name, type=kind
@@ -695,12 +697,14 @@ class StatusHandler(UntrackedHandler, GatewayHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        """When the gateway was started and last used, and the number of the user's kernels and connections."""
+        """When the gateway was started, and the last activity and number of the user's kernels and connections."""
         models = await with_peers(self, KERNELS, await self.in_turn(self.kernels.models_for, self.user))
+        started = _as_utc(self.settings["started"])
         self.answer(
             {
-                "started": _as_utc(self.settings["started"]),
-                "last_activity": _as_utc(self.kernels.last_kernel_activity),
+                "started": started,
+                # Of the user's own kernels: another's activity is not the user's to know.
+                "last_activity": max((model["last_activity"] for model in models), default=started),
                 "kernels": len(models),
                 "connections": sum(model["connections"] for model in models),
             }
@@ -772,7 +776,7 @@ class MetricsHandler(UntrackedHandler, GatewayHandler):
 
 
 class UnknownHandler(UntrackedHandler, GatewayHandler):
-    """All other paths under ``/api`` and ``/kernelspecs``: clients of these expect JSON, also in an error."""
+    """All other paths, in place of jupyter_server's pages: JSON, also in an error, and no cookie."""
 
     async def prepare(self) -> None:  # type: ignore[override] # tornado awaits what is awaitable
         """Answer 404 to a user; without authentication the answer is the same as for any path."""
@@ -803,5 +807,6 @@ default_handlers = [
     (r"/metrics", MetricsHandler),
     (r"/health/live", LiveHandler),
     (r"/health/ready", ReadyHandler),
-    (r"/(?:api|kernelspecs)/.*", UnknownHandler),
+    (r"/api", APIVersionHandler),
+    (r"/.+", UnknownHandler),
 ]

@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from jupyter_server.services.contents.manager import AsyncContentsManager
 from jupyter_server.services.sessions.sessionmanager import SessionManager
+from tornado import web
 
 from gateway_slurm.gateway.restore import KernelRestorer
 from gateway_slurm.service import SlurmService
 from gateway_slurm.store.records import SessionRecord
+
+MAX_SESSIONS: Final = 1000
+"""Sessions of one user: a kernel may have many."""
 
 
 class SessionRecords:
@@ -75,11 +79,25 @@ class GatewaySessionManager(SessionManager):
         return list(self._sessions.values())
 
     def find(self, session_id: str) -> SessionRecord | None:
-        return next((session for session in self.all() if session.session_id == session_id), None)
+        session = self._sessions.get(session_id)
+        if session is not None and session.kernel_id not in self.kernel_manager:
+            self.remove(session_id)
+            return None
+        return session
 
-    def at(self, path: str, owner: str) -> SessionRecord | None:
-        """The user's session of this document."""
-        return next((session for session in self.all() if (session.path, session.owner) == (path, owner)), None)
+    def at(
+        self, path: str, owner: str, is_visible: Callable[[SessionRecord], bool] = lambda _session: True
+    ) -> SessionRecord | None:
+        """The user's session of this document, of those that are visible."""
+        found = (session for session in self.all() if (session.path, session.owner) == (path, owner))
+        return next(filter(is_visible, found), None)
+
+    def check_limit(self, owner: str) -> None:
+        """Raise HTTPError 429 if the user has as many sessions as there may be."""
+        if sum(session.owner == owner for session in self.all()) >= MAX_SESSIONS:
+            raise web.HTTPError(
+                429, f"you have {MAX_SESSIONS} sessions, and there may be no more: shut some down first"
+            )
 
     def put(self, session: SessionRecord) -> None:
         """Add a session, or replace it by one with another document or kernel."""

@@ -126,6 +126,19 @@ def test_a_users_idle_connections_are_bounded(gateway, connect):
     assert answer(mine[-1])[0] == 400
 
 
+@pytest.mark.parametrize("path", ["/nothing", "/login", "/api/nothing", "/a/"])
+def test_a_path_where_nothing_is_answers_json_without_a_cookie(gateway, connect, path):
+    """With and without a token, at paths of jupyter_server's own pages too."""
+    for token in (gateway.tokens["alice"], ""):
+        client = connect()
+        client.sendall(head(path, token).replace(b"POST", b"GET", 1))
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        assert (response.status, response.headers["Content-Type"]) == (404, "application/json")
+        assert "Set-Cookie" not in response.headers
+        assert json.loads(response.read())["message"]
+
+
 def test_headers_are_bounded(gateway, connect):
     """A request with more than 32 KiB of headers is not read to its end."""
     client = connect()

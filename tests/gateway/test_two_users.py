@@ -142,6 +142,22 @@ async def test_a_service_keeps_the_sessions_of_its_users_apart(gateway):
         assert [one["id"] for one in await gateway.of("bob").json("GET", "/api/sessions")] == [his["session_id"]]
 
 
+async def test_a_service_gets_no_session_that_its_user_made(gateway):
+    """It gets one of its own for the same document; the user's status knows the user's own activity only."""
+    alice, portal, path = gateway.of("alice"), gateway.of("portal"), f"work/{uuid.uuid4().hex}.ipynb"
+    body = {"path": path, "name": path, "kernel": {"name": "slurm"}}
+    mine = await alice.json("POST", "/api/sessions", body)
+    theirs = await portal.json("POST", "/api/sessions", {**body, "env": {"KERNEL_USERNAME": "alice"}})
+    try:
+        assert mine["id"] != theirs["id"]
+        assert mine["kernel"]["id"] != theirs["kernel"]["id"]
+        assert (await alice.json("POST", "/api/sessions", body))["id"] == mine["id"]
+        status = await gateway.of("bob").json("GET", "/api/status")
+        assert (status["last_activity"], status["kernels"]) == (status["started"], 0)
+    finally:
+        await stop(alice, mine["kernel"]["id"], theirs["kernel"]["id"])
+
+
 async def test_another_users_job_cannot_be_adopted(gateway, cluster):
     """Neither one that the gateway has for them, nor one of the gateway's own Unix user; both say the same."""
     alice, bob = gateway.of("alice"), gateway.of("bob")
