@@ -30,6 +30,7 @@ from tornado.websocket import websocket_connect
 from gateway_slurm.gateway.app import SlurmGatewayApp
 from gateway_slurm.gateway.handlers import DescriptionHandler, UnknownHandler
 from gateway_slurm.gateway.openapi import OPERATIONS
+from gateway_slurm.gateway.specs.projects import CLIENT_FIELDS
 from helpers.gateway_process import running_gateway
 from helpers.kernel_clients import READY, jupyter_files_in
 
@@ -119,9 +120,10 @@ class Client:
 
 @pytest.fixture(scope="module")
 def module_client(cluster, jupyter_base):
-    """A gateway of few kernels, and its user."""
-    option = "--SlurmMappingKernelManager.max_kernels=2"
-    with jupyter_files_in(jupyter_base), running_gateway(jupyter_base / "openapi", option) as gateway:
+    """A gateway of few kernels, whose allocations its users may keep, and its user."""
+    options = ["--SlurmMappingKernelManager.max_kernels=2", "--SlurmMappingKernelManager.max_starts_per_minute=0"]
+    options += [f"--GatewayKernelSpecManager.allowed_client_fields={[*CLIENT_FIELDS, 'keep_allocation']}"]
+    with jupyter_files_in(jupyter_base), running_gateway(jupyter_base / "openapi", *options) as gateway:
         yield Client(gateway.url, gateway.tokens["alice"])
 
 
