@@ -22,7 +22,7 @@ from helpers.gateway_process import ask, start, stop
 from helpers.notebook_server import V1, Frontend, Server
 
 # Seconds between two, for each kind.
-PAUSES = {"rest": 0.04, "cell": 0.08, "start": 0.3}
+PAUSES = {"rest": 0.04, "cell": 0.08, "start": 0.7}
 
 
 class Bob:

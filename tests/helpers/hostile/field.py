@@ -111,6 +111,7 @@ class Field:
         self.idle = Felt()
         self.small_memory = 0
         self.response_port = int(account.settings["response_port"])
+        self.wants_restart = False
         self._jobs: dict[str, str] = {}
         self._holders: dict[str, str] = {}
         self._bob: BobsWork | None = None
@@ -197,7 +198,8 @@ class Field:
             if not keep:
                 self._jobs.pop(user, None)
         await self.job_of(self.folk.ada)
-        if self.memory() > self.small_memory + MAX_KEPT:
+        if self.wants_restart or self.memory() > self.small_memory + MAX_KEPT:
+            self.wants_restart = False
             # What an attack has left would hide what the next one takes.
             await self.restart(signal.SIGTERM)
         await asyncio.to_thread(_until_jobs, self.cluster, {self._jobs[self.folk.ada], self.bobs_job})
