@@ -195,7 +195,7 @@ _CONSTRAINT: Final = _word(
 )
 _GRES: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.:,+=/-]*", "name[[:type]:count], separated by commas")
 _NODE: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "one node's name")
-_JOBID: Final = _word(r"[0-9]{1,10}(?:[_+][0-9]{1,10})?", "a job id such as 123")
+_JOBID: Final = _word(r"[1-9][0-9]{0,9}(?:[_+](?:0|[1-9][0-9]{0,9}))?", "a job id such as 123")
 _KERNEL_NAME: Final = _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a kernelspec's name: letters, digits and _ . -")
 _LANGUAGE: Final = _word(r"[^\x00-\x1f\x7f-]?[^\x00-\x1f\x7f]*", "text without control characters", max_length=64)
 

@@ -73,7 +73,7 @@ MAX_JSON_BODY = 64 << 10
 NOT_RESTORED = "the gateway has just been started, and its kernels are not restored yet: try again"
 SESSION_ID = rf"(?P<session_id>{UUID})"
 KERNEL_NAME = r"(?P<kernel_name>[\w.\-%]+)"
-JOBID = r"(?P<jobid>[0-9]{1,10})"
+JOBID = r"(?P<jobid>[1-9][0-9]{0,9})"
 
 
 async def wait_restored(handler: web.RequestHandler) -> None:

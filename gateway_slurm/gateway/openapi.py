@@ -116,7 +116,7 @@ _PARAMETERS = {
     "kernel_id": _UUID,
     "session_id": _UUID,
     "kernel_name": {"type": "string", "pattern": r"^[A-Za-z0-9_.\-]+$"},
-    "jobid": {"type": "string", "pattern": "^[0-9]{1,10}$"},
+    "jobid": {"type": "string", "pattern": "^[1-9][0-9]{0,9}$"},
     "msg_id": {"type": "string", "pattern": r"^[A-Za-z0-9_\-]{1,200}$"},
     "path": {"type": "string", "pattern": r"^(kernel\.js|kernel\.css|logo-[A-Za-z0-9_.\-]+)$"},
 }

@@ -31,7 +31,7 @@ OPTIONS = {
 # The permitted environment variables, beside those that every step gets.
 VARIABLES = {"GATEWAY_SLURM_TOKEN": r"[0-9a-f]{64}"}
 _STEP = r"[A-Za-z0-9-]{1,64}"
-_JOBID = r"[0-9]{1,10}"
+_JOBID = r"[1-9][0-9]{0,9}"
 
 
 def checked(fields: dict[str, Any]) -> dict[str, Any]:

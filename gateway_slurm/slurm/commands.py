@@ -29,7 +29,8 @@ from gateway_slurm.errors import (
 from gateway_slurm.slurm.formats import Meaning, TimeFormatError, meaning, minutes, seconds
 from gateway_slurm.slurm.model import JobInfo, JobSpec, Partition, StepInfo, StepSpec
 
-_JOBID: Final = re.compile(r"[0-9]{1,10}(?:[_+][0-9]{1,10})?", re.ASCII)
+# As Slurm prints it: 01 would be a second name of job 1.
+_JOBID: Final = re.compile(r"[1-9][0-9]{0,9}(?:[_+](?:0|[1-9][0-9]{0,9}))?", re.ASCII)
 _UNAVAILABLE: Final = re.compile(
     r"unable to contact slurm controller|socket timed out|zero bytes were transmitted|munge"
     r"|protocol authentication error|communication connection failure|connection (?:refused|timed out|reset)"

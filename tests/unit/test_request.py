@@ -109,7 +109,7 @@ def test_unknown_field_suggests_the_nearest() -> None:
         ("memory", "lots"), pytest.param("kernel_argv", ["x" * 100_000] * 11, id="argv-long"),
         ("time", "soon"), ("time", "0"), ("time", "1-2-3"), ("jobid", "12 3"), ("jobid", "1.0"),
         ("directory", "work"), ("directory", "$(id)"), ("directory", "/a\nb"), ("default_directory", "--x"),
-        ("jobid", -5),
+        ("jobid", -5), ("jobid", "01"), ("jobid", "0"),
         pytest.param("jobid", 10**5000, id="jobid-huge"), ("jobid", True), ("connect", "plain"),
         ("connect", 1), ("kernel_name", "../x"),
         ("kernel_argv", "ipython"), ("kernel_argv", []), ("kernel_argv", [""]), ("kernel_argv", ["a", 1]),

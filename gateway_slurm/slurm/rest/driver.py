@@ -40,7 +40,7 @@ of the cluster.
 """
 LOOKUP_DELAYS: Final = (0.0, 1.0, 3.0)
 """Seconds before each lookup of a job whose submission got no answer."""
-_JOBID: Final = re.compile(r"[0-9]{1,10}", re.ASCII)
+_JOBID: Final = re.compile(r"[1-9][0-9]{0,9}", re.ASCII)
 
 
 class StepLauncher(Protocol):

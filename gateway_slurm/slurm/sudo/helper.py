@@ -61,7 +61,7 @@ COMMANDS = {
         "parsable no-requeue job-name comment output error export chdir partition account nodes ntasks-per-node "
         "cpus-per-task mem time gres reservation qos constraint nodelist signal propagate"
     ),
-    "scancel": AllowedCommand("", (r"[0-9]{1,10}",)),
+    "scancel": AllowedCommand("", (r"[1-9][0-9]{0,9}",)),
     "squeue": AllowedCommand("states noheader jobs Format me partition sort steps"),
     "srun": AllowedCommand(
         "overlap exact immediate jobid nodes ntasks nodelist job-name export chdir mem cpus-per-task gres propagate",

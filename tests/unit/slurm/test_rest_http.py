@@ -327,7 +327,7 @@ async def test_versions_are_asked_for_once() -> None:
         assert server.asked("GET /openapi") == 1
 
 
-@pytest.mark.parametrize("jobid", ["", "1/../jobs", "1?x", "x", "1_2", "1\r\nX: y"])
+@pytest.mark.parametrize("jobid", ["", "01", "1/../jobs", "1?x", "x", "1_2", "1\r\nX: y"])
 async def test_an_invalid_job_id_is_not_requested(jobid: str) -> None:
     """Only digits get into a path."""
     async with asking({}) as (driver, server):
