@@ -31,7 +31,7 @@ from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider, http_ur
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
 from gateway_slurm.gateway.door import FREE_BODY, MAX_HEADER, Door, GatewayHTTPServer
 from gateway_slurm.gateway.handlers import UnknownHandler
-from gateway_slurm.gateway.jupyter_compat import set_http_server
+from gateway_slurm.gateway.jupyter_compat import HookedServerApp, set_http_server
 from gateway_slurm.gateway.kernel_manager import SlurmMappingKernelManager
 from gateway_slurm.gateway.metrics import GatewayCollector
 from gateway_slurm.gateway.peers.client import PeerClient
@@ -73,7 +73,7 @@ def default_peer_url(app: Any) -> str:
     return f"{'https' if app.certfile else 'http'}://{format_endpoint(host, app.port)}{app.base_url}"
 
 
-class SlurmGatewayApp(ServerApp):
+class SlurmGatewayApp(HookedServerApp):
     """Serves kernels on Slurm's nodes to many users."""
 
     name = "jupyter-slurm-gateway"
@@ -251,8 +251,8 @@ class SlurmGatewayApp(ServerApp):
             self.identity_provider.report_to(service.events)
         self._service_manager = ServiceManager()
         sockets = passed_sockets()
-        self._http_sockets, service.response_sockets = sockets[HTTP_SOCKET], sockets[RESPONSE_SOCKET]
-        for port in [name[1] for sock in self._http_sockets if isinstance(name := sock.getsockname(), tuple)]:
+        self.http_sockets, service.response_sockets = sockets[HTTP_SOCKET], sockets[RESPONSE_SOCKET]
+        for port in [name[1] for sock in self.http_sockets if isinstance(name := sock.getsockname(), tuple)]:
             self.port = port
         # The loop runs this first.
         self.io_loop.add_callback(self._restore)
@@ -325,18 +325,6 @@ class SlurmGatewayApp(ServerApp):
         )
         provider.on_user = door.admit
         return door
-
-    def _find_http_port(self) -> None:
-        """Find a free port, where the service manager has not opened one."""
-        if not self._http_sockets:
-            super()._find_http_port()
-
-    def _bind_http_server(self) -> None:
-        """Serve on the service manager's sockets, or open the configured one."""
-        if self._http_sockets:
-            self.http_server.add_sockets(self._http_sockets)
-        else:
-            super()._bind_http_server()
 
     def init_httpserver(self) -> None:
         """Serve through a door. Put this gateway's URL on record for the others: from here on its port is known."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
@@ -119,7 +120,7 @@ def take_finishing_task(manager: Any, kernel_id: str) -> asyncio.Task[None] | No
 
 
 class HookedKernelManager(AsyncMappingKernelManager):
-    """Jupyter server's kernel manager, with public methods in place of three private ones that subclasses replace."""
+    """Jupyter server's kernel manager, with public methods in place of four private ones that subclasses replace."""
 
     async def finish_start(self, kernel_id: str) -> None:
         """Called with each start; returns once the kernel runs or has failed.
@@ -150,6 +151,16 @@ class HookedKernelManager(AsyncMappingKernelManager):
 
     def _handle_kernel_died(self, kernel_id: str) -> None:
         self.restarter_gave_up(kernel_id)
+
+    def check_kernel_id(self, kernel_id: str) -> None:
+        """Called before each use of a kernel; raises HTTPError 404 for one that does not exist.
+
+        ``MappingKernelManager._check_kernel_id``: a look at ``in`` alone cannot say 503.
+        """
+        super()._check_kernel_id(kernel_id)
+
+    def _check_kernel_id(self, kernel_id: str) -> None:
+        self.check_kernel_id(kernel_id)
 
 
 # -- What jupyter_server logs --
@@ -205,6 +216,26 @@ def set_http_server(app: ServerApp, server: HTTPServer) -> None:
     ``ServerApp._http_server``: there is no setting for the class, or for header and body time-outs.
     """
     app._http_server = server
+
+
+class HookedServerApp(ServerApp):
+    """Jupyter server's application, which serves on sockets that are open already, where there are any.
+
+    ``ServerApp._find_http_port`` and ``_bind_http_server``: they open a port, or a Unix socket, of their own.
+    """
+
+    http_sockets: Sequence[socket.socket] = ()
+    """Listening sockets; empty: the configured one is opened."""
+
+    def _find_http_port(self) -> None:
+        if not self.http_sockets:
+            super()._find_http_port()
+
+    def _bind_http_server(self) -> None:
+        if self.http_sockets:
+            self.http_server.add_sockets(self.http_sockets)
+        else:
+            super()._bind_http_server()
 
 
 def spec_directory(manager: KernelSpecManager, name: str) -> str | None:

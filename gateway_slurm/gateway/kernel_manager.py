@@ -301,11 +301,11 @@ class SlurmMappingKernelManager(jupyter_compat.HookedKernelManager):
 
     # -- owners -----------------------------------------------------------------------------------
 
-    def _check_kernel_id(self, kernel_id: str) -> None:
+    def check_kernel_id(self, kernel_id: str) -> None:
         """Raise HTTPError 404 for a kernel that does not exist, and 503 where it may be restored yet."""
         if kernel_id not in self and (reason := self.restorer.waits_because):
             raise web.HTTPError(503, reason)
-        super()._check_kernel_id(kernel_id)
+        super().check_kernel_id(kernel_id)
 
     def is_visible(self, kernel_id: str, user: Any) -> bool:
         """Whether the kernel exists and ``user`` may see it: its owner, the service that started it, or an admin."""

@@ -114,7 +114,7 @@ async def test_a_cell_with_a_large_output_gets_all_of_it(gateway):
 
 
 async def test_what_is_not_signed_with_the_kernels_key_is_not_shown(gateway, kernel_name):
-    """The page is told instead, and the cell goes on."""
+    """The page says so instead, and the cell goes on."""
     alice = gateway.of("alice")
     kernel_id = await start(alice, kernel_name)
     try:

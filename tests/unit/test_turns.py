@@ -109,7 +109,7 @@ def test_what_work_raises_comes_to_its_caller_and_what_waits_is_cancelled_at_the
 
 
 def test_posted_work_is_done_in_turns_and_its_errors_are_logged() -> None:
-    """From within a turn it waits for its own; nobody waits for its result."""
+    """From within a turn it waits for its own; no caller waits for its result."""
     done: list[str] = []
     errors: list[object] = []
 

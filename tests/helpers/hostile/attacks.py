@@ -180,7 +180,7 @@ async def idle_connections(field: Field) -> None:
 
 
 async def made_up_tokens(field: Field) -> None:
-    """A flood of requests with tokens that do not exist; nobody with a real one is refused."""
+    """A flood of requests with tokens that do not exist; no user with a real one is refused."""
 
     async def flood() -> None:
         until = time.monotonic() + field.many(3, 10)

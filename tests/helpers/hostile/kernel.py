@@ -44,7 +44,7 @@ class HostileKernel(StubKernel):
         listener.bind(path)
         listener.listen(64)
         threading.Thread(target=self._announce_to_all, args=(listener,), daemon=True).start()
-        other = self._context.socket(kind)  # the loop polls it, and nobody sends to it
+        other = self._context.socket(kind)  # the loop polls it, and no process sends to it
         other.bind(f"inproc://{uuid.uuid4().hex}")
         return other
 

@@ -332,7 +332,7 @@ async def test_a_marker_ends_the_cells_of_the_process_before_it(connect):
 
 
 async def test_what_the_kernel_has_not_signed_is_neither_shown_nor_believed(connect):
-    """Another process may have its port: output and replies are dropped, and the page is told once."""
+    """Another process may have its port: output and replies are dropped, and the page says so once."""
     connection = connect()
     _session, page, header = asked(connection)
     forged = Signer(key=b"another key")

@@ -379,5 +379,7 @@ def trait_methods(kind: type) -> set[str]:
 
 def test_hooks_are_jupyter_servers_own():
     """Each method that the hooks replace exists there: another name would never be called."""
-    for name in ("_finish_kernel_start", "_add_kernel_when_ready", "_handle_kernel_died"):
+    for name in ("_finish_kernel_start", "_add_kernel_when_ready", "_handle_kernel_died", "_check_kernel_id"):
         assert callable(getattr(AsyncMappingKernelManager, name)), name
+    for name in ("_find_http_port", "_bind_http_server"):
+        assert callable(getattr(ServerApp, name)), name

@@ -197,7 +197,7 @@ def test_sacctmgrs_answer_is_read():
 
 
 def test_who_has_left_is_known_only_while_slurm_answers():
-    """An outage of slurmdbd takes nobody's rights, and an old answer keeps none."""
+    """An outage of slurmdbd takes no user's rights, and an old answer keeps none."""
     now, answers = [0.0], [{"ada": frozenset({"clim"})}]
 
     def ask():
