@@ -28,6 +28,7 @@ from gateway_slurm import __version__
 from gateway_slurm.errors import StoreError
 from gateway_slurm.gateway.audit import AuditLog
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider, http_url
+from gateway_slurm.gateway.auth.peer import PeerProof
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
 from gateway_slurm.gateway.door import FREE_BODY, MAX_HEADER, Door, GatewayHTTPServer
 from gateway_slurm.gateway.handlers import UnknownHandler
@@ -295,9 +296,12 @@ class SlurmGatewayApp(HookedServerApp):
     def init_webapp(self) -> None:
         """Make the forwarder of requests to other gateways as well, for the handlers."""
         super().init_webapp()
-        header = getattr(self.identity_provider, "trusted_header", "")
-        peers = Peers(StoreDirectory(SlurmService.instance()), log=self.log)
-        self.forwarder = Forwarder(peers, PeerClient(self.peer_cafile), proof=(header,) if header else ())
+        directory = StoreDirectory(SlurmService.instance())
+        proof = PeerProof(lambda: directory.peer_key, lambda: directory.server_id)
+        if isinstance(self.identity_provider, GatewayIdentityProvider):
+            self.identity_provider.peers = proof
+        peers = Peers(directory, log=self.log)
+        self.forwarder = Forwarder(peers, PeerClient(proof, self.peer_cafile))
         self.web_app.settings["forwarder"] = self.forwarder
         self.web_app.settings["user_slots"] = UserSlots()
         outside = (rf"(?!{re.escape(self.base_url)}).*", UnknownHandler)

@@ -99,6 +99,14 @@ class ExplainsErrors(JupyterHandler):
         provider = self.identity_provider
         return provider.refusal_of(self) if isinstance(provider, GatewayIdentityProvider) else ""
 
+    def set_default_headers(self) -> None:
+        """As jupyter_server's, and a proof for another gateway. Tornado calls it again for an error."""
+        super().set_default_headers()
+        provider = self.identity_provider
+        if isinstance(provider, GatewayIdentityProvider):
+            for name, value in provider.answer_headers(self.request).items():
+                self.set_header(name, value)
+
     def check_xsrf_cookie(self) -> None:
         """As jupyter_server's. Before that, raise HTTPError 403 with the reason for a user that is not known."""
         if self.refusal:

@@ -27,6 +27,7 @@ from traitlets import Bool, CFloat, Enum, List, TraitError, Unicode, default, va
 from gateway_slurm.errors import ConfigError, IdentityUnavailable, NotAllowed
 from gateway_slurm.events import Events
 from gateway_slurm.gateway.auth.hub import HubTokens
+from gateway_slurm.gateway.auth.peer import ANSWER_PROOF, PeerProof
 from gateway_slurm.gateway.auth.proxy import TrustedHeader
 from gateway_slurm.gateway.auth.tokens import PREFIX, TokenFile, UserTokens, request_token, take_url_token
 from gateway_slurm.gateway.auth.user import GatewayUser
@@ -172,6 +173,8 @@ class GatewayIdentityProvider(IdentityProvider):
         self.on_user: Callable[[HTTPServerRequest, str], None] = lambda _request, _user: None
         # Of its own: what others run in threads, such as reading kernelspecs, does not hold up requests.
         self._threads = ThreadPoolExecutor(IDENTITY_THREADS, "identity")
+        self.peers: PeerProof | None = None
+        """Checks the requests that other gateways forward. The application sets it."""
         self._token_file = TokenFile(Path(self.tokens_file).expanduser()) if self.tokens_file else None
         self._hub: HubTokens | None = None
         # In the order in which they are asked. The proxy is first: its header is never ignored.
@@ -213,6 +216,8 @@ class GatewayIdentityProvider(IdentityProvider):
         user = await self.find_user(handler.request, lambda: self._refuse_other_sites(handler))
         if user is not None:
             self._users[handler] = user
+            for name, value in self.answer_headers(handler.request).items():
+                handler.set_header(name, value)
         elif handler not in self._unknown:
             self._unknown[handler] = reason = await self._why_unknown(handler.request)
             if request_token(handler.request) is not None:
@@ -255,6 +260,11 @@ class GatewayIdentityProvider(IdentityProvider):
         family = socket.AF_INET6 if isinstance(address, tuple) and len(address) > 2 else socket.AF_INET
         return any(isinstance(known, TrustedHeader) and known.trusts(family, address) for known in self.authenticators)
 
+    def answer_headers(self, request: HTTPServerRequest) -> dict[str, str]:
+        """The headers with which an answer proves this gateway to another one; none for a client."""
+        proof = self.peers.answer_to(request) if self.peers is not None else ""
+        return {ANSWER_PROOF: proof} if proof else {}
+
     def refusal_of(self, handler: RequestHandler) -> str:
         """Why the request's user is not known, for the answer; "" where that is not the case."""
         return self._unknown.get(handler, "")
@@ -279,6 +289,8 @@ class GatewayIdentityProvider(IdentityProvider):
         )
 
     async def _authenticate(self, request: HTTPServerRequest, check_header: Callable[[], None]) -> GatewayUser | None:
+        if self.peers is not None and (forwarded := await self.peers.authenticate(request)) is not None:
+            return forwarded
         for authenticator in self.authenticators:
             user = await authenticator.authenticate(request)
             if user is not None:

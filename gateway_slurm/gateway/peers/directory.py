@@ -84,6 +84,11 @@ class StoreDirectory:
         return self._registry.server_id if self._registry is not None else ""
 
     @property
+    def peer_key(self) -> bytes:
+        """The key with which gateways prove themselves to each other; empty before the store is open."""
+        return self._registry.peer_key if self._registry is not None else b""
+
+    @property
     def _registry(self) -> Registry | None:
         return self._service.registry if self._service.is_open else None
 

@@ -1,7 +1,7 @@
 """Requests for a kernel, session or allocation of another gateway: they are forwarded, and the client gets its answer.
 
-The other gateway authenticates the client itself, by the client's own credentials. A forwarded request is never
-forwarded again, so that none goes round in a circle.
+This gateway authenticates the client, names the user to the other gateway, and proves itself to it (``auth.peer``). A
+forwarded request is never forwarded again, so that none goes round in a circle.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ TRY_AGAIN: Final = (
 class Forwarder:
     """Finds the gateway that has something, and forwards requests to it. The application calls ``close``."""
 
-    def __init__(self, peers: Peers, client: PeerClient, *, proof: tuple[str, ...] = ()) -> None:
-        self.peers, self.client, self.proof = peers, client, proof
+    def __init__(self, peers: Peers, client: PeerClient) -> None:
+        self.peers, self.client = peers, client
 
     def close(self) -> None:
         self.peers.close()
@@ -102,7 +102,9 @@ class Forwarder:
     def request_of(self, handler: RequestHandler) -> ForwardedRequest:
         """The handler's request, in the form in which it is sent to a peer."""
         base_url: str = handler.settings.get("base_url", "/")
-        return ForwardedRequest.of(handler.request, base_url, self.peers.server_id, proof=self.proof)
+        user = handler.current_user
+        assert isinstance(user, GatewayUser)
+        return ForwardedRequest.of(handler.request, user, base_url, self.peers.server_id)
 
     async def wait_for_holder(
         self, is_here: Callable[[], bool], find: Callable[[bool], Awaitable[Location | None]]

@@ -1,7 +1,7 @@
 """The other gateways of the deployment: which of them has a kernel, and whether it lives.
 
 Several gateways share one store. One gateway has each kernel, session and allocation. Another gateway forwards a
-request for it (``forward``), with the client's own credentials and at most once. The ``directory`` has the records of
+request for it (``forward``), in the name of its user and at most once. The ``directory`` has the records of
 all gateways.
 """
 
