@@ -371,7 +371,7 @@ while time.time() < until:
 
 
 async def stopped_helpers(field: Field) -> None:
-    """A user stops the helper that acts as them; nothing of it stays for ever, and Bob's starts go on."""
+    """A user stops the helper that acts as them; nothing of it stays, and Bob's starts go on."""
     ada = field.folk.ada
     stopper = field.run(ada, STOPS_HELPERS.format(signal=int(signal.SIGSTOP), seconds=100))
     try:
@@ -511,7 +511,7 @@ async def taken_port(field: Field) -> None:
 
 
 async def changed_owner(field: Field) -> None:
-    """A row's owner is changed in the database, by somebody who can write it: the kernel does not become Bob's."""
+    """A row's owner is changed in the database, by a person who can write it: the kernel does not become Bob's."""
     async with field.kernel() as kernel_id:
         await asyncio.sleep(1.5)  # rows are written behind
         await asyncio.to_thread(field.gateway.signal, signal.SIGKILL)

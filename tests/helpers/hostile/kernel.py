@@ -1,7 +1,8 @@
 """A kernel that its user has changed: cells reach its sockets as ``kernel``, or it never speaks on shell.
 
-Run as ``python -m helpers.hostile.kernel -f CONNECTION_FILE``. With KERNEL_ANNOUNCE in its environment, bytes, whoever
-connects to its shell is sent one ZMTP frame that announces so many (RFC 23), and zeros for as long as they are taken.
+Run as ``python -m helpers.hostile.kernel -f CONNECTION_FILE``. With KERNEL_ANNOUNCE in its environment, each peer
+that connects to its shell gets one ZMTP frame that announces so many bytes (RFC 23),
+and zeros for as long as they are taken.
 """
 
 from __future__ import annotations
