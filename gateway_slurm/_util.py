@@ -229,6 +229,46 @@ class LogOnce:
         return was_open
 
 
+class RatedLog(logging.LoggerAdapter):  # type: ignore[type-arg] # generic since Python 3.11 only
+    """The log of what one peer says: ``burst`` lines at once, then one in ``seconds``.
+
+    The first line after others were left out says how many. A line may be logged from any thread.
+    """
+
+    def __init__(
+        self,
+        log: logging.Logger | logging.LoggerAdapter[Any],
+        *,
+        burst: int = 30,
+        seconds: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(log, {})
+        self._burst, self._seconds, self._clock = burst, seconds, clock
+        self._lock = threading.Lock()
+        self._left, self._counted_at, self._left_out = float(burst), clock(), 0
+
+    def log(self, level: int, msg: object, *arguments: object, **options: Any) -> None:
+        """As ``Logger.log``, at the rate."""
+        if self.isEnabledFor(level) and self.takes(level):
+            self.logger.log(level, msg, *arguments, **options)
+
+    def takes(self, level: int) -> bool:
+        """Count a line; whether it may be logged. The number of those that were left out before it is logged first."""
+        with self._lock:
+            now = self._clock()
+            self._left = min(self._burst, self._left + (now - self._counted_at) / self._seconds)
+            self._counted_at = now
+            if self._left < 1:
+                self._left_out += 1
+                return False
+            self._left -= 1
+            left_out, self._left_out = self._left_out, 0
+        if left_out:
+            self.logger.log(level, "%d more lines were left out before the next one", left_out)
+        return True
+
+
 # -- Tasks and loops --
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from gateway_slurm._util import printable
+from gateway_slurm._util import RatedLog, printable
 from gateway_slurm.config import ServiceSettings
 from gateway_slurm.errors import (
     AllocationError,
@@ -277,7 +277,7 @@ class Launcher:
         log: logging.Logger,
     ) -> None:
         self.launcher_id = launcher_id
-        self.log = log
+        self.log = RatedLog(log)
         self.jobid = ""
         self.node = UNKNOWN_NODE
         self.link: Link | None = None

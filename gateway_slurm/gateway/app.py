@@ -30,6 +30,7 @@ from gateway_slurm.gateway.audit import AuditLog
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider, http_url
 from gateway_slurm.gateway.auth.peer import PeerProof
 from gateway_slurm.gateway.channels.websocket import SlurmWebsocketConnection
+from gateway_slurm.gateway.clean_log import keep_clean
 from gateway_slurm.gateway.door import FREE_BODY, MAX_HEADER, Door, GatewayHTTPServer
 from gateway_slurm.gateway.handlers import UnknownHandler
 from gateway_slurm.gateway.jupyter_compat import HookedServerApp, set_http_server
@@ -242,6 +243,7 @@ class SlurmGatewayApp(HookedServerApp):
     def init_configurables(self) -> None:
         """Make the service as well, so that a mistake in its settings is found now and not at the first kernel."""
         super().init_configurables()
+        self._restore_log = keep_clean(self.log)
         service = SlurmService.instance(self.log)
         self._events = service.events
         service.leave_at_exit = not self.kernel_manager.kill_kernels_on_exit
@@ -360,6 +362,7 @@ class SlurmGatewayApp(HookedServerApp):
                 task.cancel()
         self._collector.close()
         self.forwarder.close()
+        self._restore_log()
         if isinstance(self.kernel_spec_manager, GatewayKernelSpecManager):
             self.kernel_spec_manager.reader.close()
         if isinstance(self.identity_provider, GatewayIdentityProvider):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gateway_slurm._util import printable
+from gateway_slurm._util import RatedLog, printable
 from gateway_slurm.allocations.launcher import Launcher
 from gateway_slurm.errors import (
     GatewaySlurmError,
@@ -66,7 +66,7 @@ class KernelProcess:
     ) -> None:
         self.kernel_id = kernel_id
         self.launcher = launcher
-        self.log = log
+        self.log = RatedLog(log)
         self.phase = Phase.NEW
         self.returncode: int | None = None
         # Why the kernel ended, in words: the signal or exit code, and what Slurm says of the job.

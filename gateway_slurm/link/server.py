@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gateway_slurm._util import Backoff
+from gateway_slurm._util import Backoff, RatedLog
 from gateway_slurm.errors import HandshakeError, MessageRefused
 from gateway_slurm.link import bounds, envelope, flow, wire
 from gateway_slurm.turns import Turns
@@ -85,7 +85,7 @@ class Lookups:
     The peers are not authenticated yet. Used on one loop; its owner calls ``close``.
     """
 
-    def __init__(self, resolve: Resolve, *, limit: int, log: logging.Logger) -> None:
+    def __init__(self, resolve: Resolve, *, limit: int, log: logging.Logger | RatedLog) -> None:
         self._resolve, self._limit, self.log = resolve, limit, log
         self._lookups: dict[str, _Lookup] = {}
         self._places = asyncio.Semaphore(MAX_LOOKUPS)
@@ -169,6 +169,7 @@ class Expected:
     jobid: asyncio.Future[str]
     handler: LinkHandler
     user: str = ""
+    log: RatedLog = field(kw_only=True, repr=False)
     link: Link | None = field(default=None, repr=False)
     refused: str = ""  # why the last connection with its id was refused; "" after a success
     kept_out_until: float = 0.0  # by the loop's clock
@@ -197,9 +198,10 @@ class ResponseSocket:
 
     def __init__(self, *, log: logging.Logger, resolve: Resolve | None = None) -> None:
         self.log = log
+        self.strangers_log = RatedLog(log)
         # A few times the places: connections that replace closed ones wait for the same answers.
         limit = 4 * UNAUTHENTICATED_PLACES
-        self._lookups = Lookups(resolve, limit=limit, log=log) if resolve is not None else None
+        self._lookups = Lookups(resolve, limit=limit, log=self.strangers_log) if resolve is not None else None
         self._servers: list[asyncio.Server] = []
         self._expected: dict[str, Expected] = {}
         self._unauthenticated: OrderedDict[Link, None] = OrderedDict()
@@ -252,7 +254,9 @@ class ResponseSocket:
         drawn when the launcher was created, so that every server with its record can authenticate it.
         """
         jobid: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        expected = self._expected[launcher_id] = Expected(launcher_id, list(tokens), jobid, handler, user)
+        expected = self._expected[launcher_id] = Expected(
+            launcher_id, list(tokens), jobid, handler, user, log=RatedLog(self.log)
+        )
         return expected
 
     def forget(self, launcher_id: str) -> None:
@@ -461,7 +465,7 @@ class Link(asyncio.Protocol):
             welcome = known.handler.link_up(self, bounds.hello(hello))
         except Exception:
             # Without this close the connection would stay open, without a link.
-            self.log.exception("launcher %s: its HELLO could not be handled", known.launcher_id)
+            known.log.exception("launcher %s: its HELLO could not be handled", known.launcher_id)
             self.close("its HELLO could not be handled")
             return
         self.send("WELCOME", token=token.hex(), **welcome)
@@ -523,12 +527,12 @@ class Link(asyncio.Protocol):
         except MessageRefused as error:
             self._left_out += 1
             if self._left_out == 1:
-                self.log.warning("launcher %s: %s", self.expected.launcher_id, error)
+                self.expected.log.warning("launcher %s: %s", self.expected.launcher_id, error)
         except Exception:
             # One bad message must not end the link, which carries the messages of other kernels.
             self._left_out += 1
             if self._left_out == 1:
-                self.log.exception("launcher %s: a message could not be handled", self.expected.launcher_id)
+                self.expected.log.exception("launcher %s: a message could not be handled", self.expected.launcher_id)
         if not is_data:
             self._spend(time.thread_time() - begin)
 
@@ -593,10 +597,12 @@ class Link(asyncio.Protocol):
             if not self._lost:
                 self._deadline = self._loop.call_later(GOODBYE_SECONDS, self._transport.abort)
         if self.expected is None:
-            self.log.info("response socket: a connection was closed: %s", reason)
+            self._socket.strangers_log.info("response socket: a connection was closed: %s", reason)
             return
         if self.expected.link is self:
             self.expected.link = None
         if self._left_out > 1:
-            self.log.warning("launcher %s: %d more messages left out", self.expected.launcher_id, self._left_out - 1)
+            self.expected.log.warning(
+                "launcher %s: %d more messages left out", self.expected.launcher_id, self._left_out - 1
+            )
         self.expected.handler.link_down(self, reason)
