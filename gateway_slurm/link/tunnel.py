@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gateway_slurm.errors import LinkError
-from gateway_slurm.link import directories, flow, wire
+from gateway_slurm.link import directories, flow, wire, zmtp
 from gateway_slurm.link.server import Link
 
+_log = logging.getLogger(__name__)
 _DIRECTORY = re.compile(r"gs-server(\d+)-([0-9a-f]{6})-\w+")
 STRAY_SLACK = 16 * flow.WINDOW
 """Bytes for streams that do not exist, after which a launcher breaks the protocol; more where streams have ended."""
@@ -246,6 +248,7 @@ class Client(asyncio.Protocol):
         self._number: int | None = None
         self._writable = True
         self._untaken = 0
+        self._sizes = zmtp.MessageSizes()
         self.paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -267,7 +270,16 @@ class Client(asyncio.Protocol):
         self._transport.resume_reading()
 
     def from_kernel(self, data: bytes) -> None:
-        """Bytes for the client; credit goes back once its socket has taken them."""
+        """Bytes for the client; credit goes back once its socket has taken them.
+
+        A message that is too large is not passed on: the connection ends, and the client, which makes a new one, has
+        its bytes no more.
+        """
+        if trouble := self._sizes.feed(data):
+            _log.warning("kernel %s: a connection of %s is closed: %s", self._tunnel.kernel_id, self._channel, trouble)
+            self._close_stream()
+            self._transport.abort()
+            return
         self._transport.write(data)
         self._untaken += len(data)
         if self._writable:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gateway_slurm.link import flow, wire
+from gateway_slurm.link import flow, wire, zmtp
 from gateway_slurm.link.tunnel import KernelTunnel, Streams
 from helpers.kernel_clients import poll_async
 
@@ -67,6 +67,12 @@ class Server:
 
 
 @pytest.fixture
+def any_bytes(monkeypatch):
+    """What passes need not be ZMTP."""
+    monkeypatch.setattr(zmtp.MessageSizes, "feed", lambda _self, _data: "")
+
+
+@pytest.fixture
 async def server(tmp_path) -> AsyncIterator[Server]:
     """A tunnel that listens, with its first link up."""
     server = Server(tmp_path)
@@ -92,7 +98,7 @@ async def closed(reader: asyncio.StreamReader) -> bool:
     return await asyncio.wait_for(reader.read(), 10) == b""
 
 
-async def test_a_client_goes_on_where_it_was(server):
+async def test_a_client_goes_on_where_it_was(any_bytes, server):
     """A connection outlives the link: what the launcher lacks of it is sent again, and it gets what follows."""
     reader, writer = await server.connect()
     writer.write(b"request")
@@ -138,7 +144,7 @@ async def test_a_client_that_comes_without_a_link_waits_for_one(server):
     ],
     ids=str,
 )
-async def test_a_launcher_that_claims_nonsense_ends_that_stream_only(server, report):
+async def test_a_launcher_that_claims_nonsense_ends_that_stream_only(any_bytes, server, report):
     """A client whose stream the launcher does not know, or tells what cannot be, is let go; others are served."""
     connections = [await server.connect() for _ in range(2)]
     for _reader, writer in connections:
@@ -158,7 +164,7 @@ async def test_a_launcher_that_claims_nonsense_ends_that_stream_only(server, rep
         assert await closed(second)
 
 
-async def test_a_launcher_that_ignores_the_window_loses_its_stream(server):
+async def test_a_launcher_that_ignores_the_window_loses_its_stream(any_bytes, server):
     """The client's connection is cut, and the launcher hears of it."""
     reader, _writer = await server.connect()
     await server.sent_in_all(1)
@@ -168,6 +174,17 @@ async def test_a_launcher_that_ignores_the_window_loses_its_stream(server):
             server.streams.message("DATA", 1, bytes(flow.CHUNK))
     with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
         await asyncio.wait_for(reader.readexactly(2 * flow.WINDOW), 10)
+    assert await server.sent_in_all(1) == [("CLOSE", (1, b""))]
+
+
+async def test_a_message_without_an_end_closes_its_connection(server):
+    """Its client, which holds all of it in memory, is cut off before it is too large."""
+    reader, _writer = await server.connect()
+    await server.sent_in_all(1)
+    server.streams.message("DATA", 1, b"\xff" + bytes(8) + b"\x7f\x03" + bytes(53))
+    assert len(await asyncio.wait_for(reader.readexactly(64), 10)) == 64
+    server.streams.message("DATA", 1, b"\x03" + (zmtp.MAX_MESSAGE + 1).to_bytes(8, "big"))
+    assert await closed(reader)
     assert await server.sent_in_all(1) == [("CLOSE", (1, b""))]
 
 
