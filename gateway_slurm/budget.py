@@ -24,7 +24,6 @@ KINDS: Final = {
     "executions": "folded outputs of the last cells",
     "reading": "kept output that is read from a node",
     "request": "bodies of HTTP requests and their answers",
-    "link": "messages of a launcher, and for it",
 }
 """What is counted, by its label in ``/metrics``."""
 SPARE: Final = frozenset({"window", "executions"})

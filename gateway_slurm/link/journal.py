@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import struct
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gateway_slurm.bounded_json import load_json
 from gateway_slurm.budget import Budget, Holding
 from gateway_slurm.errors import LinkError
 from gateway_slurm.link import wire
@@ -26,6 +26,8 @@ SLICE = 64 * 1024
 """Bytes that are parsed at once, before the reader's loop does other work."""
 MAX_HEADER = 8 << 20
 """Bytes of the header, which holds the positions of up to 1024 sessions, and the notes."""
+MAX_HEADER_VALUES = 50_000
+"""Values of the header's JSON."""
 READ_AHEAD = 4 << 20
 """Bytes that may wait for the reader before the launcher gets no more credit."""
 LARGE_RECORD = 1 << 20
@@ -331,8 +333,8 @@ async def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
 def _parsed_header(body: bytes) -> JournalHeader:
     """Raises WireError."""
     try:
-        fields: Any = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        fields: Any = load_json(body, MAX_HEADER, values=MAX_HEADER_VALUES)
+    except ValueError as error:
         raise wire.WireError(f"a header that is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise wire.WireError("a header that is not a JSON object")
