@@ -197,6 +197,9 @@ class Budget:
 
     def _call_shed(self, holding: Holding, reason: str) -> None:
         before = holding.size
+        with self._lock:
+            if holding not in self._of_user.get(holding.user, {}):
+                return  # closed meanwhile
         try:
             if holding.shed is not None:
                 holding.shed(reason)

@@ -132,13 +132,13 @@ class Turns:
         try:
             result = self._timed(user, call)
         except Exception as error:  # noqa: BLE001 - raised again in the caller
-            if future is not None:
+            if future is not None and not future.done():
                 future.set_exception(error)
             else:
                 context = {"message": "a piece of a user's work failed", "exception": error}
                 asyncio.get_running_loop().call_exception_handler(context)
             return
-        if future is not None:
+        if future is not None and not future.done():  # the work itself may have cancelled its caller
             future.set_result(result)
 
 

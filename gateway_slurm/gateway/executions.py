@@ -214,6 +214,7 @@ class Executions:
         """Drop all outputs: the journal, where there is one, has them."""
         self._pending, self._pending_bytes = [], 0
         for execution in self._all.values():
+            execution.reading = None  # the next reading has these as well
             self._drop(execution)
 
     def get(self, msg_id: str) -> Execution | None:

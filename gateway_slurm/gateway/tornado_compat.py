@@ -59,7 +59,11 @@ class LimitedProtocol(WebSocketProtocol13):
             self.stream.max_buffer_size = max(self.stream.max_buffer_size, self._limit + 2 * _DISCARDED)
         await super()._receive_frame()
         buffer = self._fragmented_message_buffer
-        if buffer is not None and len(buffer) > (KEPT if self._left_out else self._limit):
+        if buffer is None or self._decompressor is not None:
+            return
+        # Frames of the size of a control frame come here uncounted.
+        is_over = len(buffer) > (KEPT if self._left_out else self._limit)
+        if is_over or not (self._left_out or self._has_room(len(buffer))):
             self._leave_out(bytes(buffer[KEPT:]))
             del buffer[KEPT:]
 

@@ -186,6 +186,7 @@ class LauncherAddresses:
         """Those of the other living servers of the deployment."""
         # Addresses of dead servers on which this one listens. The next server must do so, too, if this one dies soon.
         self._adopted: list[str] = []
+        self._awaited: set[int] = set()  # ports that are tried again
 
     def of_this_server(self) -> list[str]:
         """The addresses of this server, in the order in which launchers dial them."""
@@ -212,11 +213,14 @@ class LauncherAddresses:
         host = this_process().host
         addresses = [address for server in servers if server.process.host == host for address in server.addresses]
         by_port = {endpoint[1]: text for text in addresses if (endpoint := parse_endpoint(text)) is not None}
-        wanted = {port: text for port, text in by_port.items() if port not in relay_ports}
+        own = {endpoint[1] for text in [*self.direct, *self._adopted] if (endpoint := parse_endpoint(text)) is not None}
+        had = relay_ports | own | self._awaited
+        wanted = {port: text for port, text in by_port.items() if port not in had}
         taken = [port for port in wanted if not await self._adopt(port, wanted[port])]
         if servers:
             self.announce()
         for port in taken[:MAX_ADOPTED_PORTS]:
+            self._awaited.add(port)
             self._tasks.create_task(self._adopt_later(port, wanted[port]))
 
     async def _adopt(self, port: int, address: str) -> bool:
@@ -236,6 +240,7 @@ class LauncherAddresses:
             await pauses.sleep()
             if await self._adopt(port, address):
                 break
+        self._awaited.discard(port)
         self.log.warning("port %d is free now: an earlier server's launchers reach this server", port)
         self.announce()
 

@@ -35,6 +35,8 @@ TRANSPORT_BACKLOG = 512 * 1024
 MAX_WAITING_MESSAGES = 16 * 1024 * 1024
 # Frames and messages that a link handles in one of its user's turns.
 LOOP_SLICE = 128
+# Seconds after which such a turn ends all the same.
+SLICE_SECONDS = 0.002
 # The user, for turns, of peers that are not authenticated. No user has such a name.
 STRANGERS = "?"
 # Seconds of the processor's time that a link's messages beside DATA may take at once, and the share of a processor
@@ -42,11 +44,14 @@ STRANGERS = "?"
 MESSAGES_BURST, MESSAGES_SHARE = 1.0, 0.02
 # Seconds for which a launcher is kept out that broke the protocol: no launcher of ours does.
 KEPT_OUT_SECONDS = 0.5, 60.0
+# Seconds without a fault after which a launcher is kept out as shortly as at first.
+FORGIVEN_SECONDS = 600.0
 # Links of a launcher that may be made at once, and per second after that. Ours dials once a second at most.
 LINKS_BURST, LINKS_RATE = 20.0, 1.0
 # Look-ups at a time; more wait.
 MAX_LOOKUPS = 8
-_DATA = bytes([wire.MESSAGES["DATA"][0]])
+# What the streams' credit and the turns bound.
+_STREAMS = tuple(bytes([wire.MESSAGES[name][0]]) for name in ("DATA", "CREDIT"))
 _LAUNCHER_ID = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
 
 
@@ -184,6 +189,8 @@ class Expected:
     def count_link(self) -> None:
         """The launcher has a new link; one that has too many in a short time is kept out."""
         now = asyncio.get_running_loop().time()
+        if now > max(self.linked_at, self.kept_out_until) + FORGIVEN_SECONDS:
+            self._kept_out.reset()
         self.links_left = min(LINKS_BURST, self.links_left + LINKS_RATE * (now - self.linked_at)) - 1
         self.linked_at = now
         if self.links_left < 0:
@@ -475,6 +482,7 @@ class Link(asyncio.Protocol):
     def _handle_later(self) -> None:
         """Handle more in the user's turn, once the link's messages may take time again."""
         self._handling = True
+        self._spend(0.0)  # what the link has gained since
         turns, user = self._socket.turns, self._user
         if self._allowance < 0:
             self._loop.call_later(-self._allowance / MESSAGES_SHARE, turns.post, user, self._handle_slice)
@@ -484,7 +492,7 @@ class Link(asyncio.Protocol):
     def _handle_slice(self) -> None:
         """Handle up to LOOP_SLICE frames and messages, in their order; pause reading while more wait."""
         assert self._transport is not None
-        self._handling = False
+        self._handling, until = False, time.monotonic() + SLICE_SECONDS
         try:
             for _ in range(LOOP_SLICE):
                 if self.closed:
@@ -494,6 +502,8 @@ class Link(asyncio.Protocol):
                 elif self._frames:
                     self._handle_frame(self._frames.popleft())
                 else:
+                    break
+                if time.monotonic() > until:
                     break
         except wire.WireError as error:
             self._break(str(error))
@@ -510,7 +520,7 @@ class Link(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _handle_message(self, body: bytes) -> None:
-        is_data = body[:1] == _DATA
+        is_data = body[:1] in _STREAMS
         begin = 0.0 if is_data else time.thread_time()
         assert self.expected is not None
         try:

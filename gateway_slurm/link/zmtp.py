@@ -45,6 +45,11 @@ class MessageSizes:
                 self._skip -= taken
                 place += taken
                 continue
+            if not self._head and place + 1 < len(data) and not data[place] & _LONG:  # most heads, in one step
+                if trouble := self._begin_frame(data[place], data[place + 1]):
+                    return trouble
+                place += _HEAD
+                continue
             self._head.append(data[place])
             place += 1
             if len(self._head) == (_LONG_HEAD if self._head[0] & _LONG else _HEAD):

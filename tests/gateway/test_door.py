@@ -14,6 +14,7 @@ import pytest
 from gateway_slurm.gateway.door import MAX_IDLE_PER_USER
 from helpers.gateway_process import running_gateway
 from helpers.kernel_clients import jupyter_files_in
+from helpers.private_slurm import poll
 
 PER_ADDRESS, IN_ALL = 20, 50
 
@@ -121,7 +122,7 @@ def test_a_users_idle_connections_are_bounded(gateway, connect):
         mine[-1].sendall(request)
         assert answer(mine[-1])[0] == 400
     assert is_closed(mine[0], 10)
-    assert sum(not is_closed(client) for client in mine) == MAX_IDLE_PER_USER
+    assert poll(lambda: sum(not is_closed(client) for client in mine) == MAX_IDLE_PER_USER, timeout=10)
     mine[-1].sendall(request)
     assert answer(mine[-1])[0] == 400
 

@@ -336,7 +336,7 @@ async def test_kernels_are_restored_once_their_response_port_is_free_again(
                     assert (await answer_to(server.of(user), "GET", "/api/kernels"))[0] == 503
                     assert (await answer_to(server.of(user), "GET", "/health/ready"))[0] == 503
                 leave()
-            for _attempt in range(300):
+            for _attempt in range(900):
                 if (await answer_to(server.of(user), "GET", path))[0] != 503:
                     break
                 await asyncio.sleep(0.1)

@@ -96,9 +96,9 @@ def note_tokens(gateway: GatewayAccount) -> None:
     """Record launch tokens, so that the test can check that no token is visible anywhere."""
     expect = ResponseSocket.expect
 
-    def expecting(self: ResponseSocket, launcher_id: str, tokens: Sequence[bytes], handler: Any) -> Any:
+    def expecting(self: ResponseSocket, launcher_id: str, tokens: Sequence[bytes], *others: Any, **named: Any) -> Any:
         gateway.seen += [token.hex() for token in tokens]
-        return expect(self, launcher_id, tokens, handler)
+        return expect(self, launcher_id, tokens, *others, **named)
 
     ResponseSocket.expect = expecting  # type: ignore[method-assign]
 

@@ -410,8 +410,8 @@ class KernelConnection:
         if self.is_known:  # a source that goes on
             return
         self.window.next, self.is_known = max(start, self.window.next), True
-        for session_id in positions:
-            self.sessions.setdefault(session_id, Session(self, session_id, -1))
+        for session_id in [name for name in positions if name not in self.sessions]:
+            self.sessions[session_id] = Session(self, session_id, -1)
         for session in self.sessions.values():
             if session.position < 0:
                 session.position = positions.get(session.id, self.window.next - 1)

@@ -112,6 +112,7 @@ class Frontends:
         """One execution with its outputs; None for one that is not known. Raises HTTPError 404."""
         connection = await self._restored(kernel_id)
         async with connection.folding:
+            await self._manager.turns.run_steps(connection.user, connection.executions.fold())
             if numbers := connection.executions.needs_reading(msg_id):
                 await self._read_again(connection, msg_id, *numbers)
         await self._manager.turns.run_steps(connection.user, connection.executions.fold())

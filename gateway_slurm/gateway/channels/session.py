@@ -385,6 +385,7 @@ class Session:
         if not self._writing and self.position != self._cursor:
             self.position = self._cursor
             self._connection.progressed(self)
+            self._progress.set()
         elif self._writing and self._followed is None:
             self._followed = self._writing[-1][0]
             self._followed.add_done_callback(self._on_written)

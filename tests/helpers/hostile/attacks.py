@@ -617,7 +617,7 @@ ATTACKS = (
     Attack("memory", "a cell prints 0.5 GiB at once", print_at_once),
     Attack("memory", "a kernel announces a frame of 3 GiB", announced_frame),
     Attack("memory", "messages of 9 MiB to a stopped kernel", stopped_kernel, memory=350),
-    Attack("memory", "150 sessions of a waiting kernel", waiting_kernel, memory=350),
+    Attack("memory", "150 sessions of a waiting kernel", waiting_kernel, memory=350, is_mended=False),
     Attack("memory", "100 unfinished websocket messages", fragments, memory=350),
     Attack("memory", "50 pages that do not read", deaf_pages, memory=350),
     Attack("without a token", "4 bodies of 450 MiB", strangers_bodies, memory=50),

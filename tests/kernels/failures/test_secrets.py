@@ -27,9 +27,9 @@ def tokens(monkeypatch) -> list[bytes]:
     seen: list[bytes] = []
     expect = ResponseSocket.expect
 
-    def expecting(self, launcher_id, tokens, handler):
+    def expecting(self, launcher_id, tokens, *others, **named):
         seen.extend(tokens)
-        return expect(self, launcher_id, tokens, handler)
+        return expect(self, launcher_id, tokens, *others, **named)
 
     monkeypatch.setattr(ResponseSocket, "expect", expecting)
     return seen
