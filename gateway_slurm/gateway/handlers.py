@@ -34,6 +34,7 @@ from gateway_slurm.bounded_json import load_json
 from gateway_slurm.errors import GatewaySlurmError, LinkError, NotAllowed, RequestError
 from gateway_slurm.events import by_of, reason_of
 from gateway_slurm.gateway.auth.identity import GatewayIdentityProvider
+from gateway_slurm.gateway.auth.peer import PROOF
 from gateway_slurm.gateway.auth.user import GatewayUser, kernel_owner
 from gateway_slurm.gateway.executions_api import KERNEL_ID, MSG_ID, UUID, list_executions, one_execution
 from gateway_slurm.gateway.http_errors import PlainHTTPError, as_http, log_text_of, message_of, refusal_of
@@ -45,7 +46,6 @@ from gateway_slurm.gateway.peers.forward import (
     RETRY_AFTER,
     ForwardsRequests,
     check_deployment_limits,
-    is_forwarded,
     refuse_taken_id,
 )
 from gateway_slurm.gateway.peers.lists import with_peers
@@ -153,6 +153,12 @@ class GatewayHandler(ForwardsRequests, ExplainsErrors, APIHandler):
         if not self._finished:
             await self.forward_to_holder()
 
+    @staticmethod
+    def _check_size(body: bytes) -> None:
+        if len(body) > MAX_JSON_BODY:
+            message = f"the body has {len(body)} bytes, and at most {MAX_JSON_BODY} bytes of JSON are read"
+            raise web.HTTPError(413, message)
+
     async def _take_turn(self) -> None:
         """Wait until fewer requests of this user are under way, and for the user's turn on this loop.
 
@@ -161,9 +167,11 @@ class GatewayHandler(ForwardsRequests, ExplainsErrors, APIHandler):
         user = self.current_user
         if not isinstance(user, GatewayUser):
             return
+        # Before it waits: the door counts a body only until it is here.
+        self._check_size(self.request.body)
         slots: UserSlots = self.settings["user_slots"]
         # Forwarded requests have places of their own: two gateways that wait for each other would wait for a long time.
-        key = user.username, is_forwarded(self)
+        key = user.username, PROOF in self.request.headers
         try:
             await slots.enter(key, MAX_UNDER_WAY_SERVICE if user.service else MAX_UNDER_WAY)
         except TooManyRequests:
@@ -230,9 +238,7 @@ class GatewayHandler(ForwardsRequests, ExplainsErrors, APIHandler):
     def json_object(self) -> dict[str, Any]:
         """The request's body, a JSON object, empty for no body. Raises HTTPError 400 for anything else."""
         content = self.request.body.strip()
-        if len(content) > MAX_JSON_BODY:
-            message = f"the body has {len(content)} bytes, and at most {MAX_JSON_BODY} bytes of JSON are read"
-            raise web.HTTPError(413, message)
+        self._check_size(content)
         with self.charged():
             try:
                 body = load_json(content, MAX_JSON_BODY) if content else {}

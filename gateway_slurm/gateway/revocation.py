@@ -19,6 +19,8 @@ from gateway_slurm.gateway.auth.user import GatewayUser
 from gateway_slurm.gateway.channels.websocket import POLICY_VIOLATION
 from gateway_slurm.gateway.specs.manager import GatewayKernelSpecManager
 
+AT_ONCE: Final = 8
+"""Checks at a time: one that waits does not hold up the others."""
 NOT_KNOWN: Final = "your token is not valid any more"
 
 
@@ -58,12 +60,23 @@ class OpenWebsockets:
         for handler in self._open:
             key = handler.request.headers.get("Authorization", ""), _name(handler)
             by_token.setdefault(key, []).append(handler)
-        for (_token, name), handlers in by_token.items():
-            if not await self._is_known(handlers[0], name):
-                self._close(handlers, NOT_KNOWN)
-        for kernel_id in set(self._open.values()):
-            if reason := await self.why_not_member(kernel_id):
-                self._close([handler for handler, of in self._open.items() if of == kernel_id], reason)
+        places = asyncio.Semaphore(AT_ONCE)
+
+        async def check_token(name: str, handlers: list[WebSocketHandler]) -> None:
+            async with places:
+                if not await self._is_known(handlers[0], name):
+                    self._close(handlers, NOT_KNOWN)
+
+        async def check_kernel(kernel_id: str) -> None:
+            async with places:
+                if reason := await self.why_not_member(kernel_id):
+                    self._close([handler for handler, of in self._open.items() if of == kernel_id], reason)
+
+        checks = [check_token(name, handlers) for (_token, name), handlers in by_token.items()]
+        checks += [check_kernel(kernel_id) for kernel_id in set(self._open.values())]
+        for result in await asyncio.gather(*checks, return_exceptions=True):
+            if isinstance(result, Exception):
+                self._log.error("a websocket is not checked now", exc_info=result)
 
     async def _is_known(self, handler: WebSocketHandler, name: str) -> bool:
         try:

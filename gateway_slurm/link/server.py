@@ -497,13 +497,7 @@ class Link(asyncio.Protocol):
             for _ in range(LOOP_SLICE):
                 if self.closed:
                     return
-                if self._messages:
-                    self._handle_message(self._messages.popleft())
-                elif self._frames:
-                    self._handle_frame(self._frames.popleft())
-                else:
-                    break
-                if time.monotonic() > until:
+                if not self._handle_next() or time.monotonic() > until:
                     break
         except wire.WireError as error:
             self._break(str(error))
@@ -518,6 +512,16 @@ class Link(asyncio.Protocol):
         elif self._paused:
             self._paused = False
             self._transport.resume_reading()
+
+    def _handle_next(self) -> bool:
+        """Handle one message or frame; return whether there was one."""
+        if self._messages:
+            self._handle_message(self._messages.popleft())
+        elif self._frames:
+            self._handle_frame(self._frames.popleft())
+        else:
+            return False
+        return True
 
     def _handle_message(self, body: bytes) -> None:
         is_data = body[:1] in _STREAMS

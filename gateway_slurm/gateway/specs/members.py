@@ -63,8 +63,11 @@ class Membership:
         """Whether the user is no member, by answers of at most RECENT_SECONDS. False while Slurm does not answer."""
         if members is None or user in members.users:
             return False
-        if members.groups and members.groups & self._groups_of(user, min(RECENT_SECONDS, self._max_age)):
-            return False
+        if members.groups:
+            groups = self._groups_of(user, min(RECENT_SECONDS, self._max_age))
+            # Each known user has a group. Without any, the host's databases (nsswitch.conf(5)) do not answer now.
+            if not groups or members.groups & groups:
+                return False
         if not members.accounts:
             return True
         accounts = self._accounts_of(user, min(RECENT_SECONDS, self._max_age))
