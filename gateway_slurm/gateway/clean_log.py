@@ -19,7 +19,7 @@ MAX_TEXT: Final = 64 << 10
 _SEPARATOR: Final = r"""(?:["'\s:=\\]|%3[dDaA]|%20|%22){1,8}"""
 # Each with the part that stays. A token in a URL may be percent-encoded; headers may be in JSON or in Python's repr.
 _SECRETS: Final = (
-    re.compile(rf"(?i)(\b(?:set-)?cookie{_SEPARATOR})[^\"\n}}\]]{{4,}}"),
+    re.compile(r"""(?i)(\b(?:set-)?cookie["']?\s?[:=])[^"\n}\]]{4,}"""),
     re.compile(r"(\bgws_[0-9a-f]{12}_)[A-Za-z0-9_-]{16,}"),
     re.compile(
         rf"(?i)(\b(?:proxy-)?authorization{_SEPARATOR}(?:(?:token|bearer|basic)(?:\s|%20)+)?)"

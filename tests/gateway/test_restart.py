@@ -315,7 +315,8 @@ async def test_kernels_are_restored_once_their_response_port_is_free_again(
 ):
     """Until then each request for them is 503 with the reason, never 404; no work is lost."""
     port = free_port()
-    admin_settings(response_port=str(port))
+    # In a deployment of its own: the other gateway would take the kernel over, and its port.
+    admin_settings(response_port=str(port), deployment=f"taken-{kind}")
     lasting, user, options = SERVERS[kind]
     with lasting(gateway_environment / f"taken-{kind}", *options) as server:
         kernel_id = await start(server.of(user))
@@ -403,8 +404,11 @@ class Activator:
 
 
 @pytest.mark.slow
-async def test_a_gateway_serves_on_the_sockets_of_its_service_manager(gateway_environment, kernelspecs, cluster):
+async def test_a_gateway_serves_on_the_sockets_of_its_service_manager(
+    gateway_environment, kernelspecs, admin_settings, cluster
+):
     """They stay open while it is restarted: requests wait, no other process takes a port, and kernels are back."""
+    admin_settings(deployment="activated")
     activator = Activator(gateway_environment / "activated")
     try:
         kernel_id = await start(activator.of("alice"))
