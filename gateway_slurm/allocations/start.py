@@ -371,7 +371,8 @@ class LauncherStarter:
         if launcher.expected is not None and launcher.expected.refused:
             return NotProven(
                 f"job {allocation.jobid} runs{where}, but its launcher was not accepted {within}: "
-                f"{launcher.expected.refused}; something on the way changes what is sent (its log on the node: {log})"
+                f"{launcher.expected.refused}; something on the way changes what is sent, or another process has "
+                f"dialled with its id and it did not reach this server itself (its log on the node: {log})"
             )
         addresses = self._addresses.first()
         failed = "; ".join(failed_dials(await self._log_end(log) or "", addresses))
