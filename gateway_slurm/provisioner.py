@@ -446,8 +446,8 @@ class SlurmProvisioner(KernelProvisionerBase):
         """Read the kernel's journal on the caller's loop; an exited kernel has it until ``cleanup``.
 
         ``start`` is the number of the first message (None: where the last server had read up to), ``upto`` of the last
-        one (0: there is none). ``counted`` are ``holding`` and ``skipped`` of ``JournalReading``. Raises LinkError
-        where the kernel has no journal.
+        one (0: there is none). ``counted`` are ``holding``, ``skipped`` and ``turn`` of ``JournalReading``. Raises
+        LinkError where the kernel has no journal.
         """
         if self._handle is None or not self.has_journal:
             raise LinkError(f"kernel {self.kernel_id} has no journal of its output")

@@ -161,11 +161,15 @@ class Tunnel:
                 data = stream.sock.recv(flow.CHUNK)
             except OSError:  # also: nothing is left
                 data = b""
-            if not data:
-                self._end(stream)
-                return
-            self._uplink.outbox.data(stream.number, data)
-            self._uplink.flush()
+            self._pass_on(stream, data)
+
+    def _pass_on(self, stream: Stream, data: bytes) -> None:
+        """Send the server what the kernel has sent; nothing is the end of the stream."""
+        if not data:
+            self._end(stream)
+            return
+        self._uplink.outbox.data(stream.number, data)
+        self._uplink.flush()
 
     def _discard(self, stream: Stream) -> None:
         for chunk in stream.to_kernel:
@@ -195,11 +199,7 @@ class Tunnel:
             return
         except OSError:
             data = b""
-        if not data:
-            self._end(stream)
-            return
-        self._uplink.outbox.data(stream.number, data)
-        self._uplink.flush()
+        self._pass_on(stream, data)
         if stream.number in self._streams:
             self._update(stream)
 

@@ -79,6 +79,7 @@ class JournalReading:
 
     ``holding`` makes what counts these bytes, and gets a function that ends the reading with a LinkError, from which it
     may be begun again. A large record for which there is no room is left out; ``skipped`` gets its size, and why.
+    ``turn`` calls a function that takes some milliseconds, when it is this reader's turn on its loop.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class JournalReading:
         delivered: Callable[[int], None] = lambda _number: None,
         holding: Callable[[Callable[[str], object]], Holding] = _count_nowhere,
         skipped: Callable[[int, str], object] = lambda _size, _reason: None,
+        turn: Callable[..., Awaitable[Any]] | None = None,
     ) -> None:
         self._kernel_id = kernel_id
         self._channel = f"{wire.JOURNAL}{'' if start is None else start}:{upto}"
@@ -98,8 +100,7 @@ class JournalReading:
         self._holding = holding(self._shed)
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self.turn: Callable[..., Awaitable[Any]] = _at_once
-        """Calls a function that takes some milliseconds, when it is this reader's turn on its loop."""
+        self._turn = turn or _at_once
         # Between the two loops, under the lock.
         self._lock = threading.Lock()
         self._unparsed = bytearray()
@@ -168,7 +169,7 @@ class JournalReading:
         if self._closed or self._error is not None:
             raise self._error or StopAsyncIteration
         try:
-            await self.turn(self._parse, piece)
+            await self._turn(self._parse, piece)
         except wire.WireError as error:
             self.close()
             self._error = LinkError(

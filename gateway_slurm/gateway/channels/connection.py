@@ -33,14 +33,14 @@ from gateway_slurm.gateway.channels.signatures import Signatures, is_large
 from gateway_slurm.gateway.channels.sockets import KernelSocket
 from gateway_slurm.gateway.channels.sources import JournalSource, SocketSource
 from gateway_slurm.gateway.channels.state import ExecutionState
-from gateway_slurm.gateway.channels.window import OWN_REQUEST, Published, Window
+from gateway_slurm.gateway.channels.window import OVERHEAD, OWN_REQUEST, Published, Window
 from gateway_slurm.gateway.executions import Executions
 from gateway_slurm.link import wire
 from gateway_slurm.link.journal import JournalHeader, JournalReading, Record
 from gateway_slurm.provisioner import SlurmProvisioner
 
-# Messages that are held for a kernel, and bytes that each costs beside its own.
-HELD_COUNT, OVERHEAD = 10_000, 512
+# Messages that are held for a kernel.
+HELD_COUNT = 10_000
 # Sessions without a frontend that a kernel keeps; the one that went first is closed first.
 MAX_AWAY = 20
 # Seconds before the first and between later requests that make a kernel publish something.
@@ -825,9 +825,7 @@ class KernelConnection:
         """Read these numbers from the node. Raises LinkError where that is not possible."""
         if self._source is None:
             raise LinkError("the kernel is being restarted")
-        reading = self._source.read(start, upto)
-        reading.turn = self.turn
-        return reading
+        return self._source.read(start, upto)
 
     def _acknowledge_soon(self) -> None:
         if self._ack_timer is None and not self._is_acking and not self._closed and self.can_read and self.is_known:

@@ -20,13 +20,14 @@ from zmq.utils.monitor import parse_monitor_message
 from gateway_slurm._util import Backoff
 from gateway_slurm.budget import Holding
 from gateway_slurm.gateway.channels.messages import MessageError
+from gateway_slurm.gateway.channels.window import OVERHEAD
 from gateway_slurm.gateway.jupyter_compat import channel_url
 
 # Messages that ZMQ itself may hold for one socket, of any size; the server's own queues count bytes.
 RECEIVE_MARK = 16
 SEND_MARK = 16
-# Messages that wait for a kernel which does not read, and bytes that each costs beside its own.
-MAX_WAITING, OVERHEAD = 10_000, 512
+# Messages that wait for a kernel which does not read.
+MAX_WAITING = 10_000
 # Bytes of a part that ZMQ sends without a copy, and says when it has; seconds between two looks whether it has.
 TRACKED, LOOK_SECONDS = 1024, 0.25
 # Seconds that reading one socket takes in one turn.

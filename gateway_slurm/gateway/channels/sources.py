@@ -52,7 +52,7 @@ class JournalSource:
         log: logging.Logger,
     ) -> None:
         self._wait, self._turn, self._check, self._next_number = wait, turn, check, next_number
-        self._read_journal = partial(provisioner.read_journal, holding=holding, skipped=on_skipped)
+        self._read_journal = partial(provisioner.read_journal, holding=holding, skipped=on_skipped, turn=turn)
         self._on_header, self._take, self.log = on_header, take, log
         self._wake = asyncio.Event()
         self._delays = Backoff(RETRY_SECONDS, MAX_RETRY_SECONDS)
@@ -77,7 +77,6 @@ class JournalSource:
 
     async def _read(self) -> None:
         reading = self._read_journal(self._next_number())
-        reading.turn = self._turn
         try:
             self._on_header(await reading.header())
             async for records in reading:

@@ -102,7 +102,7 @@ class SlurmWebsocketConnection(BaseKernelWebsocketConnection):
         """Take a message in turns of the kernel's owner."""
         if self._session is None or not self._open:
             return
-        turns, owner = self.multi_kernel_manager.turns, self.multi_kernel_manager.owner_of(self.kernel_id)
+        turns, owner = self.multi_kernel_manager.turns, self._user
         try:
             steps = messages.decoding(self.protocol, incoming_msg)
             channel, parts = await turns.run_steps(owner, steps)
